@@ -122,7 +122,7 @@ def set_up() -> None:
         clear_venv()
         install_step([base_python(), "-I", "-m", "venv", str(VENV)], "making .venv")
     for step in pip_steps():
-        install_step(step, "starting pip")
+        install_step(step, "asking the package index")
     write_stamp(wanted_stamp())
     say(f"set-up finished after {time.monotonic() - began:.0f} s.")
 
@@ -235,7 +235,8 @@ def install_step(command: list[str], title: str) -> None:
     if child.returncode:
         with open(LOG, encoding="utf-8", errors="replace") as log:
             log.seek(start)
-            raise Stop(explain(log.read(), child.returncode), 1)
+            index = "MANUALPROP_TORCH_INDEX" if "--index-url" in command else "the package index"
+            raise Stop(explain(log.read(), child.returncode, index), 1)
 
 
 def watch(child: subprocess.Popen[bytes], title: str, start: int) -> None:
@@ -283,10 +284,14 @@ def latest(lines: list[str]) -> str:
     for line in reversed(lines):
         if "Installing collected packages" in line:
             return f"unpacking {line.count(',') + 1} packages"
-        match = re.match(r"\s*(Collecting|Downloading|Using cached|Installing|Preparing) (\S+)(.*)", line)
+        match = re.match(
+            r"\s*(Collecting|Downloading|Using cached) (?:\S*/)?([^-\s]+)(?:-([\d.]+))?.*?(\(.*B\))?$", line
+        )
         if match:
-            size = re.search(r"\(\d[^)]*B\)", match[3])
-            return f"{match[1].lower()} {match[2].rsplit('/')[-1]} {size[0] if size else ''}".rstrip()
+            return " ".join(part for part in (match[1].lower(), *match.groups()[1:]) if part)
+        match = re.match(r"\s*((?:Installing|Preparing|Building|Getting) [\w ]+)", line)
+        if match:
+            return match[1].strip().lower()
     return ""
 
 
@@ -297,15 +302,15 @@ UNREACHABLE = re.compile(
 )
 
 
-def explain(output: str, status: int) -> str:
+def explain(output: str, status: int, index: str = "the package index") -> str:
     """One line for a failed step. Without a network pip says "no matching distribution", which misleads."""
-    errors = re.findall(r"(?:ERROR|error): (.*)", output)
-    last = errors[-1].strip() if errors else (output.strip().splitlines() or ["it said nothing"])[-1].strip()
+    errors = re.findall(r"(?:ERROR|error): (?!subprocess-exited|ResolutionImpossible)(.*)", output)
+    last = (errors or output.strip().splitlines() or ["no output"])[-1].strip()
     chosen = re.search(r"\(from versions: (?!none\b)", output)  # then an index was reached, and it answered
     if "No space left on device" in output or "Errno 28" in output:
         reason = "the disk is full"
     elif UNREACHABLE.search(output) and not chosen:
-        reason = "the package index could not be reached: check the network, or the proxy and index settings of pip"
+        reason = f"{index} could not be reached: check the network, and pip's proxy and index settings"
     elif "No matching distribution" in output or "ResolutionImpossible" in output:
         reason = f"pip found no fitting version for {place().partition(' at ')[0]} on {sys.platform}: {last}"
     elif status < 0:
@@ -344,7 +349,7 @@ def benchmarks() -> list[str]:
 
 def bench(arguments: list[str]) -> list[list[str]]:
     if not arguments or arguments[0] not in benchmarks():
-        given = f"no benchmark {arguments[0]!r}" if arguments else "which benchmark?"
+        given = f"no benchmark {arguments[0]!r}." if arguments else "which benchmark?"
         raise Stop(f"{given} There are: {', '.join(benchmarks())}")
     return [[f"scripts/bench_{arguments[0]}.py", *arguments[1:]]]
 

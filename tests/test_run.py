@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
+fcntl = pytest.importorskip("fcntl", reason="the stand-in Python is a script with a #! line: not for Windows")
+
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="the stand-in Python is a script with a #! line")
 
 # What run.py takes for Python. As `-m venv DIR` it copies itself there; as `-m pip` it notes its arguments, leaves a
 # half-written package while it works, and obeys the files pip-waits and pip-says; otherwise it is the real Python.
@@ -61,6 +62,13 @@ print(sys.argv[1:], flush=True)
 if "wait" in sys.argv:
     time.sleep(60)
 sys.exit(7)
+"""
+
+CALM = """
+import signal, sys
+signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
+print("ready", flush=True)
+signal.pause()
 """
 
 
@@ -247,21 +255,30 @@ def test_linked_venv_stays_linked(tree, tmp_path_factory):
 # ------------------------------------------------------------------------------------------------- interruptions
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_interrupted_set_up_is_redone(tree, how):
+@pytest.mark.parametrize(
+    "whom, how",
+    [
+        (os.killpg, signal.SIGINT),  # Ctrl-C
+        (os.kill, signal.SIGINT),
+        (os.kill, signal.SIGTERM),
+        (os.killpg, signal.SIGKILL),
+    ],
+)
+def test_interrupted_set_up_is_redone(tree, whom, how):
     tree.hold_pip()
     first = tree.start("bench", "echo", "hi")
     tree.wait_for_pip()
-    os.killpg(first.pid, how)
+    whom(first.pid, how)
     status, _, err = finish(first)
+    with open(tree.root / ".venv.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free: nobody is left who holds it, pip neither
     assert status == (-how if how == signal.SIGKILL else 128 + how)
     assert "Traceback" not in err
     assert ("interrupted" in err) == (how == signal.SIGINT)
     assert tree.stamp == "unfinished\n" and (tree.root / ".venv/half-written").exists()
     tree.release_pip()
     err = tree.echo()
-    assert "waiting" not in err  # the dead run's lock is void
-    assert "set-up finished" in err
+    assert "waiting" not in err and "set-up finished" in err
     assert not (tree.root / ".venv/half-written").exists()
 
 
@@ -418,6 +435,15 @@ def test_ctrl_c_in_a_command(tree, whom):
     status, _, err = finish(process)
     assert status == 130
     assert "run.py" not in err  # a traceback would be the command's own
+
+
+def test_ctrl_c_is_130_though_the_command_ends_well(tree):
+    """pytest, for one, catches it and returns 2."""
+    tree.write("scripts/bench_calm.py", CALM)
+    process = tree.start("bench", "calm")
+    process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    assert finish(process)[0] == 130
 
 
 def test_killed_command_and_terminated_run(tree):

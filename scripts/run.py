@@ -183,6 +183,7 @@ def locked() -> Iterator[None]:
     """One set-up at a time; who comes second waits, and says for whom."""
     with open(LOCK, "a+", encoding="utf-8") as file:
         if not try_lock(file):
+            time.sleep(0.2)  # the holder may have got it this instant, and still be writing its name
             file.seek(0)
             holder = file.read().strip() or "unknown"
             say(f"another run (process {holder}) is setting up .venv: waiting for it to finish.")

@@ -324,12 +324,13 @@ def gradient(model: nn.Module, loss: Loss, pieces: Sequence[tuple[Tensor, Tensor
     if len(pieces) == 1:
         x, target = pieces[0]
         value = loss(model(x), target)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value.item()
+    check_splittable(loss, model)
     total = divisor = 0.0
     for x, target in pieces:
         piece, denominator = sum_and_denominator(loss, model(x), target)
-        piece.backward()  # type: ignore[no-untyped-call]
+        piece.backward()
         total, divisor = total + piece.item(), divisor + denominator
     return finish_gradient(model.parameters(), loss, total, divisor)
 
@@ -393,29 +394,38 @@ def _denominator(loss: Any, output: Tensor, target: Tensor) -> float:
     return float(kept.numel() if loss.weight is None else loss.weight[kept].sum())
 
 
-def check_splittable(loss: Loss) -> None:
-    """Refuse a loss whose value over a whole is not known to follow from its values over the pieces.
+def check_splittable(loss: Loss, model: nn.Module | None = None) -> None:
+    """Refuse a loss or a model whose gradient over a whole does not follow from those over the pieces.
 
     Known are the losses of torch.nn and manualprop.nn with reduction "mean" or "sum". A loss of your own, module or
     other callable, is split when it has an attribute `reduction` that it follows, and this is "sum"; or "mean", with
-    a method `denominator(output, target)` that returns what the mean divides by.
+    a method `denominator(output, target)` that returns what the mean divides by. A model must treat every example
+    alone, which batch normalisation in training mode does not.
 
     Args:
         loss: called on (output, target).
+        model: checked too when given.
 
     Raises:
         TypeError: for any other loss.
+        ValueError: for a model with batch normalisation in training mode.
     """
     reduction = getattr(loss, "reduction", None)
     divides = _is_known(loss) or hasattr(loss, "denominator")
-    if reduction == "sum" or (reduction in ("mean", "batchmean") and divides):
-        return
-    raise TypeError(
-        "The gradient of a loss computed in pieces must be exact, and it is not known how the mean of "
-        f"{getattr(loss, '__name__', type(loss).__name__)} divides. Got reduction={reduction!r}. Give it an attribute "
-        "reduction='sum', or reduction='mean' and a method denominator(output, target) that returns what its mean "
-        "divides by; or compute each update in one piece (micro_batch_size=None, one process)."
-    )
+    if not (reduction == "sum" or (reduction in ("mean", "batchmean") and divides)):
+        raise TypeError(
+            "A gradient computed in pieces must be exact, and it is not known what the mean of "
+            f"{getattr(loss, '__name__', type(loss).__name__)} divides by. Got reduction={reduction!r}. Give it an "
+            "attribute reduction='sum', or reduction='mean' and a method denominator(output, target) that returns "
+            "what its mean divides by; or compute each update in one piece (micro_batch_size=None, one process)."
+        )
+    for path, module in model.named_modules() if model is not None else ():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            raise ValueError(
+                "A gradient computed in pieces must be exact, and batch normalisation makes every example depend on "
+                f"its piece. Got {type(module).__name__} at {path!r} in training mode. Use LayerNorm or GroupNorm, or "
+                "compute each update in one piece (micro_batch_size=None, one process)."
+            )
 
 
 def _is_known(loss: Loss) -> bool:

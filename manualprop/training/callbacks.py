@@ -1,0 +1,186 @@
+"""What a training run leaves behind and shows: history, checkpoints, a progress bar."""
+
+from __future__ import annotations
+
+import csv
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks.progress import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from manualprop.training.run_directory import RunDirectory
+
+Row = dict[str, float]
+
+
+class History(Callback):
+    """Write one row per epoch to a CSV file, and keep the rows in the checkpoint.
+
+    A resumed run starts from the rows of its checkpoint, so that the file neither loses nor doubles an epoch, even
+    if the interrupted run had written more rows than its last checkpoint knows of.
+
+    Args:
+        path: of the CSV file; None keeps the rows in memory only.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self.rows: list[Row] = []
+        self._start = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock where the last row stopped it."""
+        self._start = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0.0)
+        self._write(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add a row; callbacks that save checkpoints come later, so the checkpoint holds it."""
+        metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        row: Row = {
+            "epoch": trainer.current_epoch + 1,
+            "update": trainer.global_step,
+            "seconds": round(time.perf_counter() - self._start, 4),
+            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+        }
+        if self.rows and self.rows[-1]["epoch"] == row["epoch"]:
+            self.rows.pop()  # the first part of an epoch that max_steps had cut short
+        self.rows.append(row | dict(sorted(metrics.items())))
+        self._write(trainer)
+
+    def _write(self, trainer: Trainer) -> None:
+        if self.path is None or not trainer.is_global_zero:
+            return
+        write_csv(self.path, self.rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rows."""
+        return {"rows": [dict(row) for row in self.rows]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the rows of a checkpoint."""
+        self.rows = [dict(row) for row in state_dict["rows"]]
+
+
+def write_csv(path: Path, rows: list[Row] | list[dict[str, Any]]) -> None:
+    """Write rows to a CSV file, which is complete at every moment.
+
+    Args:
+        path: of the file.
+        rows: with the same keys, or some of those of the others.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    partial.replace(path)
+
+
+def checkpoint_callbacks(run: RunDirectory, monitor: str | None) -> list[ModelCheckpoint]:
+    """Return the callbacks that keep the last and the best checkpoint of a run.
+
+    Two, because one ModelCheckpoint with `save_last` writes the last only when it also writes the best. "Last" comes
+    first: Lightning takes the first for `trainer.checkpoint_callback`.
+
+    Args:
+        run: where they lie.
+        monitor: logged value whose smallest marks the best; None keeps the last only.
+    """
+    always: dict[str, Any] = {
+        "dirpath": run.checkpoints,
+        "save_on_train_epoch_end": True,
+        "enable_version_counter": False,
+    }
+    last = ModelCheckpoint(filename="last", **always)
+    best = ModelCheckpoint(filename="best", monitor=monitor, mode="min", **always)
+    return [last, best] if monitor else [last]
+
+
+class TrainingProgress(ProgressBar):
+    """One bar for the whole training run: with many short epochs, a bar per epoch would only flicker.
+
+    Args:
+        title: at the left of the bar.
+        console: to draw on; standard error by default.
+    """
+
+    def __init__(self, title: str = "training", console: Console | None = None) -> None:
+        super().__init__()
+        self.title = title
+        self._enabled = True
+        self._task: TaskID | None = None
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console or Console(stderr=True),
+        )
+
+    def disable(self) -> None:
+        """Draw nothing (Lightning calls this on all processes but the first)."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Draw."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the bar."""
+        if self._enabled:
+            self._task = self._progress.add_task(self.title, total=1.0, state="")
+            self._progress.start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move the bar on."""
+        if self._task is not None:
+            done = _share_done(trainer, batch_idx)
+            self._progress.update(self._task, completed=done, state=_state(trainer, pl_module))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the metrics of the epoch."""
+        if self._task is not None:
+            self._progress.update(self._task, state=_state(trainer, pl_module))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the bar as it stands."""
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the bar as it stands, so that what is printed next has its own line."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._task is not None:
+            self._progress.stop()
+            self._task = None
+
+
+def _share_done(trainer: Trainer, batch_idx: int) -> float:
+    epochs = trainer.current_epoch + (batch_idx + 1) / max(1.0, trainer.num_training_batches)
+    by_epochs = epochs / trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else 0.0
+    by_updates = trainer.global_step / trainer.max_steps if trainer.max_steps > 0 else 0.0
+    return min(1.0, max(by_epochs, by_updates))
+
+
+def _state(trainer: Trainer, pl_module: LightningModule) -> str:
+    limit = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
+    text = f"epoch {trainer.current_epoch + 1}{limit}  update {trainer.global_step}"
+    known = trainer.callback_metrics
+    loss = known["train_loss"].item() if "train_loss" in known else getattr(pl_module, "last_loss", None)
+    text += f"  loss {loss:.4f}" if loss is not None else ""
+    if "val_accuracy" in known:
+        return text + f"  val. accuracy {100 * known['val_accuracy'].item():.1f} %"
+    return text + (f"  val. loss {known['val_loss'].item():.4f}" if "val_loss" in known else "")

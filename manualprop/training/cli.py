@@ -1,0 +1,299 @@
+"""The commands fit, validate, test and predict: LightningCLI with a descent, and one directory per run.
+
+The classes live here and not in a script, because Lightning starts further processes by importing them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from torch import Tensor
+
+from manualprop.descent import Descent
+from manualprop.training import _usage
+from manualprop.training._errors import InputValueError, NonFiniteLossError, UserError
+from manualprop.training.callbacks import History, TrainingProgress, checkpoint_callbacks, write_csv
+from manualprop.training.module import DescentModule
+from manualprop.training.plots import plot_history
+from manualprop.training.run_directory import RunDirectory
+
+COMMANDS = {
+    "fit": "Train a network: forward pass, backward pass, update, with the descent of your choice.",
+    "validate": "Evaluate a trained network on the validation examples.",
+    "test": "Evaluate a trained network on the test examples.",
+    "predict": "Write the predictions of a trained network for the test examples to a CSV file.",
+}
+
+# Trainer options that would be ignored, or refused, under a descent's own updates and a run's own directory.
+_REPLACED = {
+    "accumulate_grad_batches": "Batch with micro_batch_size computes an exact gradient in pieces",
+    "gradient_clip_val": "use --descent.clip_gradient_norm or --descent.clip_gradient_value",
+    "gradient_clip_algorithm": "use --descent.clip_gradient_norm or --descent.clip_gradient_value",
+    "default_root_dir": "use --name",
+    "enable_checkpointing": "a run always keeps its best and its last checkpoint",
+    "reload_dataloaders_every_n_epochs": "every epoch has its own order already",
+    "use_distributed_sampler": "the examples are divided among devices exactly",
+    "num_sanity_val_steps": "the data are checked before the first update",
+    "model_registry": "checkpoints lie in the directory of the run",
+}
+_TRAINER_DEFAULTS = {"logger": False, "enable_model_summary": False, "max_epochs": 20, "accelerator": "auto"}
+
+
+class DescentCLI(LightningCLI):
+    """LightningCLI with the keys name, descent, model, data and trainer; see `docs/training.md`.
+
+    Args:
+        arguments: of the command line, the subcommand first.
+        run: carry the subcommand out; False only makes the objects, from arguments without a subcommand.
+    """
+
+    def __init__(self, arguments: Sequence[str], run: bool = True) -> None:
+        strict: dict[str, Any] = {"exit_on_error": False}
+        described = {name: {**strict, "description": text} for name, text in COMMANDS.items()}
+        self.history = History()
+        self.run_directory: RunDirectory | None = None
+        super().__init__(
+            DescentModule,
+            save_config_callback=None,
+            seed_everything_default=0,
+            parser_kwargs={**strict, **described, "prog": "manualprop", "description": _usage.DESCRIPTION},
+            trainer_defaults=_TRAINER_DEFAULTS,
+            args=list(arguments),
+            run=run,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    # --- arguments ----------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the commands, with the Trainer arguments that a run directory decides."""
+        decided = {"model", "dataloaders", "datamodule", "ckpt_path", "weights_only"}
+        training = decided | {"train_dataloaders", "val_dataloaders"}
+        return {
+            "fit": training,
+            "validate": decided | {"verbose"},
+            "test": decided | {"verbose"},
+            "predict": decided | {"return_predictions"},
+        }
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the name and the seed of a run."""
+        parser.add_argument("--name", type=str, default="run", help="Results lie in runs/NAME.")
+        parser.add_argument(
+            "--seed_everything", "--seed", type=int, default=0, help="Of the initial weights, dropout and the order."
+        )
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the descent, the module, the data and the trainer, in the order in which one looks for them."""
+        parser.add_subclass_arguments(Descent, "descent", required=True)
+        parser.add_lightning_class_args(DescentModule, "model")
+        parser.link_arguments("descent", "model.descent", apply_on="instantiate")
+        parser.link_arguments("seed_everything", "model.seed")
+        parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
+        parser.add_class_arguments(
+            Trainer, "trainer", fail_untyped=False, instantiate=False, sub_configs=True, skip=set(_REPLACED)
+        )
+        parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
+
+    def setup_parser(
+        self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
+    ) -> None:
+        """Make the parsers, and add the arguments that only some commands have."""
+        super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
+        for command, parser in (self._subcommand_parsers if add_subcommands else {}).items():
+            if command == "fit":
+                parser.add_argument("--resume", action="store_true", help="Go on from the last checkpoint of the run.")
+                parser.add_argument("--overwrite", action="store_true", help="Replace the results of an earlier run.")
+            else:
+                text = "best, last, or the path of a checkpoint."
+                parser.add_argument("--checkpoint", type=str, default="best", help=text)
+
+    # --- objects ------------------------------------------------------------------------------------------------
+
+    def before_instantiate_classes(self) -> None:
+        """Take the run's directory, before anything costly is made."""
+        if self.subcommand is None:
+            return
+        self.run_directory = RunDirectory(self._get(self.config, "name"))
+        if self.subcommand == "fit" and _is_first_process():
+            flags = {flag: self._get(self.config, flag) for flag in ("overwrite", "resume")}
+            self.run_directory.claim(**flags)
+
+    def instantiate_classes(self) -> None:
+        """Make the objects; what their constructors refuse is the configuration's mistake, not ours."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError) as error:
+            raise InputValueError(str(error)) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the trainer, with the callbacks of a run added to the user's."""
+        given: Any = self._get(self.config_init, "trainer")
+        callbacks = given.get("callbacks") or []
+        callbacks = [*(callbacks if isinstance(callbacks, list) else [callbacks]), *self._callbacks(given)]
+        run = self.run_directory
+        folder = {} if run is None else {"default_root_dir": run.path}
+        return super().instantiate_trainer(callbacks=callbacks, num_sanity_val_steps=0, **folder, **kwargs)
+
+    def _callbacks(self, trainer: Any) -> list[Callback]:
+        callbacks: list[Callback] = [self.history]
+        if trainer.get("enable_progress_bar") is not False:
+            callbacks.append(TrainingProgress(self._get(self.config, "name")))
+        run = self.run_directory
+        if run is None or self.subcommand != "fit" or trainer.get("fast_dev_run"):
+            return callbacks
+        self.history.path = run.history
+        validates = getattr(self.datamodule, "val", True) is not None and trainer.get("limit_val_batches") != 0
+        return [*callbacks, *checkpoint_callbacks(run, "val_loss" if validates else "train_loss")]
+
+    # --- commands -----------------------------------------------------------------------------------------------
+
+    def fit(self, model: LightningModule, **kwargs: Any) -> None:
+        """Train, then say what lies where."""
+        run = self._run()
+        resume = self._get(self.config, "resume")
+        self._save_config(run)
+        try:
+            self.trainer.fit(model, ckpt_path=run.last if resume else None, weights_only=True, **kwargs)
+        except SystemExit as stop:
+            if isinstance(stop.__context__, KeyboardInterrupt):
+                _say(self._interrupted(run))
+                raise SystemExit(130) from None
+            raise
+        if self.trainer.is_global_zero and self.history.rows and self.history.path is not None:
+            plot_history(self.history.rows, run.plots / "history.png", run.name)
+            print(self._summary(run))
+
+    def validate(self, model: LightningModule, **kwargs: Any) -> None:
+        """Evaluate on the validation examples."""
+        self.trainer.validate(model, ckpt_path=self._checkpoint(), weights_only=True, **kwargs)
+
+    def test(self, model: LightningModule, **kwargs: Any) -> None:
+        """Evaluate on the test examples."""
+        self.trainer.test(model, ckpt_path=self._checkpoint(), weights_only=True, **kwargs)
+
+    def predict(self, model: LightningModule, **kwargs: Any) -> None:
+        """Write predictions to a file, and say where it lies."""
+        outputs: Any = self.trainer.predict(model, ckpt_path=self._checkpoint(), weights_only=True, **kwargs)
+        run = self._run()
+        classifies = isinstance(model, DescentModule) and model.classifies
+        rows = prediction_rows(torch.cat(outputs), classifies)
+        write_csv(run.predictions, rows)
+        print(f"{len(rows)} predictions: {run.predictions}")
+
+    def _run(self) -> RunDirectory:
+        assert self.run_directory is not None
+        return self.run_directory
+
+    def _checkpoint(self) -> Path:
+        run, wanted = self._run(), str(self._get(self.config, "checkpoint"))
+        path = {"best": run.best, "last": run.last}.get(wanted, Path(wanted))
+        if not path.is_file():
+            raise InputValueError(
+                f"There must be a checkpoint to evaluate. {path} does not exist; give the --name of a run that has "
+                "been trained, or the path of a checkpoint as --checkpoint."
+            )
+        return path
+
+    def _save_config(self, run: RunDirectory) -> None:
+        if not _is_first_process():
+            return
+        parser = self._subcommand_parsers["fit"]
+        config = self.config["fit"].clone()
+        for flag in ("config", "resume", "overwrite"):  # not part of what was trained
+            config.pop(flag, None)
+        parser.save(config, run.config, overwrite=True, skip_validation=True)
+
+    def _interrupted(self, run: RunDirectory) -> str:
+        where = f"Interrupted at update {self.trainer.global_step} (epoch {self.trainer.current_epoch + 1})."
+        if not run.last.exists():
+            return f"{where} No checkpoint was written yet; run the same command again."
+        return f"{where} Last checkpoint: {run.last}. Go on with: manualprop fit --name {run.name} --resume"
+
+    def _summary(self, run: RunDirectory) -> str:
+        last = self.history.rows[-1]
+        metrics = [f"{name} {value:.4f}" for name, value in last.items() if name.startswith(("train_", "val_"))]
+        return (
+            f"{last['epoch']:.0f} epochs, {last['update']:.0f} updates, {last['seconds']:.1f} s: {', '.join(metrics)}\n"
+            f"best checkpoint: {run.best}\nhistory: {run.history}\nplot: {run.plots / 'history.png'}"
+        )
+
+
+def _is_first_process() -> bool:
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("NODE_RANK", "0")) == 0
+
+
+def prediction_rows(outputs: Tensor, classifies: bool) -> list[dict[str, Any]]:
+    """Return one row per example: the likeliest class and its probability, or the outputs.
+
+    Args:
+        outputs: of all examples, one per row.
+        classifies: whether they are probabilities of classes, in dimension 1.
+    """
+    if not classifies:
+        table = outputs.reshape(len(outputs), -1).tolist()
+        names = [f"output_{k}" for k in range(len(table[0]))]
+        return [{"example": i} | dict(zip(names, row, strict=True)) for i, row in enumerate(table)]
+    probability, label = outputs.max(dim=1)
+    pairs = zip(label.tolist(), probability.tolist(), strict=True)
+    return [{"example": i, "predicted": k, "probability": p} for i, (k, p) in enumerate(pairs)]
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> DescentCLI:
+    """Return the objects of a recipe (`model`, `datamodule`, `trainer`, `history`) without running it.
+
+    Args:
+        path: of the YAML file.
+        overrides: further arguments, as on the command line.
+    """
+    quieten()
+    return DescentCLI(["--config", str(path), *overrides], run=False)
+
+
+def quieten() -> None:
+    """Switch off Lightning's announcements, and the one deprecation warning that it causes in torch 2.13."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    warnings.filterwarnings(
+        "ignore", message=r".*isinstance\(treespec, LeafSpec\).* is deprecated", category=FutureWarning
+    )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one of the commands.
+
+    Args:
+        arguments: of the command line, the command first.
+
+    Returns:
+        The exit status: 0; 1 when training failed; 2 for a mistake in the command; 130 after an interruption.
+    """
+    quieten()
+    try:
+        DescentCLI(_usage.with_saved_config(arguments))
+    except argparse.ArgumentError as error:
+        _say(f"manualprop {arguments[0]}: {_usage.explain(error, _REPLACED)}")
+        return 2
+    except NonFiniteLossError as error:
+        _say(f"manualprop {arguments[0]}: {error}")
+        return 1
+    except UserError as error:
+        _say(f"manualprop {arguments[0]}: {error}")
+        return 2
+    return 0

@@ -1,0 +1,274 @@
+"""Data held in memory, handed to a `DescentModule` in the order and in the portions that its descent asks for.
+
+The loaders are plain iterables over tensors, not torch DataLoaders: nothing is collated example by example, no random
+number is drawn from the global generator (which would keep a resumed run from being bit for bit the same), and
+Lightning does not exchange the sampler for a padded one on several devices.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+from collections.abc import Iterable, Iterator
+from importlib import resources
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from torch import Tensor
+
+from manualprop.descent import Batch, Descent, MiniBatch
+from manualprop.training._errors import InputTypeError, InputValueError
+
+if TYPE_CHECKING:
+    from manualprop.training.module import DescentModule
+
+Examples = tuple[Tensor, Tensor]
+
+# Stochastic descent is handed this many examples at a time and makes one update for each: Lightning's own cost of
+# about 0.4 ms per batch is then paid once per 256 updates.
+CHUNK = 256
+
+
+class Rows(Iterable[Examples]):
+    """Examples in their own order, some at a time.
+
+    Args:
+        examples: inputs and targets.
+        size: examples handed out at once, over all devices.
+        rank: number of this device.
+        devices: among which each portion is divided.
+    """
+
+    def __init__(self, examples: Examples, size: int, rank: int = 0, devices: int = 1) -> None:
+        self.x, self.target = examples
+        self.size, self.rank, self.devices = size, rank, devices
+
+    def __len__(self) -> int:
+        return -(-len(self.x) // self.size)
+
+    def __iter__(self) -> Iterator[Examples]:
+        for rows in torch.arange(len(self.x)).split(self.size):
+            yield self.take(rows)
+
+    def take(self, rows: Tensor) -> Examples:
+        """Return this device's share of some rows; the shares of all devices together are those rows, once."""
+        mine = rows[self.rank :: self.devices].to(self.x.device)
+        return self.x[mine], self.target[mine]
+
+
+class TrainingRows(Rows):
+    """Training examples as the descent of a module asks for them, from where its training stands.
+
+    The order is a function of the seed and the number of updates made, and of nothing else.
+
+    Args:
+        examples: inputs and targets.
+        module: whose descent, seed and `trainer` decide.
+    """
+
+    def __init__(self, examples: Examples, module: DescentModule) -> None:
+        self.module, self.descent = module, module.descent
+        n = len(examples[0])
+        self.updates = self.descent.updates_per_epoch(n)  # refuses a batch_size larger than the data
+        super().__init__(examples, _portion(self.descent, n), module.global_rank, module.trainer.world_size)
+
+    def __iter__(self) -> Iterator[Examples]:
+        # This body runs when the first batch is asked for, after a checkpoint has been restored. What an interrupted
+        # epoch has done already comes as portions without rows, so that their number stays what Lightning counted.
+        epoch, done = divmod(self.module.trainer.global_step, self.updates_per_epoch())
+        skip = 0 if isinstance(self.descent, Batch) else done * self._rows_per_update()
+        for rows in self._portions(epoch):
+            yield self.take(rows[skip:])
+            skip = max(0, skip - len(rows))
+
+    def updates_per_epoch(self) -> int:
+        """Return the number of updates in an epoch, which Trainer(limit_train_batches) may shorten."""
+        if isinstance(self.descent, Batch):
+            return 1
+        limit = int(min(self.module.trainer.num_training_batches, len(self)))
+        return min(self.updates, limit * self.size // self._rows_per_update())
+
+    def _rows_per_update(self) -> int:
+        return self.descent.batch_size if isinstance(self.descent, MiniBatch) else 1
+
+    def _portions(self, epoch: int) -> Iterator[Tensor]:
+        updates = self.descent.updates(len(self.x), seed=self.module.seed, epoch=epoch)
+        yield from torch.cat([rows for pieces in updates for rows in pieces]).split(self.size)
+
+
+def _portion(descent: Descent, n: int) -> int:
+    if isinstance(descent, MiniBatch):
+        return descent.batch_size
+    return (descent.micro_batch_size or n) if isinstance(descent, Batch) else CHUNK
+
+
+class TensorDataModule(LightningDataModule):
+    """Your own tensors for training, validation, test and prediction with a `DescentModule`.
+
+    Args:
+        train: (inputs, targets), one example per row.
+        val: the same for validation; optional.
+        test: the same for the final test and for prediction; optional.
+        evaluation_batch_size: examples evaluated at once outside of training, at least 1.
+
+    Raises:
+        ValueError: for an empty set, or inputs and targets of different lengths.
+        TypeError: for inputs that are not floating point tensors.
+    """
+
+    def __init__(
+        self,
+        train: Examples,
+        val: Examples | None = None,
+        test: Examples | None = None,
+        evaluation_batch_size: int = 1024,
+    ) -> None:
+        super().__init__()
+        if evaluation_batch_size < 1:
+            raise InputValueError(
+                "TensorDataModule: evaluation_batch_size must be a positive integer. Got "
+                f"evaluation_batch_size={evaluation_batch_size}."
+            )
+        for split, examples in (("train", train), ("val", val), ("test", test)):
+            if examples is not None:
+                _check_examples(split, examples)
+        self.train, self.val, self.test = train, val, test
+        self.evaluation_batch_size = evaluation_batch_size
+
+    def train_dataloader(self) -> TrainingRows:
+        """Return the training examples as the descent of the module under training asks for them."""
+        return TrainingRows(self.train, _descent_module(self.trainer))
+
+    def val_dataloader(self) -> Iterable[Examples]:
+        """Return the validation examples."""
+        return self._rows(self.val)
+
+    def test_dataloader(self) -> Iterable[Examples]:
+        """Return the test examples."""
+        return self._rows(self.test)
+
+    def predict_dataloader(self) -> Iterable[Examples]:
+        """Return the test examples; predictions are made from their inputs."""
+        return self._rows(self.test)
+
+    def _rows(self, examples: Examples | None) -> Iterable[Examples]:
+        if examples is None:
+            return []
+        trainer = self.trainer
+        rank, devices = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        return Rows(examples, self.evaluation_batch_size, rank, devices)
+
+
+def _descent_module(trainer: Trainer | None) -> DescentModule:
+    from manualprop.training.module import DescentModule
+
+    module = trainer.lightning_module if trainer is not None else None
+    if not isinstance(module, DescentModule):
+        raise InputTypeError(
+            "TensorDataModule: the order of the examples is the descent's, so the module under training must be a "
+            f"manualprop.training.DescentModule. Got {type(module).__name__}."
+        )
+    return module
+
+
+def _check_examples(split: str, examples: Examples) -> None:
+    x, target = examples
+    if len(x) == 0:
+        raise InputValueError(
+            f"TensorDataModule: {split} must hold at least one example. Got inputs of shape {tuple(x.shape)}; check "
+            "the file and the selection that they come from."
+        )
+    if len(x) != len(target):
+        raise InputValueError(
+            f"TensorDataModule: {split} must hold one target per input. Got {len(x)} inputs and {len(target)} targets."
+        )
+    if not x.is_floating_point():
+        raise InputTypeError(
+            f"TensorDataModule: the inputs of {split} must be floating point. Got dtype={x.dtype}; convert them, for "
+            "example with x.float() / x.max()."
+        )
+
+
+class DigitsDataModule(TensorDataModule):
+    """The UCI handwritten digits: 1,797 images of 8 x 8 pixels, ten classes, held in this package.
+
+    Split once and for all, with the same share of every class in each part: 1,297 examples to train, 200 to validate
+    and 300 to test.
+
+    Args:
+        standardise: shift and scale by the mean and the deviation of all training pixels (else pixels lie in [0, 1]).
+        split_seed: of the division; results are comparable only between runs that share it.
+        evaluation_batch_size: examples evaluated at once outside of training, at least 1.
+    """
+
+    def __init__(
+        self, standardise: bool = False, split_seed: int = 0, evaluation_batch_size: int = 1024
+    ) -> None:
+        x, label = load_digits()
+        held_out = _stratified(label, 500, split_seed)
+        test = held_out[_stratified(label[held_out], 300, split_seed)]
+        train, val = _without(torch.arange(len(x)), held_out), _without(held_out, test)
+        if standardise:
+            x = (x - x[train].mean()) / x[train].std()
+        parts = [(x[rows], label[rows]) for rows in (train, val, test)]
+        super().__init__(*parts, evaluation_batch_size=evaluation_batch_size)
+
+
+def load_digits() -> Examples:
+    """Return all 1,797 digits: pixels in [0, 1] of shape (1797, 64), and labels 0 to 9 of shape (1797,)."""
+    packed = resources.files("manualprop.training").joinpath("data", "digits.gz").read_bytes()
+    table = torch.frombuffer(bytearray(gzip.decompress(packed)), dtype=torch.uint8).view(-1, 65)
+    return table[:, :64].float() / 16, table[:, 64].long()
+
+
+def _stratified(label: Tensor, count: int, seed: int) -> Tensor:
+    # Order the examples by their rank within their class, each class in a random order of its own, ties in a random
+    # order too: the first `count` then hold every class in proportion, to within one example.
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(label), generator=generator)
+    place = torch.empty(len(label))
+    for value in label.unique():
+        rows = order[label[order] == value]
+        place[rows] = torch.arange(len(rows)) / len(rows)
+    return order[torch.argsort(place[order], stable=True)][:count].sort().values
+
+
+def _without(rows: Tensor, removed: Tensor) -> Tensor:
+    return rows[~torch.isin(rows, removed)]
+
+
+class LinearRegressionDataModule(TensorDataModule):
+    """Generated data for linear regression: y = X w + b + noise, with standard normal X, w, b and noise.
+
+    Args:
+        examples: to train on, at least 1; a quarter as many, at least one, validate, and as many test.
+        features: columns of X, at least 1.
+        noise: standard deviation of the noise, at least 0.
+        data_seed: of the data.
+        evaluation_batch_size: examples evaluated at once outside of training, at least 1.
+
+    Raises:
+        ValueError: for sizes or a noise out of these.
+    """
+
+    def __init__(
+        self,
+        examples: int = 256,
+        features: int = 8,
+        noise: float = 0.1,
+        data_seed: int = 0,
+        evaluation_batch_size: int = 1024,
+    ) -> None:
+        if examples < 1 or features < 1 or noise < 0:
+            raise InputValueError(
+                "LinearRegressionDataModule: examples and features must be at least 1 and noise at least 0. Got "
+                f"examples={examples}, features={features}, noise={noise}."
+            )
+        generator = torch.Generator().manual_seed(data_seed)
+        draw = functools.partial(torch.randn, generator=generator)
+        held_out = max(1, examples // 4)
+        x, w, b = draw(examples + 2 * held_out, features), draw(features, 1), draw(1)
+        y = x @ w + b + noise * draw(len(x), 1)
+        parts = zip(*(t.split([examples, held_out, held_out]) for t in (x, y)), strict=True)
+        super().__init__(*parts, evaluation_batch_size=evaluation_batch_size)

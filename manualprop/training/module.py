@@ -1,0 +1,318 @@
+"""`DescentModule`: any model, any loss and one of the three descents, under Lightning.
+
+Optimisation is manual in Lightning's sense, because one `training_step` is not one update: stochastic descent makes
+an update for each example of the portion it is handed, and batch descent one for all the portions of an epoch. The
+optimizer keeps Lightning's wrapper, which counts the updates: `trainer.global_step` is their number.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from manualprop.descent import (
+    Batch,
+    Descent,
+    Stochastic,
+    check_splittable,
+    finish_gradient,
+    is_sum,
+    sum_and_denominator,
+)
+from manualprop.training._errors import InputTypeError, InputValueError, NonFiniteLossError
+
+Examples = tuple[Tensor, Tensor]
+
+
+class DescentModule(LightningModule):
+    """Train a model on a loss by batch, stochastic or mini-batch descent.
+
+    A training step is handed (inputs, targets): with `MiniBatch` the examples of one update, with `Stochastic` any
+    number of examples, with `Batch` one piece of the training set. `TensorDataModule` hands them out so.
+
+    Args:
+        model: called on the inputs.
+        loss: called on (output, target); returns one number.
+        descent: which examples an update sees, and the update.
+        seed: of the order of the examples.
+
+    Raises:
+        TypeError: when the descent must split the loss and it cannot be split exactly.
+        ValueError: for a model or a loss that the descent cannot train as its formula says.
+    """
+
+    def __init__(self, model: nn.Module, loss: nn.Module, descent: Descent, seed: int = 0) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model, self.loss, self.descent, self.seed = model, loss, descent, seed
+        _check_loss(model, loss, descent)
+        self._first_linear = _first_linear(model)
+        self._sum = self._divisor = 0.0
+        self._restored_random_state: dict[str, Any] | None = None
+        self.last_loss = math.nan
+        self.classifies = isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss)
+        self.metrics = nn.ModuleDict({stage: self._make_metrics() for stage in ("train_", "val_", "test_")})
+
+    def _make_metrics(self) -> nn.ModuleDict:
+        metrics: dict[str, Metric] = {"loss": MeanMetric()}
+        if self.classifies:
+            metrics["accuracy"] = MulticlassAccuracy(average="micro", ignore_index=self._ignored())
+        return nn.ModuleDict(metrics)
+
+    def _ignored(self) -> int:
+        ignored = self.loss.ignore_index
+        assert isinstance(ignored, int)
+        return ignored
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the model's output."""
+        output = self.model(x)
+        assert isinstance(output, Tensor)
+        return output
+
+    # --- training -----------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """Make the updates that a portion of the training set is good for."""
+        x, target = _examples(batch)
+        if len(x) == 0 and self.trainer.world_size == 1:
+            return  # made before a resumed run was interrupted
+        self._check_inputs(x)
+        outputs = self._train_on(x, target)
+        self._update_metrics("train_", outputs, target[: len(outputs)])
+        if self._updates_left() == 0:
+            self.trainer.should_stop = True  # Lightning looks at max_steps between portions, and must still validate
+
+    def _train_on(self, x: Tensor, target: Tensor) -> Tensor:
+        if isinstance(self.descent, Batch) or self.trainer.world_size > 1:
+            return self._piece(x, target)
+        size = 1 if isinstance(self.descent, Stochastic) else len(x)
+        outputs = []
+        for xs, ts in zip(x.split(size), target.split(size), strict=True):
+            if self._updates_left() == 0:
+                break
+            outputs.append(self._update(xs, ts))
+        return torch.cat(outputs)
+
+    def _update(self, x: Tensor, target: Tensor) -> Tensor:
+        optimizer = self._optimizer()
+        optimizer.zero_grad()
+        output = self.model(x)
+        loss = self.loss(output, target)
+        self.last_loss = self._finite(loss.item())
+        self.manual_backward(loss)
+        self._step(optimizer)
+        return output.detach()
+
+    def _piece(self, x: Tensor, target: Tensor) -> Tensor:
+        """Add the gradient of a piece; with the last piece of the update, divide and step."""
+        output = self.model(x)
+        total, divisor = sum_and_denominator(self.loss, output, target)
+        self.manual_backward(total)
+        self._sum, self._divisor = self._sum + total.item(), self._divisor + divisor
+        if not isinstance(self.descent, Batch) or self.trainer.is_last_batch:
+            self._finish_pieces(self._optimizer())
+        return output.detach()
+
+    def _finish_pieces(self, optimizer: LightningOptimizer) -> None:
+        sums = torch.tensor([self._sum, self._divisor], dtype=torch.float64, device=self.device)
+        sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        devices = self.trainer.world_size
+        for parameter in self.parameters() if devices > 1 else ():
+            if parameter.grad is not None:
+                parameter.grad.mul_(devices)  # the strategy averaged where the pieces must add up
+        loss = finish_gradient(self.parameters(), self.loss, *sums.tolist())
+        self._sum = self._divisor = 0.0
+        self.last_loss = self._finite(loss)
+        self._step(optimizer)
+        optimizer.zero_grad()
+
+    def _step(self, optimizer: LightningOptimizer) -> None:
+        self.descent.clip_gradients(self.parameters())
+        optimizer.step()
+        if self.descent.lr_scheduler is not None and self.descent.lr_scheduler_interval == "update":
+            self.lr_schedulers().step()  # type: ignore[union-attr,call-arg]
+
+    def _optimizer(self) -> LightningOptimizer:
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        return optimizer
+
+    def _updates_left(self) -> int:
+        limit = self.trainer.max_steps
+        return -1 if limit == -1 else max(0, limit - self.trainer.global_step)
+
+    def _finite(self, loss: float) -> float:
+        if math.isfinite(loss):
+            return loss
+        rate = self._optimizer().param_groups[0]["lr"]
+        checkpoint = getattr(self.trainer.checkpoint_callback, "last_model_path", "") or "none was written yet"
+        raise NonFiniteLossError(
+            f"The loss must stay finite. Got loss={loss} at update {self.trainer.global_step + 1} (epoch "
+            f"{self.trainer.current_epoch + 1}) with learning rate {rate:g}; this update was not made. Try a learning "
+            f"rate of {rate / 10:g} or clip_gradient_norm=1.0, and look for nan or huge values in the data. Last good "
+            f"checkpoint: {checkpoint}."
+        )
+
+    def on_train_epoch_end(self) -> None:
+        """Move the learning rate schedule on where it counts epochs."""
+        if self.descent.lr_scheduler is None or self.descent.lr_scheduler_interval == "update":
+            return
+        scheduler = self.lr_schedulers()
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step()  # type: ignore[union-attr,call-arg]
+            return
+        known, watched = self.trainer.callback_metrics, self.descent.lr_scheduler_monitor
+        if watched not in known:
+            raise InputValueError(
+                "DescentModule: ReduceLROnPlateau watches a value logged in every epoch. Got lr_scheduler_monitor="
+                f"{watched!r}; choose one of {', '.join(sorted(known))}."
+            )
+        scheduler.step(known[watched])
+
+    def configure_optimizers(self) -> Any:
+        """Return the descent's optimizer, and its learning rate schedule if it has one."""
+        optimizer: Optimizer = self.descent.make_optimizer(self.parameters())
+        scheduler = self.descent.make_lr_scheduler(optimizer)
+        return optimizer if scheduler is None else ([optimizer], [scheduler])
+
+    # --- evaluation ---------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Add examples to the validation metrics."""
+        self._evaluate("val_", batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Add examples to the test metrics."""
+        self._evaluate("test_", batch)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the model's output: for a cross-entropy loss, the probability of every class."""
+        x = _examples(batch)[0] if isinstance(batch, list | tuple) else batch
+        self._check_inputs(x)
+        output = self(x)
+        if isinstance(self.loss, nn.NLLLoss):
+            return torch.exp(output)
+        return torch.softmax(output, dim=1) if self.classifies else output
+
+    def _evaluate(self, stage: str, batch: Any) -> None:
+        x, target = _examples(batch)
+        self._check_inputs(x)
+        self._update_metrics(stage, self(x), target)
+
+    def _update_metrics(self, stage: str, output: Tensor, target: Tensor) -> None:
+        """Add to the metrics, which Lightning reads and resets at the end of the epoch."""
+        metrics: Any = self.metrics[stage]
+        if len(output):
+            mean, weight = self._mean_and_weight(output, target)
+            metrics["loss"].update(mean, weight)
+            if self.classifies:
+                labels = target.argmax(dim=1) if target.is_floating_point() else target
+                metrics["accuracy"].update(output, labels)
+        bar = {"on_step": False, "on_epoch": True, "prog_bar": True, "batch_size": max(1, len(output))}
+        self.log_dict({stage + name: metric for name, metric in metrics.items()}, **bar)
+
+    def _mean_and_weight(self, output: Tensor, target: Tensor) -> tuple[Tensor, float]:
+        """Return the loss per example and its weight in the mean over all examples."""
+        with torch.no_grad():
+            try:
+                total, divisor = sum_and_denominator(self.loss, output, target)
+            except TypeError:  # an unknown loss, which is taken as a mean over examples
+                return self.loss(output, target), float(len(output))
+        return (total / divisor, divisor) if divisor else (total, 0.0)
+
+    # --- checks, and what a checkpoint holds ----------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Refuse what would train silently wrong on several devices."""
+        devices = self.trainer.world_size
+        if devices == 1:
+            return
+        if isinstance(self.descent, Stochastic):
+            raise InputValueError(
+                f"Stochastic: an update sees one example, so one device trains. Got {devices} devices; set "
+                "Trainer(devices=1), or use MiniBatch."
+            )
+        check_splittable(self.loss, self.model)
+
+    def _check_inputs(self, x: Tensor) -> None:
+        if self._first_linear is None:
+            return
+        if not x.is_floating_point():
+            raise InputTypeError(
+                f"DescentModule: the inputs of a Linear layer must be floating point. Got dtype={x.dtype}; convert "
+                "them, for example with x.float()."
+            )
+        if x.shape[-1] != self._first_linear.in_features:
+            raise InputValueError(
+                f"DescentModule: the model takes {self._first_linear.in_features} features per example. Got inputs of "
+                f"shape {tuple(x.shape)}; change the first size of the model to {x.shape[-1]}, or the data."
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the state of the random number generators, so that dropout goes on as it would have."""
+        checkpoint["random_state"] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+        if torch.cuda.is_available():
+            checkpoint["random_state"]["cuda"] = torch.cuda.get_rng_state_all()
+        checkpoint["epoch_unfinished"] = self._epoch_unfinished()
+
+    def _epoch_unfinished(self) -> bool:
+        loader = getattr(self.trainer, "train_dataloader", None)
+        return hasattr(loader, "updates_per_epoch") and self.trainer.global_step % loader.updates_per_epoch() != 0
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the random number generators, and an epoch that max_steps cut short."""
+        self._restored_random_state = checkpoint.get("random_state")
+        if checkpoint.get("epoch_unfinished"):  # Lightning counted it as whole
+            for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+                for name in counts:
+                    counts[name] -= name != "completed"
+
+    def on_train_start(self) -> None:
+        """Set the random number generators after everything that draws from them at the start."""
+        state, self._restored_random_state = self._restored_random_state, None
+        if state is None:
+            return
+        torch.set_rng_state(state["torch"])
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _check_loss(model: nn.Module, loss: nn.Module, descent: Descent) -> None:
+    if isinstance(descent, Batch) and descent.micro_batch_size is not None:
+        check_splittable(loss, model)
+    if getattr(loss, "reduction", None) == "none":
+        raise ValueError("DescentModule: the loss must be one number. Got reduction='none'; use 'mean' or 'sum'.")
+    weighted = isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and loss.weight is not None
+    if isinstance(descent, Stochastic) and weighted and not is_sum(loss):
+        raise ValueError(
+            "Stochastic: class weights cancel in the mean over one example, so they would have no effect. Got a loss "
+            "with weight and reduction='mean'; use reduction='sum', which is the weighted loss of that example."
+        )
+
+
+def _first_linear(model: nn.Module) -> nn.Linear | None:
+    while isinstance(model, nn.Sequential) and len(model):
+        model = model[0]
+    return model if isinstance(model, nn.Linear) else None
+
+
+def _examples(batch: Any) -> Examples:
+    if isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
+        return batch[0], batch[1]
+    raise InputTypeError(
+        f"DescentModule: a batch must be a pair of tensors (inputs, targets). Got {type(batch).__name__}; hand your "
+        "data over through TensorDataModule, or make your data loader return such pairs."
+    )

@@ -284,7 +284,8 @@ def latest(lines: list[str]) -> str:
     """The last thing that pip says it is doing, cut to its gist; "" if it says nothing of the kind."""
     for line in reversed(lines):
         if "Installing collected packages" in line:
-            return f"unpacking {line.count(',') + 1} packages"
+            count = line.count(",") + 1
+            return f"unpacking {count} package{'s' * (count > 1)}"
         match = re.match(
             r"\s*(Collecting|Downloading|Using cached) (?:\S*/)?([^-\s]+)(?:-([\d.]+))?.*?(\(.*B\))?$", line
         )

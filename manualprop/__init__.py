@@ -1,0 +1,33 @@
+"""Hand-derived backpropagation for PyTorch: drop-in layers whose gradients were worked out on paper."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from manualprop import descent as descent
+    from manualprop import functional as functional
+    from manualprop import functions as functions
+    from manualprop import nn as nn
+    from manualprop._swap import swap as swap
+    from manualprop._swap import unswap as unswap
+
+_MODULES = ("descent", "functional", "functions", "nn")
+_NAMES = {"swap": "manualprop._swap", "unswap": "manualprop._swap"}
+
+__all__ = ["__version__", *_MODULES, *_NAMES]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use (PEP 562): the command line and the pytest plugin answer without torch."""
+    if name in _MODULES:
+        return importlib.import_module(f"manualprop.{name}")
+    if name in _NAMES:
+        value = globals()[name] = getattr(importlib.import_module(_NAMES[name]), name)
+        return value
+    raise AttributeError(f"module 'manualprop' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

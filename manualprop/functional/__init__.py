@@ -1,0 +1,33 @@
+"""Hand-derived functions with the names, signatures and defaults of :mod:`torch.nn.functional`.
+
+Each function checks its arguments, applies a rule of :mod:`manualprop.functions`, and reduces or writes back
+what came out.  What torch raises for the same misuse is raised here, by torch's own forward where there is one.
+"""
+
+from manualprop.functional.activation import celu as celu
+from manualprop.functional.activation import elu as elu
+from manualprop.functional.activation import gelu as gelu
+from manualprop.functional.activation import hardshrink as hardshrink
+from manualprop.functional.activation import hardsigmoid as hardsigmoid
+from manualprop.functional.activation import hardswish as hardswish
+from manualprop.functional.activation import hardtanh as hardtanh
+from manualprop.functional.activation import leaky_relu as leaky_relu
+from manualprop.functional.activation import log_softmax as log_softmax
+from manualprop.functional.activation import logsigmoid as logsigmoid
+from manualprop.functional.activation import mish as mish
+from manualprop.functional.activation import relu as relu
+from manualprop.functional.activation import relu6 as relu6
+from manualprop.functional.activation import selu as selu
+from manualprop.functional.activation import sigmoid as sigmoid
+from manualprop.functional.activation import silu as silu
+from manualprop.functional.activation import softmax as softmax
+from manualprop.functional.activation import softmin as softmin
+from manualprop.functional.activation import softplus as softplus
+from manualprop.functional.activation import softshrink as softshrink
+from manualprop.functional.activation import softsign as softsign
+from manualprop.functional.activation import tanh as tanh
+from manualprop.functional.activation import tanhshrink as tanhshrink
+from manualprop.functional.activation import threshold as threshold
+from manualprop.functional.linear import linear as linear
+from manualprop.functional.loss import cross_entropy as cross_entropy
+from manualprop.functional.loss import mse_loss as mse_loss

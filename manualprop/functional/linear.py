@@ -1,0 +1,38 @@
+"""Linear maps with the names, signatures and defaults of :mod:`torch.nn.functional`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manualprop import functions as rules
+from manualprop.functional._checks import refuse_complex
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Like :func:`torch.nn.functional.linear`, by :class:`manualprop.functions.Linear`.
+
+    Shape:
+        ``input`` (..., I), ``weight`` (O, I) or (I,), ``bias`` (O,) or None -> (..., O) or (...)
+    """
+    refuse_complex("linear", input, weight)
+    if weight.dim() == 1:  # torch takes a weight of one row without its axis
+        return linear(input, weight.unsqueeze(0), bias).squeeze(-1)
+    input, weight, bias = _autocast_low(input, weight, bias)
+    output: Tensor = rules.Linear.apply(input, weight, bias)
+    return output
+
+
+def _autocast_low(*tensors: Any) -> Any:
+    """The tensors as autocast hands them to a matrix product.
+
+    Cast outside of the rule: inside, its backward would meet half-precision gradients and float32 weights.
+    """
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    low = torch.get_autocast_dtype(device)
+    eligible = (torch.float32, torch.float16, torch.bfloat16)
+    return tuple(t.to(low) if t is not None and t.dtype in eligible else t for t in tensors)

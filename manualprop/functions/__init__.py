@@ -1,0 +1,34 @@
+"""The mathematics: one hand-derived :class:`torch.autograd.Function` for each function, by family."""
+
+from manualprop.functions._elementwise import Elementwise as Elementwise
+from manualprop.functions._rule import Rule as Rule
+from manualprop.functions.activation import CELU as CELU
+from manualprop.functions.activation import ELU as ELU
+from manualprop.functions.activation import GELU as GELU
+from manualprop.functions.activation import SELU as SELU
+from manualprop.functions.activation import ELUFromInput as ELUFromInput
+from manualprop.functions.activation import GELUTanh as GELUTanh
+from manualprop.functions.activation import Hardshrink as Hardshrink
+from manualprop.functions.activation import Hardsigmoid as Hardsigmoid
+from manualprop.functions.activation import Hardswish as Hardswish
+from manualprop.functions.activation import Hardtanh as Hardtanh
+from manualprop.functions.activation import LeakyReLU as LeakyReLU
+from manualprop.functions.activation import LeakyReLUFromInput as LeakyReLUFromInput
+from manualprop.functions.activation import LogSigmoid as LogSigmoid
+from manualprop.functions.activation import Mish as Mish
+from manualprop.functions.activation import ReLU as ReLU
+from manualprop.functions.activation import ReLU6 as ReLU6
+from manualprop.functions.activation import Sigmoid as Sigmoid
+from manualprop.functions.activation import SiLU as SiLU
+from manualprop.functions.activation import Softplus as Softplus
+from manualprop.functions.activation import Softshrink as Softshrink
+from manualprop.functions.activation import Softsign as Softsign
+from manualprop.functions.activation import Tanh as Tanh
+from manualprop.functions.activation import Tanhshrink as Tanhshrink
+from manualprop.functions.activation import Threshold as Threshold
+from manualprop.functions.linear import Linear as Linear
+from manualprop.functions.loss import MSE as MSE
+from manualprop.functions.loss import CrossEntropy as CrossEntropy
+from manualprop.functions.loss import SoftCrossEntropy as SoftCrossEntropy
+from manualprop.functions.softmax import LogSoftmax as LogSoftmax
+from manualprop.functions.softmax import Softmax as Softmax

@@ -1,0 +1,133 @@
+"""The chain rule for an elementwise function ``y = f(x)``, stated once.
+
+Every activation in :mod:`manualprop.functions.activation` is a class with three formulas; this module turns
+them into a :class:`torch.autograd.Function`.
+
+Symbols
+    x   input                       g   dL/dy, the gradient that arrives
+    y   output, f(x)                t   tangent of x (forward mode)
+    s   the saved tensor, x or y    v   dL/d(dx), the gradient of the gradient
+    p   parameters: Python numbers, never differentiated
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from manualprop.functions._rule import HALF, Rule, in_full_precision, plain_eager, times
+
+
+class Elementwise(Rule):
+    """Base of all rules ``y = f(x)``.  A subclass states the mathematics and nothing else.
+
+    - ``f(x, *p)``    the function.
+    - ``df(s, *p)``   f'(x), written in the saved tensor ``s``; a fresh tensor, which may be overwritten.
+    - ``ddf(s, *p)``  d df / d s; hence f''(x) is ``ddf`` if ``s`` is x, and ``ddf * df`` if ``s`` is y.
+      Left out where f is piecewise linear: then f'' = 0.
+    - ``saves``       what ``s`` is: ``"input"`` or ``"output"``.
+
+    ``f`` and ``df`` always run without recording, so they may work in place on tensors they made themselves.
+    ``ddf`` is recorded when a third derivative is asked for, so it may not.
+    """
+
+    saves: ClassVar[Literal["input", "output"]] = "input"
+    f: ClassVar[Callable[..., Tensor]]
+    df: ClassVar[Callable[..., Tensor]]
+    ddf: ClassVar[Callable[..., Tensor] | None] = None
+    exact_slope: ClassVar[bool] = False  # slopes 0 and 1 need no float32 detour in half precision
+    chain: ClassVar[type["Chain"]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        f, saves_output = cls.f, cls.saves == "output"
+        cls.chain = chain = _chain(cls)
+
+        def forward(x: Tensor, *p: float) -> Tensor:
+            return f(x, *p)
+
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            x, *ctx.p = inputs
+            s = output if saves_output else x
+            ctx.save_for_backward(s)
+            ctx.save_for_forward(s)
+
+        def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+            (s,) = ctx.saved_tensors
+            # Only when somebody will differentiate this gradient is the product itself recorded.
+            product = chain.apply if torch.is_grad_enabled() else chain.product
+            return product(g, s, *ctx.p), *(None for _ in ctx.p)
+
+        def jvp(ctx: Any, t: Tensor, *_: None) -> Tensor:
+            (s,) = ctx.saved_tensors
+            tangent: Tensor = chain.apply(t, s, *ctx.p)
+            return tangent
+
+        # Closures of plain functions, not classmethods: compiled autograd cannot trace those.
+        for method in (forward, setup_context, backward, jvp):
+            setattr(cls, method.__name__, staticmethod(method))
+
+
+def indicator(compare: Callable[..., Tensor], s: Tensor, bound: float) -> Tensor:
+    """1 where ``compare(s, bound)`` holds, else 0, in the dtype of ``s``.
+
+    ATen compares a whole vector at a time only into a tensor of the same dtype: by way of booleans, a ReLU's
+    backward takes 4 to 7 times as long.  ``vmap`` has no rule for ``out=``.
+    """
+    if plain_eager():
+        return compare(s, bound, out=torch.empty_like(s))
+    return compare(s, bound).to(s.dtype)
+
+
+class Chain(Rule):
+    """``dx = g * df(s)``: linear in ``g``, with slope ``g * ddf(s)`` in ``s``.  One subclass for each rule."""
+
+    product: ClassVar[Callable[..., Tensor]]
+
+
+def _chain(rule: type[Elementwise]) -> type[Chain]:
+    df, ddf, exact_slope = rule.df, rule.ddf, rule.exact_slope
+
+    def product(g: Tensor, s: Tensor, *p: float) -> Tensor:
+        if s.dtype in HALF and not exact_slope:
+            return (g.float() * df(s.float(), *p)).to(g.dtype)
+        return times(df(s, *p), g)
+
+    def curvature(g: Tensor, s: Tensor, t: Tensor, *p: float) -> Tensor:
+        if ddf is None:
+            return torch.zeros_like(s)
+        full = in_full_precision
+        return (full(g) * full(t) * ddf(full(s), *p)).to(s.dtype)
+
+    def forward(g: Tensor, s: Tensor, *p: float) -> Tensor:
+        return product(g, s, *p)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        g, s, *ctx.p = inputs
+        ctx.save_for_backward(g, s)
+        ctx.save_for_forward(g, s)
+
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        g, s = ctx.saved_tensors
+        needs_g, needs_s, *_ = ctx.needs_input_grad
+        dg = cls.apply(v, s, *ctx.p) if needs_g else None
+        ds = curvature(g, s, v, *ctx.p) if needs_s else None
+        return dg, ds, *(None for _ in ctx.p)
+
+    def jvp(ctx: Any, dg: Tensor | None, ds: Tensor | None, *_: None) -> Tensor:
+        g, s = ctx.saved_tensors
+        terms = (
+            None if dg is None else cls.apply(dg, s, *ctx.p),
+            None if ds is None else curvature(g, s, ds, *ctx.p),
+        )
+        first, *rest = (term for term in terms if term is not None)
+        return sum(rest, first)
+
+    methods = (product, forward, setup_context, backward, jvp)
+    cls: type[Chain] = type(
+        f"{rule.__name__}Chain",
+        (Chain,),
+        {method.__name__: staticmethod(method) for method in methods} | {"__module__": rule.__module__},
+    )
+    return cls

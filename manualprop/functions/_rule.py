@@ -1,0 +1,106 @@
+"""What every hand-derived rule shares: how it is applied, and how the compiler is told to keep it."""
+
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
+from torch.autograd import Function
+
+HALF = frozenset({torch.float16, torch.bfloat16})
+
+
+def transforms_active() -> bool:
+    """Whether a ``torch.func`` transform (vmap, grad, jvp, ...) encloses this call."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def plain_eager() -> bool:
+    """Whether neither a ``torch.func`` transform nor the compiler watches, which both refuse some in-place forms."""
+    return not (torch.compiler.is_compiling() or transforms_active())
+
+
+def times(fresh: Tensor, other: Tensor) -> Tensor:
+    """``fresh * other``, written into ``fresh`` unless ``vmap`` may have batched ``other`` alone."""
+    if plain_eager() and not is_legacy_batchedtensor(other):
+        return fresh.mul_(other)
+    return fresh * other
+
+
+def in_full_precision(x: Tensor) -> Tensor:
+    """``x``, or its float32 copy where ``x`` is half precision: a formula then rounds once, not at each step."""
+    return x.float() if x.dtype in HALF else x
+
+
+class Rule(Function):
+    """Base of every hand-derived rule: a :class:`torch.autograd.Function` that no transform bypasses.
+
+    A subclass states ``forward``, ``setup_context``, ``backward`` and ``jvp``, written in ordinary tensor
+    arithmetic; batching (``vmap``) follows from these, and :func:`torch.compile` keeps them.
+    """
+
+    generate_vmap_rule = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _register(cls)
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """Apply the rule, recording it for differentiation.
+
+        ``Function.apply`` binds the arguments to forward's signature on every call, 12 of its 17 us.  Rules
+        are called with every argument in place, so outside of transforms that step is skipped.
+        """
+        if transforms_active():
+            return super().apply(*args)
+        args = tuple(unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in args)
+        return super(Function, cls).apply(*args)  # type: ignore[misc]
+
+
+# ----- torch.compile -----
+#
+# Without ``torch.compiler.allow_in_graph``, Dynamo refuses a Function that has a ``jvp`` and, worse, under
+# ``torch.compile(torch.func.grad(...))`` silently differentiates the forward instead of running the hand rule
+# (pytorch/pytorch#192985, #193279).  The registration needs ``torch._dynamo``, whose import costs about 2 s
+# and 70 MB; so a rule made before anybody needed the compiler waits, and is registered when Dynamo is imported.
+
+_waiting: list[type[Rule]] = []
+
+
+def _register(cls: type[Rule]) -> None:
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.allow_in_graph(cls)
+    else:
+        _waiting.append(cls)
+
+
+class _AfterDynamo(importlib.abc.MetaPathFinder):
+    """Registers the waiting rules as soon as ``torch._dynamo`` has been imported, by whomever."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != "torch._dynamo":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def load_then_register(module: ModuleType) -> None:
+                load(module)
+                sys.meta_path.remove(self)
+                while _waiting:
+                    _register(_waiting.pop())
+
+            spec.loader.exec_module = load_then_register  # type: ignore[method-assign]
+        return spec
+
+
+if "torch._dynamo" not in sys.modules:
+    sys.meta_path.insert(0, _AfterDynamo())

@@ -1,0 +1,733 @@
+r"""Hand-derived rules of the elementwise activations $y = f(x)$.  One class for each.
+
+Read a class from top to bottom: definition, derivation, choice at the kinks, what is kept in memory, where
+it loses accuracy, then the same formulas as code.  The plumbing is in ``_elementwise.py``.
+
+Symbols
+    x   input                 s   the logistic sigmoid of x, where a rule needs it
+    y   output                1[...]   1 where the condition holds, else 0
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from manualprop.functions._elementwise import Elementwise, indicator
+
+# ----- piecewise linear: the second derivative is 0 -----
+
+
+class ReLU(Elementwise):
+    r"""$y = \max(x, 0)$
+
+    Derivation
+        y' = 1 for x > 0, else 0                    piecewise linear
+           = 1[y /= 0]                              since y = x > 0, or y = 0
+    Kinks
+        y'(0) = 0, as in PyTorch: the subgradient with the least norm.
+    Memory
+        y, which the next layer keeps anyway.
+    Accuracy
+        Exact.
+    """
+
+    saves = "output"
+    exact_slope = True
+
+    @staticmethod
+    def f(x: Tensor) -> Tensor:
+        return torch.relu(x)
+
+    @staticmethod
+    def df(y: Tensor) -> Tensor:
+        return indicator(torch.ne, y, 0)
+
+
+class ReLU6(Elementwise):
+    r"""$y = \min(\max(x, 0), 6)$
+
+    Derivation
+        y' = 1 for 0 < x < 6, else 0                piecewise linear
+           = 1[y /= 0] 1[y /= 6]                    since y = x strictly between, else y = 0 or y = 6
+    Kinks
+        y'(0) = y'(6) = 0, as in PyTorch.
+    Memory
+        y, which the next layer keeps anyway.
+    Accuracy
+        Exact.
+    """
+
+    saves = "output"
+    exact_slope = True
+
+    @staticmethod
+    def f(x: Tensor) -> Tensor:
+        return F.relu6(x)
+
+    @staticmethod
+    def df(y: Tensor) -> Tensor:
+        return indicator(torch.ne, y, 0).mul_(indicator(torch.ne, y, 6))
+
+
+class Hardtanh(Elementwise):
+    r"""$y = \min(\max(x, a), b)$ with bounds $a \le b$
+
+    Derivation
+        y' = 1 for a < x < b, else 0                piecewise linear
+           = 1[y /= a] 1[y /= b]                    since y = x strictly between, else y = a or y = b
+    Kinks
+        y'(a) = y'(b) = 0, as in PyTorch.
+    Memory
+        y, which the next layer keeps anyway.
+    Accuracy
+        Exact, but for an x that half precision cannot tell from a bound: it counts as the bound.
+    """
+
+    saves = "output"
+    exact_slope = True
+
+    @staticmethod
+    def f(x: Tensor, a: float, b: float) -> Tensor:
+        return F.hardtanh(x, a, b)
+
+    @staticmethod
+    def df(y: Tensor, a: float, b: float) -> Tensor:
+        return indicator(torch.ne, y, a).mul_(indicator(torch.ne, y, b))
+
+
+class LeakyReLU(Elementwise):
+    r"""$y = x$ for $x > 0$, else $a x$, with a slope $a \ge 0$
+
+    Derivation
+        y' = 1 for x > 0, else a                    piecewise linear
+           = a + (1 - a) 1[y > 0]                   y > 0 exactly where x > 0, because a >= 0
+    Kinks
+        y'(0) = a, as in PyTorch.
+    Memory
+        y, which the next layer keeps anyway.
+    Accuracy
+        Exact for a <= 2; beyond, a + (1 - a) is 1 to a relative eps a.
+    """
+
+    saves = "output"
+
+    @staticmethod
+    def f(x: Tensor, a: float) -> Tensor:
+        return F.leaky_relu(x, a)
+
+    @staticmethod
+    def df(y: Tensor, a: float) -> Tensor:
+        return indicator(torch.gt, y, 0).mul_(1 - a).add_(a)
+
+
+class LeakyReLUFromInput(Elementwise):
+    r"""$y = x$ for $x > 0$, else $a x$, with any slope $a$
+
+    Derivation
+        y' = 1 for x > 0, else a                    piecewise linear
+           = a + (1 - a) 1[x > 0]
+    Kinks
+        y'(0) = a, as in PyTorch.
+    Memory
+        x: with a < 0 the sign of y no longer tells the sign of x.
+    Accuracy
+        Exact for -1 <= a <= 2; beyond, a + (1 - a) is 1 to a relative eps |a|.
+    """
+
+    @staticmethod
+    def f(x: Tensor, a: float) -> Tensor:
+        return F.leaky_relu(x, a)
+
+    @staticmethod
+    def df(x: Tensor, a: float) -> Tensor:
+        return indicator(torch.gt, x, 0).mul_(1 - a).add_(a)
+
+
+class Threshold(Elementwise):
+    r"""$y = x$ for $x > c$, else the value $w$
+
+    Derivation
+        y' = 1 for x > c, else 0                    piecewise constant slope
+           = 1 - 1[x <= c]                          so that a NaN passes its gradient on, as in PyTorch
+    Kinks
+        y'(c) = 0, as in PyTorch.  y jumps there unless w = c.
+    Memory
+        x: an output of w may come from either side.
+    Accuracy
+        Exact.
+    """
+
+    exact_slope = True
+
+    @staticmethod
+    def f(x: Tensor, c: float, w: float) -> Tensor:
+        return F.threshold(x, c, w)
+
+    @staticmethod
+    def df(x: Tensor, c: float, w: float) -> Tensor:
+        return indicator(torch.le, x, c).neg_().add_(1)
+
+
+class Hardsigmoid(Elementwise):
+    r"""$y = \min(\max(x + 3, 0), 6) / 6$
+
+    Derivation
+        y' = 1/6 for -3 < x < 3, else 0             piecewise linear
+           = 1[y /= 0] 1[y /= 1] / 6                since y is strictly between 0 and 1 there
+    Kinks
+        y'(-3) = y'(3) = 0, as in PyTorch.
+    Memory
+        y, which the next layer keeps anyway.
+    Accuracy
+        Exact, but for an x so close to 3 that x + 3 rounds to 6: it counts as 3.
+    """
+
+    saves = "output"
+
+    @staticmethod
+    def f(x: Tensor) -> Tensor:
+        return F.hardsigmoid(x)
+
+    @staticmethod
+    def df(y: Tensor) -> Tensor:
+        return indicator(torch.ne, y, 0).mul_(indicator(torch.ne, y, 1)).div_(6)
+
+
+class Hardshrink(Elementwise):
+    r"""$y = x$ for $|x| > \lambda$, else 0
+
+    Derivation
+        y' = 1 for |x| > lambda, else 0             piecewise linear
+           = 1[y /= 0]                              since |y| = |x| > lambda >= 0, or y = 0
+        y' = 1 everywhere for lambda < 0            where y = x
+    Kinks
+        y'(-lambda) = y'(lambda) = 0, as in PyTorch.
+    Memory
+        y, which the next layer keeps anyway.
+    Accuracy
+        Exact.
+    """
+
+    saves = "output"
+    exact_slope = True
+
+    @staticmethod
+    def f(x: Tensor, lambd: float) -> Tensor:
+        return F.hardshrink(x, lambd)
+
+    @staticmethod
+    def df(y: Tensor, lambd: float) -> Tensor:
+        return torch.ones_like(y) if lambd < 0 else indicator(torch.ne, y, 0)
+
+
+class Softshrink(Elementwise):
+    r"""$y = x - \lambda \operatorname{sign} x$ for $|x| > \lambda$, else 0, with $\lambda \ge 0$
+
+    Derivation
+        y' = 1 for |x| > lambda, else 0             piecewise linear
+           = 1[y /= 0]                              a difference of two unequal floats is never rounded to 0
+    Kinks
+        y'(-lambda) = y'(lambda) = 0, as in PyTorch.
+    Memory
+        y, which the next layer keeps anyway.
+    Accuracy
+        Exact.
+    """
+
+    saves = "output"
+    exact_slope = True
+
+    @staticmethod
+    def f(x: Tensor, lambd: float) -> Tensor:
+        return F.softshrink(x, lambd)
+
+    @staticmethod
+    def df(y: Tensor, lambd: float) -> Tensor:
+        return indicator(torch.ne, y, 0)
+
+
+# ----- piecewise quadratic -----
+
+
+class Hardswish(Elementwise):
+    r"""$y = x \min(\max(x + 3, 0), 6) / 6$
+
+    Derivation
+        y  = x (x + 3) / 6    for -3 < x < 3;       0 below, x above
+        y' = (2 x + 3) / 6 = x / 3 + 1/2            power rule;  0 below, 1 above
+        y'' = 1/3             for -3 < x < 3, else 0
+    Kinks
+        y'(-3) = 0 and y'(3) = 1, as in PyTorch: the slopes of the outer pieces.
+    Memory
+        x.
+    Accuracy
+        The relative error of y' grows near its zero x = -3/2, as that of any difference.
+    Reference
+        Howard et al., 2019, https://arxiv.org/abs/1905.02244
+    """
+
+    @staticmethod
+    def f(x: Tensor) -> Tensor:
+        return F.hardswish(x)
+
+    @staticmethod
+    def df(x: Tensor) -> Tensor:
+        inner = indicator(torch.gt, x, -3).mul_(indicator(torch.lt, x, 3))
+        slope = (x / 3).add_(0.5).clamp_(-0.5, 1.5)  # clamped: 0 * inf would be NaN
+        return slope.mul_(inner).add_(indicator(torch.ge, x, 3))
+
+    @staticmethod
+    def ddf(x: Tensor) -> Tensor:
+        return ((x > -3) & (x < 3)).to(x.dtype) / 3
+
+
+# ----- sigmoid family -----
+
+
+class Sigmoid(Elementwise):
+    r"""$y = 1 / (1 + e^{-x})$
+
+    Derivation
+        y' = e^{-x} / (1 + e^{-x})^2                quotient rule
+           = y (1 - y)                              since 1 - y = e^{-x} / (1 + e^{-x})
+        d y' / d y = 1 - 2 y                        so f''(x) = (1 - 2 y) y (1 - y)
+    Memory
+        y, which the next layer keeps anyway.
+    Accuracy
+        The relative error of y' grows as eps / (1 - y): 0 for x > 17 in float32, where y rounds to 1.
+    """
+
+    saves = "output"
+
+    @staticmethod
+    def f(x: Tensor) -> Tensor:
+        return torch.sigmoid(x)
+
+    @staticmethod
+    def df(y: Tensor) -> Tensor:
+        return (1 - y).mul_(y)
+
+    @staticmethod
+    def ddf(y: Tensor) -> Tensor:
+        return 1 - 2 * y
+
+
+class Tanh(Elementwise):
+    r"""$y = \tanh x = \sinh x / \cosh x$
+
+    Derivation
+        y' = (cosh^2 x - sinh^2 x) / cosh^2 x       quotient rule
+           = 1 - y^2 = (1 - y)(1 + y)               factored: one rounding less near |y| = 1
+        d y' / d y = -2 y                           so f''(x) = -2 y (1 - y^2)
+    Memory
+        y, which the next layer keeps anyway.
+    Accuracy
+        The relative error of y' grows as eps / (1 - |y|): 6e-2 at x = 8 in float32.
+    """
+
+    saves = "output"
+
+    @staticmethod
+    def f(x: Tensor) -> Tensor:
+        return torch.tanh(x)
+
+    @staticmethod
+    def df(y: Tensor) -> Tensor:
+        return (1 - y).mul_(1 + y)
+
+    @staticmethod
+    def ddf(y: Tensor) -> Tensor:
+        return -2 * y
+
+
+class LogSigmoid(Elementwise):
+    r"""$y = \log \sigma(x) = -\log(1 + e^{-x})$
+
+    Derivation
+        y' = e^{-x} / (1 + e^{-x}) = 1 - s          chain rule, with s = sigma(x)
+           = 1 - e^y                                since e^y = s
+        d y' / d y = -e^y                           so f''(x) = -s (1 - s)
+    Memory
+        y, which the next layer keeps anyway.  PyTorch keeps x and a buffer.
+    Accuracy
+        1 - e^y is taken as -expm1(y): right to the last bits even where y -> 0.
+    """
+
+    saves = "output"
+
+    @staticmethod
+    def f(x: Tensor) -> Tensor:
+        return F.logsigmoid(x)
+
+    @staticmethod
+    def df(y: Tensor) -> Tensor:
+        return torch.expm1(y).neg_()
+
+    @staticmethod
+    def ddf(y: Tensor) -> Tensor:
+        return -torch.exp(y)
+
+
+class Softplus(Elementwise):
+    r"""$y = \log(1 + e^{\beta x}) / \beta$ for $\beta x \le \theta$, else $y = x$, with $\beta > 0$
+
+    Derivation
+        y' = e^{beta x} / (1 + e^{beta x})          chain rule
+           = 1 - e^{-beta y}                        since e^{beta y} = 1 + e^{beta x};  1 beyond the threshold
+        d y' / d y = beta e^{-beta y}               0 beyond the threshold
+    Kinks
+        At beta x = theta the value jumps by log(1 + e^-theta) / beta: 2e-9 for theta = 20.
+    Memory
+        y, which the next layer keeps anyway.
+    Accuracy
+        1 - e^{-beta y} is taken as -expm1(-beta y): right to the last bits even where y -> 0.
+    """
+
+    saves = "output"
+
+    @staticmethod
+    def f(x: Tensor, beta: float, theta: float) -> Tensor:
+        return F.softplus(x, beta, theta)
+
+    @staticmethod
+    def df(y: Tensor, beta: float, theta: float) -> Tensor:
+        slope = torch.expm1(y * -beta).neg_()
+        # Only a low threshold shows: beyond 37 the curve's own slope rounds to 1, even in float64.
+        return slope if theta > 37 else torch.where(y * beta > theta, torch.ones_like(y), slope)
+
+    @staticmethod
+    def ddf(y: Tensor, beta: float, theta: float) -> Tensor:
+        return torch.where(y * beta > theta, torch.zeros_like(y), beta * torch.exp(-beta * y))
+
+
+class SiLU(Elementwise):
+    r"""$y = x \sigma(x)$, also called swish
+
+    Derivation, with s = sigma(x) and s' = s (1 - s)
+        y'  = s + x s (1 - s)                       product rule
+            = s (1 + x (1 - s))
+        y'' = 2 s' + x s''                          product rule, once more
+            = s (1 - s) (2 + x (1 - 2 s))           since s'' = s' (1 - 2 s)
+    Memory
+        x.
+    Accuracy
+        The relative error of y' grows near its zero x = -1.278, as that of any sum.
+    Reference
+        Elfwing, Uchibe and Doya, 2017, https://arxiv.org/abs/1702.03118
+    """
+
+    @staticmethod
+    def f(x: Tensor) -> Tensor:
+        return F.silu(x)
+
+    @staticmethod
+    def df(x: Tensor) -> Tensor:
+        s = torch.sigmoid(x)
+        return (1 - s).mul_(x).add_(1).mul_(s)  # s (1 + x (1 - s))
+
+    @staticmethod
+    def ddf(x: Tensor) -> Tensor:
+        s = torch.sigmoid(x)
+        return s * (1 - s) * (2 + x * (1 - 2 * s))
+
+
+class Mish(Elementwise):
+    r"""$y = x \tanh(\zeta(x))$ with $\zeta(x) = \log(1 + e^x)$
+
+    Derivation, with w = tanh(zeta(x)), s = sigma(x) = zeta', s' = s (1 - s)
+        w'  = (1 - w^2) s                           chain rule
+        y'  = w + x w'                              product rule
+        w'' = -2 w w' s + (1 - w^2) s (1 - s)       product and chain rule
+            = w' (1 - s - 2 w s)
+        y'' = 2 w' + x w''                          product rule, once more
+    Memory
+        x.
+    Accuracy
+        Finite for every finite x, where PyTorch's second derivative is NaN from x = 89 on in float32.
+    Reference
+        Misra, 2019, https://arxiv.org/abs/1908.08681
+    """
+
+    @staticmethod
+    def f(x: Tensor) -> Tensor:
+        return F.mish(x)
+
+    @staticmethod
+    def df(x: Tensor) -> Tensor:
+        w = torch.tanh(F.softplus(x))
+        dw = (1 - w).mul_(1 + w).mul_(torch.sigmoid(x))
+        return dw.mul_(x).add_(w)  # w + x w'
+
+    @staticmethod
+    def ddf(x: Tensor) -> Tensor:
+        s, w = torch.sigmoid(x), torch.tanh(F.softplus(x))
+        dw = (1 - w) * (1 + w) * s
+        ddw = dw * (1 - s - 2 * w * s)
+        return 2 * dw + x * ddw
+
+
+class Tanhshrink(Elementwise):
+    r"""$y = x - \tanh x$
+
+    Derivation, with w = tanh x and w' = 1 - w^2
+        y'  = 1 - (1 - w^2) = w^2
+        y'' = 2 w w' = 2 w (1 - w)(1 + w)           chain rule
+    Memory
+        x.
+    Accuracy
+        y' keeps its relative accuracy everywhere; y itself is a difference that cancels near 0, as in PyTorch.
+    """
+
+    @staticmethod
+    def f(x: Tensor) -> Tensor:
+        return x - torch.tanh(x)
+
+    @staticmethod
+    def df(x: Tensor) -> Tensor:
+        return torch.tanh(x).square_()
+
+    @staticmethod
+    def ddf(x: Tensor) -> Tensor:
+        w = torch.tanh(x)
+        return 2 * w * (1 - w) * (1 + w)
+
+
+class Softsign(Elementwise):
+    r"""$y = x / (1 + |x|)$
+
+    Derivation
+        y' = 1 / (1 + |x|)^2                        quotient rule, on either side of 0
+           = (1 - |y|)^2                            since 1 - |y| = 1 / (1 + |x|)
+        d y' / d y = -2 (1 - |y|) sign y            chain rule
+    Kinks
+        y'(0) = 1 from either side; y'' jumps from 2 to -2 at 0, and is taken as 0 there.
+    Memory
+        y, which the next layer keeps anyway.  PyTorch keeps x, |x| and 1 + |x|.
+    Accuracy
+        The relative error of y' grows as eps (1 + |x|).
+    """
+
+    saves = "output"
+
+    @staticmethod
+    def f(x: Tensor) -> Tensor:
+        return x / x.abs().add_(1)
+
+    @staticmethod
+    def df(y: Tensor) -> Tensor:
+        return y.abs().neg_().add_(1).square_()
+
+    @staticmethod
+    def ddf(y: Tensor) -> Tensor:
+        return -2 * (1 - y.abs()) * torch.sign(y)
+
+
+# ----- exponential family -----
+
+
+class ELU(Elementwise):
+    r"""$y = x$ for $x > 0$, else $\alpha (e^x - 1)$, with $\alpha \ge 0$
+
+    Derivation
+        y' = 1 for x > 0, else alpha e^x            exponential rule
+           = 1 for y > 0, else y + alpha            since alpha e^x = y + alpha
+           = min(y, 0) + alpha + (1 - alpha) 1[y > 0]
+        d y' / d y = 1[y < 0]                       so f''(x) = alpha e^x for x < 0, else 0
+    Kinks
+        y'(0) = alpha, as in PyTorch.
+    Memory
+        y, which the next layer keeps anyway.  PyTorch keeps x.
+    Accuracy
+        The absolute error of y' is at most eps alpha; where y rounds to -alpha, y' is 0.
+    Reference
+        Clevert, Unterthiner and Hochreiter, 2015, https://arxiv.org/abs/1511.07289
+    """
+
+    saves = "output"
+
+    @staticmethod
+    def f(x: Tensor, alpha: float) -> Tensor:
+        return F.elu(x, alpha)
+
+    @staticmethod
+    def df(y: Tensor, alpha: float) -> Tensor:
+        slope = y.clamp(max=0).add_(alpha)
+        return slope if alpha == 1 else slope.add_(indicator(torch.gt, y, 0), alpha=1 - alpha)
+
+    @staticmethod
+    def ddf(y: Tensor, alpha: float) -> Tensor:
+        return (y < 0).to(y.dtype)
+
+
+class ELUFromInput(Elementwise):
+    r"""$y = x$ for $x > 0$, else $\alpha (e^x - 1)$, with any $\alpha$
+
+    Derivation
+        y'  = 1 for x > 0, else alpha e^x           exponential rule
+        y'' = alpha e^x for x < 0, else 0
+    Kinks
+        y'(0) = alpha, as in PyTorch; y'' is taken as 0 there.
+    Memory
+        x: with alpha < 0 the sign of y no longer tells the sign of x.
+    Accuracy
+        A few units in the last place everywhere.
+    """
+
+    @staticmethod
+    def f(x: Tensor, alpha: float) -> Tensor:
+        return F.elu(x, alpha)
+
+    @staticmethod
+    def df(x: Tensor, alpha: float) -> Tensor:
+        return torch.where(x > 0, torch.ones_like(x), alpha * torch.exp(x))
+
+    @staticmethod
+    def ddf(x: Tensor, alpha: float) -> Tensor:
+        return torch.where(x < 0, alpha * torch.exp(x.clamp(max=0)), torch.zeros_like(x))
+
+
+class SELU(Elementwise):
+    r"""$y = \lambda x$ for $x > 0$, else $\lambda \alpha (e^x - 1)$, with the two constants below
+
+    Derivation
+        y' = lambda for x > 0, else lambda alpha e^x
+           = lambda for y > 0, else y + lambda alpha               since lambda alpha e^x = y + lambda alpha
+           = min(y, 0) + lambda alpha + lambda (1 - alpha) 1[y > 0]
+        d y' / d y = 1[y < 0]
+    Kinks
+        y'(0) = lambda alpha, as in PyTorch.
+    Memory
+        y, which the next layer keeps anyway.  PyTorch keeps x.
+    Accuracy
+        The absolute error of y' is at most eps lambda alpha; where y rounds to -lambda alpha, y' is 0.
+    Reference
+        Klambauer et al., 2017, https://arxiv.org/abs/1706.02515: the constants are the solution of equation
+        (14), the fixed point with mean 0 and variance 1.
+    """
+
+    saves = "output"
+    ALPHA = 1.6732632423543772848170429916717
+    LAMBDA = 1.0507009873554804934193349852946
+
+    @staticmethod
+    def f(x: Tensor) -> Tensor:
+        return torch.selu(x)
+
+    @staticmethod
+    def df(y: Tensor) -> Tensor:
+        slope = y.clamp(max=0).add_(SELU.LAMBDA * SELU.ALPHA)
+        return slope.add_(indicator(torch.gt, y, 0), alpha=SELU.LAMBDA * (1 - SELU.ALPHA))
+
+    @staticmethod
+    def ddf(y: Tensor) -> Tensor:
+        return (y < 0).to(y.dtype)
+
+
+class CELU(Elementwise):
+    r"""$y = x$ for $x > 0$, else $\alpha (e^{x / \alpha} - 1)$, with $\alpha \ne 0$
+
+    Derivation
+        y' = 1 for x > 0, else e^{x / alpha}        chain rule
+           = 1 for y > 0, else y / alpha + 1        since e^{x / alpha} = y / alpha + 1
+           = min(y, 0) / alpha + 1
+        d y' / d y = 1[y < 0] / alpha
+    Kinks
+        None in y': both sides give 1 at 0.  y'' jumps there, and is taken as 0.
+    Memory
+        y, which the next layer keeps anyway.  PyTorch keeps x.
+    Accuracy
+        The absolute error of y' is at most eps; where y rounds to -alpha, y' is 0.
+    Reference
+        Barron, 2017, https://arxiv.org/abs/1704.07483
+    """
+
+    saves = "output"
+
+    @staticmethod
+    def f(x: Tensor, alpha: float) -> Tensor:
+        return F.celu(x, alpha)
+
+    @staticmethod
+    def df(y: Tensor, alpha: float) -> Tensor:
+        return y.clamp(max=0).div_(alpha).add_(1)
+
+    @staticmethod
+    def ddf(y: Tensor, alpha: float) -> Tensor:
+        return (y < 0).to(y.dtype) / alpha
+
+
+# ----- Gaussian family -----
+
+
+class GELU(Elementwise):
+    r"""$y = x \Phi(x)$ with the normal distribution's $\Phi(x) = \tfrac12 \operatorname{erfc}(-x / \sqrt 2)$
+
+    Derivation, with Phi' = phi = e^{-x^2 / 2} / sqrt(2 pi) and phi' = -x phi
+        y'  = Phi + x phi                           product rule
+        y'' = phi + phi + x phi'                    product rule, once more
+            = (2 - x^2) phi
+    Memory
+        x.
+    Accuracy
+        erfc keeps the left tail, where 1 + erf cancels to 0: y'(-6) is right to 1e-6, not 0.
+    Reference
+        Hendrycks and Gimpel, 2016, https://arxiv.org/abs/1606.08415
+    """
+
+    @staticmethod
+    def f(x: Tensor) -> Tensor:
+        return F.gelu(x)
+
+    @staticmethod
+    def df(x: Tensor) -> Tensor:
+        phi = (x * x).mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
+        Phi = (x * -math.sqrt(0.5)).erfc_().mul_(0.5)
+        return Phi.addcmul_(x, phi)  # Phi + x phi
+
+    @staticmethod
+    def ddf(x: Tensor) -> Tensor:
+        phi = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+        return (2 - x * x) * phi
+
+
+class GELUTanh(Elementwise):
+    r"""$y = \tfrac12 x (1 + \tanh u)$ with $u = \sqrt{2 / \pi} (x + c x^3)$ and $c = 0.044715$
+
+    Derivation, with t = tanh u, t' = (1 - t^2) u'
+        u'  = sqrt(2 / pi) (1 + 3 c x^2)            power rule
+        u'' = sqrt(2 / pi) 6 c x
+        y'  = (1 + t) / 2 + x (1 - t^2) u' / 2      product and chain rule
+        y'' = t' + x t'' / 2                        product rule, once more
+            = (1 - t^2) (u' + x u'' / 2 - x t u'^2)       since t'' = (1 - t^2) (u'' - 2 t u'^2)
+    Memory
+        x.
+    Accuracy
+        1 - t^2 is taken as (1 - t)(1 + t); its relative error grows as eps / (1 - |t|).
+    Reference
+        Hendrycks and Gimpel, 2016, https://arxiv.org/abs/1606.08415: c is theirs, fitted.
+    """
+
+    @staticmethod
+    def f(x: Tensor) -> Tensor:
+        return F.gelu(x, approximate="tanh")
+
+    @staticmethod
+    def df(x: Tensor) -> Tensor:
+        t, du, _ = _gelu_tanh_parts(x)
+        half_dt = (1 - t).mul_(1 + t).mul_(du).mul_(0.5)
+        return half_dt.mul_(x).add_(t, alpha=0.5).add_(0.5)  # x (1 - t^2) u' / 2 + (1 + t) / 2
+
+    @staticmethod
+    def ddf(x: Tensor) -> Tensor:
+        t, du, ddu = _gelu_tanh_parts(x)
+        return (1 - t) * (1 + t) * (du + 0.5 * x * ddu - x * t * du * du)
+
+
+def _gelu_tanh_parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """t = tanh u, u' and u''."""
+    root, c = math.sqrt(2 / math.pi), 0.044715
+    x2 = x * x
+    t = torch.tanh(root * x * (1 + c * x2))
+    return t, root * (1 + 3 * c * x2), (6 * root * c) * x

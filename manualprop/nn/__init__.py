@@ -1,0 +1,44 @@
+"""Drop-in modules: torch's names, constructors, ``state_dict`` and ``repr``; gradients derived by hand.
+
+The containers of :mod:`torch.nn` are here too, so that ``from manualprop import nn`` can stand where
+``from torch import nn`` stood.  A layer that has no hand-derived twin is not: take it from ``torch.nn``.
+"""
+
+from torch.nn import Flatten as Flatten
+from torch.nn import Module as Module
+from torch.nn import ModuleDict as ModuleDict
+from torch.nn import ModuleList as ModuleList
+from torch.nn import Parameter as Parameter
+from torch.nn import ParameterDict as ParameterDict
+from torch.nn import ParameterList as ParameterList
+from torch.nn import Sequential as Sequential
+from torch.nn import Unflatten as Unflatten
+
+from manualprop.nn.activation import CELU as CELU
+from manualprop.nn.activation import ELU as ELU
+from manualprop.nn.activation import GELU as GELU
+from manualprop.nn.activation import SELU as SELU
+from manualprop.nn.activation import Hardshrink as Hardshrink
+from manualprop.nn.activation import Hardsigmoid as Hardsigmoid
+from manualprop.nn.activation import Hardswish as Hardswish
+from manualprop.nn.activation import Hardtanh as Hardtanh
+from manualprop.nn.activation import LeakyReLU as LeakyReLU
+from manualprop.nn.activation import LogSigmoid as LogSigmoid
+from manualprop.nn.activation import LogSoftmax as LogSoftmax
+from manualprop.nn.activation import Mish as Mish
+from manualprop.nn.activation import ReLU as ReLU
+from manualprop.nn.activation import ReLU6 as ReLU6
+from manualprop.nn.activation import Sigmoid as Sigmoid
+from manualprop.nn.activation import SiLU as SiLU
+from manualprop.nn.activation import Softmax as Softmax
+from manualprop.nn.activation import Softmin as Softmin
+from manualprop.nn.activation import Softplus as Softplus
+from manualprop.nn.activation import Softshrink as Softshrink
+from manualprop.nn.activation import Softsign as Softsign
+from manualprop.nn.activation import Tanh as Tanh
+from manualprop.nn.activation import Tanhshrink as Tanhshrink
+from manualprop.nn.activation import Threshold as Threshold
+from manualprop.nn.linear import Identity as Identity
+from manualprop.nn.linear import Linear as Linear
+from manualprop.nn.loss import CrossEntropyLoss as CrossEntropyLoss
+from manualprop.nn.loss import MSELoss as MSELoss

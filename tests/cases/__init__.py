@@ -1,0 +1,13 @@
+"""The table every test is derived from: one row for each configuration of a function.
+
+To add a function, add rows to the file of its family, and the family to ``FAMILIES``.  Every property of
+``properties.py`` is then tested on them (``test_contract.py``), and a function without a row is named by
+``test_structure.py``.  What cannot hold for a row is stated in the row (``except_for``), with its reason.
+"""
+
+from cases import activation, linear, loss
+from cases._case import Case as Case
+from cases._case import real as real
+
+FAMILIES = (activation, linear, loss)
+CASES: list[Case] = [case for family in FAMILIES for case in family.CASES]

@@ -1,18 +1,205 @@
-"""What the command line makes of its arguments before they are parsed, and of the parser's complaints."""
+"""What the command line makes of its arguments before they are parsed, and of the parser's complaints.
+
+jsonargparse reports a mistake with everything that it tried, over up to twenty lines. Here each kind of complaint
+becomes one line: the key, what was given, and the nearest that exists. One that is not recognised is passed on whole.
+"""
 
 from __future__ import annotations
 
 import argparse
+import difflib
+import importlib
+import inspect
+import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from jsonargparse import DefaultHelpFormatter
+from lightning.pytorch import Trainer
+
+from manualprop.training._errors import InputValueError
 from manualprop.training.run_directory import RunDirectory
 
 DESCRIPTION = "Hand-derived backpropagation: train by batch, stochastic or mini-batch gradient descent."
 
+_KEYS = (
+    "name",
+    "seed",
+    "seed_everything",
+    "threads",
+    "descent",
+    "model.model",
+    "model.loss",
+    "data",
+    "config",
+)
+_FLAGS = ("resume", "overwrite", "checkpoint")
+_OWN_MODULES = ("manualprop.descent", "manualprop.training", "manualprop.nn")
+
+
+class HelpFormatter(DefaultHelpFormatter):
+    """The usual help, without the lists of all the hundreds of modules that torch knows."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = super()._get_help_string(action)
+        listed = re.search(r", known subclasses: ([^)]*)", text)
+        if listed is None or listed[1].count(",") < 6:
+            return text
+        return text.replace(listed[0], "")
+
 
 def with_saved_config(arguments: Sequence[str]) -> list[str]:
-    return list(arguments)
+    """Return the arguments with the configuration that a run was trained with, where none is given.
+
+    Args:
+        arguments: the command and what follows it; a new training run stays as it is.
+
+    Raises:
+        ValueError: when there is no such configuration.
+    """
+    command, *rest = arguments
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("-c", "--config")
+    options.add_argument("--name", default="run")
+    options.add_argument("--resume", action="store_true")
+    try:
+        given, _ = options.parse_known_args(rest)
+    except SystemExit:  # a value is missing: the real parser says so too
+        return list(arguments)
+    if given.config is not None or (command == "fit" and not given.resume):
+        return list(arguments)
+    run = RunDirectory(given.name)
+    if run.config.is_file():
+        return [command, "--config", str(run.config), *rest]
+    if any(word.startswith(("-h", "--help", "--model")) or word.endswith(".help") for word in rest):
+        return list(arguments)
+    raise InputValueError(
+        f"the name of a run that has been trained must be given. {run.config} does not exist; give its --name, or "
+        "train it first: manualprop fit --config recipes/digits/minibatch.yaml"
+    )
 
 
-def explain(error: argparse.ArgumentError, replaced: Mapping[str, str]) -> str:
-    return str(error)
+def explain(error: Exception, replaced: Mapping[str, str]) -> str:
+    """Return a parser's complaint in a line or two.
+
+    Args:
+        error: of the parser.
+        replaced: Trainer options that do not exist here, and what to use instead.
+    """
+    text = str(error)
+    for kind in (_unknown_key, _unknown_option, _unknown_class, _wrong_type, _missing, _no_file, _refused):
+        explanation = kind(text, replaced)
+        if explanation:
+            return explanation
+    return re.sub(r"\s+", " ", text)
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """Return a remark on the known word that is most like another.
+
+    Args:
+        word: that is not known.
+        known: all that are.
+    """
+    similar = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if similar:
+        return f"Did you mean {similar[0]!r}?"
+    return f"Known are {', '.join(sorted(known))}." if len(known) <= 12 else "See --help."
+
+
+def _unknown_key(text: str, replaced: Mapping[str, str]) -> str:
+    found = re.search(r"does not accept option '([\w.]+)'|unrecognized arguments: --([\w.]+)", text)
+    if found is None:
+        return ""
+    key = found[1] or found[2]
+    instead = replaced.get(key.removeprefix("trainer."), "")
+    if instead:
+        return f"unknown key {key!r}: {instead}."
+    known = [*_KEYS, *_FLAGS, *(f"trainer.{name}" for name in _parameters(Trainer) if name not in replaced)]
+    return (
+        f"unknown key {key!r}. {nearest(key.removesuffix('.class_path').removesuffix('.init_args'), known)}"
+    )
+
+
+def _unknown_option(text: str, replaced: Mapping[str, str]) -> str:
+    found = re.search(r"Option '([\w.]+)' is not accepted", text)
+    if found is None:
+        return ""
+    paths = re.findall(r"class_path[ =]'([\w.]+)'", text)
+    where = f" of {paths[-1]}" if paths else ""
+    key = ".".join([*_key_path(text), found[1]])
+    return (
+        f"unknown option {key!r}{where}. {nearest(found[1], _parameters(_load(paths[-1])) if paths else [])}"
+    )
+
+
+def _unknown_class(text: str, replaced: Mapping[str, str]) -> str:
+    found = re.search(
+        r"module '([\w.]+)' has no attribute '(\w+)'|No module named '([\w.]+)'|dot import path string: (\S+)",
+        text,
+    )
+    if found is None:
+        return ""
+    whole = re.search(r"given class_path '([\w.]+)'", text)
+    path = whole[1] if whole else found[4] or f"{found[1] or found[3]}.{found[2] or ''}"
+    home, _, name = path.rpartition(".")
+    return f"{'.'.join(_key_path(text))}: unknown class {path!r}. {nearest(name, _known_classes(home))}"
+
+
+def _wrong_type(text: str, replaced: Mapping[str, str]) -> str:
+    value = re.findall(r"Got value: (.*)|Given value: (.*)", text)
+    types = re.findall(r"Expected an? <class '([\w.]+)'>", text)
+    if not (value and types):
+        return ""
+    plain = {"NoneType": "null", "Sequence": "list"}
+    wanted = [plain.get(kind.rpartition(".")[2], kind) for kind in dict.fromkeys(types)]
+    names = wanted[0] if value[0][0] else " or ".join(wanted)
+    return f"{'.'.join(_key_path(text))} must be of type {names}. Got {value[0][0] or value[0][1]!r}."
+
+
+def _missing(text: str, replaced: Mapping[str, str]) -> str:
+    found = re.search(r"arguments are required: (.*)", text)
+    if found is None:
+        return ""
+    keys = ", ".join(re.sub(r"\b(fit|validate|test|predict)\.", "", key) for key in found[1].split(", "))
+    hint = (
+        "give a recipe, such as --config recipes/digits/minibatch.yaml, or the --name of a run to go on with"
+    )
+    return f"these keys have no value: {keys}. To set them, {hint}."
+
+
+def _no_file(text: str, replaced: Mapping[str, str]) -> str:
+    found = re.search(r"File does not exist: '(.*)'", text)
+    return f"the file given as --config must exist. Got {found[1]!r}." if found else ""
+
+
+def _refused(text: str, replaced: Mapping[str, str]) -> str:
+    """The text of a constructor's own ValueError, out of the list of all types that were tried."""
+    found = re.search(r"Errors:\n\s*- ((?!Expected).+)", text)
+    return found[1] if found else ""
+
+
+def _key_path(text: str) -> list[str]:
+    return re.findall(r"Parser key \"([\w.]+)\"", text)
+
+
+def _load(path: str) -> Any:
+    home, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(home), name)
+
+
+def _parameters(function: Any) -> list[str]:
+    return [
+        name for name in inspect.signature(function).parameters if name not in ("self", "params", "kwargs")
+    ]
+
+
+def _known_classes(home: str) -> list[str]:
+    names: list[str] = []
+    for module_name in (home, *_OWN_MODULES):
+        try:
+            module = importlib.import_module(module_name)
+        except (ImportError, ValueError):
+            continue
+        names += [name for name, value in vars(module).items() if inspect.isclass(value)]
+    return names

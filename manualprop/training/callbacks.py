@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.callbacks.progress import ProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from manualprop.training.run_directory import RunDirectory
 
@@ -53,9 +52,8 @@ class History(Callback):
         self._write(trainer)
 
     def _write(self, trainer: Trainer) -> None:
-        if self.path is None or not trainer.is_global_zero:
-            return
-        write_csv(self.path, self.rows)
+        if self.path is not None and self.rows and trainer.is_global_zero:
+            write_csv(self.path, self.rows)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rows."""
@@ -118,12 +116,9 @@ class TrainingProgress(ProgressBar):
         self._task: TaskID | None = None
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f} %"),
+            BarColumn(bar_width=12),
             TextColumn("{task.fields[state]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             console=console or Console(stderr=True),
         )
 
@@ -177,10 +172,8 @@ def _share_done(trainer: Trainer, batch_idx: int) -> float:
 
 def _state(trainer: Trainer, pl_module: LightningModule) -> str:
     limit = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
-    text = f"epoch {trainer.current_epoch + 1}{limit}  update {trainer.global_step}"
+    text = f"epoch {trainer.current_epoch + 1}{limit}, {trainer.global_step} updates"
     known = trainer.callback_metrics
     loss = known["train_loss"].item() if "train_loss" in known else getattr(pl_module, "last_loss", None)
-    text += f"  loss {loss:.4f}" if loss is not None else ""
-    if "val_accuracy" in known:
-        return text + f"  val. accuracy {100 * known['val_accuracy'].item():.1f} %"
-    return text + (f"  val. loss {known['val_loss'].item():.4f}" if "val_loss" in known else "")
+    text += f", loss {loss:.3f}" if loss is not None else ""
+    return text + (f", val. {100 * known['val_accuracy'].item():.1f} %" if "val_accuracy" in known else "")

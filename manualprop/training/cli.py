@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import pickle
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch import Tensor
 
@@ -23,7 +25,7 @@ from manualprop.descent import Descent
 from manualprop.training import _usage
 from manualprop.training._errors import InputValueError, NonFiniteLossError, UserError
 from manualprop.training.callbacks import History, TrainingProgress, checkpoint_callbacks, write_csv
-from manualprop.training.module import DescentModule
+from manualprop.training.module import DescentModule, check_architecture
 from manualprop.training.plots import plot_history
 from manualprop.training.run_directory import RunDirectory
 
@@ -58,15 +60,15 @@ class DescentCLI(LightningCLI):
     """
 
     def __init__(self, arguments: Sequence[str], run: bool = True) -> None:
-        strict: dict[str, Any] = {"exit_on_error": False}
-        described = {name: {**strict, "description": text} for name, text in COMMANDS.items()}
+        common = {"exit_on_error": False, "allow_abbrev": False, "formatter_class": _usage.HelpFormatter}
+        described = {name: common | _described(name, text) for name, text in COMMANDS.items()}
         self.history = History()
         self.run_directory: RunDirectory | None = None
         super().__init__(
             DescentModule,
             save_config_callback=None,
             seed_everything_default=0,
-            parser_kwargs={**strict, **described, "prog": "manualprop", "description": _usage.DESCRIPTION},
+            parser_kwargs={**common, **described, "prog": "manualprop", "description": _usage.DESCRIPTION},
             trainer_defaults=_TRAINER_DEFAULTS,
             args=list(arguments),
             run=run,
@@ -89,11 +91,17 @@ class DescentCLI(LightningCLI):
         }
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the name and the seed of a run."""
+        """Add what belongs to the run as a whole."""
         parser.add_argument("--name", type=str, default="run", help="Results lie in runs/NAME.")
         parser.add_argument(
-            "--seed_everything", "--seed", type=int, default=0, help="Of the initial weights, dropout and the order."
+            "--seed_everything",
+            "--seed",
+            type=int,
+            default=0,
+            help="Of the initial weights, dropout and the order.",
         )
+        text = "CPU threads; 1 is quickest for small networks. Leave it out for torch's own choice."
+        parser.add_argument("--threads", type=int | None, default=None, help=text)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the descent, the module, the data and the trainer, in the order in which one looks for them."""
@@ -107,6 +115,10 @@ class DescentCLI(LightningCLI):
         )
         parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the arguments that were given, without a look at sys.argv."""
+        self.config = parser.parse_args(args)
+
     def setup_parser(
         self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
     ) -> None:
@@ -114,8 +126,12 @@ class DescentCLI(LightningCLI):
         super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
         for command, parser in (self._subcommand_parsers if add_subcommands else {}).items():
             if command == "fit":
-                parser.add_argument("--resume", action="store_true", help="Go on from the last checkpoint of the run.")
-                parser.add_argument("--overwrite", action="store_true", help="Replace the results of an earlier run.")
+                parser.add_argument(
+                    "--resume", action="store_true", help="Go on from the last checkpoint of the run."
+                )
+                parser.add_argument(
+                    "--overwrite", action="store_true", help="Replace the results of an earlier run."
+                )
             else:
                 text = "best, last, or the path of a checkpoint."
                 parser.add_argument("--checkpoint", type=str, default="best", help=text)
@@ -124,6 +140,9 @@ class DescentCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Take the run's directory, before anything costly is made."""
+        threads = self._get(self.config, "threads")
+        if threads is not None:
+            torch.set_num_threads(threads)
         if self.subcommand is None:
             return
         self.run_directory = RunDirectory(self._get(self.config, "name"))
@@ -136,16 +155,18 @@ class DescentCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, TypeError) as error:
-            raise InputValueError(str(error)) from error
+            raise InputValueError(_usage.explain(error, _REPLACED)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with the callbacks of a run added to the user's."""
         given: Any = self._get(self.config_init, "trainer")
         callbacks = given.get("callbacks") or []
         callbacks = [*(callbacks if isinstance(callbacks, list) else [callbacks]), *self._callbacks(given)]
-        run = self.run_directory
-        folder = {} if run is None else {"default_root_dir": run.path}
-        return super().instantiate_trainer(callbacks=callbacks, num_sanity_val_steps=0, **folder, **kwargs)
+        kwargs |= {"callbacks": callbacks, "num_sanity_val_steps": 0}
+        kwargs["enable_checkpointing"] = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+        if self.run_directory is not None:
+            kwargs["default_root_dir"] = self.run_directory.path
+        return super().instantiate_trainer(**kwargs)
 
     def _callbacks(self, trainer: Any) -> list[Callback]:
         callbacks: list[Callback] = [self.history]
@@ -155,7 +176,9 @@ class DescentCLI(LightningCLI):
         if run is None or self.subcommand != "fit" or trainer.get("fast_dev_run"):
             return callbacks
         self.history.path = run.history
-        validates = getattr(self.datamodule, "val", True) is not None and trainer.get("limit_val_batches") != 0
+        validates = (
+            getattr(self.datamodule, "val", True) is not None and trainer.get("limit_val_batches") != 0
+        )
         return [*callbacks, *checkpoint_callbacks(run, "val_loss" if validates else "train_loss")]
 
     # --- commands -----------------------------------------------------------------------------------------------
@@ -178,20 +201,40 @@ class DescentCLI(LightningCLI):
 
     def validate(self, model: LightningModule, **kwargs: Any) -> None:
         """Evaluate on the validation examples."""
-        self.trainer.validate(model, ckpt_path=self._checkpoint(), weights_only=True, **kwargs)
+        checkpoint = self._load_weights(model)
+        self._report(self.trainer.validate(model, verbose=False, **kwargs), checkpoint)
 
     def test(self, model: LightningModule, **kwargs: Any) -> None:
         """Evaluate on the test examples."""
-        self.trainer.test(model, ckpt_path=self._checkpoint(), weights_only=True, **kwargs)
+        checkpoint = self._load_weights(model)
+        self._report(self.trainer.test(model, verbose=False, **kwargs), checkpoint)
 
     def predict(self, model: LightningModule, **kwargs: Any) -> None:
         """Write predictions to a file, and say where it lies."""
-        outputs: Any = self.trainer.predict(model, ckpt_path=self._checkpoint(), weights_only=True, **kwargs)
+        self._load_weights(model)
+        outputs: Any = self.trainer.predict(model, **kwargs)
         run = self._run()
         classifies = isinstance(model, DescentModule) and model.classifies
         rows = prediction_rows(torch.cat(outputs), classifies)
         write_csv(run.predictions, rows)
         print(f"{len(rows)} predictions: {run.predictions}")
+
+    def _report(self, results: Any, checkpoint: Path) -> None:
+        for metrics in results:
+            print(", ".join(f"{name} {value:.4f}" for name, value in metrics.items()) + f" ({checkpoint})")
+
+    def _load_weights(self, model: LightningModule) -> Path:
+        path = self._checkpoint()
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+            raise InputValueError(
+                f"A checkpoint must be a file that a training run has written. {path} cannot be read as one "
+                f"({type(error).__name__}); give another one as --checkpoint."
+            ) from error
+        check_architecture(state, model)
+        model.load_state_dict(state)
+        return path
 
     def _run(self) -> RunDirectory:
         assert self.run_directory is not None
@@ -224,11 +267,18 @@ class DescentCLI(LightningCLI):
 
     def _summary(self, run: RunDirectory) -> str:
         last = self.history.rows[-1]
-        metrics = [f"{name} {value:.4f}" for name, value in last.items() if name.startswith(("train_", "val_"))]
+        metrics = [
+            f"{name} {value:.4f}" for name, value in last.items() if name.startswith(("train_", "val_"))
+        ]
         return (
             f"{last['epoch']:.0f} epochs, {last['update']:.0f} updates, {last['seconds']:.1f} s: {', '.join(metrics)}\n"
             f"best checkpoint: {run.best}\nhistory: {run.history}\nplot: {run.plots / 'history.png'}"
         )
+
+
+def _described(command: str, text: str) -> dict[str, Any]:
+    usage = f"manualprop {command} [--config RECIPE] [--name NAME] [--KEY VALUE ...]"
+    return {"usage": usage, "description": text}
 
 
 def _is_first_process() -> bool:

@@ -70,7 +70,10 @@ class TrainingRows(Rows):
     def __init__(self, examples: Examples, module: DescentModule) -> None:
         self.module, self.descent = module, module.descent
         n = len(examples[0])
-        self.updates = self.descent.updates_per_epoch(n)  # refuses a batch_size larger than the data
+        try:
+            self.updates = self.descent.updates_per_epoch(n)
+        except ValueError as error:  # a batch_size larger than the data
+            raise InputValueError(str(error)) from error
         super().__init__(examples, _portion(self.descent, n), module.global_rank, module.trainer.world_size)
 
     def __iter__(self) -> Iterator[Examples]:
@@ -212,7 +215,7 @@ class DigitsDataModule(TensorDataModule):
         if standardise:
             x = (x - x[train].mean()) / x[train].std()
         parts = [(x[rows], label[rows]) for rows in (train, val, test)]
-        super().__init__(*parts, evaluation_batch_size=evaluation_batch_size)
+        super().__init__(parts[0], parts[1], parts[2], evaluation_batch_size)
 
 
 def load_digits() -> Examples:
@@ -270,5 +273,6 @@ class LinearRegressionDataModule(TensorDataModule):
         held_out = max(1, examples // 4)
         x, w, b = draw(examples + 2 * held_out, features), draw(features, 1), draw(1)
         y = x @ w + b + noise * draw(len(x), 1)
-        parts = zip(*(t.split([examples, held_out, held_out]) for t in (x, y)), strict=True)
-        super().__init__(*parts, evaluation_batch_size=evaluation_batch_size)
+        sizes = [examples, held_out, held_out]
+        parts = list(zip(x.split(sizes), y.split(sizes), strict=True))
+        super().__init__(parts[0], parts[1], parts[2], evaluation_batch_size)

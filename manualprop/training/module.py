@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from manualprop.descent import (
     sum_and_denominator,
 )
 from manualprop.training._errors import InputTypeError, InputValueError, NonFiniteLossError
+from manualprop.training.datamodules import TrainingRows
 
 Examples = tuple[Tensor, Tensor]
 
@@ -89,9 +91,13 @@ class DescentModule(LightningModule):
             return  # made before a resumed run was interrupted
         self._check_inputs(x)
         outputs = self._train_on(x, target)
-        self._update_metrics("train_", outputs, target[: len(outputs)])
         if self._updates_left() == 0:
-            self.trainer.should_stop = True  # Lightning looks at max_steps between portions, and must still validate
+            self.trainer.should_stop = (
+                True  # Lightning looks at max_steps between portions, and must still validate
+            )
+        self._update_metrics("train_", outputs, target[: len(outputs)])
+        if self.trainer.is_last_batch or self.trainer.should_stop:
+            self._log_metrics("train_")  # once per epoch: a call costs more than an update
 
     def _train_on(self, x: Tensor, target: Tensor) -> Tensor:
         if isinstance(self.descent, Batch) or self.trainer.world_size > 1:
@@ -105,9 +111,10 @@ class DescentModule(LightningModule):
         return torch.cat(outputs)
 
     def _update(self, x: Tensor, target: Tensor) -> Tensor:
+        """Forward pass, loss, backward pass, update; return the output."""
         optimizer = self._optimizer()
         optimizer.zero_grad()
-        output = self.model(x)
+        output = self(x)
         loss = self.loss(output, target)
         self.last_loss = self._finite(loss.item())
         self.manual_backward(loss)
@@ -116,7 +123,7 @@ class DescentModule(LightningModule):
 
     def _piece(self, x: Tensor, target: Tensor) -> Tensor:
         """Add the gradient of a piece; with the last piece of the update, divide and step."""
-        output = self.model(x)
+        output = self(x)
         total, divisor = sum_and_denominator(self.loss, output, target)
         self.manual_backward(total)
         self._sum, self._divisor = self._sum + total.item(), self._divisor + divisor
@@ -141,7 +148,7 @@ class DescentModule(LightningModule):
         self.descent.clip_gradients(self.parameters())
         optimizer.step()
         if self.descent.lr_scheduler is not None and self.descent.lr_scheduler_interval == "update":
-            self.lr_schedulers().step()  # type: ignore[union-attr,call-arg]
+            self.lr_schedulers().step()  # type: ignore[union-attr]
 
     def _optimizer(self) -> LightningOptimizer:
         optimizer = self.optimizers()
@@ -156,7 +163,9 @@ class DescentModule(LightningModule):
         if math.isfinite(loss):
             return loss
         rate = self._optimizer().param_groups[0]["lr"]
-        checkpoint = getattr(self.trainer.checkpoint_callback, "last_model_path", "") or "none was written yet"
+        checkpoint = (
+            getattr(self.trainer.checkpoint_callback, "last_model_path", "") or "none was written yet"
+        )
         raise NonFiniteLossError(
             f"The loss must stay finite. Got loss={loss} at update {self.trainer.global_step + 1} (epoch "
             f"{self.trainer.current_epoch + 1}) with learning rate {rate:g}; this update was not made. Try a learning "
@@ -164,13 +173,18 @@ class DescentModule(LightningModule):
             f"checkpoint: {checkpoint}."
         )
 
+    def on_train_epoch_start(self) -> None:
+        """Start every epoch without what an interrupted one may have left."""
+        self._sum = self._divisor = 0.0
+        self._optimizer().zero_grad()
+
     def on_train_epoch_end(self) -> None:
         """Move the learning rate schedule on where it counts epochs."""
         if self.descent.lr_scheduler is None or self.descent.lr_scheduler_interval == "update":
             return
         scheduler = self.lr_schedulers()
         if not isinstance(scheduler, ReduceLROnPlateau):
-            scheduler.step()  # type: ignore[union-attr,call-arg]
+            scheduler.step()  # type: ignore[union-attr]
             return
         known, watched = self.trainer.callback_metrics, self.descent.lr_scheduler_monitor
         if watched not in known:
@@ -209,18 +223,21 @@ class DescentModule(LightningModule):
         x, target = _examples(batch)
         self._check_inputs(x)
         self._update_metrics(stage, self(x), target)
+        self._log_metrics(stage)
 
     def _update_metrics(self, stage: str, output: Tensor, target: Tensor) -> None:
-        """Add to the metrics, which Lightning reads and resets at the end of the epoch."""
+        if not len(output):  # this device's share of a small piece
+            return
         metrics: Any = self.metrics[stage]
-        if len(output):
-            mean, weight = self._mean_and_weight(output, target)
-            metrics["loss"].update(mean, weight)
-            if self.classifies:
-                labels = target.argmax(dim=1) if target.is_floating_point() else target
-                metrics["accuracy"].update(output, labels)
-        bar = {"on_step": False, "on_epoch": True, "prog_bar": True, "batch_size": max(1, len(output))}
-        self.log_dict({stage + name: metric for name, metric in metrics.items()}, **bar)
+        metrics["loss"].update(*self._mean_and_weight(output, target))
+        if self.classifies:
+            metrics["accuracy"].update(output, target.argmax(dim=1) if target.is_floating_point() else target)
+
+    def _log_metrics(self, stage: str) -> None:
+        # Lightning reads the metrics at the end of the epoch and resets them.
+        metrics: Any = self.metrics[stage]
+        values = {stage + name: metric for name, metric in metrics.items()}
+        self.log_dict(values, on_step=False, on_epoch=True, prog_bar=True, batch_size=1)
 
     def _mean_and_weight(self, output: Tensor, target: Tensor) -> tuple[Tensor, float]:
         """Return the loss per example and its weight in the mean over all examples."""
@@ -268,10 +285,14 @@ class DescentModule(LightningModule):
 
     def _epoch_unfinished(self) -> bool:
         loader = getattr(self.trainer, "train_dataloader", None)
-        return hasattr(loader, "updates_per_epoch") and self.trainer.global_step % loader.updates_per_epoch() != 0
+        return (
+            hasattr(loader, "updates_per_epoch")
+            and self.trainer.global_step % loader.updates_per_epoch() != 0
+        )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the random number generators, and an epoch that max_steps cut short."""
+        check_architecture(checkpoint["state_dict"], self)
         self._restored_random_state = checkpoint.get("random_state")
         if checkpoint.get("epoch_unfinished"):  # Lightning counted it as whole
             for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
@@ -290,11 +311,38 @@ class DescentModule(LightningModule):
             torch.cuda.set_rng_state_all(state["cuda"])
 
 
+def check_architecture(state: Mapping[str, Tensor], module: nn.Module) -> None:
+    """Refuse the weights of another network, naming the layers that differ.
+
+    Args:
+        state: weights of a checkpoint.
+        module: that is to take them.
+
+    Raises:
+        ValueError: for a name or a shape that differs.
+    """
+    saved = {name: str(tuple(tensor.shape)) for name, tensor in state.items()}
+    own = {name: str(tuple(tensor.shape)) for name, tensor in module.state_dict().items()}
+    differing = [name for name in dict.fromkeys([*saved, *own]) if saved.get(name) != own.get(name)]
+    if not differing:
+        return
+    listed = [
+        f"{name} {saved.get(name, 'absent')} there, {own.get(name, 'absent')} here" for name in differing
+    ]
+    more = f"; and {len(listed) - 4} more" if len(listed) > 4 else ""
+    raise InputValueError(
+        f"The checkpoint must be of the same architecture. Got {'; '.join(listed[:4])}{more}. Give the configuration "
+        "that it was trained with (config.yaml in its run directory), or another checkpoint."
+    )
+
+
 def _check_loss(model: nn.Module, loss: nn.Module, descent: Descent) -> None:
     if isinstance(descent, Batch) and descent.micro_batch_size is not None:
         check_splittable(loss, model)
     if getattr(loss, "reduction", None) == "none":
-        raise ValueError("DescentModule: the loss must be one number. Got reduction='none'; use 'mean' or 'sum'.")
+        raise ValueError(
+            "DescentModule: the loss must be one number. Got reduction='none'; use 'mean' or 'sum'."
+        )
     weighted = isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and loss.weight is not None
     if isinstance(descent, Stochastic) and weighted and not is_sum(loss):
         raise ValueError(
@@ -310,7 +358,11 @@ def _first_linear(model: nn.Module) -> nn.Linear | None:
 
 
 def _examples(batch: Any) -> Examples:
-    if isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
+    if (
+        isinstance(batch, list | tuple)
+        and len(batch) == 2
+        and all(isinstance(part, Tensor) for part in batch)
+    ):
         return batch[0], batch[1]
     raise InputTypeError(
         f"DescentModule: a batch must be a pair of tensors (inputs, targets). Got {type(batch).__name__}; hand your "

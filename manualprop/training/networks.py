@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -39,7 +40,7 @@ class MultilayerPerceptron(nn.Sequential):
             )
         activate = _activation_class(activation)
         layers: OrderedDict[str, nn.Module] = OrderedDict()
-        for depth, (inputs, outputs) in enumerate(zip(sizes, sizes[1:], strict=False), start=1):
+        for depth, (inputs, outputs) in enumerate(itertools.pairwise(sizes), start=1):
             layers[f"linear{depth}"] = hand.Linear(inputs, outputs)
             if depth < len(sizes) - 1:
                 layers[f"activation{depth}"] = activate()

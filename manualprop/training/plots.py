@@ -56,7 +56,9 @@ def plot_descents(histories: Mapping[str, Sequence[Row]], path: Path) -> None:
     for (name, rows), (colour, line) in zip(histories.items(), _STYLES, strict=False):
         for column, x in enumerate(("update", "seconds")):
             for row, quantity in enumerate(("loss", "accuracy")):
-                _curve(grid[row][column], rows, x, f"val_{quantity}", color=colour, linestyle=line, label=name)
+                _curve(
+                    grid[row][column], rows, x, f"val_{quantity}", color=colour, linestyle=line, label=name
+                )
     for row, quantity in enumerate(("loss", "accuracy")):
         _label(grid[row][0], "updates (logarithmic)", quantity, "validation ")
         _label(grid[row][1], "training time (s)", quantity, "validation ")
@@ -69,8 +71,9 @@ def plot_descents(histories: Mapping[str, Sequence[Row]], path: Path) -> None:
 
 def _curve(ax: Axes, rows: Sequence[Row], x: str, y: str, **style: Any) -> None:
     points = [(row[x], row[y]) for row in rows if y in row]
-    marker = {"marker": "o", "markersize": 3} if len(points) < 40 else {}
-    ax.plot(*zip(*points, strict=True), linewidth=1.6, **marker, **style)
+    if len(points) < 40:
+        style |= {"marker": "o", "markersize": 3}
+    ax.plot(*zip(*points, strict=True), linewidth=1.6, **style)
 
 
 def _label(ax: Axes, x: str, quantity: str, prefix: str = "") -> None:

@@ -55,7 +55,9 @@ class RunDirectory:
                 there is nothing to resume.
         """
         if overwrite and resume:
-            raise RunDirectoryError("Give --overwrite or --resume, not both: one removes what the other goes on from.")
+            raise RunDirectoryError(
+                "Give --overwrite or --resume, not both: one removes what the other goes on from."
+            )
         self._acquire()
         if resume and not self.last.exists():
             raise RunDirectoryError(

@@ -22,7 +22,11 @@ HALVES = (torch.bfloat16, torch.float16)
 
 def upstream(y: Tensor) -> Tensor:
     """A gradient dL/dy without symmetry: no two elements alike."""
-    return torch.linspace(0.3, 1.7, max(y.numel(), 1), dtype=torch.float64)[: y.numel()].reshape(y.shape).to(y.dtype)
+    return (
+        torch.linspace(0.3, 1.7, max(y.numel(), 1), dtype=torch.float64)[: y.numel()]
+        .reshape(y.shape)
+        .to(y.dtype)
+    )
 
 
 def gradients(function: Any, arguments: tuple[Any, ...], g: Tensor | None = None) -> list[Tensor]:
@@ -54,7 +58,9 @@ def first_derivative(case: Case) -> None:
 
 
 def second_derivative(case: Case) -> None:
-    assert gradgradcheck(case, case.made(), **SHARP, check_fwd_over_rev=True, check_batched_grad=not case.random)
+    assert gradgradcheck(
+        case, case.made(), **SHARP, check_fwd_over_rev=True, check_batched_grad=not case.random
+    )
 
 
 def every_subset_of_gradients(case: Case) -> None:
@@ -90,7 +96,8 @@ def any_layout(case: Case) -> None:
     )
     for change in (strided, transposed):
         changed = tuple(
-            change(a.detach()).requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in case.made()
+            change(a.detach()).requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
+            for a in case.made()
         )
         torch.testing.assert_close(case(*changed), y, **TIGHT)
         torch.testing.assert_close(gradients(case, changed, g), expected, **TIGHT)
@@ -154,12 +161,16 @@ def keeps_what_it_declares(case: Case) -> None:
         y = case(*arguments)
     named = {"output": y} | {i: a for i, a in enumerate(arguments) if isinstance(a, Tensor)}
     if "output" in case.keeps and y.grad_fn is not None and y.untyped_storage().data_ptr() not in saved:
-        assert any(nbytes == y.untyped_storage().nbytes() for nbytes in saved.values()), "the output is not kept"
+        assert any(nbytes == y.untyped_storage().nbytes() for nbytes in saved.values()), (
+            "the output is not kept"
+        )
         saved = {}
     declared = {named[k].untyped_storage().data_ptr() for k in case.keeps}
     options = {v.untyped_storage().data_ptr() for v in case.kwargs.values() if isinstance(v, Tensor)}
     new = {pointer: size for pointer, size in saved.items() if pointer not in declared | options}
-    assert sum(new.values()) <= case.keeps_new, f"keeps {sum(new.values())} new bytes, declares {case.keeps_new}"
+    assert sum(new.values()) <= case.keeps_new, (
+        f"keeps {sum(new.values())} new bytes, declares {case.keeps_new}"
+    )
 
 
 def float32_is_as_good_as_torchs(case: Case) -> None:
@@ -212,8 +223,12 @@ def survives_checkpointing(case: Case) -> None:
     """Both forms of activation checkpointing, and saved tensors moved away and back."""
     expected = gradients(case, case.made())
     for reentrant in (False, True):
-        found = gradients(lambda *a, r=reentrant: checkpoint(case, *a, use_reentrant=r), case.made())  # noqa: B023
-        torch.testing.assert_close(found, expected, **TIGHT)
+        arguments = case.made()
+        y = checkpoint(case, *arguments, use_reentrant=reentrant)
+        y.backward(upstream(y))
+        torch.testing.assert_close(
+            [arguments[i].grad for i in case.differentiable(arguments)], expected, **TIGHT
+        )
     with torch.autograd.graph.save_on_cpu():
         torch.testing.assert_close(gradients(case, case.made()), expected, **TIGHT)
 
@@ -263,7 +278,9 @@ def extremes_stay_finite(case: Case) -> None:
 def infinities_and_nan_pass_as_torchs(case: Case) -> None:
     x = torch.tensor([torch.inf, -torch.inf, torch.nan], dtype=torch.float64)
     torch.testing.assert_close(case(x), case.torchs(x), equal_nan=True)
-    ours, torchs = (gradients(f, (x.clone().requires_grad_(),), torch.ones_like(x))[0] for f in (case, case.torchs))
+    ours, torchs = (
+        gradients(f, (x.clone().requires_grad_(),), torch.ones_like(x))[0] for f in (case, case.torchs)
+    )
     known = ~torchs.isnan()  # where torch's is NaN, a number is no worse
     torch.testing.assert_close(ours[:2][known[:2]], torchs[:2][known[:2]])
 
@@ -274,7 +291,10 @@ def any_size(case: Case) -> None:
         x = x[: torch.Size(shape).numel()].reshape(shape).requires_grad_()
         torch.testing.assert_close(case(x), case.torchs(x))
         torch.testing.assert_close(
-            gradients(case, (x,)), gradients(case.torchs, (x,)), rtol=1e-7, atol=1e-7 if case.except_for else 1e-12
+            gradients(case, (x,)),
+            gradients(case.torchs, (x,)),
+            rtol=1e-7,
+            atol=1e-7 if case.except_for else 1e-12,
         )
 
 
@@ -282,9 +302,8 @@ def keeps_the_memory_format(case: Case) -> None:
     x = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     x = x.to(memory_format=torch.channels_last).requires_grad_()
     y = case(x)
-    assert y.is_contiguous(memory_format=torch.channels_last)
     (dx,) = gradients(case, (x,))
-    assert dx.is_contiguous(memory_format=torch.channels_last)
+    assert (y.stride(), dx.stride()) == (case.torchs(x).stride(), gradients(case.torchs, (x,))[0].stride())
 
 
 def third_derivative(case: Case) -> None:

@@ -9,7 +9,10 @@ from properties import ELEMENTWISE_PROPERTIES, PROPERTIES
 
 def pairs(properties: tuple[Callable[[Case], None], ...], cases: list[Case]) -> list[object]:
     return [
-        pytest.param(p, c, id=f"{p.__name__}-{c}") for p in properties for c in cases if p.__name__ not in c.except_for
+        pytest.param(p, c, id=f"{p.__name__}-{c}")
+        for p in properties
+        for c in cases
+        if p.__name__ not in c.except_for
     ]
 
 
@@ -18,7 +21,9 @@ def test_contract(holds: Callable[[Case], None], case: Case) -> None:
     holds(case)
 
 
-@pytest.mark.parametrize(("holds", "case"), pairs(ELEMENTWISE_PROPERTIES, [c for c in CASES if c.elementwise]))
+@pytest.mark.parametrize(
+    ("holds", "case"), pairs(ELEMENTWISE_PROPERTIES, [c for c in CASES if c.elementwise])
+)
 def test_elementwise_contract(holds: Callable[[Case], None], case: Case) -> None:
     holds(case)
 

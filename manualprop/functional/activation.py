@@ -97,7 +97,8 @@ def softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
     """
     if not beta > 0:
         raise ValueError(f"softplus: beta must be positive. Got beta={beta}.")
-    return _activate(rules.Softplus, input, beta, threshold)
+    rule = rules.Softplus if threshold >= 20 else rules.SoftplusFromInput
+    return _activate(rule, input, beta, threshold)
 
 
 def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:

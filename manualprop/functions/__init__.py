@@ -21,6 +21,7 @@ from manualprop.functions.activation import ReLU6 as ReLU6
 from manualprop.functions.activation import Sigmoid as Sigmoid
 from manualprop.functions.activation import SiLU as SiLU
 from manualprop.functions.activation import Softplus as Softplus
+from manualprop.functions.activation import SoftplusFromInput as SoftplusFromInput
 from manualprop.functions.activation import Softshrink as Softshrink
 from manualprop.functions.activation import Softsign as Softsign
 from manualprop.functions.activation import Tanh as Tanh

@@ -254,5 +254,5 @@ def target_mass(x: Tensor, t: Tensor, w: Tensor | None, ignore_index: int, e: fl
     axes = [1] * x.dim()
     axes[dim] = classes
     onehot = torch.arange(classes, device=x.device).view(axes) == index
-    m = w.view(axes) * (onehot * (1 - e) + e / classes)
+    m = w.view(axes) * (onehot.to(dtype) * (1 - e) + e / classes)  # a bool times a float is float32
     return m * counted

@@ -7,20 +7,21 @@ from manualprop.functions import SELU
 
 def x() -> tuple[object, ...]:
     """Points clear of every kink below."""
-    return (real(3, 5, low=-3.3, high=3.7),)
+    return (real(3, 5, low=-3.31, high=3.73),)
 
 
 def row(name: str, keeps: str = "input", **fields: object) -> Case:
     return Case(name, x, elementwise=True, keeps=(0,) if keeps == "input" else ("output",), **fields)  # type: ignore[arg-type]
 
 
+ALPHA = {"gradient_is_torchs": "torch rounds 1 / alpha to float32: 2e-8 off in float64"}
 SIXTH = {"gradient_is_torchs": "torch multiplies by a 1/6 rounded to float32: 5e-9 off in float64"}
 
 # fmt: off
 CASES = [
     row("celu",        "output", kinks={0.0: 1.0}),
-    row("celu",        "output", kwargs={"alpha": 0.7}, kinks={0.0: 1.0}),
-    row("celu",        "output", kwargs={"alpha": -0.9}, special=(0.0, 1e-4, 20.0, -20.0, 89.0)),
+    row("celu",        "output", kwargs={"alpha": 0.7}, kinks={0.0: 1.0}, except_for=ALPHA),
+    row("celu",        "output", kwargs={"alpha": -0.9}, special=(0.0, 1e-4, 20.0, -20.0, 89.0), except_for=ALPHA),
     row("elu",         "output", kinks={0.0: 1.0}),
     row("elu",         "output", kwargs={"alpha": 0.6}, kinks={0.0: 0.6}),
     row("elu",         "input",  kwargs={"alpha": -0.6}, kinks={0.0: -0.6}),
@@ -45,7 +46,8 @@ CASES = [
     row("sigmoid",     "output"),
     row("silu"),
     row("softplus",    "output"),
-    row("softplus",    "output", kwargs={"beta": 1.7, "threshold": 4}),
+    row("softplus",    "output", kwargs={"beta": 1.7, "threshold": 25}),
+    row("softplus",    "input",  kwargs={"beta": 1.7, "threshold": 4}),
     row("softshrink",  "output", kinks={0.5: 0.0, -0.5: 0.0}),
     row("softshrink",  "output", kwargs={"lambd": 1.1}, kinks={1.1: 0.0, -1.1: 0.0}),
     row("softsign",    "output", kinks={0.0: 1.0}),
@@ -59,4 +61,3 @@ CASES = [
     Case("log_softmax", lambda: (real(2, 3, 4),), {"dim": 1}, keeps=("output",)),
 ]
 # fmt: on
-

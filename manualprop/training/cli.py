@@ -313,11 +313,17 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> DescentCLI:
 
 
 def quieten() -> None:
-    """Switch off Lightning's announcements, and the one deprecation warning that it causes in torch 2.13."""
+    """Switch off Lightning's announcements, and two warnings that are not the user's business.
+
+    Of torch 2.13 about Lightning's own code, and about a checkpoint directory that `RunDirectory` has looked after.
+    """
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     warnings.filterwarnings(
         "ignore", message=r".*isinstance\(treespec, LeafSpec\).* is deprecated", category=FutureWarning
+    )
+    warnings.filterwarnings(
+        "ignore", message="Checkpoint directory .* exists and is not empty", category=UserWarning
     )
 
 

@@ -58,7 +58,7 @@ class DescentModule(LightningModule):
         self.automatic_optimization = False
         self.model, self.loss, self.descent, self.seed = model, loss, descent, seed
         _check_loss(model, loss, descent)
-        self._first_linear = _first_linear(model)
+        self._features = _features(model)
         self._sum = self._divisor = 0.0
         self._restored_random_state: dict[str, Any] | None = None
         self.last_loss = math.nan
@@ -114,7 +114,7 @@ class DescentModule(LightningModule):
         """Forward pass, loss, backward pass, update; return the output."""
         optimizer = self._optimizer()
         optimizer.zero_grad()
-        output = self(x)
+        output: Tensor = self(x)
         loss = self.loss(output, target)
         self.last_loss = self._finite(loss.item())
         self.manual_backward(loss)
@@ -123,7 +123,7 @@ class DescentModule(LightningModule):
 
     def _piece(self, x: Tensor, target: Tensor) -> Tensor:
         """Add the gradient of a piece; with the last piece of the update, divide and step."""
-        output = self(x)
+        output: Tensor = self(x)
         total, divisor = sum_and_denominator(self.loss, output, target)
         self.manual_backward(total)
         self._sum, self._divisor = self._sum + total.item(), self._divisor + divisor
@@ -180,7 +180,8 @@ class DescentModule(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Move the learning rate schedule on where it counts epochs."""
-        if self.descent.lr_scheduler is None or self.descent.lr_scheduler_interval == "update":
+        per_update = self.descent.lr_scheduler_interval == "update"
+        if self.descent.lr_scheduler is None or per_update or self._epoch_unfinished():
             return
         scheduler = self.lr_schedulers()
         if not isinstance(scheduler, ReduceLROnPlateau):
@@ -252,6 +253,9 @@ class DescentModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Refuse what would train silently wrong on several devices."""
+        for metric in self.metrics.modules():
+            if isinstance(metric, Metric):
+                metric.reset()  # after Trainer.validate its state is an inference tensor, which training cannot change
         devices = self.trainer.world_size
         if devices == 1:
             return
@@ -263,16 +267,16 @@ class DescentModule(LightningModule):
         check_splittable(self.loss, self.model)
 
     def _check_inputs(self, x: Tensor) -> None:
-        if self._first_linear is None:
+        if self._features is None:
             return
         if not x.is_floating_point():
             raise InputTypeError(
                 f"DescentModule: the inputs of a Linear layer must be floating point. Got dtype={x.dtype}; convert "
                 "them, for example with x.float()."
             )
-        if x.shape[-1] != self._first_linear.in_features:
+        if x.shape[-1] != self._features:
             raise InputValueError(
-                f"DescentModule: the model takes {self._first_linear.in_features} features per example. Got inputs of "
+                f"DescentModule: the model takes {self._features} features per example. Got inputs of "
                 f"shape {tuple(x.shape)}; change the first size of the model to {x.shape[-1]}, or the data."
             )
 
@@ -284,11 +288,8 @@ class DescentModule(LightningModule):
         checkpoint["epoch_unfinished"] = self._epoch_unfinished()
 
     def _epoch_unfinished(self) -> bool:
-        loader = getattr(self.trainer, "train_dataloader", None)
-        return (
-            hasattr(loader, "updates_per_epoch")
-            and self.trainer.global_step % loader.updates_per_epoch() != 0
-        )
+        loader = self.trainer.train_dataloader
+        return isinstance(loader, TrainingRows) and self.trainer.global_step % loader.updates_per_epoch() != 0
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the random number generators, and an epoch that max_steps cut short."""
@@ -351,10 +352,10 @@ def _check_loss(model: nn.Module, loss: nn.Module, descent: Descent) -> None:
         )
 
 
-def _first_linear(model: nn.Module) -> nn.Linear | None:
+def _features(model: nn.Module) -> int | None:
     while isinstance(model, nn.Sequential) and len(model):
         model = model[0]
-    return model if isinstance(model, nn.Linear) else None
+    return model.in_features if isinstance(model, nn.Linear) else None
 
 
 def _examples(batch: Any) -> Examples:

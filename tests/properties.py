@@ -122,12 +122,13 @@ def leaves_all_else_alone(case: Case) -> None:
     before, versions = [t.detach().clone() for t in tensors], [t._version for t in tensors]
     state = torch.get_rng_state()
     y = case(*arguments)
-    g = upstream(y)
+    g, value = upstream(y), y.detach().clone()
     kept, version = g.clone(), g._version
     wanted = [arguments[i] for i in case.differentiable(arguments)]
-    once = torch.autograd.grad(y, wanted, g, retain_graph=True)
+    once = [d.clone() for d in torch.autograd.grad(y, wanted, g, retain_graph=True)]
     twice = torch.autograd.grad(y, wanted, g, retain_graph=True)
-    torch.testing.assert_close(once, twice, rtol=0, atol=0)
+    torch.testing.assert_close(once, list(twice), rtol=0, atol=0)
+    assert torch.equal(y, value), "backward changed the output"
     assert torch.equal(g, kept) and g._version == version, "the arriving gradient was changed"
     for t, old, v in zip(tensors, before, versions, strict=True):
         assert torch.equal(t, old) and t._version == v, "an argument was changed"
@@ -160,11 +161,6 @@ def keeps_what_it_declares(case: Case) -> None:
     with saved_tensors_hooks(pack, lambda t: t):
         y = case(*arguments)
     named = {"output": y} | {i: a for i, a in enumerate(arguments) if isinstance(a, Tensor)}
-    if "output" in case.keeps and y.grad_fn is not None and y.untyped_storage().data_ptr() not in saved:
-        assert any(nbytes == y.untyped_storage().nbytes() for nbytes in saved.values()), (
-            "the output is not kept"
-        )
-        saved = {}
     declared = {named[k].untyped_storage().data_ptr() for k in case.keeps}
     options = {v.untyped_storage().data_ptr() for v in case.kwargs.values() if isinstance(v, Tensor)}
     new = {pointer: size for pointer, size in saved.items() if pointer not in declared | options}
@@ -302,8 +298,10 @@ def keeps_the_memory_format(case: Case) -> None:
     x = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     x = x.to(memory_format=torch.channels_last).requires_grad_()
     y = case(x)
-    (dx,) = gradients(case, (x,))
-    assert (y.stride(), dx.stride()) == (case.torchs(x).stride(), gradients(case.torchs, (x,))[0].stride())
+    assert y.stride() == case.torchs(x).stride()
+    if y.is_contiguous(memory_format=torch.channels_last):
+        (dx,) = gradients(case, (x,))
+        assert dx.is_contiguous(memory_format=torch.channels_last)
 
 
 def third_derivative(case: Case) -> None:

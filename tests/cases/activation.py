@@ -1,7 +1,6 @@
 """Rows of the activations."""
 
 from cases._case import Case, real
-
 from manualprop.functions import SELU
 
 

@@ -1,8 +1,9 @@
 """Rows of the losses."""
 
 import torch
-from cases._case import Case, real
 from torch import Tensor
+
+from cases._case import Case, real
 
 
 def classes(*shape: int, high: int = 4) -> Tensor:

@@ -1,0 +1,213 @@
+"""The modules: torch's twins in everything but the gradient's origin; swap and unswap."""
+
+import copy
+import inspect
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import manualprop
+from manualprop._swap import TWINS
+
+ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "Linear": (3, 2),
+    "Bilinear": (3, 2, 4),
+    "LazyLinear": (4,),
+    "Threshold": (0.1, 20.0),
+    "LayerNorm": (3,),
+    "RMSNorm": (3,),
+    "GroupNorm": (1, 3),
+    "Embedding": (5, 3),
+    **{f"BatchNorm{d}d": (3,) for d in (1, 2, 3)},
+    **{f"InstanceNorm{d}d": (3,) for d in (1, 2, 3)},
+}
+PAIRS = [pytest.param(torchs, ours, id=ours.__name__) for torchs, ours in TWINS.items()]
+
+
+def make(cls: type[nn.Module], **kwargs: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return cls(*ARGUMENTS.get(cls.__name__, ()), **kwargs)
+
+
+@pytest.mark.filterwarnings("ignore:.*NLLLoss2d.*:FutureWarning", "ignore:Lazy modules are a new feature")
+@pytest.mark.parametrize(("torchs", "ours"), PAIRS)
+def test_is_the_twin_of_torchs(torchs: type[nn.Module], ours: type[nn.Module]) -> None:
+    assert ours.__name__ == torchs.__name__ and issubclass(ours, torchs)
+    assert inspect.signature(ours) == inspect.signature(torchs)
+    theirs, mine = make(torchs), make(ours)
+    assert repr(theirs) == repr(mine)
+    assert list(theirs.state_dict()) == list(mine.state_dict())
+    if torch.nn.parameter.is_lazy(next(mine.parameters(), None)):
+        return
+    for a, b in zip(theirs.state_dict().values(), mine.state_dict().values(), strict=True):
+        assert torch.equal(a, b), "not initialised as torch's"
+    for clone in (copy.deepcopy(mine), pickle.loads(pickle.dumps(mine)), saved_and_loaded(mine)):
+        assert type(clone) is ours and repr(clone) == repr(mine)
+        assert all(torch.equal(a, b) for a, b in zip(clone.parameters(), mine.parameters(), strict=True))
+
+
+def saved_and_loaded(module: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    assert isinstance(loaded, nn.Module)
+    return loaded
+
+
+def test_device_and_dtype_arguments() -> None:
+    layer = manualprop.nn.Linear(3, 2, bias=False, device="meta", dtype=torch.float16)
+    assert layer.weight.is_meta and layer.weight.dtype == torch.float16 and layer.bias is None
+    assert layer(torch.empty(4, 3, device="meta", dtype=torch.float16)).shape == (4, 2)
+
+
+INPLACE = [
+    pytest.param(cls, id=cls.__name__)
+    for cls in TWINS.values()
+    if "inplace" in inspect.signature(cls).parameters
+]
+
+
+@pytest.mark.parametrize("cls", INPLACE)
+def test_inplace_is_torchs(cls: type[nn.Module]) -> None:
+    """Returns its very input, overwritten, with the right gradient; refuses a leaf that needs one."""
+    torchs = cls.__bases__[0]
+    found = {}
+    for kind in (cls, torchs):
+        x = torch.linspace(-2.9, 3.1, 12, dtype=torch.float64).reshape(1, 3, 2, 2).requires_grad_()
+        hidden = x * 1
+        torch.manual_seed(2)
+        y = make(kind, inplace=True)(hidden)
+        assert y is hidden, kind
+        found[kind] = (y.detach().clone(), torch.autograd.grad(y.pow(2).sum(), x)[0])
+    torch.testing.assert_close(found[cls], found[torchs])
+    for kind in (cls, torchs):
+        with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+            make(kind, inplace=True)(torch.ones(1, 3, 2, 2, requires_grad=True))
+
+
+def torch_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(3, 4), nn.LeakyReLU(0.2), nn.Sequential(nn.Linear(4, 4), nn.GELU("tanh")), nn.Linear(4, 2)
+    ).double()
+
+
+def test_swap_replaces_every_layer_and_nothing_else() -> None:
+    model = torch_model()
+    x = torch.linspace(-1, 1, 15, dtype=torch.float64).reshape(5, 3)
+    model.eval()
+    model[0].register_forward_hook(lambda module, inputs, output: output * 2)
+    parameters, before = list(model.parameters()), model(x)
+    expected = torch.autograd.grad(before.sum(), parameters)
+    assert manualprop.swap(model) is model
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True)), (
+        "optimizers would lose them"
+    )
+    assert type(model[0]) is manualprop.nn.Linear and type(model[2][1]) is manualprop.nn.GELU
+    assert not model.training and type(model) is nn.Sequential
+    torch.testing.assert_close(model(x), before)
+    torch.testing.assert_close(torch.autograd.grad(model(x).sum(), parameters), expected)
+
+
+def test_swap_twice_is_swap_once_and_unswap_restores() -> None:
+    model = torch_model()
+    types = [type(m) for m in model.modules()]
+    once = [type(m) for m in manualprop.swap(model).modules()]
+    assert [type(m) for m in manualprop.swap(model).modules()] == once
+    assert [type(m) for m in manualprop.unswap(model).modules()] == types
+
+
+def test_swap_leaves_subclasses_and_parametrized_layers() -> None:
+    class Mine(nn.Linear):
+        pass
+
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+    model = nn.Sequential(Mine(2, 2), normed, nn.Conv2d(1, 1, 1))
+    types = [type(m) for m in model]
+    assert [type(m) for m in manualprop.swap(model)] == types
+
+
+def test_swap_takes_a_single_layer_and_refuses_what_is_no_module() -> None:
+    assert type(manualprop.swap(nn.Tanh())) is manualprop.nn.Tanh
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module. Got function"):
+        manualprop.swap(make)  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize(
+    ("misuse", "kind", "text"),
+    [
+        (lambda F: F.relu(3.0), TypeError, "must be Tensor"),
+        (lambda F: F.linear(torch.ones(2, 3), torch.ones(4, 5)), RuntimeError, "cannot be multiplied"),
+        (lambda F: F.linear(torch.ones(2, 3), torch.ones(4, 3, dtype=torch.float64)), RuntimeError, "dtype"),
+        (lambda F: F.gelu(torch.ones(2), approximate="sigmoid"), RuntimeError, "approximate"),
+        (lambda F: F.softshrink(torch.ones(2), -1.0), RuntimeError, "lambda must be"),
+        (lambda F: F.mse_loss(torch.ones(2), torch.ones(2), reduction="avg"), ValueError, "avg"),
+        (lambda F: F.cross_entropy(torch.ones(2, 3), torch.tensor([0, 3])), IndexError, "out of bounds"),
+        (lambda F: F.cross_entropy(torch.ones(2, 3), torch.zeros(3).long()), ValueError, "batch_size"),
+        (
+            lambda F: F.cross_entropy(torch.ones(2, 3), torch.ones(2, 3).long()),
+            RuntimeError,
+            "floating point",
+        ),
+        (
+            lambda F: F.cross_entropy(torch.ones(2, 3), torch.tensor([0, 1]), torch.ones(2)),
+            RuntimeError,
+            "weight",
+        ),
+        (
+            lambda F: F.cross_entropy(torch.ones(2, 3), torch.tensor([0, 1]), label_smoothing=2.0),
+            RuntimeError,
+            "label_smoothing",
+        ),
+        (
+            lambda F: F.cross_entropy(torch.ones(2, 3), torch.ones(2, 3), label_smoothing=2.0),
+            RuntimeError,
+            "label_smoothing",
+        ),
+        (lambda F: F.softmax(torch.ones(2), dim=3), IndexError, "Dimension out of range"),
+    ],
+)
+def test_misuse_raises_what_torch_raises(misuse: Any, kind: type[Exception], text: str) -> None:
+    for module in (torch.nn.functional, manualprop.functional):
+        with pytest.raises(kind, match=text):
+            misuse(module)
+
+
+def test_what_the_rules_are_not_derived_for_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"Tanh: inputs must be real.*Got torch.complex64"):
+        manualprop.functional.tanh(torch.ones(2, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"softplus: beta must be positive. Got beta=-1.0"):
+        manualprop.functional.softplus(torch.ones(2), beta=-1.0)
+
+
+def test_implicit_dim_warns_as_torch_does() -> None:
+    for module in (nn.Softmax(), manualprop.nn.Softmax()):
+        with pytest.warns(UserWarning, match="Implicit dimension choice for softmax") as caught:
+            module(torch.ones(2, 3))
+        assert caught[0].filename == __file__ or "module.py" in caught[0].filename
+
+
+def test_integer_inputs() -> None:
+    """As torch: a float for tanh, an integer for relu."""
+    x = torch.tensor([-1, 0, 2])
+    assert torch.equal(manualprop.functional.tanh(x), torch.tanh(x))
+    assert torch.equal(manualprop.functional.relu(x), torch.relu(x))
+
+
+def test_a_swapped_model_trains() -> None:
+    model = manualprop.swap(torch_model())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(30):
+        loss = manualprop.functional.mse_loss(model(x), x[:, :2])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]

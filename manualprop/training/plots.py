@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
 Row = Mapping[str, float]
 
@@ -44,36 +44,36 @@ def plot_history(rows: Sequence[Row], path: Path, title: str) -> None:
     _save(figure, path)
 
 
-def plot_descents(histories: Mapping[str, Sequence[Row]], path: Path) -> None:
+def plot_descents(curves: Mapping[str, Sequence[Row]], path: Path, title: str) -> None:
     """Draw the validation loss and accuracy of several descents over updates and over time.
 
     Args:
-        histories: rows by the name of the descent; the first row may be update 0.
+        curves: rows with update, seconds, val_loss and val_accuracy, by the label of the descent; the first row of
+            each is update 0, the untrained network.
         path: of the PNG file.
+        title: above the picture.
     """
-    figure = Figure(figsize=(10.4, 7.2), layout="constrained")
-    grid = figure.subplots(2, 2, sharey="row")
-    for (name, rows), (colour, line) in zip(histories.items(), _STYLES, strict=False):
-        for column, x in enumerate(("update", "seconds")):
-            for row, quantity in enumerate(("loss", "accuracy")):
-                _curve(
-                    grid[row][column], rows, x, f"val_{quantity}", color=colour, linestyle=line, label=name
-                )
-    for row, quantity in enumerate(("loss", "accuracy")):
-        _label(grid[row][0], "updates (logarithmic)", quantity, "validation ")
-        _label(grid[row][1], "training time (s)", quantity, "validation ")
-        _updates_axis(grid[row][0], max(rows[-1]["update"] for rows in histories.values()))
-        grid[row][1].set_ylabel("")
-    grid[0][0].legend(frameon=False, loc="lower left")
-    figure.suptitle("Three descents on the UCI handwritten digits")
+    figure = Figure(figsize=(10.4, 7.4), layout="constrained")
+    grid = figure.subplots(2, 2, sharex="col", sharey="row")
+    for (label, rows), (colour, line) in zip(curves.items(), _STYLES, strict=False):
+        style = {"color": colour, "linestyle": line, "label": label}
+        for axes, quantity in zip(grid, ("loss", "accuracy"), strict=True):
+            _curve(axes[0], rows, "update", f"val_{quantity}", **style)
+            _curve(axes[1], rows[1:], "seconds", f"val_{quantity}", **style)
+    for axes, quantity in zip(grid, ("loss", "accuracy"), strict=True):
+        _label(axes[0], "", quantity, "validation ")
+        _label(axes[1], "", quantity, "validation ")
+        axes[1].set_ylabel("")
+    _updates_axis(grid[1][0], max(rows[-1]["update"] for rows in curves.values()))
+    _seconds_axis(grid[1][1])
+    grid[0][0].legend(frameon=False, loc="lower left", title="examples per update")
+    figure.suptitle(title)
     _save(figure, path)
 
 
 def _curve(ax: Axes, rows: Sequence[Row], x: str, y: str, **style: Any) -> None:
     points = [(row[x], row[y]) for row in rows if y in row]
-    if len(points) < 40:
-        style |= {"marker": "o", "markersize": 3}
-    ax.plot(*zip(*points, strict=True), linewidth=1.6, **style)
+    ax.plot(*zip(*points, strict=True), linewidth=1.7, **style)
 
 
 def _label(ax: Axes, x: str, quantity: str, prefix: str = "") -> None:
@@ -82,19 +82,31 @@ def _label(ax: Axes, x: str, quantity: str, prefix: str = "") -> None:
     ax.spines[["top", "right"]].set_visible(False)
     if quantity == "loss":
         ax.set_yscale("log")
-        ax.set_ylabel(f"{prefix}loss (logarithmic)")
-    else:
-        ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-        ax.set_ylabel(f"{prefix}accuracy")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    else:  # logit: 90, 99 and 99.9 % are as far apart as 10 and 1 % error on a logarithmic axis
+        ax.set_yscale("logit")
+        ax.yaxis.set_major_locator(FixedLocator([0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999]))
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.set_ylabel(f"{prefix}{quantity} ({'logarithmic' if quantity == 'loss' else 'logit scale'})")
 
 
 def _updates_axis(ax: Axes, last: float) -> None:
     # Symmetric-logarithmic and linear below 1, so that update 0, the untrained network, has a place.
     ax.set_xscale("symlog", linthresh=1.0, linscale=0.3)
-    powers = [0.0] + [10.0**k for k in range(7) if 10.0**k <= 1.2 * last]
-    ax.xaxis.set_major_locator(FixedLocator(powers))
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_xlim(left=0.0)
+    ax.xaxis.set_major_locator(FixedLocator([0.0] + [10.0**k for k in range(10) if 10.0**k <= 1.2 * last]))
+    ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    ax.set_xlabel("updates (logarithmic)")
+
+
+def _seconds_axis(ax: Axes) -> None:
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlabel("training time in s (logarithmic)")
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -2,7 +2,7 @@
 
 Verifies every layer's gradient first, and refuses to train if one is wrong. Then trains from the three recipes beside
 this file, prints one table, and leaves in runs/NAME: descents.png (loss and accuracy over updates and over time),
-history.csv (the metrics of every epoch), checkpoints (the best network of each descent, and the best of all).
+history.csv and curves.csv (the metrics of every epoch, and within them), checkpoints (the best network of each descent, and the best of all).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # imported where they are used, so that --help answers at onc
     from manualprop.training.cli import DescentCLI
     from manualprop.training.run_directory import RunDirectory
 
-RECIPES = ("batch", "stochastic", "minibatch")
+RECIPES = {"batch": "all (batch)", "stochastic": "1 (stochastic)", "minibatch": "32 (mini-batch)"}
 HERE = Path(__file__).resolve().parent
 
 
@@ -77,12 +77,12 @@ def compare(run: RunDirectory, seed: int, epochs: int | None) -> int:
             return 1
         trained[recipe] = _train(job, run.checkpoints / f"{recipe}.ckpt") | {"job": job}
     picture = run.path / "descents.png"
-    plot_descents({recipe: result["rows"] for recipe, result in trained.items()}, picture)
+    curves = {RECIPES[recipe]: result["curve"] for recipe, result in trained.items()}
+    plot_descents(curves, picture, "Three descents on the UCI handwritten digits")
     _print_table(trained)
     _keep_best(run, trained)
-    print(
-        f"curves:  {picture}\nmetrics: {run.history}\nbest network: {run.best} (manualprop test --name {run.name})"
-    )
+    print(f"curves:       {picture} (numbers: {run.path / 'curves.csv'})\nmetrics:      {run.history}")
+    print(f"best network: {run.best} (manualprop test --name {run.name})")
     return 0
 
 
@@ -201,8 +201,7 @@ def _train(job: DescentCLI, checkpoint: Path) -> dict[str, Any]:
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     model, data, trainer = job.model, job.datamodule, cast(Any, job.trainer)
-    before = trainer.validate(model, data, verbose=False)[0]
-    job.history.rows = [{"epoch": 0, "update": 0, "seconds": 0.0, **before}]
+    curve: list[dict[str, float]] = []
     keeper = ModelCheckpoint(
         checkpoint.parent,
         filename=checkpoint.stem,
@@ -210,12 +209,13 @@ def _train(job: DescentCLI, checkpoint: Path) -> dict[str, Any]:
         save_on_train_epoch_end=True,
         enable_version_counter=False,
     )
-    trainer.callbacks.append(keeper)
+    trainer.callbacks += [keeper, _curve_callback(curve)]
     trainer.fit(model, data)
     model.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
     rows, last = job.history.rows, job.history.rows[-1]
     return {
         "rows": rows,
+        "curve": [*curve, {name: last[name] for name in curve[0]}],
         "updates": last["update"],
         "epochs": last["epoch"],
         "seconds": last["seconds"],
@@ -224,6 +224,32 @@ def _train(job: DescentCLI, checkpoint: Path) -> dict[str, Any]:
         "checkpoint": checkpoint,
         "val loss": min(row["val_loss"] for row in rows),
     }
+
+
+def _curve_callback(curve: list[dict[str, float]]) -> Any:
+    """Evaluate the network after 0, 1, 2, 3, ... updates, ever more apart: epochs are too coarse for a curve."""
+    import torch
+    from lightning.pytorch import Callback
+
+    class Curve(Callback):
+        due, start = 0, 0.0
+
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            made = trainer.global_step
+            if made < self.due:
+                return
+            self.due = max(made + 1, round(made * 1.15))
+            self.start = self.start or time.perf_counter()
+            seconds = time.perf_counter() - self.start
+            x, target = trainer.datamodule.val
+            with torch.no_grad():
+                output = pl_module.model.eval()(x)
+                loss = float(pl_module.loss(output, target))
+            pl_module.model.train()
+            accuracy = float((output.argmax(dim=1) == target).float().mean())
+            curve.append({"update": made, "seconds": seconds, "val_loss": loss, "val_accuracy": accuracy})
+
+    return Curve()
 
 
 def _train_loss(model: Any, data: Any) -> float:
@@ -238,7 +264,8 @@ def _keep_best(run: RunDirectory, trained: dict[str, dict[str, Any]]) -> None:
     """Keep the metrics of all, and the best network with the configuration that `manualprop test` needs."""
     from manualprop.training.callbacks import write_csv
 
-    write_csv(run.history, [{"descent": r} | row for r, result in trained.items() for row in result["rows"]])
+    for path, kind in ((run.history, "rows"), (run.path / "curves.csv", "curve")):
+        write_csv(path, [{"descent": r} | row for r, result in trained.items() for row in result[kind]])
     best = min(trained.values(), key=lambda result: float(result["val loss"]))
     shutil.copyfile(best["checkpoint"], run.best)
     config = best["job"].config.clone()

@@ -59,8 +59,8 @@ class Rule(Function):
         """
         if transforms_active():
             return super().apply(*args)
-        args = tuple(unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in args)
-        return super(Function, cls).apply(*args)  # type: ignore[misc]
+        # A tensor that outlived its transform is a dead wrapper around the real one.
+        return super(Function, cls).apply(*[unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in args])  # type: ignore[misc]
 
 
 # ----- torch.compile -----

@@ -87,7 +87,7 @@ def explain(error: Exception, replaced: Mapping[str, str]) -> str:
         replaced: Trainer options that do not exist here, and what to use instead.
     """
     text = str(error)
-    for kind in (_unknown_key, _unknown_option, _unknown_class, _wrong_type, _missing, _no_file, _refused):
+    for kind in (_unknown_key, _unknown_option, _unknown_class, _refused, _wrong_type, _missing, _no_file):
         explanation = kind(text, replaced)
         if explanation:
             return explanation
@@ -175,7 +175,7 @@ def _no_file(text: str, replaced: Mapping[str, str]) -> str:
 
 def _refused(text: str, replaced: Mapping[str, str]) -> str:
     """The text of a constructor's own ValueError, out of the list of all types that were tried."""
-    found = re.search(r"Errors:\n\s*- ((?!Expected).+)", text)
+    found = re.search(r"Errors:\n\s*- ((?!Expected|Problem with|Parser key|Type ).+)", text)
     return found[1] if found else ""
 
 

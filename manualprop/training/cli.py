@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import pickle
 import sys
 import warnings
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from manualprop.descent import Descent
@@ -227,7 +227,7 @@ class DescentCLI(LightningCLI):
         path = self._checkpoint()
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        except Exception as error:  # torch.load fails in many ways on a file that is something else
             raise InputValueError(
                 f"A checkpoint must be a file that a training run has written. {path} cannot be read as one "
                 f"({type(error).__name__}); give another one as --checkpoint."
@@ -313,18 +313,16 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> DescentCLI:
 
 
 def quieten() -> None:
-    """Switch off Lightning's announcements, and two warnings that are not the user's business.
-
-    Of torch 2.13 about Lightning's own code, and about a checkpoint directory that `RunDirectory` has looked after.
-    """
+    """Switch off Lightning's announcements, and the warnings that its own code causes in torch and jsonargparse."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
-    warnings.filterwarnings(
-        "ignore", message=r".*isinstance\(treespec, LeafSpec\).* is deprecated", category=FutureWarning
-    )
-    warnings.filterwarnings(
-        "ignore", message="Checkpoint directory .* exists and is not empty", category=UserWarning
-    )
+    for message in (
+        r".*isinstance\(treespec, LeafSpec\).* is deprecated",
+        r"\s*By default only one JsonargparseDeprecationWarning",
+        r"\s*``instantiate_classes`` was deprecated",
+        "Checkpoint directory .* exists and is not empty",  # RunDirectory has seen to that
+    ):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def _say(text: str) -> None:
@@ -349,7 +347,7 @@ def main(arguments: Sequence[str]) -> int:
     except NonFiniteLossError as error:
         _say(f"manualprop {arguments[0]}: {error}")
         return 1
-    except UserError as error:
+    except (UserError, MisconfigurationException) as error:
         _say(f"manualprop {arguments[0]}: {error}")
         return 2
     return 0

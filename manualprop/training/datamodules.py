@@ -157,7 +157,7 @@ class TensorDataModule(LightningDataModule):
 
     def _rows(self, examples: Examples | None) -> Iterable[Examples]:
         if examples is None:
-            return []
+            return iter(())  # Lightning warns of a loader that has a length, and this is 0
         trainer = self.trainer
         rank, devices = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         return Rows(examples, self.evaluation_batch_size, rank, devices)

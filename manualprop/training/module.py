@@ -125,8 +125,8 @@ class DescentModule(LightningModule):
         """Add the gradient of a piece; with the last piece of the update, divide and step."""
         output: Tensor = self(x)
         total, divisor = sum_and_denominator(self.loss, output, target)
+        self._sum, self._divisor = self._sum + self._finite(total.item()), self._divisor + divisor
         self.manual_backward(total)
-        self._sum, self._divisor = self._sum + total.item(), self._divisor + divisor
         if not isinstance(self.descent, Batch) or self.trainer.is_last_batch:
             self._finish_pieces(self._optimizer())
         return output.detach()
@@ -163,9 +163,8 @@ class DescentModule(LightningModule):
         if math.isfinite(loss):
             return loss
         rate = self._optimizer().param_groups[0]["lr"]
-        checkpoint = (
-            getattr(self.trainer.checkpoint_callback, "last_model_path", "") or "none was written yet"
-        )
+        keeper: Any = self.trainer.checkpoint_callback
+        checkpoint = (keeper and (keeper.last_model_path or keeper.best_model_path)) or "none was written yet"
         raise NonFiniteLossError(
             f"The loss must stay finite. Got loss={loss} at update {self.trainer.global_step + 1} (epoch "
             f"{self.trainer.current_epoch + 1}) with learning rate {rate:g}; this update was not made. Try a learning "

@@ -1,0 +1,224 @@
+"""The console command: help, errors without tracebacks, run directories, interruption."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+
+import manualprop
+from manualprop import _command
+from manualprop.training import DescentModule
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*LeafSpec:FutureWarning", "ignore:Checkpoint directory:UserWarning"
+)
+
+RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "digits" / "minibatch.yaml"
+FIT = ["fit", "--config", str(RECIPE), "--trainer.enable_progress_bar=false"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
+    yield
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, handler)  # Lightning ignores the signal while it winds up
+
+
+def fit(*words: str) -> int:
+    return _command.main([*FIT, *words])
+
+
+def test_help_and_version_need_no_torch() -> None:
+    script = (
+        "import sys; from manualprop._command import main; main(['--help']); main(['--version']);"
+        "assert not {'torch', 'lightning'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert all(name in result.stdout for name in _command.COMMANDS)
+    assert f"manualprop {manualprop.__version__}" in result.stdout
+
+
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _command.main(["fti"]) == 2
+    assert capsys.readouterr().err == "manualprop: unknown command 'fti'. Did you mean 'fit'?\n"
+
+
+def test_extra_that_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "rich" else name)
+    assert fit() == 2
+    assert 'fit needs rich, which is not installed. Get it with: pip install "manualprop[training]"' in (
+        capsys.readouterr().err
+    )
+
+
+def test_help_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        _command.main(["fit", "--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "usage: manualprop fit [--config RECIPE] [--name NAME]" in shown
+    assert "--resume" in shown
+    assert "gradient_clip_val" not in shown
+    assert "torch.ao" not in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--descent.batch_sise=9"], "unknown option 'descent.batch_sise' of manualprop.descent.MiniBatch. Did you mean 'batch_size'?"),
+        (["--trainer.max_epoch=9"], "unknown key 'trainer.max_epoch'. Did you mean 'trainer.max_epochs'?"),
+        (["--trainer.gradient_clip_val=1"], "unknown key 'trainer.gradient_clip_val': use --descent.clip_gradient_norm"),
+        (["--descent=Minibatch"], "descent: unknown class 'Minibatch'. Did you mean 'MiniBatch'?"),
+        (["--model.loss=manualprop.nn.CrossEntropyLos"], "unknown class 'manualprop.nn.CrossEntropyLos'. Did you mean 'CrossEntropyLoss'?"),
+        (["--descent.batch_size=x"], "descent.batch_size must be of type int. Got 'x'."),
+        (["--trainer.max_epochs=many"], "trainer.max_epochs must be of type int or null. Got 'many'."),
+        (["--config=nosuch.yaml"], "the file given as --config must exist. Got "),
+        (["--descent.learning_rate=-1"], "MiniBatch: learning_rate must be a positive number. Got learning_rate=-1.0."),
+        (["--descent.optimizer=Adam"], "Got an optimizer and learning_rate=0.1, momentum=0.9"),
+        (["--descent.batch_size=5000"], "Got batch_size=5000 and 1297 training examples"),
+        (["--model.model.sizes=[32,10]"], "the model takes 32 features per example. Got inputs of shape (32, 64)"),
+        (["--model.model.activation=Tonh"], "activation must be a class of manualprop.nn"),
+        (["--name=a/b"], "name must be a plain directory name"),
+        (["--overwrite", "--resume"], "Give --overwrite or --resume, not both"),
+        (["--resume"], "checkpoints/last.ckpt does not exist; start the run without --resume."),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)  # fmt: skip
+def test_mistakes_are_one_line(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(*words) == 2
+    shown = capsys.readouterr().err
+    assert text in shown
+    assert "Traceback" not in shown
+    assert len(shown.splitlines()) <= 2
+    assert not Path("runs/digits-minibatch/history.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        ("batch_size", "batch_sise", "unknown option 'descent.batch_sise'"),
+        ("max_epochs", "max_epoch", "unknown key 'trainer.max_epoch'. Did you mean 'trainer.max_epochs'?"),
+        ("\ndata:", "\ndta:", "unknown key 'dta.class_path'. Did you mean 'data'?"),
+        ("    momentum", "   momentum", "Problems parsing config"),
+        ("[64, 64, 10]", "3", "model.model.sizes must be of type list. Got '3'."),
+    ],
+)
+def test_mistakes_in_the_recipe(old: str, new: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bad.yaml").write_text(RECIPE.read_text().replace(old, new))
+    assert _command.main(["fit", "--config", "bad.yaml"]) == 2
+    shown = capsys.readouterr().err
+    assert text in shown
+    assert "Traceback" not in shown
+
+
+def test_nothing_to_evaluate(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _command.main(["test", "--name", "nosuch"]) == 2
+    assert "runs/nosuch/config.yaml does not exist; give its --name" in capsys.readouterr().err
+    assert _command.main(["test", "--config", str(RECIPE)]) == 2
+    assert "checkpoints/best.ckpt does not exist" in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DescentModule, "training_step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit()
+
+
+def test_fit_evaluate_predict_resume_overwrite(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit("--trainer.max_epochs=2", "--descent.batch_size=64", "--seed=5") == 0
+    run = Path("runs/digits-minibatch")
+    for name in (
+        "config.yaml",
+        "history.csv",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "plots/history.png",
+    ):
+        assert (run / name).stat().st_size > 0
+    saved = (run / "config.yaml").read_text()
+    assert "batch_size: 64" in saved
+    assert "seed_everything: 5" in saved
+    assert not any(flag in saved for flag in ("resume", "overwrite"))
+    assert _command.main(["test", "--name=digits-minibatch"]) == 0
+    assert _command.main(["validate", "--name=digits-minibatch", "--checkpoint=last"]) == 0
+    assert _command.main(["predict", "--name=digits-minibatch"]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("test_accuracy 0.", "val_accuracy 0.", "300 predictions: runs/"))
+    assert len((run / "predictions.csv").read_text().splitlines()) == 301
+    assert fit("--trainer.max_epochs=2") == 2
+    assert "Give --resume to go on with it, --overwrite to replace it" in capsys.readouterr().err
+    assert _command.main(["fit", "--name=digits-minibatch", "--resume", "--trainer.max_epochs=3"]) == 0
+    assert len((run / "history.csv").read_text().splitlines()) == 4
+    Path(run, "notes.txt").write_text("mine")
+    assert fit("--trainer.max_epochs=1", "--overwrite") == 0
+    assert len((run / "history.csv").read_text().splitlines()) == 2
+    assert Path(run, "notes.txt").exists()
+    assert _command.main(["test", "--name=digits-minibatch", "--model.model.sizes=[64,10]"]) == 2
+    assert "same architecture" in capsys.readouterr().err
+    Path("junk.ckpt").write_text("junk")
+    assert _command.main(["test", "--name=digits-minibatch", "--checkpoint=junk.ckpt"]) == 2
+    assert "junk.ckpt cannot be read as one" in capsys.readouterr().err
+
+
+def test_two_runs_in_one_directory(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("runs/digits-minibatch").mkdir(parents=True)
+    with FileLock("runs/digits-minibatch/.lock"):
+        assert fit() == 2
+    assert "runs/digits-minibatch is in use by another training run" in capsys.readouterr().err
+
+
+def test_non_finite_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit("--descent.learning_rate=1e38", "--trainer.max_epochs=2") == 1
+    shown = capsys.readouterr().err
+    assert "The loss must stay finite" in shown
+    assert len(shown.splitlines()) == 1
+
+
+def test_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    step = DescentModule.training_step
+
+    def interrupted(self: DescentModule, batch: Any, batch_idx: int) -> None:
+        if self.trainer.current_epoch == 1 and batch_idx == 3:
+            raise KeyboardInterrupt
+        step(self, batch, batch_idx)
+
+    monkeypatch.setattr(DescentModule, "training_step", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        fit()
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == (
+        "Interrupted at update 44 (epoch 2). Last checkpoint: runs/digits-minibatch/checkpoints/last.ckpt. "
+        "Go on with: manualprop fit --name digits-minibatch --resume\n"
+    )
+
+
+@pytest.mark.slow
+def test_ctrl_c_for_real(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "manualprop._command", *FIT, "--trainer.max_epochs=-1"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while (
+            not Path("runs/digits-minibatch/checkpoints/last.ckpt").exists() and time.monotonic() < deadline
+        ):
+            time.sleep(0.1)
+        second = subprocess.run(words, capture_output=True, text=True)
+        process.send_signal(signal.SIGINT)
+        _, shown = process.communicate(timeout=60)
+    assert second.returncode == 2
+    assert "in use by another training run" in second.stderr
+    assert process.returncode == 130
+    assert "--resume" in shown.splitlines()[-1]
+    assert "Traceback" not in shown

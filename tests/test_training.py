@@ -1,0 +1,433 @@
+"""Training under Lightning: counting, exactness, resuming, metrics, data, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
+
+import manualprop
+from manualprop.descent import Batch, Descent, MiniBatch, Stochastic, gradient
+from manualprop.training import (
+    DescentModule,
+    DigitsDataModule,
+    LinearRegressionDataModule,
+    MultilayerPerceptron,
+    NonFiniteLossError,
+    TensorDataModule,
+)
+from manualprop.training.callbacks import History, checkpoint_callbacks
+from manualprop.training.cli import quieten
+from manualprop.training.datamodules import Rows
+from manualprop.training.run_directory import RunDirectory
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*LeafSpec:FutureWarning", "ignore:Checkpoint directory:UserWarning"
+)
+
+N = 300  # more than one chunk of stochastic descent
+
+
+@pytest.fixture(autouse=True)
+def quiet_and_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    quieten()
+
+
+def examples(n: int = N, features: int = 4) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(n, features, generator=generator)
+    return x, (x.sum(dim=1) > 0).long() + (x[:, 0] > 1).long()
+
+
+def network(dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    return MultilayerPerceptron([4, 5, 3], dropout=dropout)
+
+
+def trainer(**options: Any) -> Trainer:
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+    }
+    return Trainer(**{"enable_checkpointing": False, "num_sanity_val_steps": 0, **quiet, **options})
+
+
+def fit(descent: Descent, loss: nn.Module | None = None, **options: Any) -> tuple[DescentModule, Trainer]:
+    module = DescentModule(network(), loss or nn.CrossEntropyLoss(), descent)
+    job = trainer(**{"max_epochs": 2, **options})
+    job.fit(module, TensorDataModule(examples(), examples(50), examples(40)))
+    return module, job
+
+
+def plain(descent: Descent, epochs: int = 2) -> nn.Module:
+    model, loss, (x, target) = network(), nn.CrossEntropyLoss(), examples()
+    optimizer = descent.make_optimizer(model.parameters())
+    for epoch in range(epochs):
+        for pieces in descent.updates(len(x), seed=0, epoch=epoch):
+            optimizer.zero_grad()
+            gradient(model, loss, [(x[rows], target[rows]) for rows in pieces])
+            descent.clip_gradients(model.parameters())
+            optimizer.step()
+    return model
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(
+        torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
+
+
+DESCENTS = [
+    Batch(learning_rate=0.5, micro_batch_size=128),
+    Stochastic(learning_rate=0.01, clip_gradient_norm=0.5),
+    MiniBatch(learning_rate=0.1, momentum=0.9, batch_size=64),
+]
+UPDATES = [1, N, 5]
+
+
+@pytest.mark.parametrize(("descent", "updates"), list(zip(DESCENTS, UPDATES, strict=True)))
+def test_is_the_plain_loop_and_counts_updates(descent: Descent, updates: int) -> None:
+    module, job = fit(descent)
+    assert job.global_step == 2 * updates
+    assert same(module.model, plain(descent))
+
+
+def test_batch_in_one_piece_equals_pieces() -> None:
+    models = [fit(Batch(learning_rate=0.5, micro_batch_size=size), max_epochs=5)[0] for size in (None, 77)]
+    for a, b in zip(models[0].model.parameters(), models[1].model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("limit", [1, 100, 256, 257, 299, 300, 301, 400])
+def test_max_steps_is_honoured_inside_a_chunk(limit: int) -> None:
+    _, job = fit(Stochastic(learning_rate=0.01), max_steps=limit, max_epochs=-1)
+    assert job.global_step == limit
+    assert "val_loss" in job.callback_metrics
+
+
+def test_limit_train_batches() -> None:
+    _, job = fit(MiniBatch(learning_rate=0.1, batch_size=64), limit_train_batches=2, max_epochs=3)
+    assert job.global_step == 6
+
+
+def test_metrics_are_means_over_examples() -> None:
+    module, job = fit(MiniBatch(learning_rate=0.1, batch_size=64))
+    x, target = examples(50)
+    data = TensorDataModule(examples(), (x, target), evaluation_batch_size=7)
+    values = job.validate(module, data, verbose=False)[0]
+    output = module.model(x)
+    assert values["val_loss"] == pytest.approx(nn.functional.cross_entropy(output, target).item(), rel=1e-5)
+    assert values["val_accuracy"] == pytest.approx((output.argmax(1) == target).float().mean().item())
+
+
+def test_weighted_loss_is_a_weighted_mean() -> None:
+    weight = torch.tensor([1.0, 5.0, 0.1])
+    module, job = fit(Batch(learning_rate=0.1), nn.CrossEntropyLoss(weight=weight))
+    x, target = examples(50)
+    values = job.validate(
+        module, TensorDataModule(examples(), (x, target), evaluation_batch_size=7), verbose=False
+    )
+    assert values[0]["val_loss"] == pytest.approx(module.loss(module.model(x), target).item(), rel=1e-5)
+
+
+def test_validate_before_fit() -> None:
+    data = TensorDataModule(examples(), examples(50))
+    module = DescentModule(network(), nn.CrossEntropyLoss(), MiniBatch(learning_rate=0.1))
+    job = trainer(max_epochs=1)
+    job.validate(module, data, verbose=False)
+    job.fit(module, data)
+    assert job.global_step == 10
+
+
+def test_predicts_probabilities() -> None:
+    module, job = fit(Batch(learning_rate=0.1))
+    outputs: Any = job.predict(module, TensorDataModule(examples(), None, examples(40)))
+    torch.testing.assert_close(torch.cat(outputs).sum(dim=1), torch.ones(40))
+
+
+# --- learning rate schedules ----------------------------------------------------------------------------------------
+
+
+def rate(job: Trainer) -> float:
+    return float(job.optimizers[0].param_groups[0]["lr"])
+
+
+def test_schedule_by_epoch_and_by_update() -> None:
+    half: Any = functools.partial(StepLR, step_size=1, gamma=0.5)
+    _, by_epoch = fit(MiniBatch(learning_rate=1.0, batch_size=100, lr_scheduler=half))
+    _, by_update = fit(
+        MiniBatch(learning_rate=1.0, batch_size=100, lr_scheduler=half, lr_scheduler_interval="update")
+    )
+    assert (rate(by_epoch), rate(by_update)) == (0.5**2, 0.5**6)
+
+
+def test_plateau_watches_a_logged_value() -> None:
+    plateau: Any = functools.partial(ReduceLROnPlateau, patience=0, threshold=10.0, threshold_mode="abs")
+    _, job = fit(Batch(learning_rate=1.0, lr_scheduler=plateau), max_epochs=3)
+    assert rate(job) == pytest.approx(0.01)
+    with pytest.raises(ValueError, match=r"Got lr_scheduler_monitor='val_los'; choose one of .*val_loss"):
+        fit(Batch(learning_rate=1.0, lr_scheduler=plateau, lr_scheduler_monitor="val_los"))
+
+
+# --- resuming -------------------------------------------------------------------------------------------------------
+
+
+def run(
+    name: str, descent: Descent, resume: bool = False, **options: Any
+) -> tuple[DescentModule, list[dict[str, float]]]:
+    torch.manual_seed(3)
+    module = DescentModule(network(dropout=0.3), nn.CrossEntropyLoss(), descent)
+    directory, history = RunDirectory(name), History(RunDirectory(name).history)
+    torch.manual_seed(4 if resume else 5)  # dropout must go on as the checkpoint says, not as the seed does
+    job = trainer(
+        enable_checkpointing=True,
+        callbacks=[history, *checkpoint_callbacks(directory, "val_loss")],
+        **options,
+    )
+    data = TensorDataModule(examples(), examples(50))
+    job.fit(module, data, ckpt_path=directory.last if resume else None, weights_only=True)
+    return module, history.rows
+
+
+@pytest.mark.parametrize("descent", DESCENTS)
+def test_resume_is_bit_for_bit(descent: Descent) -> None:
+    whole, expected = run("whole", descent, max_epochs=4)
+    run("parts", descent, max_epochs=2)
+    resumed, rows = run("parts", descent, resume=True, max_epochs=4)
+    assert same(whole, resumed)
+    drop = {"seconds"}
+    assert [{k: v for k, v in row.items() if k not in drop} for row in rows] == [
+        {k: v for k, v in row.items() if k not in drop} for row in expected
+    ]
+    with RunDirectory("parts").history.open() as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize(("descent", "cut"), [(DESCENTS[1], 400), (DESCENTS[1], 300), (DESCENTS[2], 7)])
+def test_resume_inside_an_epoch(descent: Descent, cut: int) -> None:
+    half: Any = functools.partial(StepLR, step_size=1, gamma=0.5)
+    scheduled = type(descent)(**{**vars(descent), "lr_scheduler": half})
+    whole, _ = run("whole", scheduled, max_epochs=4)
+    run("parts", scheduled, max_steps=cut, max_epochs=-1)
+    resumed, rows = run("parts", scheduled, resume=True, max_epochs=4)
+    assert same(whole, resumed)
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+
+
+def test_history_drops_rows_that_the_checkpoint_does_not_know() -> None:
+    descent = DESCENTS[2]
+    run("killed", descent, max_epochs=2)
+    path = RunDirectory("killed").history
+    path.write_text(
+        path.read_text() + "3,15,9.9,0.1,0,0,0,0\n"
+    )  # written, but killed before the checkpoint was
+    run("killed", descent, resume=True, max_epochs=3)
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert rows[-1]["seconds"] != "9.9"
+
+
+def test_last_is_written_when_it_is_not_the_best() -> None:
+    diverging = Batch(learning_rate=1e-9, momentum=0.5)
+    run("last", diverging, max_epochs=3)
+    assert torch.load(RunDirectory("last").last, weights_only=True)["global_step"] == 3
+
+
+def test_other_architecture_is_refused() -> None:
+    run("arch", DESCENTS[2], max_epochs=1)
+    module = DescentModule(MultilayerPerceptron([4, 6, 3]), nn.CrossEntropyLoss(), DESCENTS[2])
+    with pytest.raises(ValueError, match=r"same architecture.*linear1\.weight \(5, 4\) there, \(6, 4\) here"):
+        trainer(max_epochs=2).fit(
+            module, TensorDataModule(examples()), ckpt_path=RunDirectory("arch").last, weights_only=True
+        )
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+class Poison(Callback):
+    """Makes the weights nan before the third epoch."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == 2:
+            with torch.no_grad():
+                pl_module.model.linear1.weight[0, 0] = math.nan
+
+
+@pytest.mark.parametrize("descent", DESCENTS)
+def test_non_finite_loss_stops_and_the_checkpoint_stays(descent: Descent) -> None:
+    directory = RunDirectory("nan")
+    job = trainer(
+        max_epochs=5,
+        enable_checkpointing=True,
+        callbacks=[*checkpoint_callbacks(directory, "train_loss"), Poison()],
+    )
+    module = DescentModule(network(), nn.CrossEntropyLoss(), descent)
+    text = r"Got loss=nan at update \d+ \(epoch 3\) with learning rate .*clip_gradient_norm.*checkpoint: .*last\.ckpt"
+    with pytest.raises(NonFiniteLossError, match=text):
+        job.fit(module, TensorDataModule(examples()))
+    saved = torch.load(directory.last, weights_only=True)
+    assert saved["global_step"] == job.global_step
+    assert all(value.isfinite().all() for value in saved["state_dict"].values())
+
+
+def test_data_that_do_not_fit() -> None:
+    module = DescentModule(network(), nn.CrossEntropyLoss(), MiniBatch(learning_rate=0.1))
+    with pytest.raises(ValueError, match=r"takes 4 features per example\. Got inputs of shape \(32, 6\)"):
+        trainer(max_epochs=1).fit(module, TensorDataModule(examples(features=6)))
+    with pytest.raises(ValueError, match="batch_size=32 and 10 training examples"):
+        trainer(max_epochs=1).fit(module, TensorDataModule(examples(10)))
+    with pytest.raises(TypeError, match=r"must be a pair of tensors.*Got Tensor"):
+        trainer(max_epochs=1).fit(module, InputsAlone(examples(), 3), Rows(examples(), 3))
+    integers = (torch.zeros(3, 4, dtype=torch.long), torch.zeros(3))
+    with pytest.raises(TypeError, match=r"Linear layer must be floating point\. Got dtype=torch\.int64"):
+        trainer(max_epochs=1).fit(module, Rows(integers, 3), Rows(examples(), 3))
+
+
+class InputsAlone(Rows):
+    def take(self, rows: Tensor) -> Any:
+        return self.x[rows]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda: TensorDataModule(examples(0)), ValueError, r"train must hold at least one example.*\(0, 4\)"),
+        (lambda: TensorDataModule((torch.ones(3, 2), torch.ones(2))), ValueError, "Got 3 inputs and 2 targets"),
+        (lambda: TensorDataModule((torch.ones(3, 2).int(), torch.ones(3))), TypeError, r"Got dtype=torch\.int32; convert"),
+        (lambda: LinearRegressionDataModule(features=0), ValueError, "features=0"),
+        (lambda: MultilayerPerceptron([3]), ValueError, r"two or more positive integers\. Got sizes=\[3\]"),
+        (lambda: MultilayerPerceptron([3, 2], "Tonh"), ValueError, "activation must be a class.*'Tonh'"),
+        (lambda: MultilayerPerceptron([3, 2], dropout=1.0), ValueError, r"below 1\. Got dropout=1\.0"),
+        (lambda: RunDirectory("a/b"), ValueError, "Got name='a/b'; try 'a-b'"),
+        (lambda: module_for(Stochastic(learning_rate=0.1), weight=torch.ones(3)), ValueError, "class weights cancel"),
+        (lambda: module_for(Batch(learning_rate=0.1), reduction="none"), ValueError, "must be one number"),
+    ],
+)  # fmt: skip
+def test_bad_input(make: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        make()
+
+
+def module_for(descent: Descent, **loss: Any) -> DescentModule:
+    return DescentModule(network(), nn.CrossEntropyLoss(**loss), descent)
+
+
+# --- data and networks ----------------------------------------------------------------------------------------------
+
+
+def test_digits_split() -> None:
+    data = DigitsDataModule()
+    parts = [data.train, data.val, data.test]
+    assert all(part is not None for part in parts)
+    assert [len(part[0]) for part in parts if part] == [1297, 200, 300]
+    rows = torch.cat([torch.cat([part[0], part[1][:, None]], dim=1) for part in parts if part])
+    assert len(rows.unique(dim=0)) == 1797  # no image twice, so none in two parts
+    for part in parts:
+        shares = torch.bincount(part[1], minlength=10) / len(part[1])  # type: ignore[index]
+        assert (shares - 0.1).abs().max() < 0.01
+    assert (float(data.train[0].min()), float(data.train[0].max())) == (0.0, 1.0)
+    assert torch.equal(data.train[0], DigitsDataModule().train[0])
+
+
+def test_digits_standardised_by_the_training_set() -> None:
+    x = DigitsDataModule(standardise=True).train[0]
+    assert (x.mean().abs() < 1e-5, abs(x.std() - 1) < 1e-5) == (True, True)
+
+
+def test_network_is_made_of_hand_derived_layers() -> None:
+    model = MultilayerPerceptron([4, 8, 8, 2], activation="GELU", dropout=0.5)
+    names = [type(layer).__module__.split(".")[0] for layer in model if not isinstance(layer, nn.Dropout)]
+    assert set(names) == {"manualprop"}
+    assert [name for name, _ in model.named_children()][:3] == ["linear1", "activation1", "dropout1"]
+    assert isinstance(MultilayerPerceptron([2, 2, 2], activation="torch.nn.Tanh")[1], nn.Tanh)
+
+
+def test_linear_regression_arrives_at_the_normal_equation() -> None:
+    data = LinearRegressionDataModule(examples=64, features=3)
+    module = DescentModule(
+        manualprop.nn.Linear(3, 1), manualprop.nn.MSELoss(), Batch(learning_rate=0.3)
+    ).double()
+    data.train = (data.train[0].double(), data.train[1].double())
+    trainer(max_epochs=150).fit(module, TensorDataModule(data.train))
+    x = torch.cat([data.train[0], torch.ones(64, 1)], dim=1)
+    solution = torch.linalg.solve(x.T @ x, x.T @ data.train[1])
+    found = torch.cat([module.model.weight.T, module.model.bias[:, None]])  # type: ignore[union-attr,operator]
+    torch.testing.assert_close(found.detach(), solution, rtol=0, atol=1e-10)
+
+
+# --- several devices ------------------------------------------------------------------------------------------------
+
+DDP = """
+import sys, torch
+from lightning.pytorch import Trainer
+from torch import nn
+from manualprop.descent import Batch, MiniBatch, Stochastic
+from manualprop.training import DescentModule, MultilayerPerceptron, TensorDataModule
+from manualprop.training.cli import quieten
+
+quieten()
+kind, devices, path = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+descent = {
+    "batch": Batch(learning_rate=0.5, micro_batch_size=5),
+    "minibatch": MiniBatch(learning_rate=0.5, batch_size=4),
+    "stochastic": Stochastic(learning_rate=0.5),
+}[kind]
+torch.manual_seed(0)
+x, y = torch.randn(13, 4, dtype=torch.float64), torch.randint(0, 3, (13,))
+y[::5] = -100
+loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0, 0.2], dtype=torch.float64))
+if kind == "stochastic":
+    loss = nn.CrossEntropyLoss()
+module = DescentModule(MultilayerPerceptron([4, 3, 3]), loss, descent).double()
+trainer = Trainer(
+    accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=3, logger=False,
+    enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+)
+trainer.fit(module, TensorDataModule((x, y), (x, y)))
+if trainer.is_global_zero:
+    values = {k: float(v) for k, v in trainer.callback_metrics.items()}
+    torch.save([module.state_dict(), trainer.global_step, values], path)
+"""
+
+
+def ddp(kind: str, devices: int, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    script = tmp_path / "script.py"
+    script.write_text(DDP)
+    words = [sys.executable, str(script), kind, str(devices), str(tmp_path / f"{devices}.pt")]
+    return subprocess.run(words, capture_output=True, text=True, timeout=200)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["batch", "minibatch"])
+def test_two_processes_are_exact(kind: str, tmp_path: Path) -> None:
+    for devices in (1, 2):
+        result = ddp(kind, devices, tmp_path)
+        assert result.returncode == 0, result.stderr
+    (one, steps, values), (two, steps_two, values_two) = (torch.load(tmp_path / f"{d}.pt") for d in (1, 2))
+    assert steps == steps_two
+    assert values == pytest.approx(values_two, rel=1e-5)
+    for name in one:
+        if name.startswith("model."):
+            torch.testing.assert_close(two[name], one[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_stochastic_on_two_processes_is_refused(tmp_path: Path) -> None:
+    result = ddp("stochastic", 2, tmp_path)
+    assert result.returncode != 0
+    assert "an update sees one example, so one device trains. Got 2 devices" in result.stderr

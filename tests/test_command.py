@@ -162,6 +162,8 @@ def test_fit_evaluate_predict_resume_overwrite(capsys: pytest.CaptureFixture[str
     assert "Give --resume to go on with it, --overwrite to replace it" in capsys.readouterr().err
     assert _command.main(["fit", "--name=digits-minibatch", "--resume", "--trainer.max_epochs=3"]) == 0
     assert len((run / "history.csv").read_text().splitlines()) == 4
+    assert _command.main(["fit", "--name=digits-minibatch", "--resume"]) == 0
+    assert "Nothing left to train; raise --trainer.max_epochs" in capsys.readouterr().out
     Path(run, "notes.txt").write_text("mine")
     assert fit("--trainer.max_epochs=1", "--overwrite") == 0
     assert len((run / "history.csv").read_text().splitlines()) == 2

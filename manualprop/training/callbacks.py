@@ -30,10 +30,12 @@ class History(Callback):
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self.rows: list[Row] = []
+        self.trained = False
         self._start = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock where the last row stopped it."""
+        self.trained = True
         self._start = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0.0)
         self._write(trainer)
 

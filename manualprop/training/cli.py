@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from manualprop.descent import Descent
@@ -270,8 +270,9 @@ class DescentCLI(LightningCLI):
         metrics = [
             f"{name} {value:.4f}" for name, value in last.items() if name.startswith(("train_", "val_"))
         ]
+        done = "" if self.history.trained else "Nothing left to train; raise --trainer.max_epochs to go on.\n"
         return (
-            f"{last['epoch']:.0f} epochs, {last['update']:.0f} updates, {last['seconds']:.1f} s: {', '.join(metrics)}\n"
+            f"{done}{last['epoch']:.0f} epochs, {last['update']:.0f} updates, {last['seconds']:.1f} s: {', '.join(metrics)}\n"
             f"best checkpoint: {run.best}\nhistory: {run.history}\nplot: {run.plots / 'history.png'}"
         )
 

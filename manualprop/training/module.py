@@ -251,10 +251,16 @@ class DescentModule(LightningModule):
     # --- checks, and what a checkpoint holds ----------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Refuse what would train silently wrong on several devices."""
+        """Refuse what would train silently wrong: on several devices, or with scaled gradients."""
         for metric in self.metrics.modules():
             if isinstance(metric, Metric):
                 metric.reset()  # after Trainer.validate its state is an inference tensor, which training cannot change
+        clips = self.descent.clip_gradient_norm or self.descent.clip_gradient_value
+        if clips and getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            raise InputValueError(
+                f"DescentModule: a limit on the gradient needs gradients in their own scale. Got precision="
+                f"{self.trainer.precision!r}, which scales them, and clipping by {clips}; use precision='bf16-mixed'."
+            )
         devices = self.trainer.world_size
         if devices == 1:
             return

@@ -41,6 +41,7 @@ __all__ = [
     "MiniBatch",
     "Stochastic",
     "check_splittable",
+    "denominator",
     "finish_gradient",
     "gradient",
     "is_sum",
@@ -329,9 +330,9 @@ def gradient(model: nn.Module, loss: Loss, pieces: Sequence[tuple[Tensor, Tensor
     check_splittable(loss, model)
     total = divisor = 0.0
     for x, target in pieces:
-        piece, denominator = sum_and_denominator(loss, model(x), target)
+        piece, weight = sum_and_denominator(loss, model(x), target)
         piece.backward()
-        total, divisor = total + piece.item(), divisor + denominator
+        total, divisor = total + piece.item(), divisor + weight
     return finish_gradient(model.parameters(), loss, total, divisor)
 
 
@@ -377,10 +378,17 @@ def sum_and_denominator(loss: Loss, output: Tensor, target: Tensor) -> tuple[Ten
         return loss(output, target), float(len(output))
     summed: Any = copy.copy(loss)  # shallow: class weights and other buffers stay shared
     summed.reduction = "sum"
-    return summed(output, target), _denominator(loss, output, target)
+    return summed(output, target), denominator(loss, output, target)
 
 
-def _denominator(loss: Any, output: Tensor, target: Tensor) -> float:
+def denominator(loss: Any, output: Tensor, target: Tensor) -> float:
+    """Return what the mean of a loss over a piece divides by; it adds up over pieces.
+
+    Args:
+        loss: accepted by `check_splittable`, with reduction "mean" or "batchmean".
+        output: of the model.
+        target: to compare with.
+    """
     # A Python float: as a bfloat16 tensor, 1297 examples would count as 1296.
     if hasattr(loss, "denominator"):
         return float(loss.denominator(output, target))

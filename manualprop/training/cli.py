@@ -257,7 +257,7 @@ class DescentCLI(LightningCLI):
         config = self.config["fit"].clone()
         for flag in ("config", "resume", "overwrite"):  # not part of what was trained
             config.pop(flag, None)
-        parser.save(config, run.config, overwrite=True, skip_validation=True)
+        parser.save(config, run.config, overwrite=True, skip_validation=True, skip_unset=False)
 
     def _interrupted(self, run: RunDirectory) -> str:
         where = f"Interrupted at update {self.trainer.global_step} (epoch {self.trainer.current_epoch + 1})."

@@ -6,6 +6,7 @@ too, so that the pictures also work in grey.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 Row = Mapping[str, float]
 
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
+_HIGHEST = 0.999
 _STYLES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."))
 
 
@@ -72,7 +74,9 @@ def plot_descents(curves: Mapping[str, Sequence[Row]], path: Path, title: str) -
 
 
 def _curve(ax: Axes, rows: Sequence[Row], x: str, y: str, **style: Any) -> None:
-    points = [(row[x], row[y]) for row in rows if y in row]
+    # 0 and 100 % lie infinitely far out on a logit scale: they are drawn at its ends.
+    lowest, highest = (0.001, _HIGHEST) if y.endswith("accuracy") else (-math.inf, math.inf)
+    points = [(row[x], min(max(row[y], lowest), highest)) for row in rows if y in row]
     ax.plot(*zip(*points, strict=True), linewidth=1.7, **style)
 
 
@@ -86,10 +90,16 @@ def _label(ax: Axes, x: str, quantity: str, prefix: str = "") -> None:
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     else:  # logit: 90, 99 and 99.9 % are as far apart as 10 and 1 % error on a logarithmic axis
         ax.set_yscale("logit")
-        ax.yaxis.set_major_locator(FixedLocator([0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999]))
-        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        ax.yaxis.set_major_locator(
+            FixedLocator([0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, _HIGHEST])
+        )
+        ax.yaxis.set_major_formatter(FuncFormatter(_percent))
     ax.yaxis.set_minor_locator(NullLocator())
     ax.set_ylabel(f"{prefix}{quantity} ({'logarithmic' if quantity == 'loss' else 'logit scale'})")
+
+
+def _percent(value: float, _: int | None) -> str:
+    return f"{'≥ ' if value == _HIGHEST else ''}{100 * value:g} %"
 
 
 def _updates_axis(ax: Axes, last: float) -> None:

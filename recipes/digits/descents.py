@@ -270,7 +270,7 @@ def _keep_best(run: RunDirectory, trained: dict[str, dict[str, Any]]) -> None:
     shutil.copyfile(best["checkpoint"], run.best)
     config = best["job"].config.clone()
     config.pop("config", None)
-    best["job"].parser.save(config, run.config, overwrite=True, skip_validation=True)
+    best["job"].parser.save(config, run.config, overwrite=True, skip_validation=True, skip_unset=False)
 
 
 def _print_table(trained: dict[str, dict[str, Any]]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
@@ -25,6 +26,7 @@ from manualprop.training import (
     MultilayerPerceptron,
     NonFiniteLossError,
     TensorDataModule,
+    plots,
 )
 from manualprop.training.callbacks import History, checkpoint_callbacks
 from manualprop.training.cli import quieten
@@ -368,6 +370,21 @@ def test_linear_regression_arrives_at_the_normal_equation() -> None:
     solution = torch.linalg.solve(x.T @ x, x.T @ data.train[1])
     found = torch.cat([module.model.weight.T, module.model.bias[:, None]])  # type: ignore[union-attr,operator]
     torch.testing.assert_close(found.detach(), solution, rtol=0, atol=1e-10)
+
+
+def test_accuracy_of_100_percent_has_a_place_in_the_plot(tmp_path: Path) -> None:
+    figure = Figure()
+    ax = figure.subplots()
+    plots._curve(
+        ax, [{"update": 1, "val_accuracy": 0.5}, {"update": 2, "val_accuracy": 1.0}], "update", "val_accuracy"
+    )
+    plots._label(ax, "updates", "accuracy")
+    low, high = ax.get_ylim()
+    assert low < 0.5 < 0.999 < high < 1
+    plots.plot_history(
+        [{"update": 1, "train_loss": 1.0}, {"update": 2, "train_loss": 0.5}], tmp_path / "a.png", "a"
+    )
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 # --- several devices ------------------------------------------------------------------------------------------------

@@ -31,3 +31,8 @@ from manualprop.functional.activation import threshold as threshold
 from manualprop.functional.linear import linear as linear
 from manualprop.functional.loss import cross_entropy as cross_entropy
 from manualprop.functional.loss import mse_loss as mse_loss
+from manualprop.functional.norm import batch_norm as batch_norm
+from manualprop.functional.norm import group_norm as group_norm
+from manualprop.functional.norm import instance_norm as instance_norm
+from manualprop.functional.norm import layer_norm as layer_norm
+from manualprop.functional.norm import rms_norm as rms_norm

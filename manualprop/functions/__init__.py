@@ -31,5 +31,10 @@ from manualprop.functions.linear import Linear as Linear
 from manualprop.functions.loss import MSE as MSE
 from manualprop.functions.loss import CrossEntropy as CrossEntropy
 from manualprop.functions.loss import SoftCrossEntropy as SoftCrossEntropy
+from manualprop.functions.norm import BatchNorm as BatchNorm
+from manualprop.functions.norm import BatchNormEvaluation as BatchNormEvaluation
+from manualprop.functions.norm import GroupNorm as GroupNorm
+from manualprop.functions.norm import LayerNorm as LayerNorm
+from manualprop.functions.norm import RMSNorm as RMSNorm
 from manualprop.functions.softmax import LogSoftmax as LogSoftmax
 from manualprop.functions.softmax import Softmax as Softmax

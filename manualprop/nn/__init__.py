@@ -42,3 +42,15 @@ from manualprop.nn.linear import Identity as Identity
 from manualprop.nn.linear import Linear as Linear
 from manualprop.nn.loss import CrossEntropyLoss as CrossEntropyLoss
 from manualprop.nn.loss import MSELoss as MSELoss
+from manualprop.nn.norm import BatchNorm1d as BatchNorm1d
+from manualprop.nn.norm import BatchNorm2d as BatchNorm2d
+from manualprop.nn.norm import BatchNorm3d as BatchNorm3d
+from manualprop.nn.norm import GroupNorm as GroupNorm
+from manualprop.nn.norm import InstanceNorm1d as InstanceNorm1d
+from manualprop.nn.norm import InstanceNorm2d as InstanceNorm2d
+from manualprop.nn.norm import InstanceNorm3d as InstanceNorm3d
+from manualprop.nn.norm import LayerNorm as LayerNorm
+from manualprop.nn.norm import LazyBatchNorm1d as LazyBatchNorm1d
+from manualprop.nn.norm import LazyBatchNorm2d as LazyBatchNorm2d
+from manualprop.nn.norm import LazyBatchNorm3d as LazyBatchNorm3d
+from manualprop.nn.norm import RMSNorm as RMSNorm

@@ -10,11 +10,12 @@ if TYPE_CHECKING:
     from manualprop import functional as functional
     from manualprop import functions as functions
     from manualprop import nn as nn
+    from manualprop._backprop import Backprop as Backprop
     from manualprop._swap import swap as swap
     from manualprop._swap import unswap as unswap
 
 _MODULES = ("descent", "functional", "functions", "nn")
-_NAMES = {"swap": "manualprop._swap", "unswap": "manualprop._swap"}
+_NAMES = {"Backprop": "manualprop._backprop", "swap": "manualprop._swap", "unswap": "manualprop._swap"}
 
 __all__ = ["__version__", *_MODULES, *_NAMES]
 

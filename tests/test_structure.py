@@ -24,9 +24,10 @@ MAY_IMPORT = {
     "_swap": {"nn"},
     "descent": set(),
     "verify": set(),
-    "training": {"nn", "descent", "functional"},
+    "training": {"_backprop", "nn", "descent", "functional"},
+    "_backprop": {"nn", "descent", "functions"},
     "_command": {"training"},
-    "__init__": {"descent", "functional", "functions", "nn", "_swap"},
+    "__init__": {"_backprop", "descent", "functional", "functions", "nn", "_swap"},
 }
 
 

@@ -3,7 +3,9 @@
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -37,6 +39,23 @@ def in_full_precision(x: Tensor) -> Tensor:
     return x.float() if x.dtype in HALF else x
 
 
+class _Local(threading.local):
+    recorder: Callable[[type["Rule"], tuple[Any, ...]], Any] | None = None
+
+
+_local = _Local()
+
+
+@contextmanager
+def recording(recorder: Callable[[type["Rule"], tuple[Any, ...]], Any]) -> Iterator[None]:
+    """Within, every application of a rule in this thread is ``recorder(rule, arguments)`` instead: no tape is kept."""
+    outer, _local.recorder = _local.recorder, recorder
+    try:
+        yield
+    finally:
+        _local.recorder = outer
+
+
 class Rule(Function):
     """Base of every hand-derived rule: a :class:`torch.autograd.Function` that no transform bypasses.
 
@@ -57,6 +76,8 @@ class Rule(Function):
         ``Function.apply`` binds the arguments to forward's signature on every call, 12 of its 17 us.  Rules
         are called with every argument in place, so outside of transforms that step is skipped.
         """
+        if _local.recorder is not None:
+            return _local.recorder(cls, args)
         if transforms_active():
             return super().apply(*args)
         # A tensor that outlived its transform is a dead wrapper around the real one.

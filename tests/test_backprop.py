@@ -1,0 +1,445 @@
+"""The tape-free step against torch.nn, autograd and torch.optim: the same weights, step after step."""
+
+import copy
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import manualprop
+from manualprop import Backprop, descent, nn
+
+FEATURES, CLASSES = 6, 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """A network, a loss and a descent; ``steps`` steps on ``rows`` examples."""
+
+    name: str
+    layers: Callable[[], list[torch.nn.Module]] = lambda: mlp(nn.Tanh())
+    loss: Callable[[], torch.nn.Module] = nn.CrossEntropyLoss
+    descent: dict[str, Any] = field(default_factory=dict)
+    rows: int = 16
+    steps: int = 200
+    within: float = 1e-10  # relative; anything else has its reason beside it
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def mlp(activation: torch.nn.Module) -> list[torch.nn.Module]:
+    return [
+        nn.Linear(FEATURES, 8),
+        activation,
+        nn.Linear(8, 8),
+        copy.deepcopy(activation),
+        nn.Linear(8, CLASSES),
+    ]
+
+
+def sgd(**options: Any) -> dict[str, Any]:
+    """A descent by any options of torch.optim.SGD."""
+    return {"optimizer": lambda parameters: torch.optim.SGD(parameters, **options)}
+
+
+ACTIVATIONS = (
+    "CELU ELU GELU Hardshrink Hardswish Hardtanh LeakyReLU LogSigmoid Mish ReLU ReLU6 SELU Sigmoid SiLU "
+    "Softplus Softshrink Softsign Tanh Tanhshrink"
+).split()
+
+ROWS = [
+    *(
+        Row(f"activation-{name}", lambda name=name: mlp(getattr(nn, name)()), steps=50)
+        for name in ACTIVATIONS
+    ),
+    Row("activation-LeakyReLU-negative", lambda: mlp(nn.LeakyReLU(-0.3)), steps=50),
+    Row("activation-Threshold", lambda: mlp(nn.Threshold(0.1, -0.4)), steps=50),
+    Row("activation-in-place", lambda: mlp(nn.ReLU(inplace=True)), steps=50),
+    Row("loss-MSE", loss=nn.MSELoss),
+    Row("loss-MSE-sum", loss=lambda: nn.MSELoss(reduction="sum"), descent={"learning_rate": 0.003}),
+    Row("loss-cross-entropy-sum", loss=lambda: nn.CrossEntropyLoss(reduction="sum")),
+    Row(
+        "loss-weighted",
+        loss=lambda: nn.CrossEntropyLoss(torch.linspace(0.5, 2, CLASSES, dtype=torch.float64)),
+    ),
+    Row("loss-smoothed", loss=lambda: nn.CrossEntropyLoss(label_smoothing=0.1)),
+    Row("loss-ignoring", loss=lambda: nn.CrossEntropyLoss(ignore_index=2)),
+    Row("descent-plain"),
+    Row("descent-momentum", descent={"momentum": 0.9}),
+    Row("descent-nesterov", descent={"momentum": 0.9, "nesterov": True}),
+    Row("descent-decay", descent={"weight_decay": 0.05}),
+    Row("descent-momentum-decay", descent={"momentum": 0.8, "weight_decay": 0.05}),
+    Row("descent-nesterov-decay", descent={"momentum": 0.8, "nesterov": True, "weight_decay": 0.05}),
+    Row("descent-dampened", descent=sgd(lr=0.05, momentum=0.8, dampening=0.3, weight_decay=0.01)),
+    Row("descent-maximize", descent=sgd(lr=1e-3, maximize=True, momentum=0.5, weight_decay=0.01), steps=50),
+    Row("descent-maximize-plain", descent=sgd(lr=1e-3, maximize=True), steps=50),
+    Row("descent-Adam", descent={"optimizer": lambda p: torch.optim.Adam(p, lr=1e-2)}),
+    Row("descent-RMSprop", descent={"optimizer": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9)}),
+    Row("descent-clip-norm", descent={"learning_rate": 0.1, "clip_gradient_norm": 0.05}),
+    Row("descent-clip-value", descent={"learning_rate": 0.1, "momentum": 0.9, "clip_gradient_value": 0.01}),
+    Row("rows-1", rows=1),
+    Row("rows-2", rows=2),
+    Row("rows-257", rows=257),
+    Row(
+        "no-bias", lambda: [nn.Linear(FEATURES, 8, bias=False), nn.ReLU(), nn.Linear(8, CLASSES, bias=False)]
+    ),
+    Row("one-layer", lambda: [nn.Linear(FEATURES, CLASSES)]),
+    Row(
+        "nested",
+        lambda: [nn.Sequential(nn.Sequential(*mlp(nn.GELU())), nn.Tanh()), nn.Linear(CLASSES, CLASSES)],
+    ),
+    Row("identity", lambda: [nn.Identity(), *mlp(nn.Tanh()), torch.nn.Identity()]),
+    Row("residual", lambda: [nn.Residual(nn.Linear(FEATURES, FEATURES), nn.Tanh()), *mlp(nn.ReLU())]),
+    Row("residual-last", lambda: [*mlp(nn.Tanh()), nn.Residual(nn.Tanh(), nn.Linear(CLASSES, CLASSES))]),
+    Row("residual-of-nothing", lambda: [*mlp(nn.Tanh()), nn.Residual()]),
+    Row(
+        "parallel",
+        lambda: [
+            nn.Linear(FEATURES, 5),
+            nn.Parallel(nn.Sequential(nn.Linear(5, 5), nn.Tanh()), nn.Identity(), nn.Linear(5, 5)),
+            nn.Linear(5, CLASSES),
+        ],
+    ),
+    Row("softmax", lambda: [*mlp(nn.Tanh()), nn.LogSoftmax(-1)], loss=nn.MSELoss),
+    Row("flatten", lambda: [torch.nn.Unflatten(1, (2, 3)), nn.Tanh(), torch.nn.Flatten(), *mlp(nn.Tanh())]),
+    Row("dropout", lambda: [nn.Linear(FEATURES, 8), torch.nn.Dropout(0.3), nn.Linear(8, CLASSES)]),
+]
+
+
+def twins(row: Row, dtype: torch.dtype = torch.float64) -> tuple[torch.nn.Module, torch.nn.Module]:
+    torch.manual_seed(1)
+    ours = nn.Sequential(*row.layers()).to(dtype)
+    theirs = copy.deepcopy(ours)
+    for module in theirs.modules():  # the same structure, torch's own layers
+        manualprop.unswap(module)
+    return ours, theirs
+
+
+def examples(row: Row, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(row.rows, FEATURES, generator=generator, dtype=dtype)
+    if isinstance(row.loss(), torch.nn.MSELoss):
+        return x, torch.randn(row.rows, CLASSES, generator=generator, dtype=dtype)
+    return x, torch.randint(CLASSES, (row.rows,), generator=generator)
+
+
+def made_descent(row: Row, kind: type[descent.Descent] = descent.MiniBatch) -> descent.Descent:
+    options = row.descent if "optimizer" in row.descent else {"learning_rate": 0.05} | row.descent
+    return kind(**options)
+
+
+def autograd_step(model: torch.nn.Module, row: Row) -> Callable[[Tensor, Tensor], float]:
+    plan = made_descent(row)
+    optimizer, loss = plan.make_optimizer(model.parameters()), manualprop.unswap(row.loss())
+
+    def step(x: Tensor, t: Tensor) -> float:
+        optimizer.zero_grad()
+        value = loss(model(x), t)
+        value.backward()
+        plan.clip_gradients(model.parameters())
+        optimizer.step()
+        return value.item()
+
+    return step
+
+
+def distance(ours: torch.nn.Module, theirs: torch.nn.Module) -> float:
+    """The largest difference of two parameters, relative to the parameter."""
+    pairs = zip(ours.parameters(), theirs.parameters(), strict=True)
+    return max(((a - b).norm() / b.norm().clamp(min=1e-30)).item() for a, b in pairs)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_the_weights_are_those_of_autograd(row: Row) -> None:
+    ours, theirs = twins(row)
+    x, t = examples(row)
+    step, reference = Backprop(ours, row.loss(), made_descent(row)), autograd_step(theirs, row)
+    start = copy.deepcopy(ours)
+    for k in range(row.steps):
+        torch.manual_seed(k)  # dropout draws the same numbers
+        loss = step(x, t)
+        torch.manual_seed(k)
+        assert loss == pytest.approx(reference(x, t), rel=row.within)
+    assert distance(ours, theirs) <= row.within
+    assert distance(ours, start) > 1e-4, "nothing was learnt"
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if r.name.startswith(("loss", "descent", "rows"))], ids=str)
+def test_in_float32_within_the_noise_of_a_reordered_sum(row: Row) -> None:
+    """Against the float64 run, ours is no further off than four times autograd in float32, plus rounding."""
+    (ours, theirs), (_, exact) = twins(row, torch.float32), twins(row)
+    exact.load_state_dict({k: v.double() for k, v in theirs.state_dict().items()})
+    x, t = examples(row, torch.float32)
+    loss = row.loss().float()
+    step, reference = Backprop(ours, loss, made_descent(row)), autograd_step(theirs, row)
+    truth = autograd_step(exact, row)
+    if isinstance(loss, nn.CrossEntropyLoss) and loss.weight is not None:
+        reference = autograd_step(theirs, Row("", loss=lambda: row.loss().float()))
+    for _ in range(20):
+        step(x, t)
+        reference(x, t)
+        truth(x.double(), t.double() if t.is_floating_point() else t)
+    assert distance(ours.double(), exact) <= 4 * distance(theirs.double(), exact) + 1e-6
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if r.rows == 16], ids=str)
+def test_gradients_are_those_of_autograd(row: Row) -> None:
+    ours, theirs = twins(row)
+    x, t = examples(row)
+    before = copy.deepcopy(ours.state_dict())
+    torch.manual_seed(0)
+    found = Backprop(ours, row.loss(), made_descent(row)).gradients(x, t)
+    torch.manual_seed(0)
+    manualprop.unswap(row.loss())(theirs(x), t).backward()
+    expected = {name: p.grad for name, p in theirs.named_parameters()}
+    assert list(found) == list(expected)
+    torch.testing.assert_close(found, expected, rtol=row.within, atol=1e-12)
+    torch.testing.assert_close(ours.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 5, 16, 100])
+@pytest.mark.parametrize(
+    "name", ["loss-MSE", "loss-ignoring", "loss-weighted", "loss-cross-entropy-sum", "descent-nesterov"]
+)
+def test_micro_batches_are_one_batch(name: str, micro_batch_size: int) -> None:
+    row = next(r for r in ROWS if r.name == name)
+    (ours, _), (whole, _) = twins(row), twins(row)
+    x, t = examples(row)
+    options = {"learning_rate": 0.05} | row.descent
+    small = Backprop(ours, row.loss(), descent.Batch(micro_batch_size=micro_batch_size, **options))
+    large = Backprop(whole, row.loss(), descent.Batch(**options))
+    for _ in range(20):
+        assert small(x, t) == pytest.approx(large(x, t), rel=1e-12)
+    assert distance(ours, whole) <= 1e-12
+
+
+def test_is_the_same_from_run_to_run() -> None:
+    row = ROWS[0]
+    runs = []
+    for _ in range(2):
+        ours, _ = twins(row, torch.float32)
+        step = Backprop(ours, row.loss(), made_descent(row))
+        x, t = examples(row, torch.float32)
+        losses = [step(x, t) for _ in range(50)]
+        runs.append((losses, [p.detach().clone() for p in ours.parameters()]))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+
+
+def test_leaves_requires_grad_and_grad_alone() -> None:
+    ours, _ = twins(ROWS[0])
+    x, t = examples(ROWS[0])
+    Backprop(ours, nn.CrossEntropyLoss(), descent.MiniBatch(learning_rate=0.1))(x, t)
+    assert all(
+        p.grad is None and p.requires_grad and p.is_leaf and not p.is_inference() for p in ours.parameters()
+    )
+    loss = nn.CrossEntropyLoss()(ours(x), t)  # autograd goes on where the step stopped
+    loss.backward()
+    assert all(p.grad is not None for p in ours.parameters())
+
+
+def test_another_optimizer_gets_the_gradients_in_grad() -> None:
+    ours, _ = twins(ROWS[0])
+    x, t = examples(ROWS[0])
+    step = Backprop(
+        ours, nn.CrossEntropyLoss(), descent.MiniBatch(optimizer=lambda p: torch.optim.Adam(p, lr=0.1))
+    )
+    expected = step.gradients(x, t)
+    step(x, t)
+    torch.testing.assert_close({n: p.grad for n, p in ours.named_parameters()}, expected)
+
+
+def test_frozen_parameters_stay_and_cost_nothing() -> None:
+    ours, theirs = twins(ROWS[0])
+    for model in (ours, theirs):
+        for p in list(model.parameters())[:3]:  # the first layer, and the second's weight
+            p.requires_grad_(False)
+    x, t = examples(ROWS[0])
+    start = copy.deepcopy(ours)
+    plan = descent.MiniBatch(learning_rate=0.1, momentum=0.9)
+    step = Backprop(ours, nn.CrossEntropyLoss(), plan)
+    optimizer = plan.make_optimizer(p for p in theirs.parameters() if p.requires_grad)
+    for _ in range(30):
+        step(x, t)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(theirs(x), t).backward()
+        optimizer.step()
+    assert distance(ours, theirs) <= 1e-10
+    pairs = list(zip(ours.parameters(), start.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in pairs[:3]) and not torch.equal(*pairs[3])
+    assert not step.stage.chain[0].needs_dx and not step.stage.chain[2].needs_dx  # type: ignore[attr-defined]
+
+
+def test_thawing_a_parameter_is_noticed() -> None:
+    ours, _ = twins(ROWS[0])
+    first = next(ours.parameters())
+    first.requires_grad_(False)
+    x, t = examples(ROWS[0])
+    step = Backprop(ours, nn.CrossEntropyLoss(), descent.MiniBatch(learning_rate=0.1))
+    step(x, t)
+    frozen = first.detach().clone()
+    first.requires_grad_(True)
+    step(x, t)
+    assert not torch.equal(first, frozen)
+
+
+def test_tied_weights_get_the_sum_of_their_gradients() -> None:
+    def tied() -> torch.nn.Sequential:
+        torch.manual_seed(3)
+        model = nn.Sequential(
+            nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)
+        ).double()
+        model[2].weight = model[0].weight
+        return model
+
+    ours, theirs = tied(), manualprop.unswap(tied())
+    row = Row("tied", descent={"momentum": 0.9})
+    x, t = examples(row)
+    step, reference = Backprop(ours, nn.CrossEntropyLoss(), made_descent(row)), autograd_step(theirs, row)
+    for _ in range(50):
+        step(x, t)
+        reference(x, t)
+    assert distance(ours, theirs) <= 1e-10 and ours[2].weight is ours[0].weight
+
+
+def test_a_layer_used_twice_keeps_both_of_its_inputs() -> None:
+    shared = nn.Linear(6, 6).double()
+    act = nn.Tanh()
+    ours = nn.Sequential(shared, act, shared, act, nn.Linear(6, 4).double())
+    theirs = manualprop.unswap(copy.deepcopy(ours))
+    row = Row("twice")
+    x, t = examples(row)
+    step, reference = Backprop(ours, nn.CrossEntropyLoss(), made_descent(row)), autograd_step(theirs, row)
+    for _ in range(30):
+        step(x, t)
+        reference(x, t)
+    assert distance(ours, theirs) <= 1e-10
+
+
+def test_a_loss_that_is_not_finite_changes_no_weight() -> None:
+    ours, _ = twins(ROWS[0])
+    x, t = examples(ROWS[0])
+    before = copy.deepcopy(ours.state_dict())
+    x[0, 0] = torch.nan
+    step = Backprop(ours, nn.CrossEntropyLoss(), descent.MiniBatch(learning_rate=0.1, momentum=0.9))
+    with pytest.raises(
+        FloatingPointError, match=r"must stay finite. Got loss=nan with learning rate 0.1; no weight"
+    ):
+        step(x, t)
+    torch.testing.assert_close(ours.state_dict(), before, rtol=0, atol=0)
+    step(*examples(ROWS[0]))  # and the next step is a good one
+
+
+def test_a_scheduler_moves_the_learning_rate() -> None:
+    ours, _ = twins(ROWS[0])
+    x, t = examples(ROWS[0])
+    plan = descent.MiniBatch(
+        learning_rate=0.1,
+        lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5),
+        lr_scheduler_interval="update",
+    )
+    step = Backprop(ours, nn.CrossEntropyLoss(), plan)
+    for k in range(4):
+        assert step.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**k)
+        step(x, t)
+
+
+def test_keeps_nothing_after_the_step() -> None:
+    ours, _ = twins(ROWS[0], torch.float32)
+    step = Backprop(ours, nn.CrossEntropyLoss(), descent.MiniBatch(learning_rate=0.1))
+    x, t = torch.randn(1000, FEATURES), torch.randint(CLASSES, (1000,))
+    step(x, t)
+    gc.collect()
+    sizes = {x.numel(), 1000 * 8, 1000 * CLASSES}
+    alive = [o for o in gc.get_objects() if type(o) is Tensor and o is not x and o.numel() in sizes]
+    assert not alive
+
+
+def test_trace_names_every_step() -> None:
+    ours, _ = twins(
+        Row(
+            "",
+            lambda: [nn.Linear(FEATURES, 8), nn.Tanh(), nn.Residual(nn.Linear(8, 8)), nn.Linear(8, CLASSES)],
+        )
+    )
+    x, t = examples(ROWS[0])
+    before = copy.deepcopy(ours.state_dict())
+    step = Backprop(ours, nn.CrossEntropyLoss(), descent.MiniBatch(learning_rate=0.1))
+    records = list(step.trace(x, t))
+    assert [(r.direction, r.path) for r in records] == [
+        ("forward", "0"),
+        ("forward", "1"),
+        ("forward", "2.0"),
+        ("forward", "3"),
+        ("loss", "loss"),
+        ("backward", "loss"),
+        ("backward", "3"),
+        ("backward", "2.0"),
+        ("backward", "1"),
+        ("backward", "0"),
+    ]
+    assert records[1].formula.startswith(r"$y = \tanh x") and "quotient rule" in records[8].formula
+    assert records[0].shape == (16, 8) and records[6].shape == (16, 8) and records[4].norm > 0
+    torch.testing.assert_close(ours.state_dict(), before, rtol=0, atol=0)
+    step(x, t)
+
+
+class Unknown(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def hooked() -> torch.nn.Module:
+    layer = nn.Tanh()
+    layer.register_forward_hook(lambda module, inputs, output: output)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "text"),
+    [
+        (
+            lambda: torch.nn.Tanh(),
+            r"layer '1.0' \(Tanh\) .* it is torch's; call manualprop.swap\(model\) first",
+        ),
+        (
+            lambda: Unknown(),
+            r"layer '1.0' \(Unknown\) .* its forward is not known here. Train this model with autograd",
+        ),
+        (lambda: torch.nn.Conv1d(1, 1, 1), r"layer '1.0' \(Conv1d\)"),
+        (hooked, r"layer '1.0' \(Tanh\) .* it has hooks"),
+    ],
+)
+def test_what_it_cannot_run_is_refused_by_name(layer: Callable[[], torch.nn.Module], text: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(layer()))
+    with pytest.raises(TypeError, match=text):
+        Backprop(model, nn.MSELoss(), descent.MiniBatch(learning_rate=0.1))
+
+
+def test_other_misuse_is_refused() -> None:
+    model, plan = nn.Sequential(nn.Linear(2, 2)), descent.MiniBatch(learning_rate=0.1)
+    with pytest.raises(TypeError, match=r"one of manualprop.nn.* Got MSELoss. Use manualprop.nn.MSELoss"):
+        Backprop(model, torch.nn.MSELoss(), plan)
+    with pytest.raises(ValueError, match="Got reduction='none'"):
+        Backprop(model, nn.MSELoss(reduction="none"), plan)
+    with pytest.raises(ValueError, match="must have a parameter that requires a gradient"):
+        Backprop(nn.Sequential(nn.Tanh()), nn.MSELoss(), plan)
+    step = Backprop(model, nn.MSELoss(), plan)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="Got an enabled autocast"):
+        step(torch.ones(1, 2), torch.ones(1, 2))
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        step(torch.ones(1, 3), torch.ones(1, 2))
+
+
+def test_branches_of_different_shapes_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"Residual: what is added must have one shape. Got \(3, 2\) and \(3, 4\)"
+    ):
+        nn.Residual(nn.Linear(2, 4))(torch.ones(3, 2))
+    with pytest.raises(ValueError, match="Parallel: there must be at least one branch"):
+        nn.Parallel()(torch.ones(3, 2))

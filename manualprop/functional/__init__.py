@@ -4,6 +4,10 @@ Each function checks its arguments, applies a rule of :mod:`manualprop.functions
 what came out.  What torch raises for the same misuse is raised here, by torch's own forward where there is one.
 """
 
+import inspect
+
+import torch
+
 from manualprop.functional.activation import celu as celu
 from manualprop.functional.activation import elu as elu
 from manualprop.functional.activation import gelu as gelu
@@ -36,3 +40,8 @@ from manualprop.functional.norm import group_norm as group_norm
 from manualprop.functional.norm import instance_norm as instance_norm
 from manualprop.functional.norm import layer_norm as layer_norm
 from manualprop.functional.norm import rms_norm as rms_norm
+
+# ``torch.fx.symbolic_trace`` records a call of any of these as one node, as it does for torch.nn.functional: it
+# does not look inside, where shapes are compared.
+for _name in [name for name, function in globals().items() if inspect.isfunction(function)]:
+    torch.fx.wrap(_name)

@@ -4,7 +4,7 @@ from typing import TypeVar
 
 import torch
 
-from manualprop.nn import activation, linear, loss, norm
+from manualprop.nn import activation, dropout, embedding, gated, linear, loss, norm
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -12,7 +12,10 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 def _twins() -> dict[type[torch.nn.Module], type[torch.nn.Module]]:
     """{torch class: ours}, read off the base classes, so that no table can disagree with them."""
     classes = [
-        c for family in (activation, linear, loss, norm) for c in vars(family).values() if isinstance(c, type)
+        c
+        for family in (activation, dropout, embedding, gated, linear, loss, norm)
+        for c in vars(family).values()
+        if isinstance(c, type)
     ]
     ours = [c for c in classes if issubclass(c, torch.nn.Module) and c.__module__.startswith("manualprop.")]
     return {c.__bases__[0]: c for c in ours}

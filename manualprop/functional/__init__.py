@@ -32,6 +32,17 @@ from manualprop.functional.activation import softsign as softsign
 from manualprop.functional.activation import tanh as tanh
 from manualprop.functional.activation import tanhshrink as tanhshrink
 from manualprop.functional.activation import threshold as threshold
+from manualprop.functional.dropout import alpha_dropout as alpha_dropout
+from manualprop.functional.dropout import dropout as dropout
+from manualprop.functional.dropout import dropout1d as dropout1d
+from manualprop.functional.dropout import dropout2d as dropout2d
+from manualprop.functional.dropout import dropout3d as dropout3d
+from manualprop.functional.dropout import feature_alpha_dropout as feature_alpha_dropout
+from manualprop.functional.embedding import embedding as embedding
+from manualprop.functional.gated import glu as glu
+from manualprop.functional.gated import prelu as prelu
+from manualprop.functional.gated import rrelu as rrelu
+from manualprop.functional.linear import bilinear as bilinear
 from manualprop.functional.linear import linear as linear
 from manualprop.functional.loss import cross_entropy as cross_entropy
 from manualprop.functional.loss import mse_loss as mse_loss

@@ -23,6 +23,17 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return output
 
 
+def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Like :func:`torch.nn.functional.bilinear`, by :class:`manualprop.functions.Bilinear`.
+
+    Shape:
+        ``input1`` (..., I), ``input2`` (..., J), ``weight`` (O, I, J), ``bias`` (O,) or None -> (..., O)
+    """
+    refuse_complex("bilinear", input1, input2, weight)
+    output: Tensor = rules.Bilinear.apply(input1, input2, weight, bias)
+    return output
+
+
 def _autocast_low(*tensors: Any) -> Any:
     """The tensors as autocast hands them to a matrix product.
 

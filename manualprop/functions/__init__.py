@@ -27,6 +27,13 @@ from manualprop.functions.activation import Softsign as Softsign
 from manualprop.functions.activation import Tanh as Tanh
 from manualprop.functions.activation import Tanhshrink as Tanhshrink
 from manualprop.functions.activation import Threshold as Threshold
+from manualprop.functions.dropout import AlphaDropout as AlphaDropout
+from manualprop.functions.dropout import Dropout as Dropout
+from manualprop.functions.embedding import Embedding as Embedding
+from manualprop.functions.gated import GLU as GLU
+from manualprop.functions.gated import PReLU as PReLU
+from manualprop.functions.gated import RReLU as RReLU
+from manualprop.functions.linear import Bilinear as Bilinear
 from manualprop.functions.linear import Linear as Linear
 from manualprop.functions.loss import MSE as MSE
 from manualprop.functions.loss import CrossEntropy as CrossEntropy

@@ -31,6 +31,7 @@ from manualprop.nn.activation import ReLU6 as ReLU6
 from manualprop.nn.activation import Sigmoid as Sigmoid
 from manualprop.nn.activation import SiLU as SiLU
 from manualprop.nn.activation import Softmax as Softmax
+from manualprop.nn.activation import Softmax2d as Softmax2d
 from manualprop.nn.activation import Softmin as Softmin
 from manualprop.nn.activation import Softplus as Softplus
 from manualprop.nn.activation import Softshrink as Softshrink
@@ -38,7 +39,19 @@ from manualprop.nn.activation import Softsign as Softsign
 from manualprop.nn.activation import Tanh as Tanh
 from manualprop.nn.activation import Tanhshrink as Tanhshrink
 from manualprop.nn.activation import Threshold as Threshold
+from manualprop.nn.dropout import AlphaDropout as AlphaDropout
+from manualprop.nn.dropout import Dropout as Dropout
+from manualprop.nn.dropout import Dropout1d as Dropout1d
+from manualprop.nn.dropout import Dropout2d as Dropout2d
+from manualprop.nn.dropout import Dropout3d as Dropout3d
+from manualprop.nn.dropout import FeatureAlphaDropout as FeatureAlphaDropout
+from manualprop.nn.embedding import Embedding as Embedding
+from manualprop.nn.gated import GLU as GLU
+from manualprop.nn.gated import PReLU as PReLU
+from manualprop.nn.gated import RReLU as RReLU
+from manualprop.nn.linear import Bilinear as Bilinear
 from manualprop.nn.linear import Identity as Identity
+from manualprop.nn.linear import LazyLinear as LazyLinear
 from manualprop.nn.linear import Linear as Linear
 from manualprop.nn.loss import CrossEntropyLoss as CrossEntropyLoss
 from manualprop.nn.loss import MSELoss as MSELoss

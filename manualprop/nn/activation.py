@@ -124,6 +124,15 @@ class Softmax(nn.Softmax):
         return F.softmax(input, self.dim, _stacklevel=5)
 
 
+class Softmax2d(nn.Softmax2d):
+    """:class:`torch.nn.Softmax2d` by :class:`manualprop.functions.Softmax`, over the channels."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() not in (3, 4):
+            raise ValueError(f"Softmax2d: expected input to be 3D or 4D, got {input.dim()}D instead")
+        return F.softmax(input, -3, _stacklevel=5)
+
+
 class Softmin(nn.Softmin):
     """:class:`torch.nn.Softmin` by :class:`manualprop.functions.Softmax`."""
 

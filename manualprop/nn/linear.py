@@ -5,6 +5,13 @@ from torch import Tensor, nn
 from manualprop import functional as F
 
 
+class Bilinear(nn.Bilinear):
+    """:class:`torch.nn.Bilinear` by :class:`manualprop.functions.Bilinear`."""
+
+    def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
+        return F.bilinear(input1, input2, self.weight, self.bias)
+
+
 class Identity(nn.Identity):
     """:class:`torch.nn.Identity`: $y = x$, so $dy/dx = 1$ and the gradient that arrives is handed on as it is.
 
@@ -14,6 +21,15 @@ class Identity(nn.Identity):
 
 class Linear(nn.Linear):
     """:class:`torch.nn.Linear` by :class:`manualprop.functions.Linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight, self.bias)
+
+
+class LazyLinear(nn.LazyLinear):
+    """:class:`torch.nn.LazyLinear`, which becomes :class:`Linear` when it sees its first input."""
+
+    cls_to_become = Linear
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight, self.bias)

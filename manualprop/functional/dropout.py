@@ -1,0 +1,126 @@
+"""Dropout with the names, signatures and defaults of :mod:`torch.nn.functional`.
+
+On the CPU the same seed drops the same elements as in torch: the numbers are drawn in the same calls.
+"""
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+
+from manualprop import functions as rules
+from manualprop.functions._rule import transforms_active
+from manualprop.functions.activation import SELU
+
+
+def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """Like :func:`torch.nn.functional.dropout`, by :class:`manualprop.functions.Dropout`."""
+    return _dropout(input, p, training, inplace)
+
+
+def dropout1d(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """Like :func:`torch.nn.functional.dropout1d`, by :class:`manualprop.functions.Dropout`."""
+    _check_probability(p)
+    if input.dim() not in (2, 3):
+        raise RuntimeError(
+            f"dropout1d: Expected 2D or 3D input, but received a {input.dim()}D input. "
+            "Note that dropout1d exists to provide channel-wise dropout on inputs with 1 "
+            "spatial dimension, a channel dimension, and an optional batch dimension (i.e. 2D or 3D inputs)."
+        )
+    return _dropout(input, p, training, inplace, channels=True, batched=input.dim() == 3)
+
+
+def dropout2d(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """Like :func:`torch.nn.functional.dropout2d`, by :class:`manualprop.functions.Dropout`."""
+    _check_probability(p)
+    if input.dim() not in (3, 4):
+        _warn_of_dimensions("dropout2d", input, "2 spatial dimensions", "3D or 4D")
+    if input.dim() == 3:
+        warnings.warn(
+            "dropout2d: Received a 3D input to dropout2d and assuming that channel-wise 1D dropout behavior is "
+            "desired - input is interpreted as shape (N, C, L), where C is the channel dim. To maintain the 1D "
+            "channel-wise dropout behavior, please switch to using dropout1d instead.",
+            stacklevel=2,
+        )
+    return _dropout(input, p, training, inplace, channels=True)
+
+
+def dropout3d(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """Like :func:`torch.nn.functional.dropout3d`, by :class:`manualprop.functions.Dropout`."""
+    _check_probability(p)
+    if input.dim() not in (4, 5):
+        _warn_of_dimensions("dropout3d", input, "3 spatial dimensions", "4D or 5D")
+    return _dropout(input, p, training, inplace, channels=True, batched=input.dim() == 5)
+
+
+def alpha_dropout(input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False) -> Tensor:
+    """Like :func:`torch.nn.functional.alpha_dropout`, by :class:`manualprop.functions.AlphaDropout`."""
+    return _dropout(input, p, training, inplace, alpha=True)
+
+
+def feature_alpha_dropout(
+    input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False
+) -> Tensor:
+    """Like :func:`torch.nn.functional.feature_alpha_dropout`, by :class:`manualprop.functions.AlphaDropout`."""
+    return _dropout(input, p, training, inplace, channels=True, alpha=True)
+
+
+def _dropout(
+    input: Tensor,
+    p: float,
+    training: bool,
+    inplace: bool,
+    *,
+    channels: bool = False,
+    batched: bool = True,
+    alpha: bool = False,
+) -> Tensor:
+    """Dropout of elements or whole ``channels``, to 0 or (``alpha``) to the value at which SELU saturates."""
+    _check_probability(p)
+    if not training or p == 0 or input.numel() == 0:
+        return input
+    output: Tensor
+    if p == 1:
+        output = rules.Dropout.apply(input, input.new_zeros(()))
+    elif alpha:
+        output = rules.AlphaDropout.apply(input, *_alpha_noise(_drawn(input, p, channels, batched), p))
+    else:
+        output = rules.Dropout.apply(input, _drawn(input, p, channels, batched).div_(1 - p))
+    return input.copy_(output) if inplace else output
+
+
+def _drawn(input: Tensor, p: float, channels: bool, batched: bool) -> Tensor:
+    """1 with probability 1 - p, else 0: for each element, or for each channel."""
+    blank = torch.empty_like(input, requires_grad=False)
+    if channels:
+        if batched and input.dim() < 2:
+            raise RuntimeError("Feature dropout requires at least 2 dimensions in the input")
+        leading = 2 if batched else 1
+        blank = input.new_empty((*input.shape[:leading], *(1,) * (input.dim() - leading)))
+    if transforms_active():  # of a tensor that is not batched, vmap draws as its ``randomness`` says
+        return torch.bernoulli(torch.empty(blank.shape, dtype=blank.dtype, device=blank.device), 1 - p)
+    return blank.bernoulli_(1 - p)
+
+
+def _alpha_noise(kept: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """The factor n and the offset c of alpha dropout."""
+    saturated = SELU.LAMBDA * SELU.ALPHA
+    a = 1 / math.sqrt((saturated**2 * p + 1) * (1 - p))
+    c = kept.add(-1).mul_(saturated * a).add_(saturated * a * p)
+    return kept.mul_(a), c
+
+
+def _check_probability(p: float) -> None:
+    if p < 0.0 or p > 1.0:
+        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+
+
+def _warn_of_dimensions(name: str, input: Tensor, space: str, expected: str) -> None:
+    warnings.warn(
+        f"{name}: Received a {input.dim()}-D input to {name}, which is deprecated and will result in an error in "
+        "a future release. To retain the behavior and silence this warning, please use dropout instead. Note that "
+        f"{name} exists to provide channel-wise dropout on inputs with {space}, a channel dimension, and an "
+        f"optional batch dimension (i.e. {expected} inputs).",
+        stacklevel=3,
+    )

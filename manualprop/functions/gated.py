@@ -1,0 +1,152 @@
+r"""Hand-derived rules of the activations that have a second argument: a slope, a random slope, a gate.
+
+Symbols
+    x   input                 g   dL/dy, the gradient that arrives
+    y   output                1[...]   1 where the condition holds, else 0
+    W   slopes of PReLU       n   random slopes of RReLU
+    a, b   the halves of a GLU's input; s = sigmoid(b)
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from manualprop.functions._elementwise import indicator
+from manualprop.functions._rule import Rule, in_full_precision, times
+from manualprop.functions.dropout import RandomlyScaled
+
+
+class PReLU(Rule):
+    r"""$y = x$ for $x > 0$, else $W_c x$, with a slope $W_c$ for each channel or one for all
+
+    Derivation
+        dy/dx = 1 for x > 0, else W                                piecewise linear
+              = W + (1 - W) 1[x > 0]
+        dL/dx = g dy/dx
+        dy/dW = 0 for x > 0, else x,  that is min(x, 0)
+        dL/dW_c = sum g min(x, 0)                                  over every element of channel c
+        dy = dy/dx dx + min(x, 0) dW                               forward mode
+    Kinks
+        dy/dx = W at x = 0, in reverse and in forward mode.  torch has W in reverse and 1 in forward mode.
+    Second order
+        dx and dW are products and sums of g, W and min(x, 0): autograd differentiates those as written.  1[x > 0]
+        is constant, and d/dx min(x, 0) = 1[x <= 0], which is also d/dW of dy/dx: the mixed terms agree at 0.
+    Shape
+        x (N, C, ...), W (C,), (1,) or () -> y like x
+    Memory
+        x, as torch.
+    Accuracy
+        W + (1 - W) is 1 to a relative eps |W|.
+    Reference
+        He et al., 2015, https://arxiv.org/abs/1502.01852
+    """
+
+    @staticmethod
+    def forward(x: Tensor, W: Tensor) -> Tensor:
+        return torch.prelu(x, W)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, W = ctx.saved_tensors
+        needs_x, needs_W = ctx.needs_input_grad
+        full_x, full_g = in_full_precision(x), in_full_precision(g)
+        dx = times(PReLU._slope(full_x, W), full_g).to(x.dtype) if needs_x else None
+        dW = None
+        if needs_W:
+            others = tuple(d for d in range(x.dim()) if d != 1 or W.numel() == 1)
+            dW = (full_g * full_x.clamp(max=0)).sum(others).to(W.dtype).view(W.shape)  # (N, C, ...) -> (C,)
+        return dx, dW
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor | None, dW: Tensor | None) -> Tensor:
+        x, W = ctx.saved_tensors
+        full_x = in_full_precision(x)
+        dy = torch.zeros_like(full_x) if dx is None else PReLU._slope(full_x, W) * dx
+        if dW is not None:
+            dy = dy + full_x.clamp(max=0) * channelwise(dW, x)
+        return dy.to(x.dtype)
+
+    @staticmethod
+    def _slope(x: Tensor, W: Tensor) -> Tensor:
+        """dy/dx, a fresh tensor."""
+        w = channelwise(in_full_precision(W), x)
+        return times(indicator(torch.gt, x.detach(), 0), 1 - w) + w
+
+
+class RReLU(RandomlyScaled):
+    r"""$y = n x$ with $n = 1$ for $x > 0$, else $n$ drawn uniformly from an interval: training
+
+    Derivation
+        dL/dx = n g                                                :class:`RandomlyScaled`
+    Kinks
+        y'(0) = n, the slope that was drawn, as in PyTorch.
+    Second order
+        Of :class:`RandomlyScaled`.
+    Shape
+        x, n and y alike
+    Memory
+        n: 4 bytes per element in float32.  torch keeps x too, 8.
+    Accuracy
+        Exact.  In evaluation the layer is a :class:`LeakyReLU` with the mean slope.
+    Reference
+        Xu et al., 2015, https://arxiv.org/abs/1505.00853
+    """
+
+
+class GLU(Rule):
+    r"""$y = a \sigma(b)$, where $a$ and $b$ are the halves of $x$ along an axis
+
+    Derivation, with s = sigmoid(b) and s' = s (1 - s)
+        dL/da = g s                                                product rule
+        dL/db = g a s (1 - s)
+        dL/dx = dL/da and dL/db, joined along the axis
+        dy = s da + a s (1 - s) db                                 forward mode
+    Second order
+        Products of g, a and s: autograd differentiates those as written, s as the sigmoid of b.
+    Shape
+        x (..., 2 K, ...), a, b and y (..., K, ...)
+    Memory
+        x, as torch.
+    Accuracy
+        The relative error of 1 - s grows as eps / (1 - s): 0 for b > 17 in float32, where s rounds to 1.
+    Reference
+        Dauphin et al., 2016, https://arxiv.org/abs/1612.08083
+    """
+
+    @staticmethod
+    def forward(x: Tensor, dim: int) -> Tensor:
+        return F.glu(x, dim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        x, ctx.dim = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        a, b = in_full_precision(x).chunk(2, ctx.dim)
+        s = torch.sigmoid(b)
+        da = in_full_precision(g) * s
+        return torch.cat((da, da * a * (1 - s)), ctx.dim).to(x.dtype), None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, _: None) -> Tensor:
+        (x,) = ctx.saved_tensors
+        a, b = in_full_precision(x).chunk(2, ctx.dim)
+        da, db = in_full_precision(dx).chunk(2, ctx.dim)
+        s = torch.sigmoid(b)
+        return (s * (da + a * (1 - s) * db)).to(x.dtype)
+
+
+def channelwise(W: Tensor, x: Tensor) -> Tensor:
+    """``W`` so that it broadcasts over the channels of ``x`` (N, C, ...)."""
+    return W.reshape(()) if W.numel() == 1 else W.view(-1, *(1,) * (x.dim() - 2))

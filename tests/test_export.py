@@ -148,7 +148,7 @@ def test_fx_records_a_layer_as_our_function(ours: type[nn.Module]) -> None:
 @NOT_WARNED
 @pytest.mark.parametrize("ours", UNTRACED)
 def test_fx_refuses_what_it_would_record_wrongly(ours: type[nn.Module]) -> None:
-    with pytest.raises((torch.fx.proxy.TraceError, AssertionError), match="control flow|Uninitialized"):
+    with pytest.raises((torch.fx.proxy.TraceError, AssertionError), match=r"control flow|Uninitialized"):
         torch.fx.symbolic_trace(nn.Sequential(make(ours)))
 
 

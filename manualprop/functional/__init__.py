@@ -44,8 +44,28 @@ from manualprop.functional.gated import prelu as prelu
 from manualprop.functional.gated import rrelu as rrelu
 from manualprop.functional.linear import bilinear as bilinear
 from manualprop.functional.linear import linear as linear
+from manualprop.functional.loss import binary_cross_entropy as binary_cross_entropy
+from manualprop.functional.loss import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
 from manualprop.functional.loss import cross_entropy as cross_entropy
+from manualprop.functional.loss import gaussian_nll_loss as gaussian_nll_loss
+from manualprop.functional.loss import huber_loss as huber_loss
+from manualprop.functional.loss import kl_div as kl_div
+from manualprop.functional.loss import l1_loss as l1_loss
 from manualprop.functional.loss import mse_loss as mse_loss
+from manualprop.functional.loss import nll_loss as nll_loss
+from manualprop.functional.loss import poisson_nll_loss as poisson_nll_loss
+from manualprop.functional.loss import smooth_l1_loss as smooth_l1_loss
+from manualprop.functional.margin import cosine_embedding_loss as cosine_embedding_loss
+from manualprop.functional.margin import hinge_embedding_loss as hinge_embedding_loss
+from manualprop.functional.margin import margin_ranking_loss as margin_ranking_loss
+from manualprop.functional.margin import multi_margin_loss as multi_margin_loss
+from manualprop.functional.margin import multilabel_margin_loss as multilabel_margin_loss
+from manualprop.functional.margin import multilabel_soft_margin_loss as multilabel_soft_margin_loss
+from manualprop.functional.margin import soft_margin_loss as soft_margin_loss
+from manualprop.functional.margin import triplet_margin_loss as triplet_margin_loss
+from manualprop.functional.margin import (
+    triplet_margin_with_distance_loss as triplet_margin_with_distance_loss,
+)
 from manualprop.functional.norm import batch_norm as batch_norm
 from manualprop.functional.norm import group_norm as group_norm
 from manualprop.functional.norm import instance_norm as instance_norm

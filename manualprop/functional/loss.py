@@ -4,10 +4,39 @@ import warnings
 
 import torch
 from torch import Tensor
-from torch.nn import _reduction
 
 from manualprop import functions as rules
 from manualprop.functional._checks import refuse_complex
+from manualprop.functional._reduction import (
+    legacy_reduction,
+    loss_dtype,
+    promoted,
+    reduced,
+    refuse_gradient,
+    warn_of_broadcasting,
+)
+from manualprop.functions._elementwise_loss import ElementwiseLoss
+from manualprop.functions._rule import plain_eager
+
+# ----- regression -----
+
+
+def l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Like :func:`torch.nn.functional.l1_loss`, by :class:`manualprop.functions.L1`.
+
+    Shape:
+        ``input``, ``target`` alike, or broadcastable (with a warning); ``weight`` like ``input``.
+    """
+    reduction = legacy_reduction(size_average, reduce, reduction)
+    warn_of_broadcasting(input, target)
+    return _regression("l1_loss", rules.L1, input, target, reduction, weight)
 
 
 def mse_loss(
@@ -23,22 +52,190 @@ def mse_loss(
     Shape:
         ``input``, ``target`` alike, or broadcastable (with a warning); ``weight`` like ``input``.
     """
-    reduction = _legacy_reduction(size_average, reduce, reduction)
-    refuse_complex("mse_loss", input, target)
-    if target.size() != input.size():
+    reduction = legacy_reduction(size_average, reduce, reduction)
+    warn_of_broadcasting(input, target)
+    return _regression("mse_loss", rules.MSE, input, target, reduction, weight)
+
+
+def smooth_l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    beta: float = 1.0,
+) -> Tensor:
+    """Like :func:`torch.nn.functional.smooth_l1_loss`, by :class:`manualprop.functions.SmoothL1`, or ``L1``.
+
+    Shape:
+        ``input``, ``target`` alike, or broadcastable (with a warning).
+    """
+    reduction = legacy_reduction(size_average, reduce, reduction)
+    warn_of_broadcasting(input, target)
+    if beta == 0:
+        return _regression("smooth_l1_loss", rules.L1, input, target, reduction)
+    return _regression("smooth_l1_loss", rules.SmoothL1, input, target, reduction, None, beta)
+
+
+def huber_loss(
+    input: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    delta: float = 1.0,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Like :func:`torch.nn.functional.huber_loss`, by :class:`manualprop.functions.Huber`.
+
+    A weighted mean divides by the number of elements, as in torch; that of the other losses by the weights.
+
+    Shape:
+        ``input``, ``target`` alike, or broadcastable (with a warning); ``weight`` like ``input``.
+    """
+    reduction = legacy_reduction(None, None, reduction)
+    warn_of_broadcasting(input, target)
+    refuse_complex("huber_loss", input, target)
+    x, t = torch.broadcast_tensors(*promoted(input, target))
+    loss = rules.Huber.apply(x, t, delta)
+    if weight is None:
+        return reduced(loss, reduction, loss_dtype(x))
+    _check_weight(input, weight)
+    return reduced(loss * weight, reduction, torch.promote_types(loss_dtype(x), weight.dtype))
+
+
+def _regression(
+    name: str,
+    rule: type[ElementwiseLoss],
+    input: Tensor,
+    target: Tensor,
+    reduction: str,
+    weight: Tensor | None = None,
+    *p: float,
+) -> Tensor:
+    refuse_complex(name, input, target)
+    x, t = torch.broadcast_tensors(*promoted(input, target))
+    if weight is None:
+        return reduced(rule.apply(x, t, *p), reduction, loss_dtype(x))
+    _check_weight(input, weight)
+    # torch composes the weighted loss of plain operations, which autocast leaves alone.
+    return reduced(
+        rule.apply(x, t, *p) * weight, reduction, torch.promote_types(x.dtype, weight.dtype), weight.sum()
+    )
+
+
+def _check_weight(input: Tensor, weight: Tensor) -> None:
+    if weight.size() != input.size():
+        raise ValueError("Weights and input must have the same size.")
+
+
+# ----- likelihood -----
+
+
+def poisson_nll_loss(
+    input: Tensor,
+    target: Tensor,
+    log_input: bool = True,
+    full: bool = False,
+    size_average: bool | None = None,
+    eps: float = 1e-8,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Like :func:`torch.nn.functional.poisson_nll_loss`, by ``PoissonNLL`` or ``PoissonNLLFromRate``.
+
+    Shape:
+        ``input``, ``target`` alike, or broadcastable.
+    """
+    reduction = legacy_reduction(size_average, reduce, reduction)
+    refuse_complex("poisson_nll_loss", input, target)
+    x, t = torch.broadcast_tensors(*promoted(input, target))
+    if log_input:
+        loss = rules.PoissonNLL.apply(x, t, full)
+    else:
+        loss = rules.PoissonNLLFromRate.apply(x, t, full, eps)
+    return reduced(loss, reduction, loss_dtype(x))
+
+
+def gaussian_nll_loss(
+    input: Tensor,
+    target: Tensor,
+    var: Tensor | float,
+    full: bool = False,
+    eps: float = 1e-6,
+    reduction: str = "mean",
+) -> Tensor:
+    """Like :func:`torch.nn.functional.gaussian_nll_loss`, by :class:`manualprop.functions.GaussianNLL`.
+
+    Shape:
+        ``input``, ``target`` alike, or broadcastable; ``var`` like ``input``, or with a last axis of 1, or
+        without it, or a number.
+
+    Raises:
+        ValueError: if a variance is negative.  Inside of a transform or of compiled code, where a value can
+            not be looked at, the loss of a negative variance is NaN.
+    """
+    refuse_complex("gaussian_nll_loss", input, target)
+    var = _checked_variance(input, var)
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"{reduction} is not valid")
+    x, t, v = torch.broadcast_tensors(*promoted(input, target, var))
+    loss = rules.GaussianNLL.apply(x, t, v, full, eps)
+    return reduced(loss, reduction, x.dtype)
+
+
+def _checked_variance(input: Tensor, var: Tensor | float) -> Tensor:
+    """The variance as a tensor that broadcasts against ``input``."""
+    if isinstance(var, float):
+        if var < 0:
+            raise ValueError("var has negative entry/entries")
+        return input.new_full((), var).expand_as(input)
+    if not plain_eager():
+        var = var.where(var >= 0, torch.nan)
+    elif torch.any(var < 0):
+        raise ValueError("var has negative entry/entries")
+    if var.size() == input.size():
+        return var
+    if input.size()[:-1] == var.size():
+        return var.unsqueeze(-1)
+    if input.ndim == var.ndim:
+        differing = [v for i, v in zip(input.size(), var.size(), strict=True) if i != v]
+        if sum(i for i, v in zip(input.size(), var.size(), strict=True) if i != v) == 1 or differing == [1]:
+            return var
+    raise ValueError("var is of incorrect size")
+
+
+def kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Tensor:
+    """Like :func:`torch.nn.functional.kl_div`, by :class:`manualprop.functions.KLDiv` or ``KLDivLogTarget``.
+
+    Shape:
+        ``input``, ``target`` alike, or broadcastable.
+    """
+    batchmean = reduction == "batchmean"
+    if size_average is None and reduce is None and reduction == "mean":
         warnings.warn(
-            f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
-            "This will likely lead to incorrect results due to broadcasting. "
-            "Please ensure they have the same size.",
+            "reduction: 'mean' divides the total loss by both the batch size and the support size."
+            "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
+            "'mean' will be changed to behave the same as 'batchmean' in the next major release.",
             stacklevel=2,
         )
-    if weight is not None and weight.size() != input.size():
-        raise ValueError("Weights and input must have the same size.")
-    x, t = torch.broadcast_tensors(*_promoted(input, target))
-    loss = rules.MSE.apply(x, t)
-    if weight is None:
-        return _reduced(loss, reduction, x)
-    return _reduced(loss * weight, reduction, x, weight.sum())
+    reduction = legacy_reduction(size_average, reduce, "sum" if batchmean else reduction)
+    rule = rules.KLDivLogTarget if log_target else rules.KLDiv
+    if input.is_complex() or target.is_complex():
+        raise RuntimeError("kl_div: Complex inputs not supported.")
+    if not (input.is_floating_point() and target.is_floating_point()):
+        raise RuntimeError("kl_div: Integral inputs not supported.")
+    x, t = torch.broadcast_tensors(*promoted(input, target))
+    loss = reduced(rule.apply(x, t), reduction, loss_dtype(x))
+    return loss / input.size()[0] if batchmean and input.dim() != 0 else loss
+
+
+# ----- cross-entropy -----
 
 
 def cross_entropy(
@@ -57,16 +254,42 @@ def cross_entropy(
         ``input`` (N, C, ...) or (C,); ``target`` class indices (N, ...) or (), or class probabilities like
         ``input``; ``weight`` (C,)
     """
-    reduction = _legacy_reduction(size_average, reduce, reduction)
+    reduction = legacy_reduction(size_average, reduce, reduction)
     refuse_complex("cross_entropy", input, target)
     if input.shape == target.shape:
         return _soft_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+    refuse_gradient("cross_entropy", weight=weight)
     loss = rules.CrossEntropy.apply(input, target, weight, ignore_index, float(label_smoothing))
-    if reduction != "mean":
-        return _reduced(loss, reduction, input)
+    mass = None if reduction != "mean" else _class_mass(target, weight, ignore_index)
+    return reduced(loss, reduction, loss_dtype(input), mass)
+
+
+def nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Like :func:`torch.nn.functional.nll_loss`, by :class:`manualprop.functions.NLL`.
+
+    Shape:
+        ``input`` (N, C, ...) or (C,); ``target`` (N, ...) or (); ``weight`` (C,)
+    """
+    reduction = legacy_reduction(size_average, reduce, reduction)
+    refuse_complex("nll_loss", input)
+    refuse_gradient("nll_loss", weight=weight)
+    loss = rules.NLL.apply(input, target, weight, ignore_index)
+    mass = None if reduction != "mean" else _class_mass(target, weight, ignore_index)
+    return reduced(loss, reduction, loss_dtype(input), mass)
+
+
+def _class_mass(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """The weights of the targets that count, summed: what a mean over them divides by."""
     counted = target.ne(ignore_index)
-    mass = counted if weight is None else weight[target.where(counted, 0)] * counted
-    return _reduced(loss, reduction, input, mass.sum())
+    return (counted if weight is None else weight[target.where(counted, 0)] * counted).sum()
 
 
 def _soft_cross_entropy(
@@ -104,31 +327,70 @@ def _soft_cross_entropy(
         axes[dim] = classes
         mass = mass * weight.view(axes)
     loss = rules.SoftCrossEntropy.apply(input, mass)
-    return _reduced(loss, reduction, input, None if loss.numel() else loss.sum())
+    return reduced(loss, reduction, loss_dtype(input), None if loss.numel() else loss.sum())
 
 
-def _legacy_reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
-    _reduction.get_enum(reduction)  # ValueError for an unknown one, as in torch
-    return reduction
+def binary_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Like :func:`torch.nn.functional.binary_cross_entropy`, by :class:`manualprop.functions.BCE`.
+
+    Args:
+        input: probabilities, in [0, 1].
+        target: like ``input``.
+        weight: a factor of each loss, broadcast to ``target``.
+
+    Raises:
+        ValueError: if ``target`` is not of the size of ``input``.
+        RuntimeError: if ``input`` leaves [0, 1].
+    """
+    reduction = legacy_reduction(size_average, reduce, reduction)
+    if target.size() != input.size():
+        raise ValueError(
+            f"Using a target size ({target.size()}) that is different to the input size ({input.size()}) is "
+            "deprecated. Please ensure they have the same size."
+        )
+    refuse_gradient("binary_cross_entropy", weight=weight)
+    loss = rules.BCE.apply(input, target)
+    if weight is not None:
+        loss = loss * weight.expand(torch.broadcast_shapes(target.size(), weight.size()))
+    return reduced(loss, reduction, loss_dtype(input))
 
 
-def _promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in their common dtype."""
-    first, *rest = (t.dtype for t in tensors)
-    if all(dtype == first for dtype in rest):
-        return tensors
-    for dtype in rest:
-        first = torch.promote_types(first, dtype)
-    return tuple(t.to(first) for t in tensors)
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    """Like :func:`torch.nn.functional.binary_cross_entropy_with_logits`, by ``BCEWithLogits`` or ``BCEWithPosWeight``.
 
+    Args:
+        input: logits.
+        target: like ``input``.
+        weight: a factor of each loss, broadcastable to ``target``.
+        pos_weight: a factor of the positive part of each loss, broadcastable to ``target``.
 
-def _reduced(loss: Tensor, reduction: str, input: Tensor, mass: Tensor | None = None) -> Tensor:
-    """The reduction of ``loss``, rounded once to the dtype torch returns; a mean is over ``mass`` if given."""
-    if reduction == "sum":
-        loss = loss.sum()
-    elif reduction == "mean":
-        loss = loss.mean() if mass is None else loss.sum() / mass
-    # Autocast runs losses in float32 and leaves them there.
-    return loss if torch._C._is_any_autocast_enabled() else loss.to(input.dtype)
+    Raises:
+        ValueError: if ``target`` is not of the size of ``input``.
+    """
+    reduction = legacy_reduction(size_average, reduce, reduction)
+    if target.size() != input.size():
+        raise ValueError(f"Target size ({target.size()}) must be the same as input size ({input.size()})")
+    name = "binary_cross_entropy_with_logits"
+    refuse_complex(name, input, target)
+    refuse_gradient(name, weight=weight, pos_weight=pos_weight)
+    dtype = loss_dtype(target)
+    if pos_weight is None:
+        loss = rules.BCEWithLogits.apply(*promoted(input, target))
+    else:
+        loss = rules.BCEWithPosWeight.apply(*promoted(input, target, pos_weight.expand_as(input)))
+    return reduced(loss if weight is None else loss * weight, reduction, dtype)

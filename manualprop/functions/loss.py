@@ -1,33 +1,67 @@
-r"""Hand-derived rules of the losses, one value for each example; reductions are in :mod:`manualprop.functional`.
+r"""Hand-derived rules of the regression losses, one value for each element.
+
+Reductions are in :mod:`manualprop.functional`.  Every loss here is an even function of x - t, so it does not
+change when x and t change places: dl/dt at (x, t) is dl/dx at (t, x).
 
 Symbols
-    x   prediction or logits          g   dL/dl, the gradient that arrives
-    t   target                        v   dL/d(dx), the gradient of the gradient
-    l   loss, before reduction        c, k run over the C classes
-Half precision
-    The losses of half-precision predictions are computed and returned in float32: the reduction rounds once.
+    x   prediction          l   loss, before reduction
+    t   target              g   dL/dl, the gradient that arrives
+    1[...]   1 where the condition holds, else 0
 """
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualprop.functions._rule import Rule, in_full_precision, times, transforms_active
-from manualprop.functions.softmax import dot
+from manualprop.functions._elementwise import indicator
+from manualprop.functions._elementwise_loss import Curvature, ElementwiseLoss
 
 
-class MSE(Rule):
+class L1(ElementwiseLoss):
+    r"""$l = |x - t|$
+
+    Derivation
+        dl/dx = sign(x - t)                                        piecewise linear
+        dl/dt = -dl/dx
+        dL/dx = g dl/dx,  dL/dt = g dl/dt                          chain rule
+    Kinks
+        0 where x = t, as in PyTorch: the subgradient with the least norm.
+    Second order
+        By hand: 0.
+    Shape
+        x, t and l alike
+    Memory
+        x and t, both alive outside anyway.
+    Accuracy
+        Exact.
+    """
+
+    @staticmethod
+    def f(x: Tensor, t: Tensor) -> Tensor:
+        return F.l1_loss(x, t, reduction="none")
+
+    @staticmethod
+    def output_gradient(x: Tensor, t: Tensor) -> Tensor:
+        return (x - t).sign_()
+
+    @staticmethod
+    def target_gradient(x: Tensor, t: Tensor) -> Tensor:
+        return L1.output_gradient(t, x)
+
+    @staticmethod
+    def curvature(x: Tensor, t: Tensor) -> Curvature:
+        return (0, 0), (0, 0)
+
+
+class MSE(ElementwiseLoss):
     r"""$l = (x - t)^2$
 
     Derivation
         dl/dx = 2 (x - t)                                          power and chain rule
-        dL/dx = 2 (x - t) g
-        dL/dt = -dL/dx
-        dl = 2 (x - t) (dx - dt)                                   forward mode
+        dl/dt = -dl/dx
+        dL/dx = g dl/dx,  dL/dt = g dl/dt                          chain rule
     Second order
-        dL/dx is a product of g and x - t: autograd differentiates it as written.
+        By hand: d2l/dx2 = 2 = d2l/dt2,  d2l/dxdt = -2.
     Shape
         x, t and l alike
     Memory
@@ -37,222 +71,99 @@ class MSE(Rule):
     """
 
     @staticmethod
-    def forward(x: Tensor, t: Tensor) -> Tensor:
-        return F.mse_loss(in_full_precision(x), in_full_precision(t), reduction="none")
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, t = ctx.saved_tensors
-        needs_x, needs_t = ctx.needs_input_grad
-        dx = MSE.output_gradient(x, t) * g
-        return dx.to(x.dtype) if needs_x else None, -dx.to(t.dtype) if needs_t else None
+    def f(x: Tensor, t: Tensor) -> Tensor:
+        return F.mse_loss(x, t, reduction="none")
 
     @staticmethod
     def output_gradient(x: Tensor, t: Tensor) -> Tensor:
-        """dl/dx: the gradient of the loss with respect to the network's output."""
-        return 2 * (in_full_precision(x) - in_full_precision(t))
+        return (x - t).mul_(2)
 
     @staticmethod
-    def jvp(ctx: Any, dx: Tensor | None, dt: Tensor | None) -> Tensor:
-        x, t = ctx.saved_tensors
-        slope = MSE.output_gradient(x, t)
-        terms = (None if dx is None else slope * dx, None if dt is None else slope * -dt)
-        first, *rest = (term for term in terms if term is not None)
-        return sum(rest, first)
+    def target_gradient(x: Tensor, t: Tensor) -> Tensor:
+        return MSE.output_gradient(t, x)
+
+    @staticmethod
+    def curvature(x: Tensor, t: Tensor) -> Curvature:
+        return (2, -2), (-2, 2)
 
 
-class CrossEntropy(Rule):
-    r"""$l = -\sum_c m_c \log p_c$ with $p = \operatorname{softmax}(x)$ and class indices $t$ as targets
+class SmoothL1(ElementwiseLoss):
+    r"""$l = (x - t)^2 / 2 \beta$ where $|x - t| < \beta$, else $|x - t| - \beta / 2$, with $\beta > 0$
 
-    The mass on class c, with class weights w (1 without), label smoothing e and t /= ignore_index:
-        m_c = (1 - e) w_t 1[c = t] + (e / C) w_c                   all 0 for an ignored target
-
-    Derivation, with M = sum_c m_c
-        d(log p_c)/dx_k = 1[c = k] - p_k                           log-softmax
-        dl/dx_k = -sum_c m_c (1[c = k] - p_k)                      chain rule
-                = M p_k - m_k                                      without weights and smoothing: p - onehot(t)
-        dL/dx = g (M p - m)
-        dl = <M p - m, dx>                                         forward mode
+    Derivation
+        dl/dx = (x - t) / beta       for |x - t| < beta            power and chain rule
+              = sign(x - t)          else                          piecewise linear
+              = (x - t) / beta, clamped to [-1, 1]                 the two in one
+        dl/dt = -dl/dx
+        d2l/dx2 = 1[|x - t| < beta] / beta
+    Kinks
+        d2l/dx2 = 0 at |x - t| = beta, as in PyTorch; dl/dx is continuous.
     Second order
-        :class:`CrossEntropyGradient`, by hand.
+        By hand: d2l/dt2 = d2l/dx2,  d2l/dxdt = -d2l/dx2.
     Shape
-        x (N, C, ...) and t (N, ...) -> l (N, ...);  x (C,) and t () -> l ()
+        x, t and l alike
     Memory
-        x, t and w.
+        x and t, both alive outside anyway.
     Accuracy
-        M p - m cancels for a confident, right prediction; the absolute error stays within eps M.
+        That of the difference x - t.
+    Reference
+        Girshick, 2015, https://arxiv.org/abs/1504.08083
     """
 
     @staticmethod
-    def forward(x: Tensor, t: Tensor, w: Tensor | None, ignore_index: int, e: float) -> Tensor:
-        w = None if w is None else in_full_precision(w)
-        return F.cross_entropy(in_full_precision(x), t, w, None, ignore_index, None, "none", e)
+    def f(x: Tensor, t: Tensor, beta: float) -> Tensor:
+        return F.smooth_l1_loss(x, t, reduction="none", beta=beta)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, t, w, ctx.ignore_index, ctx.e = inputs
-        ctx.save_for_backward(x, t, w)
-        ctx.save_for_forward(x, t, w)
+    def output_gradient(x: Tensor, t: Tensor, beta: float) -> Tensor:
+        return (x - t).div_(beta).clamp_(-1, 1)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, t, w = ctx.saved_tensors
-        dim = class_dim(x)
-        if torch.is_grad_enabled() or transforms_active():
-            m = target_mass(x, t, w, ctx.ignore_index, ctx.e)
-            dx = CrossEntropyGradient.apply(g, x, m, dim)
-        else:
-            dx = CrossEntropy.output_gradient(x, t, w, ctx.ignore_index, ctx.e)
-            dx = times(dx, g.unsqueeze(dim)).to(x.dtype)
-        return dx, None, None, None, None
+    def target_gradient(x: Tensor, t: Tensor, beta: float) -> Tensor:
+        return SmoothL1.output_gradient(t, x, beta)
 
     @staticmethod
-    def output_gradient(x: Tensor, t: Tensor, w: Tensor | None, ignore_index: int, e: float) -> Tensor:
-        """dl/dx = M p - m: the gradient of the loss with respect to the network's output, for each example."""
-        dim = class_dim(x)
-        slope = torch.softmax(in_full_precision(x), dim)
-        if w is not None or e != 0:
-            m = target_mass(x, t, w, ignore_index, e)
-            return slope.mul_(m.sum(dim, keepdim=True)).sub_(m)
-        counted = t.ne(ignore_index).unsqueeze(dim)  # the mass is 1 on the target, 0 where it is ignored
-        index, mass = t.unsqueeze(dim).where(counted, 0), counted.to(slope.dtype)
-        return slope.mul_(mass).scatter_add_(dim, index, -mass)
-
-    @staticmethod
-    def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
-        x, t, w = ctx.saved_tensors
-        dim = class_dim(x)
-        m = target_mass(x, t, w, ctx.ignore_index, ctx.e)
-        p = torch.softmax(in_full_precision(x), dim)
-        return dot(m.sum(dim, keepdim=True) * p - m, in_full_precision(dx), dim).squeeze(dim)
+    def curvature(x: Tensor, t: Tensor, beta: float) -> Curvature:
+        k = indicator(torch.lt, (x - t).abs(), beta) / beta
+        return (k, -k), (-k, k)
 
 
-class SoftCrossEntropy(Rule):
-    r"""$l = -\sum_c m_c \log p_c$ with $p = \operatorname{softmax}(x)$ and any mass $m$ on the classes as target
+class Huber(ElementwiseLoss):
+    r"""$l = (x - t)^2 / 2$ where $|x - t| < \delta$, else $\delta (|x - t| - \delta / 2)$, with $\delta > 0$
 
-    Derivation, with M = sum_c m_c
-        dl/dx_k = -sum_c m_c (1[c = k] - p_k) = M p_k - m_k        as in :class:`CrossEntropy`
-        dL/dx = g (M p - m)
-        dL/dm_c = -g log p_c
-        dl = <M p - m, dx> - <log p, dm>                           forward mode
+    Derivation
+        dl/dx = x - t                for |x - t| < delta           power and chain rule
+              = delta sign(x - t)    else                          piecewise linear
+              = x - t, clamped to [-delta, delta]                  the two in one
+        dl/dt = -dl/dx
+        d2l/dx2 = 1[|x - t| < delta]
+    Kinks
+        d2l/dx2 = 0 at |x - t| = delta, as in PyTorch; dl/dx is continuous.
     Second order
-        :class:`CrossEntropyGradient`, by hand; that of dL/dm follows from the rule of log-softmax's products.
+        By hand: d2l/dt2 = d2l/dx2,  d2l/dxdt = -d2l/dx2.
     Shape
-        x and m (N, C, ...) -> l (N, ...);  (C,) -> ()
+        x, t and l alike
     Memory
-        x and m.
+        x and t, both alive outside anyway.
     Accuracy
-        As :class:`CrossEntropy`.
+        That of the difference x - t.
+    Reference
+        Huber, 1964, https://doi.org/10.1214/aoms/1177703732
     """
 
     @staticmethod
-    def forward(x: Tensor, m: Tensor) -> Tensor:
-        dim = class_dim(x)
-        log_p = torch.log_softmax(in_full_precision(x), dim)
-        return -(log_p * in_full_precision(m)).sum(dim)
+    def f(x: Tensor, t: Tensor, delta: float) -> Tensor:
+        return F.huber_loss(x, t, reduction="none", delta=delta)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+    def output_gradient(x: Tensor, t: Tensor, delta: float) -> Tensor:
+        return (x - t).clamp_(-delta, delta)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, m = ctx.saved_tensors
-        needs_x, needs_m = ctx.needs_input_grad
-        dim = class_dim(x)
-        dx = CrossEntropyGradient.apply(g, x, m, dim) if needs_x else None
-        dm = None
-        if needs_m:
-            dm = (-g.unsqueeze(dim) * torch.log_softmax(in_full_precision(x), dim)).to(m.dtype)
-        return dx, dm
+    def target_gradient(x: Tensor, t: Tensor, delta: float) -> Tensor:
+        return Huber.output_gradient(t, x, delta)
 
     @staticmethod
-    def jvp(ctx: Any, dx: Tensor | None, dm: Tensor | None) -> Tensor:
-        x, m = (in_full_precision(s) for s in ctx.saved_tensors)
-        dim = class_dim(x)
-        log_p = torch.log_softmax(x, dim)
-        dl = -dot(log_p, in_full_precision(dm), dim) if dm is not None else 0
-        if dx is not None:
-            dl = dl + dot(m.sum(dim, keepdim=True) * log_p.exp() - m, in_full_precision(dx), dim)
-        assert isinstance(dl, Tensor)  # autograd calls this only with a tangent
-        return dl.squeeze(dim)
-
-
-class CrossEntropyGradient(Rule):
-    r"""$b = g (M p - m)$, the gradient of both cross-entropies, itself differentiated
-
-    Derivation, with dp_k/dx_j = p_k (1[j = k] - p_j), the Jacobian of softmax
-        dL/dg   = <v, M p - m>                                     b is linear in g
-        dL/dx_j = sum_k v_k g M dp_k/dx_j = g M p_j (v_j - <v, p>)
-        dL/dm_c = sum_k v_k g (p_k - 1[k = c]) = g (<v, p> - v_c)
-        db = dg (M p - m) + g (dM p + M p (dx - <p, dx>) - dm)     forward mode, dM = sum_c dm_c
-    Shape
-        g (N, ...), x and m (N, C, ...) -> b (N, C, ...)
-    Memory
-        g, x and m.
-    """
-
-    @staticmethod
-    def forward(g: Tensor, x: Tensor, m: Tensor, dim: int) -> Tensor:
-        p, full_m = torch.softmax(in_full_precision(x), dim), in_full_precision(m)
-        return (g.unsqueeze(dim) * (full_m.sum(dim, keepdim=True) * p - full_m)).to(x.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
-        g, x, m, ctx.dim = inputs
-        ctx.save_for_backward(g, x, m)
-        ctx.save_for_forward(g, x, m)
-
-    @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        g, m, M, p = CrossEntropyGradient._parts(ctx)
-        full_v = in_full_precision(v)
-        needs_g, needs_x, needs_m, _ = ctx.needs_input_grad
-        vp = dot(full_v, p, ctx.dim)
-        dg = dot(full_v, M * p - m, ctx.dim).squeeze(ctx.dim) if needs_g else None
-        dx = (g * M * p * (full_v - vp)).to(v.dtype) if needs_x else None
-        dm = g * (vp - full_v) if needs_m else None
-        return dg, dx, dm, None
-
-    @staticmethod
-    def jvp(ctx: Any, dg: Tensor | None, dx: Tensor | None, dm: Tensor | None, _: None) -> Tensor:
-        g, m, M, p = CrossEntropyGradient._parts(ctx)
-        db = torch.zeros_like(p) if dg is None else dg.unsqueeze(ctx.dim) * (M * p - m)
-        if dx is not None:
-            db = db + g * M * p * (dx - dot(p, dx, ctx.dim))
-        if dm is not None:
-            db = db + g * (dm.sum(ctx.dim, keepdim=True) * p - dm)
-        return db.to(ctx.saved_tensors[1].dtype)
-
-    @staticmethod
-    def _parts(ctx: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """g with its class axis, m, M and p."""
-        g, x, m = ctx.saved_tensors
-        m = in_full_precision(m)
-        p = torch.softmax(in_full_precision(x), ctx.dim)
-        return g.unsqueeze(ctx.dim), m, m.sum(ctx.dim, keepdim=True), p
-
-
-def class_dim(x: Tensor) -> int:
-    """The axis of the classes: the second, or the only one."""
-    return 0 if x.dim() == 1 else 1
-
-
-def target_mass(x: Tensor, t: Tensor, w: Tensor | None, ignore_index: int, e: float) -> Tensor:
-    """m, the mass that class indices ``t`` put on each class: (N, C, ...)."""
-    dim, classes = class_dim(x), x.shape[class_dim(x)]
-    dtype = in_full_precision(x).dtype
-    counted = t.ne(ignore_index).unsqueeze(dim)
-    index = t.unsqueeze(dim).where(counted, 0)
-    w = x.new_ones(classes, dtype=dtype) if w is None else w.to(dtype)
-    axes = [1] * x.dim()
-    axes[dim] = classes
-    onehot = torch.arange(classes, device=x.device).view(axes) == index
-    m = w.view(axes) * (onehot.to(dtype) * (1 - e) + e / classes)  # a bool times a float is float32
-    return m * counted
+    def curvature(x: Tensor, t: Tensor, delta: float) -> Curvature:
+        k = indicator(torch.lt, (x - t).abs(), delta)
+        return (k, -k), (-k, k)

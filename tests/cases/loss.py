@@ -1,90 +1,268 @@
 """Rows of the losses."""
 
+import itertools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from cases._case import Case, real
+
+REDUCTIONS = ("none", "sum", "mean")
+FLOATS = 8  # bytes
 
 
 def classes(*shape: int, high: int = 4) -> Tensor:
     return torch.randint(high, shape, generator=torch.Generator().manual_seed(3))
 
 
-def weights(count: int = 4) -> Tensor:
-    return torch.linspace(0.3, 1.9, count, dtype=torch.float64)
+def labels(*shape: int) -> Tensor:
+    """1 and -1."""
+    return classes(*shape, high=2) * 2.0 - 1
+
+
+def weights(*shape: int) -> Tensor:
+    shape = shape or (4,)
+    return torch.linspace(0.3, 1.9, torch.Size(shape).numel(), dtype=torch.float64).reshape(shape)
+
+
+def share(*shape: int, seed: int = 1, grad: bool = True) -> Tensor:
+    """Probabilities clear of 0 and 1."""
+    return real(*shape, low=0.07, high=0.93, seed=seed, grad=grad)
 
 
 def ignoring(t: Tensor, index: int) -> Tensor:
     return t.index_fill(0, torch.tensor([1]), index)
 
 
-CASES = []
-for reduction in ("none", "sum", "mean"):
-    CASES += [
-        Case(
-            "mse_loss",
-            lambda: (real(3, 4), real(3, 4, seed=1)),
-            {"reduction": reduction},
-            keeps=(0, 1),
-        ),
-        Case(
-            "mse_loss",
-            lambda: (real(3, 4), real(3, 4, seed=1)),
-            {"reduction": reduction, "weight": weights(12).reshape(3, 4)},
-            keeps=(0, 1),
-            keeps_new=12 * 8 + 8,
-        ),
-        Case(
-            "cross_entropy",
-            lambda: (real(5, 4), classes(5)),
-            {"reduction": reduction},
-            keeps=(0, 1),
-            keeps_new=8,
-        ),
-        Case(
-            "cross_entropy",
-            lambda: (real(5, 4), ignoring(classes(5), -100)),
-            {"reduction": reduction, "weight": weights()},
-            keeps=(0, 1),
-            keeps_new=4 * 8 + 8,
-            label="ignored",
-        ),
-        Case(
-            "cross_entropy",
-            lambda: (real(5, 4), ignoring(classes(5), 2)),
-            {"reduction": reduction, "weight": weights(), "label_smoothing": 0.2, "ignore_index": 2},
-            keeps=(0, 1),
-            keeps_new=4 * 8 + 8,
-        ),
-        Case(
-            "cross_entropy",
-            lambda: (real(2, 4, 3), classes(2, 3)),
-            {"reduction": reduction, "label_smoothing": 0.1},
-            keeps=(0, 1),
-            keeps_new=8,
-            label="K-dimensional",
-        ),
-        Case(
-            "cross_entropy",
-            lambda: (real(4), classes()),
-            {"reduction": reduction},
-            keeps=(0, 1),
-            keeps_new=8,
-            label="one example",
-        ),
-        Case(
-            "cross_entropy",
-            lambda: (real(3, 4), real(3, 4, low=0.1, high=0.6, seed=1)),
-            {"reduction": reduction, "weight": weights(), "label_smoothing": 0.1},
-            keeps=(0,),
-            keeps_new=3 * 4 * 8 + 4 * 8,
-            label="probabilities",
-        ),
-        Case(
-            "cross_entropy",
-            lambda: (real(2, 4, 3), real(2, 4, 3, low=0.1, high=0.6, seed=1)),
-            {"reduction": reduction},
-            keeps=(0, 1),
-            label="K-dimensional probabilities",
-        ),
+def rows(
+    name: str, arguments: Callable[[], tuple[Any, ...]], *options: dict[str, Any], **fields: Any
+) -> list[Case]:
+    """A row for each reduction of each set of options."""
+    return [
+        Case(name, arguments, {"reduction": reduction, **option}, **fields)
+        for option, reduction in itertools.product(options or ({},), REDUCTIONS)
     ]
+
+
+def pair() -> tuple[Tensor, Tensor]:
+    return real(3, 4), real(3, 4, low=-3.1, high=3.9, seed=1)
+
+
+def counts() -> tuple[Tensor, Tensor]:
+    return real(3, 4, low=0.2), real(3, 4, low=0.3, high=4.2, seed=1)
+
+
+def triple() -> tuple[Tensor, Tensor, Tensor]:
+    return real(5, 3), real(5, 3, low=-3.17, high=3.41, seed=1), real(5, 3, low=-2.93, high=3.63, seed=2)
+
+
+def leading_classes() -> Tensor:
+    return torch.tensor([[0, 2, -1, 3], [1, -1, 0, 2], [3, 0, 2, 1], [-1, 1, 2, 3], [2, 2, -1, 0]])
+
+
+NO_HALF = {
+    "half_precision_is_as_good_as_torchs": "torch has no kernel for half precision; ours computes in float32"
+}
+NO_SECOND = "torch has no second or forward derivative here"
+
+CASES = [
+    # ----- regression -----
+    *rows("l1_loss", pair, keeps=(0, 1)),
+    *rows("l1_loss", pair, {"weight": weights(3, 4)}, keeps=(0, 1), keeps_new=13 * FLOATS),
+    *rows("mse_loss", pair, keeps=(0, 1)),
+    *rows("mse_loss", pair, {"weight": weights(3, 4)}, keeps=(0, 1), keeps_new=13 * FLOATS),
+    *rows("smooth_l1_loss", pair, {}, {"beta": 0.4}, {"beta": 0.0}, {"beta": 2}, keeps=(0, 1)),
+    *rows("huber_loss", pair, {}, {"delta": 0.4}, {"delta": 2}, keeps=(0, 1)),
+    *rows("huber_loss", pair, {"weight": weights(3, 4)}, keeps=(0, 1)),
+    # ----- likelihood -----
+    *rows("poisson_nll_loss", counts, {}, {"full": True}, {"eps": 1e-3}, keeps=(0, 1)),
+    *rows("poisson_nll_loss", counts, {"log_input": False}, {"log_input": False, "full": True}, keeps=(0, 1)),
+    *rows(
+        "gaussian_nll_loss",
+        lambda: (*pair(), real(3, 4, low=0.3, high=2.1, seed=2)),
+        {},
+        {"full": True},
+        {"eps": 0.02},
+        keeps=(0, 1, 2),
+    ),
+    *rows(
+        "gaussian_nll_loss",
+        lambda: (*pair(), real(3, low=0.3, seed=2)),
+        keeps=(0, 1, 2),
+        label="one for a row",
+    ),
+    *rows(
+        "gaussian_nll_loss",
+        lambda: (*pair(), real(3, 1, low=0.3, seed=2)),
+        keeps=(0, 1, 2),
+        label="last axis 1",
+    ),
+    *rows("gaussian_nll_loss", lambda: (*pair(), 0.7), keeps=(0, 1), keeps_new=FLOATS, label="a number"),
+    *[
+        Case("kl_div", arguments, {"reduction": reduction, "log_target": log}, keeps=(0, 1))
+        for reduction in ("none", "sum", "batchmean")
+        for log, arguments in ((True, pair), (False, lambda: (real(3, 4), share(3, 4))))
+    ],
+    # ----- cross-entropy -----
+    *rows("cross_entropy", lambda: (real(5, 4), classes(5)), keeps=(0, 1), keeps_new=FLOATS),
+    *rows(
+        "cross_entropy",
+        lambda: (real(5, 4), ignoring(classes(5), -100)),
+        {"weight": weights()},
+        keeps=(0, 1),
+        keeps_new=5 * FLOATS,
+        label="ignored",
+    ),
+    *rows(
+        "cross_entropy",
+        lambda: (real(5, 4), ignoring(classes(5), 2)),
+        {"weight": weights(), "label_smoothing": 0.2, "ignore_index": 2},
+        keeps=(0, 1),
+        keeps_new=5 * FLOATS,
+    ),
+    *rows(
+        "cross_entropy",
+        lambda: (real(2, 4, 3), classes(2, 3)),
+        {"label_smoothing": 0.1},
+        keeps=(0, 1),
+        keeps_new=FLOATS,
+        label="K-dimensional",
+    ),
+    *rows("cross_entropy", lambda: (real(4), classes()), keeps=(0, 1), keeps_new=FLOATS, label="one example"),
+    *rows(
+        "cross_entropy",
+        lambda: (real(3, 4), share(3, 4)),
+        {"weight": weights(), "label_smoothing": 0.1},
+        keeps=(0,),
+        keeps_new=3 * 4 * FLOATS + 4 * FLOATS,
+        label="probabilities",
+    ),
+    *rows(
+        "cross_entropy",
+        lambda: (real(2, 4, 3), share(2, 4, 3)),
+        keeps=(0, 1),
+        label="K-dimensional probabilities",
+    ),
+    *rows(
+        "nll_loss",
+        lambda: (real(5, 4), classes(5)),
+        {},
+        {"weight": weights()},
+        keeps=(0, 1),
+        keeps_new=FLOATS,
+    ),
+    *rows(
+        "nll_loss",
+        lambda: (real(5, 4), ignoring(classes(5), 2)),
+        {"weight": weights(), "ignore_index": 2},
+        keeps=(0, 1),
+        keeps_new=FLOATS,
+    ),
+    *rows("nll_loss", lambda: (real(4), classes()), keeps=(0, 1), keeps_new=FLOATS, label="one example"),
+    *rows(
+        "nll_loss",
+        lambda: (real(2, 4, 3, 2), classes(2, 3, 2)),
+        {"weight": weights()},
+        keeps=(0, 1),
+        keeps_new=FLOATS,
+        label="K-dimensional",
+    ),
+    *rows("binary_cross_entropy", lambda: (share(3, 4, seed=0), share(3, 4)), keeps=(0, 1)),
+    *rows(
+        "binary_cross_entropy",
+        lambda: (share(3, 4, seed=0), share(3, 4)),
+        {"weight": weights()},
+        keeps=(0, 1),
+    ),
+    *rows(
+        "binary_cross_entropy_with_logits",
+        lambda: (real(3, 4), share(3, 4)),
+        {},
+        {"weight": weights()},
+        {"pos_weight": weights()},
+        {"weight": weights(3, 4), "pos_weight": weights(3, 1)},
+        keeps=(0, 1),
+    ),
+    # ----- margin -----
+    *rows("hinge_embedding_loss", lambda: (real(3, 4), labels(3, 4)), {}, {"margin": 0.3}, keeps=(0, 1)),
+    *rows(
+        "soft_margin_loss",
+        lambda: (real(3, 4), labels(3, 4).double()),
+        keeps=(0, 1),
+    ),
+    *rows(
+        "margin_ranking_loss",
+        lambda: (real(5), real(5, seed=1), real(5, low=-1, high=1.3, seed=2)),
+        {"margin": 0.3},
+        {"margin": -0.3},
+        keeps=(0, 1, 2),
+    ),
+    *rows(
+        "margin_ranking_loss",
+        lambda: (real(5, 1), real(1, 3, low=-3.07, seed=1), labels(5, 3)),
+        {"margin": 0.3},
+        keeps=(0, 1),
+        keeps_new=15 * FLOATS,
+        label="broadcast",
+    ),
+    *rows("cosine_embedding_loss", lambda: (*triple()[:2], labels(5)), {}, {"margin": -0.4}, keeps=(0, 1, 2)),
+    *rows(
+        "cosine_embedding_loss", lambda: (real(3), real(3, seed=1), labels()), keeps=(0, 1, 2), label="one"
+    ),
+    *rows(
+        "triplet_margin_loss",
+        triple,
+        {"margin": 2.5},
+        {"margin": 2.5, "swap": True},
+        {"margin": 3.0, "p": 1, "swap": True},
+        {"margin": 2.5, "p": 3.5},
+        {"margin": 2.5, "p": 1.5, "eps": 0.1},
+        {"margin": 2.5, "p": float("inf")},
+        keeps=(0, 1, 2),
+        keeps_new=3 * 5 * FLOATS,
+    ),
+    *rows(
+        "triplet_margin_with_distance_loss",
+        triple,
+        {"margin": 2.5, "swap": True},
+        keeps=(0, 1, 2),
+        keeps_new=3 * 5 * FLOATS,
+    ),
+    *rows(
+        "multi_margin_loss",
+        lambda: (real(5, 4), classes(5)),
+        {},
+        {"p": 2, "margin": 0.7, "weight": weights()},
+        {"weight": weights()},
+        keeps=(0, 1),
+        except_for=NO_HALF,
+    ),
+    *rows(
+        "multi_margin_loss",
+        lambda: (real(4), classes()),
+        {"p": 2},
+        keeps=(0, 1),
+        label="one",
+        except_for=NO_HALF,
+    ),
+    *rows(
+        "multilabel_margin_loss", lambda: (real(5, 4), leading_classes()), keeps=(0, 1), except_for=NO_HALF
+    ),
+    *rows(
+        "multilabel_margin_loss",
+        lambda: (real(4), torch.tensor([2, 0, -1, 1])),
+        keeps=(0, 1),
+        label="one",
+        except_for=NO_HALF,
+    ),
+    *rows(
+        "multilabel_soft_margin_loss",
+        lambda: (real(3, 4), share(3, 4)),
+        {},
+        {"weight": weights()},
+        keeps=(0, 1),
+        keeps_new=12 * FLOATS,
+    ),
+]

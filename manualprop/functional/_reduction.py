@@ -1,0 +1,66 @@
+"""Reductions and argument checks shared by the losses."""
+
+import warnings
+
+import torch
+from torch import Tensor
+from torch.nn import _reduction
+
+from manualprop.functions._rule import HALF
+
+
+def legacy_reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+    """The name of the reduction, with the options that ``reduction`` replaced."""
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    # ValueError for an unknown one, as in torch, and a warning for the old name of "mean"
+    return ("none", "mean", "sum")[_reduction.get_enum(reduction)]
+
+
+def reduced(loss: Tensor, reduction: str, dtype: torch.dtype, mass: Tensor | None = None) -> Tensor:
+    """The reduction of ``loss``, rounded once to ``dtype``; a mean is over ``mass`` if given."""
+    if reduction == "sum":
+        loss = loss.sum()
+    elif reduction == "mean":
+        loss = loss.mean() if mass is None else loss.sum() / mass
+    return loss.to(dtype)
+
+
+def loss_dtype(input: Tensor) -> torch.dtype:
+    """The dtype of a loss: the input's, but autocast runs most losses in float32 and leaves them there."""
+    if input.dtype not in HALF or not torch._C._is_any_autocast_enabled():
+        return input.dtype
+    device = input.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.float32 if autocast else input.dtype
+
+
+def promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in their common dtype."""
+    first, *rest = tensors
+    dtype = first.dtype
+    if all(t.dtype == dtype for t in rest):
+        return tensors
+    for t in rest:
+        dtype = torch.promote_types(dtype, torch.result_type(first, t))
+    return tuple(t.to(dtype) for t in tensors)
+
+
+def warn_of_broadcasting(input: Tensor, target: Tensor) -> None:
+    if target.size() != input.size():
+        warnings.warn(
+            f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
+            "This will likely lead to incorrect results due to broadcasting. "
+            "Please ensure they have the same size.",
+            stacklevel=3,
+        )
+
+
+def refuse_gradient(name: str, **arguments: Tensor | None) -> None:
+    """Raise, as torch does, where an argument is not differentiated but requires a gradient."""
+    for argument, tensor in arguments.items():
+        if tensor is not None and tensor.requires_grad:
+            raise RuntimeError(
+                f"The function {name!r} is not differentiable with respect to argument {argument!r}. "
+                f"Give {argument}.detach(), or a tensor that does not require a gradient."
+            )

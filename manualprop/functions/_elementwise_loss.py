@@ -1,0 +1,148 @@
+"""The chain rule for a loss ``l = f(x, t, ...)`` that pairs its arguments element by element, stated once.
+
+The losses of :mod:`manualprop.functions.loss`, ``likelihood`` and part of ``cross_entropy`` and ``margin`` are
+classes with a few formulas; this module turns them into a :class:`torch.autograd.Function`.
+
+Symbols
+    x   prediction or logits          g   dL/dl, the gradient that arrives
+    t   target                        v   dL/d(g dl/dx), the gradient of the gradient
+    l   loss, before reduction        p   parameters: Python numbers, never differentiated
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from manualprop.functions._rule import Rule, in_full_precision, plain_eager, times
+
+# The second derivatives, a row for each argument; a number where an entry is constant.
+Curvature = tuple[tuple[Tensor | float, ...], ...]
+
+
+class ElementwiseLoss(Rule):
+    """Base of all rules ``l = f(x, t, *p)``, or of further tensors.  A subclass states the mathematics only.
+
+    - ``f(x, t, *p)``                  the loss.
+    - ``output_gradient(x, t, *p)``    dl/dx: the gradient of the loss with respect to the network's output.
+    - ``target_gradient(x, t, *p)``    dl/dt.  Both are fresh tensors, which may be overwritten.
+    - ``curvature(x, t, *p)``          ((d2l/dx2, d2l/dxdt), (d2l/dtdx, d2l/dt2)).
+    - ``partials``                     the names of the first derivatives, one for each tensor argument; None
+                                       for an argument that l does not depend on smoothly, such as a label.
+
+    The tensors have one shape.  ``f`` and the first derivatives always run without recording, so they may work
+    in place on tensors they made themselves; ``curvature`` is recorded when a third derivative is asked for.
+    Half precision is computed in float32 and the loss returned so: the reduction rounds once.
+    """
+
+    partials: ClassVar[tuple[str | None, ...]] = ("output_gradient", "target_gradient")
+    f: ClassVar[Callable[..., Tensor]]
+    curvature: ClassVar[Callable[..., Curvature]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        f, count = cls.f, len(cls.partials)
+        slopes = [
+            None if name is None else _slope(cls, i, getattr(cls, name))
+            for i, name in enumerate(cls.partials)
+        ]
+
+        def forward(*inputs: Any) -> Tensor:
+            return f(*map(in_full_precision, inputs[:count]), *inputs[count:])
+
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            tensors, ctx.p = inputs[:count], inputs[count:]
+            ctx.save_for_backward(*tensors)
+            ctx.save_for_forward(*tensors)
+
+        def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+            tensors = ctx.saved_tensors
+            recorded = torch.is_grad_enabled()  # somebody will differentiate this gradient
+            gradients: list[Tensor | None] = [None] * (count + len(ctx.p))
+            for i, (slope, needed) in enumerate(zip(slopes, ctx.needs_input_grad, strict=False)):
+                if slope is not None and needed:
+                    product = slope.apply if recorded else slope.product
+                    gradients[i] = product(g, *tensors, *ctx.p).to(tensors[i].dtype)
+            return tuple(gradients)
+
+        def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+            tensors = ctx.saved_tensors
+            return _sum(
+                (
+                    slope.apply(in_full_precision(dt), *tensors, *ctx.p)
+                    for slope, dt in zip(slopes, tangents, strict=False)
+                    if slope is not None and dt is not None
+                ),
+                in_full_precision(tensors[0]),
+            )
+
+        # Closures of plain functions, not classmethods: compiled autograd cannot trace those.
+        for method in (forward, setup_context, backward, jvp):
+            setattr(cls, method.__name__, staticmethod(method))
+
+
+class Slope(Rule):
+    """``b = g dl/dx``: linear in ``g``, with slopes ``g d2l/dx2`` and ``g d2l/dxdt``.  One subclass for each dl/dx."""
+
+    product: ClassVar[Callable[..., Tensor]]
+
+
+def _slope(rule: type[ElementwiseLoss], i: int, partial: Callable[..., Tensor]) -> type[Slope]:
+    """The rule of ``g dl/d(argument i)``."""
+    count, curvature = len(rule.partials), rule.curvature
+
+    def product(g: Tensor, *inputs: Any) -> Tensor:
+        tensors, p = inputs[:count], inputs[count:]
+        return times(partial(*map(in_full_precision, tensors), *p), g)
+
+    def forward(g: Tensor, *inputs: Any) -> Tensor:
+        return product(g, *inputs)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        saved, ctx.p = inputs[: count + 1], inputs[count + 1 :]
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        g, *tensors = ctx.saved_tensors
+        needs_g, *needs = ctx.needs_input_grad
+        dg = cls.apply(v, *tensors, *ctx.p) if needs_g else None
+        gradients: list[Tensor | None] = [None] * len(needs)
+        if any(needs):
+            row = curvature(*map(in_full_precision, tensors), *ctx.p)[i]
+            for j, tensor in enumerate(tensors):
+                if needs[j] and j < len(row):
+                    gradients[j] = _bent(g * v, row[j]).to(tensor.dtype)
+        return dg, *gradients
+
+    def jvp(ctx: Any, dg: Tensor | None, *tangents: Tensor | None) -> Tensor:
+        g, *tensors = ctx.saved_tensors
+        row = curvature(*map(in_full_precision, tensors), *ctx.p)[i]
+        terms = [] if dg is None else [cls.apply(dg, *tensors, *ctx.p)]
+        terms += [_bent(g * dt, k) for k, dt in zip(row, tangents, strict=False) if dt is not None]
+        return _sum(terms, g)
+
+    methods = (product, forward, setup_context, backward, jvp)
+    cls: type[Slope] = type(
+        f"{rule.__name__}Slope{i}",
+        (Slope,),
+        {method.__name__: staticmethod(method) for method in methods} | {"__module__": rule.__module__},
+    )
+    return cls
+
+
+def _bent(product: Tensor, k: Tensor | float) -> Tensor:
+    """``product * k``; zeros, whatever the product is, where the curvature ``k`` is constantly 0."""
+    return torch.zeros_like(product) if isinstance(k, (int, float)) and k == 0 else product * k
+
+
+def _sum(terms: Iterable[Tensor], like: Tensor) -> Tensor:
+    """The sum of the terms, zeros without any."""
+    first, *rest = [*terms] or [torch.zeros_like(like)]
+    return sum(rest, first)
+
+
+def minus(fresh: Tensor, other: Tensor) -> Tensor:
+    """``fresh - other``, written into ``fresh`` unless ``vmap`` may have batched ``other`` alone."""
+    return fresh.sub_(other) if plain_eager() else fresh - other

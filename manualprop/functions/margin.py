@@ -1,0 +1,444 @@
+r"""Hand-derived rules of the margin losses, which are 0 where a prediction is right by a margin.
+
+One value for each element or each example; reductions are in :mod:`manualprop.functional`.
+
+Symbols
+    x   prediction                    m   margin
+    t   target, label or class        g   dL/dl, the gradient that arrives
+    l   loss, before reduction        z   by how much the margin is missed
+    i, j run over the C classes       1[...]   1 where the condition holds, else 0
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from manualprop.functions._elementwise import indicator
+from manualprop.functions._elementwise_loss import Curvature, ElementwiseLoss
+from manualprop.functions._rule import Rule, in_full_precision
+from manualprop.functions.cross_entropy import constant_zeros, lifted
+
+
+class HingeEmbedding(ElementwiseLoss):
+    r"""$l = x$ for a label $t = 1$, and $\max(m - x, 0)$ for $t = -1$
+
+    Derivation
+        dl/dx = 1                    for t = 1                     linear
+              = -1[x <= m]           for t = -1                    piecewise linear
+              = 1[t /= -1] - 1[t /= 1] 1[x <= m]                   the two in one; any other label is both
+    Kinks
+        -1 at x = m for t = -1, as in PyTorch.
+    Second order
+        By hand: 0.
+    Shape
+        x, t and l alike
+    Memory
+        x and t, both alive outside anyway.
+    Accuracy
+        Exact.
+    """
+
+    partials = ("output_gradient", None)
+
+    @staticmethod
+    def f(x: Tensor, t: Tensor, m: float) -> Tensor:
+        return F.hinge_embedding_loss(x, t, margin=m, reduction="none")
+
+    @staticmethod
+    def output_gradient(x: Tensor, t: Tensor, m: float) -> Tensor:
+        t = t.to(x.dtype)
+        missed = indicator(torch.le, x, m) * indicator(torch.ne, t, 1)
+        return indicator(torch.ne, t, -1) - missed
+
+    @staticmethod
+    def curvature(x: Tensor, t: Tensor, m: float) -> Curvature:
+        return ((0,),)
+
+
+class SoftMargin(ElementwiseLoss):
+    r"""$l = \log(1 + e^{-t x})$, with a label $t$ of 1 or -1
+
+    Derivation, with s = 1 / (1 + e^{t x})
+        dl/dx = -t e^{-t x} / (1 + e^{-t x}) = -t s                chain rule
+        dl/dt = -x s                                               by symmetry
+        d2l/dx2 = t^2 s (1 - s)                                    since ds/d(t x) = -s (1 - s)
+        d2l/dxdt = t x s (1 - s) - s                               product rule
+        d2l/dt2 = x^2 s (1 - s)
+    Second order
+        By hand, as above.
+    Shape
+        x, t and l alike
+    Memory
+        x and t, both alive outside anyway.
+    Accuracy
+        l = -log sigmoid(t x) never overflows; torch's is inf, and its derivative NaN, for -t x > 88 in float32.
+    """
+
+    @staticmethod
+    def f(x: Tensor, t: Tensor) -> Tensor:
+        return F.logsigmoid(x * t).neg_()
+
+    @staticmethod
+    def output_gradient(x: Tensor, t: Tensor) -> Tensor:
+        return (x * t).neg_().sigmoid_().mul_(t).neg_()
+
+    @staticmethod
+    def target_gradient(x: Tensor, t: Tensor) -> Tensor:
+        return SoftMargin.output_gradient(t, x)
+
+    @staticmethod
+    def curvature(x: Tensor, t: Tensor) -> Curvature:
+        s = torch.sigmoid(-x * t)
+        bend = s * (1 - s)
+        xt = t * x * bend - s
+        return (t**2 * bend, xt), (xt, x**2 * bend)
+
+
+class MarginRanking(ElementwiseLoss):
+    r"""$l = \max(z, 0)$ with $z = m - t (a - b)$: for $t = 1$, $a$ should exceed $b$ by the margin
+
+    Derivation
+        dl/da = -t 1[z >= 0]                                       piecewise linear
+        dl/db =  t 1[z >= 0]
+        dl/dt = (b - a) 1[z >= 0]
+    Kinks
+        1[z >= 0] = 1 at z = 0, as in PyTorch.
+    Second order
+        By hand: d2l/dadt = -1[z >= 0] = -d2l/dbdt, all else 0.
+    Shape
+        a, b, t and l alike
+    Memory
+        a, b and t, alive outside anyway.
+    Accuracy
+        Exact.
+    """
+
+    partials = ("output_gradient", "other_gradient", "target_gradient")
+
+    @staticmethod
+    def f(a: Tensor, b: Tensor, t: Tensor, m: float) -> Tensor:
+        return F.margin_ranking_loss(a, b, t, margin=m, reduction="none")
+
+    @staticmethod
+    def output_gradient(a: Tensor, b: Tensor, t: Tensor, m: float) -> Tensor:
+        return MarginRanking.missed(a, b, t, m).mul_(t).neg_()
+
+    @staticmethod
+    def other_gradient(a: Tensor, b: Tensor, t: Tensor, m: float) -> Tensor:
+        """dl/db."""
+        return MarginRanking.missed(a, b, t, m).mul_(t)
+
+    @staticmethod
+    def target_gradient(a: Tensor, b: Tensor, t: Tensor, m: float) -> Tensor:
+        return MarginRanking.missed(a, b, t, m).mul_(b - a)
+
+    @staticmethod
+    def curvature(a: Tensor, b: Tensor, t: Tensor, m: float) -> Curvature:
+        k = MarginRanking.missed(a, b, t, m)
+        return (0, 0, -k), (0, 0, k), (-k, k, 0)
+
+    @staticmethod
+    def missed(a: Tensor, b: Tensor, t: Tensor, m: float) -> Tensor:
+        """1[z >= 0]."""
+        return indicator(torch.ge, m - t * (a - b), 0)
+
+
+class TripletMargin(ElementwiseLoss):
+    r"""$l = \max(z, 0)$ with $z = m + p - \min(n, n')$, from the distances between anchor, positive and negative
+
+    p is the distance from the anchor to the positive example, n that to the negative one, n' that between the
+    two examples; the loss without n' (``swap=False``) is that of n' = n.
+
+    Derivation
+        dl/dp = 1[z >= 0]                                          piecewise linear
+        dl/dn = -1[z >= 0] (1[n < n'] + 1[n = n'] / 2)
+        dl/dn' by exchange of n and n'
+    Kinks
+        1[z >= 0] = 1 at z = 0, and equal distances share the slope, as in PyTorch.
+    Second order
+        By hand: 0.
+    Shape
+        p, n, n' and l alike
+    Memory
+        The distances, one number for each example.
+    Accuracy
+        Exact.
+    Reference
+        Balntas et al., 2016, http://www.bmva.org/bmvc/2016/papers/paper119/index.html
+    """
+
+    partials = ("positive_gradient", "negative_gradient", "swapped_gradient")
+
+    @staticmethod
+    def f(p: Tensor, n: Tensor, n2: Tensor, m: float) -> Tensor:
+        return (m + p - torch.minimum(n, n2)).clamp_min(0)
+
+    @staticmethod
+    def positive_gradient(p: Tensor, n: Tensor, n2: Tensor, m: float) -> Tensor:
+        """dl/dp."""
+        return indicator(torch.ge, m + p - torch.minimum(n, n2), 0)
+
+    @staticmethod
+    def negative_gradient(p: Tensor, n: Tensor, n2: Tensor, m: float) -> Tensor:
+        """dl/dn."""
+        nearer = indicator(torch.lt, n - n2, 0) + indicator(torch.le, n - n2, 0)
+        return nearer.mul_(-0.5) * TripletMargin.positive_gradient(p, n, n2, m)
+
+    @staticmethod
+    def swapped_gradient(p: Tensor, n: Tensor, n2: Tensor, m: float) -> Tensor:
+        """dl/dn'."""
+        return TripletMargin.negative_gradient(p, n2, n, m)
+
+    @staticmethod
+    def curvature(p: Tensor, n: Tensor, n2: Tensor, m: float) -> Curvature:
+        return (0, 0, 0), (0, 0, 0), (0, 0, 0)
+
+
+class PairwiseDistance(Rule):
+    r"""$y = \lVert d \rVert_p = (\sum_k |d_k|^p)^{1/p}$ with $d = a - b + \epsilon$
+
+    Derivation
+        dy/dd_k = sign(d_k) (|d_k| / y)^{p - 1}                    chain and power rule
+                = d_k / y                    for p = 2
+                = sign(d_k) 1[|d_k| = y] / (their number)   for p = inf, the limit
+                = 0                          for p = 0, a count
+        dL/da = g dy/dd = -dL/db                                   chain rule
+        dy = <dy/dd, da - db>                                      forward mode
+    Kinks
+        0 where d_k = 0, and everywhere where d = 0, as in PyTorch.
+    Second order
+        dL/da is a product of powers of d and of y, whose derivative is this rule again: autograd differentiates
+        it as written.
+    Shape
+        a, b (..., D) -> y (...)
+    Memory
+        a, b and y; torch keeps d as well.
+    Accuracy
+        That of the sum over D.
+    """
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, p: float, eps: float) -> Tensor:
+        return F.pairwise_distance(in_full_precision(a), in_full_precision(b), p, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float, float], output: Tensor) -> None:
+        a, b, ctx.p, ctx.eps = inputs
+        ctx.save_for_backward(a, b, output)
+        ctx.save_for_forward(a, b, output)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        a, b, y = ctx.saved_tensors
+        needs_a, needs_b, *_ = ctx.needs_input_grad
+        da = g.unsqueeze(-1) * PairwiseDistance.slope(a, b, y, ctx.p, ctx.eps)
+        return da.to(a.dtype) if needs_a else None, -da.to(b.dtype) if needs_b else None, None, None
+
+    @staticmethod
+    def slope(a: Tensor, b: Tensor, y: Tensor, p: float, eps: float) -> Tensor:
+        """dy/dd."""
+        d = in_full_precision(a) - in_full_precision(b) + eps
+        y = y.unsqueeze(-1)
+        if p == 0:
+            return constant_zeros(d)
+        if p == torch.inf:
+            largest = d.abs().eq(y).to(d.dtype)
+            return d.sign() * (largest / largest.sum(-1, keepdim=True))
+        apart = y.ne(0)
+        if p == 2:
+            return d * (apart / y.where(apart, 1))
+        r = d.abs().where(d.ne(0), 1)  # sign(d) is 0 there, and r ** (p - 1) must not be infinite
+        return d.sign() * (r / y.where(apart, 1)) ** (p - 1)
+
+    @staticmethod
+    def jvp(ctx: Any, da: Tensor | None, db: Tensor | None, *_: None) -> Tensor:
+        a, b, y = ctx.saved_tensors
+        slope = PairwiseDistance.slope(a, b, y, ctx.p, ctx.eps)
+        terms = (None if da is None else slope * da, None if db is None else slope * -db)
+        first, *rest = (term for term in terms if term is not None)
+        return sum(rest, first).sum(-1)
+
+
+class CosineEmbedding(Rule):
+    r"""$l = 1 - c$ for a label $t = 1$, and $\max(c - m, 0)$ for $t = -1$, with $c = \cos(a, b)$
+
+    c = <a, b> / sqrt(A B) with A = <a, a> + eps, B = <b, b> + eps, eps = 1e-12.
+
+    Derivation
+        dc/da = b / sqrt(A B) - <a, b> a / (A sqrt(A B))           quotient rule: dA/da = 2 a
+              = (b sqrt(A / B) - c a) / A                          common denominator
+        dl/dc = -1[t = 1] + 1[t = -1] 1[c >= m]                    piecewise linear
+        dL/da = g dl/dc dc/da                                      chain rule; dL/db by exchange of a and b
+        dl = dl/dc (<dc/da, da> + <dc/db, db>)                     forward mode
+    Kinks
+        dl/dc = 1 at c = m for t = -1, as in PyTorch.
+    Second order
+        dL/da is a product of g and plain functions of a and b: autograd differentiates it as written.
+    Shape
+        a, b (N, D) and t (N,) -> l (N,);  a, b (D,) and t () -> l ()
+    Memory
+        a, b and t; torch keeps the norms and the cosine too.
+    Accuracy
+        dc/da cancels where a and b are parallel; the absolute error stays within eps / |a|.
+    """
+
+    EPS = 1e-12
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, t: Tensor, m: float) -> Tensor:
+        return F.cosine_embedding_loss(in_full_precision(a), in_full_precision(b), t, m, reduction="none")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:
+        a, b, t, ctx.m = inputs
+        ctx.save_for_backward(a, b, t)
+        ctx.save_for_forward(a, b, t)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        a, b, t = ctx.saved_tensors
+        needs_a, needs_b, *_ = ctx.needs_input_grad
+        g = g.unsqueeze(-1)
+        da = (CosineEmbedding.output_gradient(a, b, t, ctx.m) * g).to(a.dtype) if needs_a else None
+        db = (CosineEmbedding.output_gradient(b, a, t, ctx.m) * g).to(b.dtype) if needs_b else None
+        return da, db, None, None
+
+    @staticmethod
+    def output_gradient(a: Tensor, b: Tensor, t: Tensor, m: float) -> Tensor:
+        """dl/da: the gradient of the loss with respect to the network's output; dl/db with a and b exchanged."""
+        a, b, t = in_full_precision(a), in_full_precision(b), t.unsqueeze(-1)
+        A, B = ((v * v).sum(-1, keepdim=True) + CosineEmbedding.EPS for v in (a, b))
+        root = (A * B).sqrt()
+        c = (a * b).sum(-1, keepdim=True) / root
+        slope = t.eq(-1).logical_and(c.ge(m)).to(a.dtype) - t.eq(1).to(a.dtype)
+        return (slope / root) * b - (slope * c / A) * a
+
+    @staticmethod
+    def jvp(ctx: Any, da: Tensor | None, db: Tensor | None, *_: None) -> Tensor:
+        a, b, t = ctx.saved_tensors
+        terms = (
+            None if da is None else CosineEmbedding.output_gradient(a, b, t, ctx.m) * da,
+            None if db is None else CosineEmbedding.output_gradient(b, a, t, ctx.m) * db,
+        )
+        first, *rest = (term for term in terms if term is not None)
+        return sum(rest, first).sum(-1)
+
+
+class MultiMargin(Rule):
+    r"""$l = \frac{w_t}{C} \sum_{i \ne t} \max(z_i, 0)^p$ with $z_i = m - x_t + x_i$ and $p$ = 1 or 2
+
+    w are class weights (1 without).
+
+    Derivation
+        h_i = d max(z_i, 0)^p / dz_i = 1[z_i > 0]    for p = 1     piecewise linear
+                                     = 2 max(z_i, 0) for p = 2     power and chain rule
+        dl/dx_i = w_t h_i / C           for i /= t                 dz_i/dx_i = 1
+        dl/dx_t = -w_t / C sum_{i /= t} h_i                        dz_i/dx_t = -1
+        dl = <dl/dx, dx>                                           forward mode
+    Kinks
+        0 where z_i = 0, as in PyTorch.
+    Second order
+        dL/dx is a product of g and h(x): autograd differentiates it as written; torch has no second order here.
+    Shape
+        x (N, C) and t (N,) -> l (N,);  x (C,) and t () -> l ()
+    Memory
+        x, t and w.
+    Accuracy
+        That of the sums over C.
+    Reference
+        Crammer and Singer, 2001, https://www.jmlr.org/papers/v2/crammer01a.html
+    """
+
+    @staticmethod
+    def forward(x: Tensor, t: Tensor, p: int, m: float, w: Tensor | None) -> Tensor:
+        return F.multi_margin_loss(in_full_precision(x), t, p, m, lifted(w, x), reduction="none")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, t, ctx.order, ctx.m, w = inputs
+        ctx.save_for_backward(x, t, w)
+        ctx.save_for_forward(x, t, w)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, t, w = ctx.saved_tensors
+        dx = MultiMargin.output_gradient(x, t, ctx.order, ctx.m, w) * g.reshape(*x.shape[:-1], 1)
+        return dx.to(x.dtype), None, None, None, None
+
+    @staticmethod
+    def output_gradient(x: Tensor, t: Tensor, p: int, m: float, w: Tensor | None) -> Tensor:
+        """dl/dx: the gradient of the loss with respect to the network's output, for each example."""
+        full_x, t = in_full_precision(x), t.reshape(*x.shape[:-1], 1)
+        z = (m - full_x.gather(-1, t)) + full_x
+        h = z.clamp(min=0).sign() if p == 1 else 2 * z.clamp(min=0)
+        h = h.scatter(-1, t, 0)
+        h = h.scatter(-1, t, -h.sum(-1, keepdim=True)) / x.shape[-1]
+        return h if w is None else h * w[t]
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
+        x, t, w = ctx.saved_tensors
+        return (MultiMargin.output_gradient(x, t, ctx.order, ctx.m, w) * dx).sum(-1)
+
+
+class MultiLabelMargin(Rule):
+    r"""$l = \frac1C \sum_{j \in T} \sum_{i \notin T} \max(z_{ij}, 0)$ with $z_{ij} = 1 - x_j + x_i$
+
+    T holds the target classes of the example: the leading entries of t, up to the first -1.
+
+    Derivation
+        dl/dx_i =  1/C #{j in T:     z_ij > 0}      for i not in T  piecewise linear, dz_ij/dx_i = 1
+        dl/dx_j = -1/C #{i not in T: z_ij > 0}      for j in T      dz_ij/dx_j = -1
+        z_ij > 0 where x_i > b_j with b_j = x_j - 1: both numbers are looked up among sorted values
+        dl = <dl/dx, dx>                                           forward mode
+    Kinks
+        0 where z_ij = 0, as in PyTorch.
+    Second order
+        dL/dx is linear in g and piecewise constant in x: autograd differentiates the product with g;
+        torch has no second order here.
+    Shape
+        x and t (N, C) -> l (N,);  (C,) -> ()
+    Memory
+        x and t.
+    Accuracy
+        Exact.  The counts take C log C steps where all pairs take C^2.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, t: Tensor) -> Tensor:
+        return F.multilabel_margin_loss(in_full_precision(x), t, reduction="none")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        x, t = ctx.saved_tensors
+        dx = MultiLabelMargin.output_gradient(x, t) * g.reshape(*x.shape[:-1], 1)
+        return dx.to(x.dtype), None
+
+    @staticmethod
+    def output_gradient(x: Tensor, t: Tensor) -> Tensor:
+        """dl/dx: the gradient of the loss with respect to the network's output, for each example."""
+        full_x, classes = in_full_precision(x).contiguous(), x.shape[-1]
+        leading = t.ge(0).cumprod(-1).bool()  # the entries before the first -1
+        index = t.where(leading, 0)
+        zeros = constant_zeros(full_x)
+        member = zeros.scatter_add(-1, index, leading.to(zeros.dtype)).gt(0)
+        # b_j of every target entry, else +inf: nothing exceeds it; x_i outside of T, else -inf: it exceeds nothing
+        b = (full_x.gather(-1, index) - 1).where(leading, torch.inf)
+        outside = full_x.where(~member, -torch.inf)
+        below = torch.searchsorted(b.sort(-1).values, outside)  # #{j in T: b_j < x_i}
+        above = classes - torch.searchsorted(
+            outside.sort(-1).values, b, right=True
+        )  # #{i not in T: x_i > b_j}
+        return (zeros + below).scatter_add(-1, index, -above.to(zeros.dtype)) / classes
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, _: None) -> Tensor:
+        x, t = ctx.saved_tensors
+        return (MultiLabelMargin.output_gradient(x, t) * dx).sum(-1)

@@ -569,6 +569,9 @@ class Backprop:
         descent: of :mod:`manualprop.descent`: the update, and for Batch the size of the micro-batches.
         optimizer: the descent's, where it has been made already; it is made anew otherwise.
 
+    Attributes:
+        output: of the model in the latest step, before its update; with micro-batches, that of the last.
+
     Raises:
         TypeError: for a layer or a loss that cannot be run without a tape; the text names it and the way out.
         ValueError: for a model without a parameter that requires a gradient.
@@ -582,6 +585,7 @@ class Backprop:
         self.stage = build(model)
         self.optimizer = descent.make_optimizer(self._trained()) if optimizer is None else optimizer
         self.lr_scheduler = descent.make_lr_scheduler(self.optimizer) if optimizer is None else None
+        self.output = torch.empty(0)
         self._plan()
 
     def _trained(self) -> list[Parameter]:
@@ -665,7 +669,7 @@ class Backprop:
 
     def _propagate(self, x: Tensor, target: Tensor, divide: bool = True) -> tuple[float, float]:
         """Forward propagation, loss, gradient of the loss, backward propagation; the loss and its divisor."""
-        output = self.stage.forward(x)
+        self.output = output = self.stage.forward(x)
         divisor = self.criterion.divisor(output, target)
         loss, g = self.criterion(output, target, divisor if divide else 1.0)
         value = loss.item()

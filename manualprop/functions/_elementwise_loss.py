@@ -146,3 +146,8 @@ def _sum(terms: Iterable[Tensor], like: Tensor) -> Tensor:
 def minus(fresh: Tensor, other: Tensor) -> Tensor:
     """``fresh - other``, written into ``fresh`` unless ``vmap`` may have batched ``other`` alone."""
     return fresh.sub_(other) if plain_eager() else fresh - other
+
+
+def clamped(fresh: Tensor, low: float, high: float) -> Tensor:
+    """``fresh`` within [low, high], in place where ``vmap``, which has no rule for that, does not look."""
+    return fresh.clamp_(low, high) if plain_eager() else fresh.clamp(low, high)

@@ -281,7 +281,7 @@ class BCE(ElementwiseLoss):
 
     @staticmethod
     def target_gradient(x: Tensor, t: Tensor) -> Tensor:
-        return torch.log1p(-x).clamp_(min=-100).sub_(x.log().clamp_(min=-100))
+        return torch.log1p(-x).clamp(min=-100) - x.log().clamp(min=-100)
 
     @staticmethod
     def curvature(x: Tensor, t: Tensor) -> Curvature:

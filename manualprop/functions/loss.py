@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manualprop.functions._elementwise import indicator
-from manualprop.functions._elementwise_loss import Curvature, ElementwiseLoss
+from manualprop.functions._elementwise_loss import Curvature, ElementwiseLoss, clamped
 
 
 class L1(ElementwiseLoss):
@@ -116,7 +116,7 @@ class SmoothL1(ElementwiseLoss):
 
     @staticmethod
     def output_gradient(x: Tensor, t: Tensor, beta: float) -> Tensor:
-        return (x - t).div_(beta).clamp_(-1, 1)
+        return clamped((x - t).div_(beta), -1, 1)
 
     @staticmethod
     def target_gradient(x: Tensor, t: Tensor, beta: float) -> Tensor:
@@ -157,7 +157,7 @@ class Huber(ElementwiseLoss):
 
     @staticmethod
     def output_gradient(x: Tensor, t: Tensor, delta: float) -> Tensor:
-        return (x - t).clamp_(-delta, delta)
+        return clamped(x - t, -delta, delta)
 
     @staticmethod
     def target_gradient(x: Tensor, t: Tensor, delta: float) -> Tensor:

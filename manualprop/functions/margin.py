@@ -17,7 +17,7 @@ from torch import Tensor
 
 from manualprop.functions._elementwise import indicator
 from manualprop.functions._elementwise_loss import Curvature, ElementwiseLoss
-from manualprop.functions._rule import Rule, in_full_precision
+from manualprop.functions._rule import Rule, in_full_precision, plain_eager
 from manualprop.functions.cross_entropy import constant_zeros, lifted
 
 
@@ -119,7 +119,7 @@ class MarginRanking(ElementwiseLoss):
 
     @staticmethod
     def f(a: Tensor, b: Tensor, t: Tensor, m: float) -> Tensor:
-        return F.margin_ranking_loss(a, b, t, margin=m, reduction="none")
+        return (m - t * (a - b)).clamp_min(0)
 
     @staticmethod
     def output_gradient(a: Tensor, b: Tensor, t: Tensor, m: float) -> Tensor:
@@ -353,7 +353,17 @@ class MultiMargin(Rule):
 
     @staticmethod
     def forward(x: Tensor, t: Tensor, p: int, m: float, w: Tensor | None) -> Tensor:
-        return F.multi_margin_loss(in_full_precision(x), t, p, m, lifted(w, x), reduction="none")
+        if plain_eager():
+            return F.multi_margin_loss(in_full_precision(x), t, p, m, lifted(w, x), reduction="none")
+        t = t.reshape(*x.shape[:-1], 1)  # vmap has no rule for torch's
+        h = MultiMargin.missed(in_full_precision(x), t, m) ** p
+        h = h.scatter(-1, t, 0).sum(-1) / x.shape[-1]
+        return h if w is None else h * w[t.squeeze(-1)]
+
+    @staticmethod
+    def missed(x: Tensor, t: Tensor, m: float) -> Tensor:
+        """max(z, 0)."""
+        return ((m - x.gather(-1, t)) + x).clamp(min=0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -370,9 +380,9 @@ class MultiMargin(Rule):
     @staticmethod
     def output_gradient(x: Tensor, t: Tensor, p: int, m: float, w: Tensor | None) -> Tensor:
         """dl/dx: the gradient of the loss with respect to the network's output, for each example."""
-        full_x, t = in_full_precision(x), t.reshape(*x.shape[:-1], 1)
-        z = (m - full_x.gather(-1, t)) + full_x
-        h = z.clamp(min=0).sign() if p == 1 else 2 * z.clamp(min=0)
+        t = t.reshape(*x.shape[:-1], 1)
+        h = MultiMargin.missed(in_full_precision(x), t, m)
+        h = h.sign() if p == 1 else 2 * h
         h = h.scatter(-1, t, 0)
         h = h.scatter(-1, t, -h.sum(-1, keepdim=True)) / x.shape[-1]
         return h if w is None else h * w[t]
@@ -408,7 +418,21 @@ class MultiLabelMargin(Rule):
 
     @staticmethod
     def forward(x: Tensor, t: Tensor) -> Tensor:
-        return F.multilabel_margin_loss(in_full_precision(x), t, reduction="none")
+        x = in_full_precision(x)
+        if plain_eager():
+            return F.multilabel_margin_loss(x, t, reduction="none")
+        index, leading, member = MultiLabelMargin.targets(x, t)  # vmap has no rule for torch's
+        z = 1 - x.gather(-1, index).unsqueeze(-1) + x.unsqueeze(-2)  # (N, j, i)
+        counted = leading.unsqueeze(-1).logical_and(~member.unsqueeze(-2))
+        return z.clamp(min=0).where(counted, 0).sum((-2, -1)) / x.shape[-1]
+
+    @staticmethod
+    def targets(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """t, 0 from its first -1 on; whether an entry stands before that; whether a class is in T."""
+        leading = t.ge(0).cumprod(-1).bool()
+        index = t.where(leading, 0)
+        member = torch.zeros_like(x).scatter_add(-1, index, leading.to(x.dtype)).gt(0)
+        return index, leading, member
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -424,11 +448,8 @@ class MultiLabelMargin(Rule):
     @staticmethod
     def output_gradient(x: Tensor, t: Tensor) -> Tensor:
         """dl/dx: the gradient of the loss with respect to the network's output, for each example."""
-        full_x, classes = in_full_precision(x).contiguous(), x.shape[-1]
-        leading = t.ge(0).cumprod(-1).bool()  # the entries before the first -1
-        index = t.where(leading, 0)
-        zeros = constant_zeros(full_x)
-        member = zeros.scatter_add(-1, index, leading.to(zeros.dtype)).gt(0)
+        full_x, classes = in_full_precision(x), x.shape[-1]
+        index, leading, member = MultiLabelMargin.targets(full_x, t)
         # b_j of every target entry, else +inf: nothing exceeds it; x_i outside of T, else -inf: it exceeds nothing
         b = (full_x.gather(-1, index) - 1).where(leading, torch.inf)
         outside = full_x.where(~member, -torch.inf)
@@ -436,7 +457,8 @@ class MultiLabelMargin(Rule):
         above = classes - torch.searchsorted(
             outside.sort(-1).values, b, right=True
         )  # #{i not in T: x_i > b_j}
-        return (zeros + below).scatter_add(-1, index, -above.to(zeros.dtype)) / classes
+        counts = constant_zeros(full_x) + below
+        return counts.scatter_add(-1, index, -above.to(counts.dtype)) / classes
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, _: None) -> Tensor:

@@ -157,7 +157,8 @@ def test_every_row_takes_the_eager_routes(case: Case) -> None:
         torch.testing.assert_close(
             found, forward["func.jvp"], rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
         )
-    torch.testing.assert_close(forward["func.jvp"].sum(), (reverse["backward"] * direction(x)).sum())
+    if "first_derivative" not in case.except_for:  # a gradient that is not the derivative has no forward mode
+        torch.testing.assert_close(forward["func.jvp"].sum(), (reverse["backward"] * direction(x)).sum())
 
 
 ONE_ROW_PER_FUNCTION = {c.name: c for c in reversed(CASES) if not c.random}

@@ -13,9 +13,15 @@ if TYPE_CHECKING:
     from manualprop._backprop import Backprop as Backprop
     from manualprop._swap import swap as swap
     from manualprop._swap import unswap as unswap
+    from manualprop.functions._kernels import kernels as kernels
 
 _MODULES = ("descent", "functional", "functions", "nn")
-_NAMES = {"Backprop": "manualprop._backprop", "swap": "manualprop._swap", "unswap": "manualprop._swap"}
+_NAMES = {
+    "Backprop": "manualprop._backprop",
+    "kernels": "manualprop.functions._kernels",
+    "swap": "manualprop._swap",
+    "unswap": "manualprop._swap",
+}
 
 __all__ = ["__version__", *_MODULES, *_NAMES]
 

@@ -16,7 +16,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from manualprop.functions._kernels import by_parts
 from manualprop.functions._rule import HALF, Rule, in_full_precision, plain_eager, times
+
+ZERO = torch.zeros(
+    (), dtype=torch.float64, device="cpu"
+)  # without axes: compared in the other tensor's dtype
 
 
 class Elementwise(Rule):
@@ -37,6 +42,7 @@ class Elementwise(Rule):
     df: ClassVar[Callable[..., Tensor]]
     ddf: ClassVar[Callable[..., Tensor] | None] = None
     exact_slope: ClassVar[bool] = False  # slopes 0 and 1 need no float32 detour in half precision
+    compiles: ClassVar[bool] = True  # whether a kernel by inductor is faster than ATen's operations
     chain: ClassVar[type["Chain"]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -73,10 +79,11 @@ def indicator(compare: Callable[..., Tensor], s: Tensor, bound: float) -> Tensor
     """1 where ``compare(s, bound)`` holds, else 0, in the dtype of ``s``.
 
     ATen compares a whole vector at a time only into a tensor of the same dtype: by way of booleans, a ReLU's
-    backward takes 4 to 7 times as long.  ``vmap`` has no rule for ``out=``.
+    backward takes 4 to 7 times as long.  ``vmap`` has no rule for ``out=``.  A bound of 0, the commonest, comes as
+    a tensor: making one of the number takes longer than comparing a small layer.
     """
     if plain_eager():
-        return compare(s, bound, out=torch.empty_like(s))
+        return compare(s, ZERO if bound == 0 else bound, out=torch.empty_like(s))
     return compare(s, bound).to(s.dtype)
 
 
@@ -87,12 +94,16 @@ class Chain(Rule):
 
 
 def _chain(rule: type[Elementwise]) -> type[Chain]:
-    df, ddf, exact_slope = rule.df, rule.ddf, rule.exact_slope
+    df, ddf, exact_slope, compiles = rule.df, rule.ddf, rule.exact_slope, rule.compiles
+
+    def formula(g: Tensor, s: Tensor, *p: float, out: Tensor | None = None) -> Tensor:
+        if s.dtype in HALF and not exact_slope:
+            dx = g.float() * df(s.float(), *p)
+            return dx.to(g.dtype) if out is None else out.copy_(dx)
+        return times(df(s, *p), g) if out is None else torch.mul(df(s, *p), g, out=out)
 
     def product(g: Tensor, s: Tensor, *p: float) -> Tensor:
-        if s.dtype in HALF and not exact_slope:
-            return (g.float() * df(s.float(), *p)).to(g.dtype)
-        return times(df(s, *p), g)
+        return by_parts(formula, p, g, s, compiles=compiles)
 
     def curvature(g: Tensor, s: Tensor, t: Tensor, *p: float) -> Tensor:
         if ddf is None:

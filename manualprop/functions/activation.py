@@ -16,6 +16,12 @@ from torch import Tensor
 
 from manualprop.functions._elementwise import Elementwise, indicator
 
+# Constants stand outside of the classes: compiled autograd cannot read an attribute of a Function.
+
+SELU_ALPHA = 1.6732632423543772848170429916717
+SELU_LAMBDA = 1.0507009873554804934193349852946
+GELU_K, GELU_C = 2 * math.sqrt(2 / math.pi), 0.044715
+
 # ----- piecewise linear: the second derivative is 0 -----
 
 
@@ -77,6 +83,7 @@ class Hardtanh(Elementwise):
     Derivation
         y' = 1 for a < x < b, else 0                piecewise linear
            = 1[y /= a] 1[y /= b]                    since y = x strictly between, else y = a or y = b
+           = 1[|y| /= b] for a = -b
     Kinks
         y'(a) = y'(b) = 0, as in PyTorch.
     Memory
@@ -94,6 +101,8 @@ class Hardtanh(Elementwise):
 
     @staticmethod
     def df(y: Tensor, a: float, b: float) -> Tensor:
+        if a == -b:
+            return indicator(torch.ne, y.abs(), b)
         return indicator(torch.ne, y, a).mul_(indicator(torch.ne, y, b))
 
 
@@ -103,6 +112,7 @@ class LeakyReLU(Elementwise):
     Derivation
         y' = 1 for x > 0, else a                    piecewise linear
            = a + (1 - a) 1[y > 0]                   y > 0 exactly where x > 0, because a >= 0
+           = max(1[y > 0], a) for a <= 1
     Kinks
         y'(0) = a, as in PyTorch.
     Memory
@@ -119,7 +129,8 @@ class LeakyReLU(Elementwise):
 
     @staticmethod
     def df(y: Tensor, a: float) -> Tensor:
-        return indicator(torch.gt, y, 0).mul_(1 - a).add_(a)
+        positive = indicator(torch.gt, y, 0)
+        return positive.clamp(min=a) if a <= 1 else positive.mul_(1 - a).add_(a)
 
 
 class LeakyReLUFromInput(Elementwise):
@@ -175,7 +186,7 @@ class Hardsigmoid(Elementwise):
 
     Derivation
         y' = 1/6 for -3 < x < 3, else 0             piecewise linear
-           = 1[y /= 0] 1[y /= 1] / 6                since y is strictly between 0 and 1 there
+           = 1[y is no integer] / 6                 since y is strictly between 0 and 1 there, else 0 or 1
     Kinks
         y'(-3) = y'(3) = 0, as in PyTorch.
     Memory
@@ -192,7 +203,7 @@ class Hardsigmoid(Elementwise):
 
     @staticmethod
     def df(y: Tensor) -> Tensor:
-        return indicator(torch.ne, y, 0).mul_(indicator(torch.ne, y, 1)).div_(6)
+        return indicator(torch.ne, y.frac(), 0).div_(6)
 
 
 class Hardshrink(Elementwise):
@@ -255,9 +266,10 @@ class Hardswish(Elementwise):
     r"""$y = x \min(\max(x + 3, 0), 6) / 6$
 
     Derivation
-        y  = x (x + 3) / 6    for -3 < x < 3;       0 below, x above
-        y' = (2 x + 3) / 6 = x / 3 + 1/2            power rule;  0 below, 1 above
-        y'' = 1/3             for -3 < x < 3, else 0
+        y  = x h with h = min(max(x + 3, 0), 6) / 6, whose slope is 1/6 for -3 < x < 3, else 0
+        y' = h + x h'                               product rule
+           = h + x 1[|x| < 3] / 6                   0 below, 1 above
+        y'' = 2 h' = 1/3      for -3 < x < 3, else 0
     Kinks
         y'(-3) = 0 and y'(3) = 1, as in PyTorch: the slopes of the outer pieces.
     Memory
@@ -274,9 +286,9 @@ class Hardswish(Elementwise):
 
     @staticmethod
     def df(x: Tensor) -> Tensor:
-        inner = indicator(torch.gt, x, -3).mul_(indicator(torch.lt, x, 3))
-        slope = (x.clamp(-3, 3) / 3).add_(0.5)  # clamped: 0 * inf would be NaN
-        return slope.mul_(inner).add_(indicator(torch.ge, x, 3))
+        z = x.clamp(-3, 3)  # 0 * inf would be NaN
+        inner = indicator(torch.ne, z.abs(), 3)
+        return torch.add(F.hardsigmoid(x), inner.mul_(z), alpha=1 / 6)  # h + x 1[|x| < 3] / 6
 
     @staticmethod
     def ddf(x: Tensor) -> Tensor:
@@ -319,7 +331,7 @@ class Tanh(Elementwise):
 
     Derivation
         y' = (cosh^2 x - sinh^2 x) / cosh^2 x       quotient rule
-           = 1 - y^2 = (1 - y)(1 + y)               factored: one rounding less near |y| = 1
+           = 1 - y^2
         d y' / d y = -2 y                           so f''(x) = -2 y (1 - y^2)
     Memory
         y, which the next layer keeps anyway.
@@ -335,7 +347,7 @@ class Tanh(Elementwise):
 
     @staticmethod
     def df(y: Tensor) -> Tensor:
-        return (1 - y).mul_(1 + y)
+        return 1 - y * y
 
     @staticmethod
     def ddf(y: Tensor) -> Tensor:
@@ -436,7 +448,6 @@ class SiLU(Elementwise):
 
     Derivation, with s = sigma(x) and s' = s (1 - s)
         y'  = s + x s (1 - s)                       product rule
-            = s (1 + x (1 - s))
         y'' = 2 s' + x s''                          product rule, once more
             = s (1 - s) (2 + x (1 - 2 s))           since s'' = s' (1 - 2 s)
     Memory
@@ -453,8 +464,8 @@ class SiLU(Elementwise):
 
     @staticmethod
     def df(x: Tensor) -> Tensor:
-        s = torch.sigmoid(x)
-        return (1 - s).mul_(x).add_(1).mul_(s)  # s (1 + x (1 - s))
+        s, r = torch.sigmoid(x), torch.sigmoid(-x)  # r = 1 - s
+        return torch.addcmul(s, r.mul_(s), x)  # s + x s (1 - s)
 
     @staticmethod
     def ddf(x: Tensor) -> Tensor:
@@ -618,7 +629,7 @@ class ELUFromInput(Elementwise):
 
 
 class SELU(Elementwise):
-    r"""$y = \lambda x$ for $x > 0$, else $\lambda \alpha (e^x - 1)$, with the two constants below
+    r"""$y = \lambda x$ for $x > 0$, else $\lambda \alpha (e^x - 1)$, with the two constants of the reference
 
     Derivation
         y' = lambda for x > 0, else lambda alpha e^x
@@ -637,8 +648,7 @@ class SELU(Elementwise):
     """
 
     saves = "output"
-    ALPHA = 1.6732632423543772848170429916717
-    LAMBDA = 1.0507009873554804934193349852946
+    ALPHA, LAMBDA = SELU_ALPHA, SELU_LAMBDA
 
     @staticmethod
     def f(x: Tensor) -> Tensor:
@@ -646,8 +656,8 @@ class SELU(Elementwise):
 
     @staticmethod
     def df(y: Tensor) -> Tensor:
-        slope = y.clamp(max=0).add_(SELU.LAMBDA * SELU.ALPHA)
-        return slope.add_(indicator(torch.gt, y, 0), alpha=SELU.LAMBDA * (1 - SELU.ALPHA))
+        slope = y.clamp(max=0).add_(SELU_LAMBDA * SELU_ALPHA)
+        return slope.add_(indicator(torch.gt, y, 0), alpha=SELU_LAMBDA * (1 - SELU_ALPHA))
 
     @staticmethod
     def ddf(y: Tensor) -> Tensor:
@@ -705,15 +715,16 @@ class GELU(Elementwise):
         Hendrycks and Gimpel, 2016, https://arxiv.org/abs/1606.08415
     """
 
+    compiles = False  # inductor's erfc takes longer than all of ATen's operations together
+
     @staticmethod
     def f(x: Tensor) -> Tensor:
         return F.gelu(x)
 
     @staticmethod
     def df(x: Tensor) -> Tensor:
-        phi = (x * x).mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
-        Phi = (x * -math.sqrt(0.5)).erfc_().mul_(0.5)
-        return phi.mul_(x).add_(Phi)  # Phi + x phi
+        e, c = (x * x).mul_(-0.5).exp_(), (x * -math.sqrt(0.5)).erfc_()  # phi = e / sqrt(2 pi), Phi = c / 2
+        return torch.addcmul(c, x, e, value=math.sqrt(2 / math.pi)).mul_(0.5)  # Phi + x phi
 
     @staticmethod
     def ddf(x: Tensor) -> Tensor:
@@ -724,16 +735,17 @@ class GELU(Elementwise):
 class GELUTanh(Elementwise):
     r"""$y = \tfrac12 x (1 + \tanh u)$ with $u = \sqrt{2 / \pi} (x + c x^3)$ and $c = 0.044715$
 
-    Derivation, with t = tanh u, t' = (1 - t^2) u'
-        u'  = sqrt(2 / pi) (1 + 3 c x^2)            power rule
-        u'' = sqrt(2 / pi) 6 c x
-        y'  = (1 + t) / 2 + x (1 - t^2) u' / 2      product and chain rule
-        y'' = t' + x t'' / 2                        product rule, once more
-            = (1 - t^2) (u' + x u'' / 2 - x t u'^2)       since t'' = (1 - t^2) (u'' - 2 t u'^2)
+    Derivation, with s = sigma(2 u), s' = s (1 - s) 2 u', s'' = s' (1 - 2 s) 2 u' + s (1 - s) 2 u''
+        y   = x s                                   since (1 + tanh u) / 2 = sigma(2 u)
+        2 u = k (x + c x^3)                         with k = 2 sqrt(2 / pi)
+        y'  = s + x s (1 - s) 2 u'                  product and chain rule
+            = s + s (1 - s) k (x + 3 c x^3)         power rule
+        y'' = 2 s' + x s''                          product rule, once more
+            = s (1 - s) (4 u' + 2 x u'' + x (1 - 2 s) (2 u')^2)
     Memory
         x.
     Accuracy
-        1 - t^2 is taken as (1 - t)(1 + t); its relative error grows as eps / (1 - |t|).
+        sigma keeps the left tail, where 1 + tanh u cancels to 0.
     Reference
         Hendrycks and Gimpel, 2016, https://arxiv.org/abs/1606.08415: c is theirs, fitted.
     """
@@ -744,19 +756,17 @@ class GELUTanh(Elementwise):
 
     @staticmethod
     def df(x: Tensor) -> Tensor:
-        t, du, _ = _gelu_tanh_parts(x)
-        half_dt = (1 - t).mul_(1 + t).mul_(du).mul_(0.5)
-        return half_dt.mul_(x).add_(t, alpha=0.5).add_(0.5)  # x (1 - t^2) u' / 2 + (1 + t) / 2
+        k, c = GELU_K, GELU_C
+        x3 = (x * x).mul_(x)
+        u2 = torch.add(x, x3, alpha=c).mul_(k)  # k (x + c x^3)
+        s, r = torch.sigmoid(u2), torch.sigmoid(-u2)  # r = 1 - s
+        return torch.addcmul(s, r.mul_(s), u2.add_(x3, alpha=2 * k * c))  # s + s (1 - s) k (x + 3 c x^3)
 
     @staticmethod
     def ddf(x: Tensor) -> Tensor:
-        t, du, ddu = _gelu_tanh_parts(x)
-        return (1 - t) * (1 + t) * (du + 0.5 * x * ddu - x * t * du * du)
-
-
-def _gelu_tanh_parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """t = tanh u, u' and u''."""
-    root, c = math.sqrt(2 / math.pi), 0.044715
-    x2 = x * x
-    t = torch.tanh(root * x * (1 + c * x2))
-    return t, root * (1 + 3 * c * x2), (6 * root * c) * x
+        k, c = GELU_K, GELU_C
+        x2 = x * x
+        u2 = k * x * (1 + c * x2)
+        s, r = torch.sigmoid(u2), torch.sigmoid(-u2)  # r = 1 - s
+        du2, x_ddu2 = k * (1 + 3 * c * x2), 6 * k * c * x2
+        return s * r * (2 * du2 + x_ddu2 + x * (r - s) * du2 * du2)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manualprop.functions._rule import Rule, in_full_precision
+from manualprop.functions._kernels import in_rows
+from manualprop.functions._rule import Rule, in_full_precision, plain_eager
 
 
 def dot(a: Tensor, b: Tensor, dim: int) -> Tensor:
@@ -48,7 +49,9 @@ class Softmax(Rule):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
-        return SoftmaxGradient.apply(g, y, ctx.dim), None
+        # Only when somebody will differentiate this gradient is it recorded.
+        gradient = SoftmaxGradient.apply if torch.is_grad_enabled() else SoftmaxGradient.forward
+        return gradient(g, y, ctx.dim), None
 
     @staticmethod
     def jvp(ctx: Any, t: Tensor, _: None) -> Tensor:
@@ -71,8 +74,7 @@ class SoftmaxGradient(Rule):
 
     @staticmethod
     def forward(g: Tensor, y: Tensor, dim: int) -> Tensor:
-        g, full_y = in_full_precision(g), in_full_precision(y)
-        return (full_y * (g - dot(g, full_y, dim))).to(y.dtype)
+        return in_rows(_softmax_gradient, dim, g, y)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
@@ -95,6 +97,13 @@ class SoftmaxGradient(Rule):
         if dy is not None:
             db = db + dy * (g - dot(g, y, ctx.dim)) - y * dot(g, dy, ctx.dim)
         return db
+
+
+def _softmax_gradient(g: Tensor, y: Tensor, dim: int) -> Tensor:
+    g, full_y = in_full_precision(g), in_full_precision(y)
+    difference = g - (g * full_y).sum(dim, True)
+    b = difference.mul_(full_y) if plain_eager() else difference * full_y
+    return b if b.dtype == y.dtype else b.to(y.dtype)
 
 
 class LogSoftmax(Rule):
@@ -126,7 +135,9 @@ class LogSoftmax(Rule):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
-        return LogSoftmaxGradient.apply(g, y, ctx.dim), None
+        # Only when somebody will differentiate this gradient is it recorded.
+        gradient = LogSoftmaxGradient.apply if torch.is_grad_enabled() else LogSoftmaxGradient.forward
+        return gradient(g, y, ctx.dim), None
 
     @staticmethod
     def jvp(ctx: Any, t: Tensor, _: None) -> Tensor:
@@ -149,8 +160,7 @@ class LogSoftmaxGradient(Rule):
 
     @staticmethod
     def forward(g: Tensor, y: Tensor, dim: int) -> Tensor:
-        g, p = in_full_precision(g), in_full_precision(y).exp()
-        return (g - p * g.sum(dim, keepdim=True)).to(y.dtype)
+        return in_rows(_log_softmax_gradient, dim, g, y)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
@@ -172,3 +182,9 @@ class LogSoftmaxGradient(Rule):
         g, y = ctx.saved_tensors
         db = torch.zeros_like(y) if dg is None else LogSoftmaxGradient.apply(dg, y, ctx.dim)
         return db if dy is None else db - y.exp() * dy * g.sum(ctx.dim, keepdim=True)
+
+
+def _log_softmax_gradient(g: Tensor, y: Tensor, dim: int) -> Tensor:
+    g, p = in_full_precision(g), in_full_precision(y).exp()
+    b = torch.addcmul(g, p, g.sum(dim, True), value=-1)
+    return b if b.dtype == y.dtype else b.to(y.dtype)

@@ -1,0 +1,177 @@
+"""How an elementwise formula runs over a large tensor: as it stands, block by block, or as a compiled kernel.
+
+Nothing here knows any mathematics: a formula is a function of tensors of one shape and of numbers.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
+
+from manualprop.functions._rule import plain_eager
+
+Formula = Callable[..., Tensor]
+
+BACKENDS = ("eager", "inductor")
+# Elements from which a way pays, measured: a compiled kernel takes 70 us to start, a block 10 us of Python.
+LARGE = 2**17
+LARGE_COMPILED = 2**18
+BLOCK = 2**16  # elements of a block, for each thread: it and its temporaries stay in a core's cache
+
+# One for the process, not for the thread: the backward of a CUDA tensor runs in a thread of autograd's own.
+_backend = "eager"
+
+
+class kernels:  # used as a function, as torch.set_grad_enabled is
+    """Choose how the elementwise rules run on large tensors in eager mode, from here on or inside a ``with``.
+
+    ``"eager"`` runs the formula of a backward, ``g * df``, operation by operation.  ``"inductor"`` runs the very
+    same formula as one kernel that :func:`torch.compile` makes on its first use (seconds, once for each rule,
+    dtype and device), on CPU and GPU.  A forward is one kernel of ATen's anyway, most often the faster one.
+    Under ``torch.func`` transforms and inside ``torch.compile`` the plain formulas run whatever is chosen.  The
+    choice holds for all threads.
+
+    Args:
+        backend: ``"eager"`` or ``"inductor"``.
+
+    Raises:
+        ValueError: if there is no such backend.
+
+    Example:
+        >>> import manualprop
+        >>> with manualprop.kernels("inductor"):
+        ...     pass  # train as ever
+    """
+
+    def __init__(self, backend: str) -> None:
+        global _backend
+        if backend not in BACKENDS:
+            choices = " or ".join(map(repr, BACKENDS))
+            raise ValueError(f"kernels: backend must be {choices}. Got {backend!r}.")
+        self._before, _backend = _backend, backend
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        global _backend
+        _backend = self._before
+
+
+def by_parts(formula: Formula, p: tuple[float, ...], *tensors: Tensor, compiles: bool = True) -> Tensor:
+    """``formula(*tensors, *p)`` of tensors of one shape; compiled or in blocks, if they are large.
+
+    ``formula`` takes ``out=``, a tensor for its result, if given.
+
+    A large temporary costs a page fault every few kilobytes, which takes longer than the arithmetic on it: in
+    blocks, what a formula makes on its way stays in the cache.
+    """
+    last = tensors[-1]
+    if last.numel() < LARGE or (flat := flattened(*tensors)) is None:
+        return formula(*tensors, *p)
+    if compiles and _backend != "eager" and last.numel() >= LARGE_COMPILED:
+        return _compiled(formula, p, flat, torch.empty_like(last))
+    block = BLOCK * torch.get_num_threads()
+    if not last.is_cpu or last.numel() < 2 * block:
+        return formula(*tensors, *p)
+    out = torch.empty_like(last)
+    target = out.as_strided((out.numel(),), (1,))
+    for piece, *pieces in zip(*(t.split(block) for t in (target, *flat)), strict=True):
+        formula(*pieces, *p, out=piece)
+    return out
+
+
+def in_rows(formula: Formula, dim: int, *tensors: Tensor) -> Tensor:
+    """``formula(*tensors, dim)`` of tensors of one shape, some rows at a time if they are large.
+
+    The formula may not mix rows, that is the places of all axes but the last, where ``dim`` is the last one.
+    """
+    last = tensors[-1]
+    block = BLOCK * torch.get_num_threads()
+    if last.numel() < max(LARGE, 2 * block) or dim not in (-1, last.dim() - 1):
+        return formula(*tensors, dim)
+    if not last.is_cpu or not last.is_contiguous() or flattened(*tensors) is None:
+        return formula(*tensors, dim)
+    out, length = torch.empty_like(last), last.shape[-1]
+    rows = (t.reshape(-1, length).split(max(block // length, 1)) for t in (out, *tensors))
+    for piece, *pieces in zip(*rows, strict=True):
+        piece.copy_(formula(*pieces, -1))
+    return out
+
+
+def flattened(*tensors: Tensor) -> list[Tensor] | None:
+    """One-dimensional views of ordinary tensors in one order of their elements; None where there are none."""
+    last = tensors[-1]
+    dense = last.is_contiguous() or last.is_contiguous(memory_format=torch.channels_last)
+    if not dense or not plain_eager() or any(map(_is_extraordinary, tensors)):
+        return None
+    return _views(last, *tensors)
+
+
+def _is_extraordinary(t: Tensor) -> bool:
+    """A subclass (a fake or distributed tensor, say), or a wrapper of the older ``vmap``."""
+    return type(t) not in (Tensor, torch.nn.Parameter) or is_legacy_batchedtensor(t)
+
+
+def _views(like: Tensor, *tensors: Tensor) -> list[Tensor] | None:
+    views = []
+    for t in tensors:
+        if t.shape != like.shape:
+            return None
+        if t.stride() == like.stride():
+            views.append(t.detach().as_strided((t.numel(),), (1,)))
+        elif not any(t.stride()):  # one number, expanded: the gradient of a sum
+            views.append(t.detach().as_strided((t.numel(),), (0,)))
+        else:
+            return None
+    return views
+
+
+# ----- compiled kernels -----
+
+_made: dict[tuple[object, ...], Callable[..., None]] = {}
+
+
+def _compiled(formula: Formula, p: tuple[float, ...], flat: list[Tensor], out: Tensor) -> Tensor:
+    """``formula`` on one-dimensional tensors, into ``out``, in one kernel for all sizes."""
+    key = (formula, p, out.dtype, out.device, torch.is_inference_mode_enabled())
+    kernel = _made.get(key)
+    target = out.as_strided((out.numel(),), (1,))
+    with torch.no_grad():
+        if kernel is not None:
+            kernel(target, *flat)
+        else:
+            _made[key] = _first_use(_compile(formula, p), target, *flat)
+    return out
+
+
+def _compile(formula: Formula, p: tuple[float, ...]) -> Callable[..., None]:
+    def kernel(out: Tensor, *tensors: Tensor) -> None:
+        out.copy_(formula(*tensors, *p))
+
+    # Rules share this function's code, and Dynamo would count their kernels as recompilations of one.
+    apart = {"isolate_recompiles": True}
+    compiled: Callable[..., None] = torch.compile(  # type: ignore[call-overload]
+        kernel, backend="inductor", fullgraph=True, **apart
+    )
+    return compiled
+
+
+def _first_use(kernel: Callable[..., None], *arguments: Tensor) -> Callable[..., None]:
+    try:
+        for (
+            t
+        ) in arguments:  # the size alone: dynamic=True would take a formula's constants for variables, too
+            torch._dynamo.maybe_mark_dynamic(t, 0)
+        kernel(*arguments)
+    except Exception as error:
+        reason = " ".join(
+            str(error).partition("\n\n")[0].split()
+        )  # what follows is advice on debugging Dynamo
+        raise RuntimeError(
+            f"kernels: inductor could not compile a kernel for {arguments[0].device.type}. "
+            "It needs a C++ compiler (g++ or clang++) on the CPU and Triton on a GPU; "
+            f'manualprop.kernels("eager") does without. {type(error).__name__}: {reason}'
+        ) from error
+    return kernel

@@ -46,6 +46,16 @@ def promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(dtype) for t in tensors)
 
 
+def alike(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in their common dtype and shape."""
+    tensors = promoted(*tensors)
+    shape = tensors[0].shape
+    if all(t.shape == shape for t in tensors):
+        return tensors
+    broadcast: tuple[Tensor, ...] = torch.broadcast_tensors(*tensors)
+    return broadcast
+
+
 def warn_of_broadcasting(input: Tensor, target: Tensor) -> None:
     if target.size() != input.size():
         warnings.warn(

@@ -8,6 +8,7 @@ from torch import Tensor
 from manualprop import functions as rules
 from manualprop.functional._checks import refuse_complex
 from manualprop.functional._reduction import (
+    alike,
     legacy_reduction,
     loss_dtype,
     promoted,
@@ -94,7 +95,7 @@ def huber_loss(
     reduction = legacy_reduction(None, None, reduction)
     warn_of_broadcasting(input, target)
     refuse_complex("huber_loss", input, target)
-    x, t = torch.broadcast_tensors(*promoted(input, target))
+    x, t = alike(input, target)
     loss = rules.Huber.apply(x, t, delta)
     if weight is None:
         return reduced(loss, reduction, loss_dtype(x))
@@ -112,7 +113,7 @@ def _regression(
     *p: float,
 ) -> Tensor:
     refuse_complex(name, input, target)
-    x, t = torch.broadcast_tensors(*promoted(input, target))
+    x, t = alike(input, target)
     if weight is None:
         return reduced(rule.apply(x, t, *p), reduction, loss_dtype(x))
     _check_weight(input, weight)
@@ -147,7 +148,7 @@ def poisson_nll_loss(
     """
     reduction = legacy_reduction(size_average, reduce, reduction)
     refuse_complex("poisson_nll_loss", input, target)
-    x, t = torch.broadcast_tensors(*promoted(input, target))
+    x, t = alike(input, target)
     if log_input:
         loss = rules.PoissonNLL.apply(x, t, full)
     else:
@@ -177,7 +178,7 @@ def gaussian_nll_loss(
     var = _checked_variance(input, var)
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"{reduction} is not valid")
-    x, t, v = torch.broadcast_tensors(*promoted(input, target, var))
+    x, t, v = alike(input, target, var)
     loss = rules.GaussianNLL.apply(x, t, v, full, eps)
     return reduced(loss, reduction, x.dtype)
 
@@ -230,7 +231,7 @@ def kl_div(
         raise RuntimeError("kl_div: Complex inputs not supported.")
     if not (input.is_floating_point() and target.is_floating_point()):
         raise RuntimeError("kl_div: Integral inputs not supported.")
-    x, t = torch.broadcast_tensors(*promoted(input, target))
+    x, t = alike(input, target)
     loss = reduced(rule.apply(x, t), reduction, loss_dtype(x))
     return loss / input.size()[0] if batchmean and input.dim() != 0 else loss
 

@@ -7,7 +7,14 @@ from torch import Tensor
 
 from manualprop import functions as rules
 from manualprop.functional._checks import refuse_complex
-from manualprop.functional._reduction import legacy_reduction, loss_dtype, promoted, reduced, refuse_gradient
+from manualprop.functional._reduction import (
+    alike,
+    legacy_reduction,
+    loss_dtype,
+    promoted,
+    reduced,
+    refuse_gradient,
+)
 
 
 def hinge_embedding_loss(
@@ -44,7 +51,7 @@ def soft_margin_loss(
     reduction = legacy_reduction(size_average, reduce, reduction)
     refuse_complex("soft_margin_loss", input, target)
     refuse_gradient("soft_margin_loss", target=target)
-    x, t = torch.broadcast_tensors(*promoted(input, target))
+    x, t = alike(input, target)
     return reduced(rules.SoftMargin.apply(x, t), reduction, loss_dtype(x))
 
 
@@ -69,7 +76,7 @@ def margin_ranking_loss(
             f"input1: {input1.size()}, input2: {input2.size()}, target: {target.size()} "
         )
     refuse_complex("margin_ranking_loss", input1, input2, target)
-    a, b, t = torch.broadcast_tensors(*promoted(input1, input2, target))
+    a, b, t = alike(input1, input2, target)
     return reduced(rules.MarginRanking.apply(a, b, t, margin), reduction, loss_dtype(a))
 
 
@@ -129,7 +136,7 @@ def triplet_margin_loss(
     refuse_complex("triplet_margin_loss", anchor, positive, negative)
 
     def distance(a: Tensor, b: Tensor) -> Tensor:
-        output: Tensor = rules.PairwiseDistance.apply(*torch.broadcast_tensors(*promoted(a, b)), p, eps)
+        output: Tensor = rules.PairwiseDistance.apply(*alike(a, b), p, eps)
         return output
 
     loss = _triplet_margin(distance, anchor, positive, negative, margin, swap)
@@ -178,7 +185,7 @@ def _triplet_margin(
 ) -> Tensor:
     p, n = distance(anchor, positive), distance(anchor, negative)
     n2 = distance(positive, negative) if swap else n
-    p, n, n2 = torch.broadcast_tensors(*promoted(p, n, n2))
+    p, n, n2 = alike(p, n, n2)
     loss: Tensor = rules.TripletMargin.apply(p, n, n2, margin)
     return loss
 
@@ -250,7 +257,7 @@ def multilabel_soft_margin_loss(
     """
     reduction = legacy_reduction(size_average, reduce, reduction)
     refuse_complex("multilabel_soft_margin_loss", input, target)
-    x, t = torch.broadcast_tensors(*promoted(input, target))
+    x, t = alike(input, target)
     loss = rules.BCEWithLogits.apply(x, t)
     dtype = x.dtype
     if weight is not None:

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from manualprop.functions._elementwise_loss import Curvature, ElementwiseLoss, minus
-from manualprop.functions._rule import Rule, in_full_precision, times, transforms_active
+from manualprop.functions._rule import Rule, in_full_precision, plain_eager, times, transforms_active
 from manualprop.functions.softmax import dot
 
 
@@ -121,11 +122,21 @@ class SoftCrossEntropy(Rule):
         x, m = ctx.saved_tensors
         needs_x, needs_m = ctx.needs_input_grad
         dim = class_dim(x)
-        dx = CrossEntropyGradient.apply(g, x, m, dim) if needs_x else None
+        dx = None
+        if needs_x and (torch.is_grad_enabled() or transforms_active()):
+            dx = CrossEntropyGradient.apply(g, x, m, dim)
+        elif needs_x:
+            dx = times(SoftCrossEntropy.output_gradient(x, m), g.unsqueeze(dim)).to(x.dtype)
         dm = None
         if needs_m:
             dm = (-g.unsqueeze(dim) * torch.log_softmax(in_full_precision(x), dim)).to(m.dtype)
         return dx, dm
+
+    @staticmethod
+    def output_gradient(x: Tensor, m: Tensor) -> Tensor:
+        """dl/dx = M p - m: the gradient of the loss with respect to the network's output, for each example."""
+        dim, m = class_dim(x), in_full_precision(m)
+        return torch.softmax(in_full_precision(x), dim).mul_(m.sum(dim, keepdim=True)).sub_(m)
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dm: Tensor | None) -> Tensor:
@@ -227,7 +238,7 @@ class NLL(Rule):
         dim = class_dim(x)
         index, weight = NLL.class_and_weight(x, t, w, ctx.ignore_index)
         dx = (-g.unsqueeze(dim) * weight).to(x.dtype)  # (N, 1, ...)
-        return constant_zeros(x).scatter(dim, index, dx), None, None, None
+        return scattered(constant_zeros(x), dim, index, dx), None, None, None
 
     @staticmethod
     def class_and_weight(x: Tensor, t: Tensor, w: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -408,3 +419,10 @@ def constant_zeros(x: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return torch.zeros_like(x)
     return x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0)
+
+
+def scattered(fresh: Tensor, dim: int, index: Tensor, values: Tensor) -> Tensor:
+    """``fresh`` with ``values`` at ``index``, in place unless it is recorded, or ``vmap`` batches the index alone."""
+    if torch.is_grad_enabled() or not plain_eager() or is_legacy_batchedtensor(values):
+        return fresh.scatter(dim, index, values)
+    return fresh.scatter_(dim, index, values)

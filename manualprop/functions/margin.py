@@ -9,6 +9,7 @@ Symbols
     i, j run over the C classes       1[...]   1 where the condition holds, else 0
 """
 
+from math import inf
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from manualprop.functions._elementwise import indicator
 from manualprop.functions._elementwise_loss import Curvature, ElementwiseLoss
 from manualprop.functions._rule import Rule, in_full_precision, plain_eager
-from manualprop.functions.cross_entropy import constant_zeros, lifted
+from manualprop.functions.cross_entropy import constant_zeros, lifted, scattered
 
 
 class HingeEmbedding(ElementwiseLoss):
@@ -233,32 +234,35 @@ class PairwiseDistance(Rule):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         a, b, y = ctx.saved_tensors
         needs_a, needs_b, *_ = ctx.needs_input_grad
-        da = g.unsqueeze(-1) * PairwiseDistance.slope(a, b, y, ctx.p, ctx.eps)
+        da = PairwiseDistance.gradient(g.unsqueeze(-1), a, b, y, ctx.p, ctx.eps)
         return da.to(a.dtype) if needs_a else None, -da.to(b.dtype) if needs_b else None, None, None
 
     @staticmethod
-    def slope(a: Tensor, b: Tensor, y: Tensor, p: float, eps: float) -> Tensor:
-        """dy/dd."""
-        d = in_full_precision(a) - in_full_precision(b) + eps
+    def gradient(g: Tensor, a: Tensor, b: Tensor, y: Tensor, p: float, eps: float) -> Tensor:
+        """g dy/dd."""
+        d = (in_full_precision(a) - in_full_precision(b)).add_(eps)
         y = y.unsqueeze(-1)
         if p == 0:
-            return constant_zeros(d)
-        if p == torch.inf:
+            return g * constant_zeros(d)
+        if p == inf:
             largest = d.abs().eq(y).to(d.dtype)
-            return d.sign() * (largest / largest.sum(-1, keepdim=True))
+            return d.sign() * (g * largest / largest.sum(-1, keepdim=True))
         apart = y.ne(0)
         if p == 2:
-            return d * (apart / y.where(apart, 1))
+            return d * (g * apart / y.where(apart, 1))
         r = d.abs().where(d.ne(0), 1)  # sign(d) is 0 there, and r ** (p - 1) must not be infinite
-        return d.sign() * (r / y.where(apart, 1)) ** (p - 1)
+        return g * d.sign() * (r / y.where(apart, 1)) ** (p - 1)
 
     @staticmethod
     def jvp(ctx: Any, da: Tensor | None, db: Tensor | None, *_: None) -> Tensor:
         a, b, y = ctx.saved_tensors
-        slope = PairwiseDistance.slope(a, b, y, ctx.p, ctx.eps)
+        slope = PairwiseDistance.gradient(torch.ones_like(y).unsqueeze(-1), a, b, y, ctx.p, ctx.eps)
         terms = (None if da is None else slope * da, None if db is None else slope * -db)
         first, *rest = (term for term in terms if term is not None)
         return sum(rest, first).sum(-1)
+
+
+COSINE_EPS = 1e-12
 
 
 class CosineEmbedding(Rule):
@@ -284,8 +288,6 @@ class CosineEmbedding(Rule):
         dc/da cancels where a and b are parallel; the absolute error stays within eps / |a|.
     """
 
-    EPS = 1e-12
-
     @staticmethod
     def forward(a: Tensor, b: Tensor, t: Tensor, m: float) -> Tensor:
         return F.cosine_embedding_loss(in_full_precision(a), in_full_precision(b), t, m, reduction="none")
@@ -309,11 +311,11 @@ class CosineEmbedding(Rule):
     def output_gradient(a: Tensor, b: Tensor, t: Tensor, m: float) -> Tensor:
         """dl/da: the gradient of the loss with respect to the network's output; dl/db with a and b exchanged."""
         a, b, t = in_full_precision(a), in_full_precision(b), t.unsqueeze(-1)
-        A, B = ((v * v).sum(-1, keepdim=True) + CosineEmbedding.EPS for v in (a, b))
+        A, B = ((v * v).sum(-1, keepdim=True) + COSINE_EPS for v in (a, b))
         root = (A * B).sqrt()
         c = (a * b).sum(-1, keepdim=True) / root
         slope = t.eq(-1).logical_and(c.ge(m)).to(a.dtype) - t.eq(1).to(a.dtype)
-        return (slope / root) * b - (slope * c / A) * a
+        return torch.addcmul((slope / root) * b, slope * c / A, a, value=-1)
 
     @staticmethod
     def jvp(ctx: Any, da: Tensor | None, db: Tensor | None, *_: None) -> Tensor:
@@ -362,8 +364,9 @@ class MultiMargin(Rule):
 
     @staticmethod
     def missed(x: Tensor, t: Tensor, m: float) -> Tensor:
-        """max(z, 0)."""
-        return ((m - x.gather(-1, t)) + x).clamp(min=0)
+        """max(z, 0), and 0 for NaN, as in PyTorch."""
+        z = (m - x.gather(-1, t)) + x
+        return z.where(z.gt(0), 0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -382,10 +385,9 @@ class MultiMargin(Rule):
         """dl/dx: the gradient of the loss with respect to the network's output, for each example."""
         t = t.reshape(*x.shape[:-1], 1)
         h = MultiMargin.missed(in_full_precision(x), t, m)
-        h = h.sign() if p == 1 else 2 * h
-        h = h.scatter(-1, t, 0)
-        h = h.scatter(-1, t, -h.sum(-1, keepdim=True)) / x.shape[-1]
-        return h if w is None else h * w[t]
+        h = (h.sign() if p == 1 else 2 * h) * (1 / x.shape[-1] if w is None else w[t] / x.shape[-1])
+        h = scattered(h, -1, t, torch.zeros_like(t, dtype=h.dtype))
+        return scattered(h, -1, t, -h.sum(-1, keepdim=True))
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
@@ -401,7 +403,7 @@ class MultiLabelMargin(Rule):
     Derivation
         dl/dx_i =  1/C #{j in T:     z_ij > 0}      for i not in T  piecewise linear, dz_ij/dx_i = 1
         dl/dx_j = -1/C #{i not in T: z_ij > 0}      for j in T      dz_ij/dx_j = -1
-        z_ij > 0 where x_i > b_j with b_j = x_j - 1: both numbers are looked up among sorted values
+        z_ij > 0 where x_i > b_j with b_j = x_j - 1: both numbers follow from the rank of x_i among the b
         dl = <dl/dx, dx>                                           forward mode
     Kinks
         0 where z_ij = 0, as in PyTorch.
@@ -413,7 +415,7 @@ class MultiLabelMargin(Rule):
     Memory
         x and t.
     Accuracy
-        Exact.  The counts take C log C steps where all pairs take C^2.
+        Exact.  The counts take C log C steps, the pairs of T and the rest up to C^2.
     """
 
     @staticmethod
@@ -450,15 +452,16 @@ class MultiLabelMargin(Rule):
         """dl/dx: the gradient of the loss with respect to the network's output, for each example."""
         full_x, classes = in_full_precision(x), x.shape[-1]
         index, leading, member = MultiLabelMargin.targets(full_x, t)
-        # b_j of every target entry, else +inf: nothing exceeds it; x_i outside of T, else -inf: it exceeds nothing
-        b = (full_x.gather(-1, index) - 1).where(leading, torch.inf)
-        outside = full_x.where(~member, -torch.inf)
-        below = torch.searchsorted(b.sort(-1).values, outside)  # #{j in T: b_j < x_i}
-        above = classes - torch.searchsorted(
-            outside.sort(-1).values, b, right=True
-        )  # #{i not in T: x_i > b_j}
+        # b_j of every target entry, else +inf: nothing exceeds it; x_i outside of T, else -inf: it exceeds nothing.
+        # A NaN counts as neither, as in PyTorch.
+        b = (full_x.gather(-1, index) - 1).where(leading, inf).nan_to_num(inf, inf, -inf)
+        outside = full_x.where(~member, -inf).nan_to_num(-inf, inf, -inf)
+        b, order = b.sort(-1)
+        below = torch.searchsorted(b, outside)  # #{j in T: b_j < x_i}, so x_i exceeds the first so many of b
+        ranks = torch.zeros_like(F.pad(b, (0, 1))).scatter_add(-1, below, torch.ones_like(full_x))
+        above = ranks.flip(-1).cumsum(-1).flip(-1)[..., 1:]  # #{i not in T: x_i > b_j}
         counts = constant_zeros(full_x) + below
-        return counts.scatter_add(-1, index, -above.to(counts.dtype)) / classes
+        return counts.scatter_add(-1, index.gather(-1, order), -above) / classes
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, _: None) -> Tensor:

@@ -16,7 +16,7 @@ from manualprop.functions import _kernels
 # The compiler loads parts of torch that torch itself has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
-ONE_ROW = [c for c in {c.name: c for c in CASES if c.elementwise}.values()]
+ONE_ROW = list({c.name: c for c in CASES if c.elementwise}.values())
 COMPILED = [c for c in ONE_ROW if c.name in ("hardtanh", "selu", "softplus", "silu", "gelu")]
 
 
@@ -118,7 +118,7 @@ def test_the_switch_is_a_function_and_a_context() -> None:
     assert _kernels._backend == "eager"
     manualprop.kernels("inductor")
     assert _kernels._backend == "inductor"
-    with pytest.raises(ValueError, match="backend must be 'eager' or 'inductor'. Got 'triton'"):
+    with pytest.raises(ValueError, match=r"must be 'eager' or 'inductor'\. Got 'triton'"):
         manualprop.kernels("triton")
     assert _kernels._backend == "inductor"
 

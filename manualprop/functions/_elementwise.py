@@ -63,7 +63,7 @@ class Elementwise(Rule):
             (s,) = ctx.saved_tensors
             # Only when somebody will differentiate this gradient is the product itself recorded.
             product = chain.apply if torch.is_grad_enabled() else chain.product
-            return product(g, s, *ctx.p), *(None for _ in ctx.p)
+            return (product(g, s, *ctx.p), *[None] * len(ctx.p))
 
         def jvp(ctx: Any, t: Tensor, *_: None) -> Tensor:
             (s,) = ctx.saved_tensors

@@ -14,8 +14,8 @@ from manualprop.functions._rule import plain_eager
 Formula = Callable[..., Tensor]
 
 BACKENDS = ("eager", "inductor")
-# Elements from which a way pays, measured: a compiled kernel takes 70 us to start, a block 10 us of Python.
-LARGE = 2**17
+# Elements from which a way pays, measured: a block takes 10 us of Python, a compiled kernel 70 us to start.
+LARGE = 2**20
 LARGE_COMPILED = 2**18
 BLOCK = 2**16  # elements of a block, for each thread: it and its temporaries stay in a core's cache
 
@@ -68,12 +68,13 @@ def by_parts(formula: Formula, p: tuple[float, ...], *tensors: Tensor, compiles:
     blocks, what a formula makes on its way stays in the cache.
     """
     last = tensors[-1]
-    if last.numel() < LARGE or (flat := flattened(*tensors)) is None:
+    count, kernel = last.numel(), compiles and _backend != "eager"
+    if count < (LARGE_COMPILED if kernel else LARGE) or (flat := flattened(*tensors)) is None:
         return formula(*tensors, *p)
-    if compiles and _backend != "eager" and last.numel() >= LARGE_COMPILED:
+    if kernel:
         return _compiled(formula, p, flat, torch.empty_like(last))
     block = BLOCK * torch.get_num_threads()
-    if not last.is_cpu or last.numel() < 2 * block:
+    if not last.is_cpu or count < 2 * block:
         return formula(*tensors, *p)
     out = torch.empty_like(last)
     target = out.as_strided((out.numel(),), (1,))

@@ -1,0 +1,320 @@
+#!/usr/bin/env python3
+"""Forward and backward of every layer against its torch twin: eager, with compiled kernels, and under torch.compile.
+
+Run it as `python3 scripts/run.py bench layers`. A cell that misses its target is marked with !.
+"""
+
+import argparse
+import copy
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import benchmarking
+import torch
+from benchmarking import Ratio, paired, saved_bytes
+from torch import Tensor, nn
+
+import manualprop
+from manualprop._swap import TWINS
+
+SMALL, BIG = (32, 64), (2048, 3072)
+
+
+class Layer(NamedTuple):
+    """How to make a layer and its inputs for a number of rows and columns, and what its family promises."""
+
+    make: Callable[[int, int], nn.Module]
+    inputs: Callable[[int, int], tuple[Any, ...]]
+    small: float | None = None  # highest ratio at 32x64, eager
+    big: float | None = None  # at 2048x3072, eager
+    kernels: float | None = None  # at 2048x3072, with manualprop.kernels("inductor")
+
+
+def x(n: int, c: int) -> tuple[Tensor]:
+    return (torch.randn(n, c).requires_grad_(),)
+
+
+def elementwise(make: Callable[[], nn.Module], big: float, kernels: float = 1.2) -> Layer:
+    return Layer(lambda n, c: make(), x, 2.0, big, kernels)
+
+
+def loss(make: Callable[[], nn.Module], target: Callable[[int, int], tuple[Any, ...]]) -> Layer:
+    return Layer(lambda n, c: make(), lambda n, c: (*x(n, c), *target(n, c)), None, 1.3)
+
+
+def probability(n: int, c: int) -> tuple[Tensor]:
+    return (torch.rand(n, c).clamp(0.01, 0.99).requires_grad_(),)
+
+
+def image(channels: int, axes: int) -> Callable[[int, int], tuple[Tensor]]:
+    """n x c numbers as a batch of images."""
+    side = {1: (16,), 2: (4, 4), 3: (4, 2, 2)}[axes]
+    return lambda n, c: (torch.randn(n * c // (16 * channels), channels, *side).requires_grad_(),)
+
+
+def norm(make: Callable[[int], nn.Module], axes: int) -> Layer:
+    return Layer(lambda n, c: make(16), image(16, axes))
+
+
+def signs(n: int, *c: int) -> Tensor:
+    return torch.randint(2, (n, *c)) * 2.0 - 1
+
+
+def three(n: int, c: int) -> tuple[Tensor, ...]:
+    return (*x(n, c), *x(n, c), *x(n, c))
+
+
+# fmt: off
+PIECEWISE = {c.__name__: elementwise(c, 1.3) for c in (
+    nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.Hardsigmoid, nn.Hardshrink, nn.Softshrink, nn.Hardswish,
+    nn.Softsign, nn.Sigmoid, nn.Tanh, nn.Identity)}
+EXPONENTIAL = {c.__name__: elementwise(c, 2.0) for c in (
+    nn.LogSigmoid, nn.Softplus, nn.SiLU, nn.Mish, nn.Tanhshrink, nn.ELU, nn.SELU, nn.CELU)}
+LAYERS: dict[str, Layer] = PIECEWISE | EXPONENTIAL | {
+    "Threshold":    elementwise(lambda: nn.Threshold(0.1, 2.0), 1.3),
+    "GELU":         elementwise(nn.GELU, 2.5, 1.5),
+    "GELU(tanh)":   elementwise(lambda: nn.GELU("tanh"), 2.0),
+    "PReLU":        Layer(lambda n, c: nn.PReLU(), x, 2.0, 1.3),
+    "RReLU":        Layer(lambda n, c: nn.RReLU(), x, 2.0, 1.3),
+    "GLU":          Layer(lambda n, c: nn.GLU(), x, 2.0, 2.0),
+    "Softmax":      Layer(lambda n, c: nn.Softmax(-1), x, 2.0, 1.3),
+    "Softmin":      Layer(lambda n, c: nn.Softmin(-1), x, 2.0, 1.3),
+    "LogSoftmax":   Layer(lambda n, c: nn.LogSoftmax(-1), x, 2.0, 1.3),
+    "Softmax2d":    Layer(lambda n, c: nn.Softmax2d(), image(16, 2), 2.0, 1.3),
+    "Linear":       Layer(lambda n, c: nn.Linear(c, min(c, 256)), x, 1.3, None),
+    "Bilinear":     Layer(lambda n, c: nn.Bilinear(16, 16, 16), lambda n, c: (*x(n, 16), *x(n, 16))),
+    "Embedding":    Layer(lambda n, c: nn.Embedding(100, c), lambda n, c: (torch.randint(100, (n,)),)),
+    "Dropout":      Layer(lambda n, c: nn.Dropout(), x),
+    "Dropout1d":    Layer(lambda n, c: nn.Dropout1d(), image(16, 1)),
+    "Dropout2d":    Layer(lambda n, c: nn.Dropout2d(), image(16, 2)),
+    "Dropout3d":    Layer(lambda n, c: nn.Dropout3d(), image(16, 3)),
+    "AlphaDropout": Layer(lambda n, c: nn.AlphaDropout(), x),
+    "FeatureAlphaDropout": Layer(lambda n, c: nn.FeatureAlphaDropout(), image(16, 2)),
+    "LayerNorm":    Layer(lambda n, c: nn.LayerNorm(c), x),
+    "RMSNorm":      Layer(lambda n, c: nn.RMSNorm(c), x),
+    "GroupNorm":    norm(lambda c: nn.GroupNorm(4, c), 2),
+    "BatchNorm1d":  norm(nn.BatchNorm1d, 1),
+    "BatchNorm2d":  norm(nn.BatchNorm2d, 2),
+    "BatchNorm3d":  norm(nn.BatchNorm3d, 3),
+    "InstanceNorm1d": norm(nn.InstanceNorm1d, 1),
+    "InstanceNorm2d": norm(nn.InstanceNorm2d, 2),
+    "InstanceNorm3d": norm(nn.InstanceNorm3d, 3),
+    "MSELoss":      loss(nn.MSELoss, lambda n, c: (torch.randn(n, c),)),
+    "L1Loss":       loss(nn.L1Loss, lambda n, c: (torch.randn(n, c),)),
+    "SmoothL1Loss": loss(nn.SmoothL1Loss, lambda n, c: (torch.randn(n, c),)),
+    "HuberLoss":    loss(nn.HuberLoss, lambda n, c: (torch.randn(n, c),)),
+    "PoissonNLLLoss": loss(nn.PoissonNLLLoss, lambda n, c: (torch.rand(n, c),)),
+    "GaussianNLLLoss": loss(nn.GaussianNLLLoss, lambda n, c: (torch.randn(n, c), torch.rand(n, c) + 0.1)),
+    "KLDivLoss":    loss(lambda: nn.KLDivLoss(reduction="sum"), lambda n, c: (torch.rand(n, c),)),
+    "BCEWithLogitsLoss": loss(nn.BCEWithLogitsLoss, lambda n, c: (torch.rand(n, c),)),
+    "BCELoss":      Layer(lambda n, c: nn.BCELoss(), lambda n, c: (*probability(n, c), torch.rand(n, c)), None, 1.3),
+    "CrossEntropyLoss": loss(nn.CrossEntropyLoss, lambda n, c: (torch.randint(c, (n,)),)),
+    "NLLLoss":      loss(nn.NLLLoss, lambda n, c: (torch.randint(c, (n,)),)),
+    "NLLLoss2d":    Layer(lambda n, c: nn.NLLLoss(), lambda n, c: (*image(16, 2)(n, c), torch.randint(16, (n * c // 256, 4, 4))), None, 1.3),
+    "HingeEmbeddingLoss": loss(nn.HingeEmbeddingLoss, lambda n, c: (signs(n, c),)),
+    "SoftMarginLoss": loss(nn.SoftMarginLoss, lambda n, c: (signs(n, c),)),
+    "MultiLabelSoftMarginLoss": loss(nn.MultiLabelSoftMarginLoss, lambda n, c: (torch.randint(2, (n, c)).float(),)),
+    "MultiLabelMarginLoss": loss(nn.MultiLabelMarginLoss, lambda n, c: (torch.randint(c, (n, c)).index_fill(1, torch.tensor([3]), -1),)),
+    "MultiMarginLoss": loss(nn.MultiMarginLoss, lambda n, c: (torch.randint(c, (n,)),)),
+    "CosineEmbeddingLoss": loss(nn.CosineEmbeddingLoss, lambda n, c: (*x(n, c), signs(n))),
+    "MarginRankingLoss": loss(nn.MarginRankingLoss, lambda n, c: (*x(n, c), signs(n, c))),
+    "TripletMarginLoss": Layer(lambda n, c: nn.TripletMarginLoss(), three, None, 1.3),
+    "TripletMarginWithDistanceLoss": Layer(lambda n, c: nn.TripletMarginWithDistanceLoss(), three, None, 1.3),
+}
+# fmt: on
+NOT_TIMED = {
+    "LazyLinear": "becomes Linear on its first input",
+    "LazyBatchNorm1d": "becomes BatchNorm1d",
+    "LazyBatchNorm2d": "becomes BatchNorm2d",
+    "LazyBatchNorm3d": "becomes BatchNorm3d",
+}
+
+
+def without_an_entry() -> list[str]:
+    names = {name.partition("(")[0] for name in LAYERS} | set(NOT_TIMED)
+    return sorted(c.__name__ for c in TWINS if c.__name__ not in names)
+
+
+# ----- measuring -----
+
+
+class Cell(NamedTuple):
+    """One measurement of one layer."""
+
+    ratio: Ratio
+    bytes: tuple[int, int]  # saved for backward: ours, torch's
+    target: float | None
+
+    @property
+    def missed(self) -> bool:
+        over = self.target is not None and self.ratio.median > self.target
+        return over or self.bytes[0] > self.bytes[1]
+
+    def __str__(self) -> str:
+        return f"{self.ratio.median:.2f}{' !' if self.missed else ''}"
+
+
+class Settings(NamedTuple):
+    rounds: int
+    seconds: float
+    big: tuple[int, int]
+    compiled: bool
+
+
+def pair(layer: Layer, n: int, c: int) -> tuple[nn.Module, nn.Module, tuple[Any, ...]]:
+    torch.manual_seed(0)
+    torchs = layer.make(n, c)
+    return manualprop.swap(copy.deepcopy(torchs)), torchs, layer.inputs(n, c)
+
+
+def step(module: nn.Module, inputs: tuple[Any, ...]) -> Callable[[], object]:
+    """A function that runs forward and backward."""
+    wanted = [t for t in (*inputs, *module.parameters()) if isinstance(t, Tensor) and t.requires_grad]
+    g = torch.randn_like(module(*inputs))
+    return lambda: torch.autograd.grad(module(*inputs), wanted, g, allow_unused=True)
+
+
+def compare(
+    ours: nn.Module, torchs: nn.Module, inputs: tuple[Any, ...], target: float | None, s: Settings
+) -> Cell:
+    ratio = paired(step(ours, inputs), step(torchs, inputs), s.rounds, s.seconds)
+    kept = saved_bytes(lambda: ours(*inputs)), saved_bytes(lambda: torchs(*inputs))
+    return Cell(ratio, kept, target)
+
+
+def measure(name: str, s: Settings) -> dict[str, Cell]:
+    layer, cells = LAYERS[name], {}
+    ours, torchs, inputs = pair(layer, *SMALL)
+    cells["small"] = compare(ours, torchs, inputs, layer.small, s)
+    ours, torchs, inputs = pair(layer, *s.big)
+    cells["big"] = compare(ours, torchs, inputs, layer.big, s)
+    if layer.kernels is not None and s.compiled:
+        with manualprop.kernels("inductor"):
+            cells["kernels"] = compare(ours, torchs, inputs, layer.kernels, s)
+    if s.compiled:
+        torch._dynamo.reset()
+        compiled = (torch.compile(m, fullgraph=True) for m in (ours, torchs))
+        cells["compiled"] = compare(*compiled, inputs, 1.05, s)
+    return cells
+
+
+# ----- showing -----
+
+COLUMNS = {
+    "small": "eager 32x64",
+    "big": "eager 2048x3072",
+    "kernels": 'kernels("inductor")',
+    "compiled": "torch.compile, both",
+}
+
+
+def kept(cell: Cell | None) -> str:
+    """Bytes saved for backward, ours / torch's."""
+    if cell is None:
+        return ""
+    ours, torchs = cell.bytes
+    return f"{_mega(ours)} / {_mega(torchs)}{' !' if ours > torchs else ''}"
+
+
+def _mega(count: int) -> str:
+    return f"{count / 1e6:.1f}"
+
+
+def rows(results: dict[str, dict[str, Cell]]) -> list[list[str]]:
+    table = []
+    for name, cells in results.items():
+        row = [name, *(_with_target(cells.get(column)) for column in COLUMNS)]
+        table.append([*row, kept(cells.get("big")), kept(cells.get("compiled"))])
+    return table
+
+
+def _with_target(cell: Cell | None) -> str:
+    if cell is None:
+        return ""
+    over = cell.target is not None and cell.ratio.median > cell.target
+    target = "" if cell.target is None else f" ({cell.target:g})"
+    return f"{cell.ratio.median:.2f}{target}{' !' if over else ''}"
+
+
+HEADER = ["layer", *COLUMNS.values(), "MB kept, eager", "MB kept, compiled"]
+
+
+def show(results: dict[str, dict[str, Cell]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*HEADER, title="our time / torch.nn's, forward + backward (target)")
+    for row in rows(results):
+        table.add_row(*(f"[red]{cell}[/red]" if cell.endswith("!") else cell for cell in row))
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def section(results: dict[str, dict[str, Cell]], command: str) -> str:
+    missed = sum(cell.missed for cells in results.values() for cell in cells.values())
+    count = sum(len(cells) for cells in results.values())
+    return "\n\n".join(
+        [
+            "## Layers",
+            "Our time / torch.nn's, forward and backward, float32; in brackets the target, where there is one; "
+            '`!` marks a miss. `kernels` is eager training with `manualprop.kernels("inductor")` at 2048x3072. '
+            "Memory is what backward keeps at 2048x3072, inputs and parameters included, ours / torch's.",
+            f"`{command}`  \n{benchmarking.machine()}",
+            benchmarking.markdown_table(HEADER, rows(results)),
+            f"{count - missed} of {count} measurements are within their targets.",
+        ]
+    )
+
+
+def parsed(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python3 scripts/run.py bench layers",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="paired measurements for each cell (default: 15)"
+    )
+    parser.add_argument(
+        "--only", metavar="REGEX", default="", help="layers whose name it finds, as in 'ELU|Soft'"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a few rounds, 512x512 for the large size, no compiler"
+    )
+    parser.add_argument("--write", action="store_true", help="write the table into docs/benchmarks.md")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    arguments = parsed(argv)
+    missing = without_an_entry()
+    if missing:
+        print(f"bench_layers.py: twins without an entry in LAYERS: {', '.join(missing)}", file=sys.stderr)
+        return 1
+    names = [name for name in LAYERS if re.search(arguments.only, name)]
+    if not names:
+        print(f"bench_layers.py: --only {arguments.only!r} finds no layer. There are: {', '.join(LAYERS)}")
+        return 2
+    torch.set_num_threads(arguments.threads)
+    quick = arguments.quick
+    settings = Settings(
+        3 if quick else arguments.rounds, 0.002 if quick else 0.02, (512, 512) if quick else BIG, not quick
+    )
+    results = {}
+    for i, name in enumerate(names):
+        benchmarking.progress(i, len(names), name)
+        results[name] = measure(name, settings)
+    benchmarking.progress(len(names), len(names), "done")
+    show(results)
+    if arguments.write:
+        command = shlex.join(["python3", "scripts/run.py", "bench", "layers", *argv])
+        benchmarking.write_section("layers", section(results, command))
+        print(f"written to {benchmarking.PAGE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

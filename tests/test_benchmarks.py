@@ -1,0 +1,76 @@
+"""The harness of the benchmarks, on tiny settings; no test asserts a time."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import manualprop
+from manualprop import nn as our_nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+
+import bench_layers
+import benchmarking
+
+TINY = bench_layers.Settings(rounds=2, seconds=1e-5, big=(32, 64), compiled=False)
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+    manualprop.kernels("eager")
+
+
+@pytest.mark.parametrize("name", bench_layers.LAYERS)
+def test_every_entry_runs_and_is_the_twin(name: str) -> None:
+    ours, torchs, inputs = bench_layers.pair(bench_layers.LAYERS[name], 32, 64)
+    assert type(ours).__bases__[0] is type(torchs) and type(ours).__module__.startswith(our_nn.__name__)
+    cells = bench_layers.measure(name, TINY)
+    assert set(cells) == {"small", "big"}
+    assert all(cell.ratio.median > 0 and min(cell.bytes) >= 0 for cell in cells.values())
+
+
+def test_every_twin_has_an_entry(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_layers.without_an_entry() == []
+    monkeypatch.delitem(bench_layers.LAYERS, "Tanh")
+    assert bench_layers.main(["--quick"]) == 1
+    assert "without an entry in LAYERS: Tanh" in capsys.readouterr().err
+
+
+def test_the_page_is_written_and_rewritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "docs" / "benchmarks.md"
+    benchmarking.write_section("other", "kept", page)
+    monkeypatch.setattr(benchmarking, "PAGE", page)
+    monkeypatch.setattr(benchmarking.write_section, "__defaults__", (page,))
+    monkeypatch.setattr(bench_layers, "Settings", lambda *_: TINY)
+    for _ in range(2):
+        assert bench_layers.main(["--quick", "--only", "^(ReLU|Tanh)$", "--write"]) == 0
+    text = page.read_text()
+    assert text.count("| ReLU |") == 1 and "kept" in text and "| Tanh |" in text
+    assert "python3 scripts/run.py bench layers --quick --only '^(ReLU|Tanh)$' --write" in text
+    assert "1 thread (processor time)" in text and torch.__version__ in text
+
+
+def test_a_regex_that_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_layers.main(["--only", "Tahn"]) == 2
+    assert "finds no layer" in capsys.readouterr().out
+
+
+def test_a_miss_is_marked() -> None:
+    ratio = benchmarking.Ratio(1.4, 1.3, 1.5)
+    assert bench_layers.Cell(ratio, (8, 8), 1.3).missed
+    assert bench_layers.Cell(ratio, (9, 8), None).missed
+    assert not bench_layers.Cell(ratio, (8, 8), 1.4).missed
+    table = bench_layers.rows({"X": {"big": bench_layers.Cell(ratio, (3_000_000, 2_000_000), 1.3)}})
+    assert table[0][2] == "1.40 (1.3) !" and table[0][5] == "3.0 / 2.0 !"
+
+
+def test_saved_bytes_count_a_storage_once() -> None:
+    x = torch.ones(4, 4, requires_grad=True)
+    assert benchmarking.saved_bytes(lambda: x.view(16) * x.t().reshape(16)) == 2 * 64
+    assert benchmarking.saved_bytes(lambda: x * x) == 64
+    assert benchmarking.saved_bytes(lambda: x + 1) == 0

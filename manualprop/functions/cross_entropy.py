@@ -76,8 +76,13 @@ class CrossEntropy(Rule):
             m = target_mass(x, t, w, ignore_index, e)
             return slope.mul_(m.sum(dim, keepdim=True)).sub_(m)
         counted = t.ne(ignore_index).unsqueeze(dim)  # the mass is 1 on the target, 0 where it is ignored
-        index, mass = t.unsqueeze(dim).where(counted, 0), counted.to(slope.dtype)
-        return slope.mul_(mass).scatter_add_(dim, index, -mass)
+        index, M = t.unsqueeze(dim).where(counted, 0), counted.to(slope.dtype)
+        return CrossEntropy.minus_target(slope.mul_(M), index, -M)
+
+    @staticmethod
+    def minus_target(Mp: Tensor, index: Tensor, minus_M: Tensor) -> Tensor:
+        """M p - m, written into M p, where the whole mass M is on the class ``index``; both (N, 1, ...)."""
+        return Mp.scatter_add_(class_dim(Mp), index, minus_M)
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:

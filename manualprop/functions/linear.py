@@ -67,14 +67,16 @@ class Linear(Rule):
         return rows(g).sum(0)  # (N, O) -> (O,)
 
     @staticmethod
-    def add_weight_gradient(into: Tensor, g: Tensor, x: Tensor, keep: float, scale: float) -> None:
+    def add_weight_gradient(into: Tensor, g: Tensor, x: Tensor, scale: float, keep: float = 1.0) -> None:
         """``into <- keep * into + scale * dL/dW``, one product in place: dW itself is never stored."""
-        into.addmm_(rows(g).t(), rows(x), beta=keep, alpha=scale)  # (O, N) (N, I) -> (O, I)
+        if x.dim() != 2:
+            g, x = rows(g), rows(x)
+        into.addmm_(g.t(), x, alpha=scale, beta=keep)  # (O, N) (N, I) -> (O, I)
 
     @staticmethod
     def add_bias_gradient(into: Tensor, g: Tensor, scale: float) -> None:
-        """``into <- into + scale * dL/db``."""
-        into.add_(g.view(-1) if g.numel() == into.numel() else rows(g).sum(0), alpha=scale)  # (N, O) -> (O,)
+        """``into <- into + scale * dL/db``, where ``into`` is (1, O)."""
+        into.add_(g if g.shape == into.shape else rows(g).sum(0), alpha=scale)  # (N, O) -> (O,)
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dW: Tensor | None, db: Tensor | None) -> Tensor:

@@ -1,0 +1,5 @@
+"""The tape-free step; see :class:`Backprop`."""
+
+from manualprop._backprop._stages import WAY_OUT as WAY_OUT
+from manualprop._backprop._step import Backprop as Backprop
+from manualprop._backprop._trace import Record as Record

@@ -1,0 +1,157 @@
+"""The step as one graph: compiled, or captured on a GPU.
+
+A graph can neither read a number nor raise.  So the learning rate and its like come as tensors, and the update is
+made real only where the loss is finite.  The graph itself is the stages' own work, run once on tensors without
+data: there is no second implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from manualprop._backprop._destinations import HYPERPARAMETERS, on
+
+Body = Callable[..., tuple[Tensor, ...]]
+
+
+class Graphs:
+    """One graph for each combination of shapes, modes and hyperparameters that have an effect.
+
+    Args:
+        compile: compile each graph; otherwise it is captured as it is.
+        capture: replay each graph on the GPU, without the CPU's part in it.
+    """
+
+    def __init__(self, compile: bool, capture: bool) -> None:
+        if capture and not torch.cuda.is_available():
+            raise RuntimeError(
+                "Backprop: capture=True replays the step as a CUDA graph, and must have a GPU. Got none: "
+                "torch.cuda.is_available() is False. Use compile=True, or neither."
+            )
+        self.compile, self.capture = compile, capture
+        self._made: dict[Any, Body] = {}
+
+    def run(
+        self, body: Body, key: Any, inputs: list[Tensor], mutated: Iterable[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """``body(*inputs)``, by the graph of its own, which is made on the first call."""
+        key = (key, *[(i.shape, i.dtype, i.device) for i in inputs])
+        graph = self._made.get(key)
+        with torch.no_grad():
+            if graph is None:
+                graph = compiled(body, inputs) if self.compile else body
+                graph = captured(graph, inputs, list(mutated)) if self.capture else graph
+                self._made[key] = graph
+            return graph(*inputs)
+
+
+class Hyperparameters:
+    """The hyperparameters of the optimizer's groups that have an effect, as tensors, which are kept up to date."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._tensors: dict[tuple[int, str], tuple[float, Tensor]] = {}
+
+    def of(self, groups: list[dict[str, Any]]) -> tuple[tuple[Any, ...], list[Tensor]]:
+        """What decides the form of the update, and the numbers in it."""
+        form, tensors = [], []
+        for i, group in enumerate(groups):
+            form.append(
+                (group["maximize"], group["nesterov"], *[on(group[name]) for name in HYPERPARAMETERS])
+            )
+            tensors += [self._tensor((i, name), group[name]) for name in HYPERPARAMETERS if on(group[name])]
+        return tuple(form), tensors
+
+    def _tensor(self, name: tuple[int, str], value: float | Tensor) -> Tensor:
+        if isinstance(value, Tensor):
+            return value
+        known, tensor = self._tensors.get(name, (None, None))
+        if tensor is None:
+            tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        elif known != value:
+            tensor.fill_(value)
+        self._tensors[name] = (value, tensor)
+        return tensor
+
+
+def with_tensors(groups: list[dict[str, Any]], tensors: Iterable[Tensor]) -> list[Mapping[str, Any]]:
+    """The groups with their hyperparameters replaced by tensors, in the order of ``Hyperparameters.of``."""
+    given = iter(tensors)
+    return [group | {name: next(given) for name in HYPERPARAMETERS if on(group[name])} for group in groups]
+
+
+def compiled(body: Body, inputs: list[Tensor]) -> Body:
+    """``body`` as one compiled graph for inputs of these shapes."""
+    # Not Dynamo: it would have to follow the rules' plumbing, and guard every object on the way in every step.
+    graph = make_fx(body, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+    constants = lifted(graph)
+    run = make(graph, [*inputs, *constants])
+
+    def replay(*arguments: Tensor) -> tuple[Tensor, ...]:
+        return tuple(run(*arguments, *constants))
+
+    return replay
+
+
+def make(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    """Compile a graph."""
+    from torch._inductor import compile as inductor  # seconds to import
+
+    run: Callable[..., Any] = inductor(graph, [*inputs])
+    return run
+
+
+def lifted(graph: GraphModule) -> list[Tensor]:
+    """Turn the tensors that a graph holds (weights, buffers) into inputs, and return them.
+
+    A tensor that is changed in place has to be an input, and the same memory has to be the same input.
+    """
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    found: dict[Any, tuple[Any, Tensor]] = {}
+    for node in [node for node in graph.graph.nodes if node.op == "get_attr"]:
+        tensor = getattr(graph, node.target).detach()
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if key not in found:
+            with graph.graph.inserting_after(inputs[-1]):
+                inputs.append(graph.graph.placeholder(f"held_{len(found)}"))
+            found[key] = (inputs[-1], tensor)
+            inputs[-1].meta = dict(node.meta)
+        node.replace_all_uses_with(found[key][0])
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return [tensor for _, tensor in found.values()]
+
+
+def captured(body: Body, inputs: list[Tensor], mutated: list[Tensor]) -> Body:
+    """``body`` as a CUDA graph for inputs of these shapes.
+
+    The graph reads and writes fixed addresses: inputs are copied to where it reads, outputs are overwritten by the
+    next replay.  CUDA asks for a few runs beforehand, on a stream of their own; what they change is put back.
+    """
+    static = [i.clone() for i in inputs]
+    before = [m.clone() for m in mutated]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            body(*static)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = body(*static)
+    for m, b in zip(mutated, before, strict=True):
+        m.copy_(b)
+
+    def replay(*arguments: Tensor) -> tuple[Tensor, ...]:
+        for s, argument in zip(static, arguments, strict=True):
+            s.copy_(argument)
+        graph.replay()
+        return outputs
+
+    return replay

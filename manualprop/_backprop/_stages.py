@@ -1,0 +1,305 @@
+"""Stages, one for each layer of a model: forward propagation and backward propagation, written out.
+
+Symbols
+    x   input of a layer        g   dL/dy, the gradient that arrives
+    y   its output              dx  dL/dx, the gradient handed to the layer before
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from manualprop import functions as rules
+from manualprop import nn
+from manualprop._backprop._context import Application, applications
+from manualprop._backprop._destinations import Destinations
+from manualprop.functions import Elementwise
+
+
+class Stage:
+    """A layer of the step.  ``forward`` keeps what ``backward`` needs, and ``backward`` lets go of it."""
+
+    def __init__(self, path: str, layer: Module) -> None:
+        self.path, self.layer = path, layer
+        self.needs_dx = True  # whether a layer before has anything to learn
+
+    def parameters(self) -> list[Parameter]:
+        """The parameters that this stage trains."""
+        return [p for p in self.layer.parameters() if p.requires_grad]
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def backward(self, g: Tensor) -> Tensor | None:
+        """Hand the parameters' gradients to their destinations and return dx, None where nobody needs it."""
+        raise NotImplementedError
+
+    def stages(self) -> Iterator[Stage]:
+        """Itself and the stages within."""
+        yield self
+
+    def need(self, before: bool) -> bool:
+        """Settle ``needs_dx``, given whether a layer before learns; return whether one up to here does."""
+        self.needs_dx = before
+        return before or bool(self.parameters())
+
+    def send(self, to: Destinations) -> None:
+        """Settle where the gradients of the parameters go."""
+        self.to = to
+
+
+multiply_and_add, input_gradient = rules.Linear.forward, rules.Linear.input_gradient
+
+
+class Affine(Stage):
+    """Multiply by the weights, add the biases: :class:`manualprop.nn.Linear`."""
+
+    def send(self, to: Destinations) -> None:
+        W: Any = self.layer.weight
+        b: Any = self.layer.bias
+        # Looked up once: reading a parameter off a module, and hashing it, costs as much as a small product.
+        self.W, self.b = W.detach(), None if b is None else b.detach()
+        self.W_to, self.b_to = to.get(W), None if b is None else to.get(b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.x = x
+        return multiply_and_add(x, self.W, self.b)
+
+    def backward(self, g: Tensor) -> Tensor | None:
+        x = self.x
+        del self.x
+        dx = input_gradient(g, self.W) if self.needs_dx else None
+        if self.W_to is not None:  # after dx: the update may be folded in
+            self.W_to.take_weight(g, x)
+        if self.b_to is not None:
+            self.b_to.take_bias(g)
+        return dx
+
+
+class Activation(Stage):
+    """Activate: any elementwise rule."""
+
+    def __init__(self, path: str, layer: Module, rule: type[Elementwise], p: tuple[Any, ...]) -> None:
+        super().__init__(path, layer)
+        self.rule, self.p, self.saves_output = rule, p, rule.saves == "output"
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.rule.f(x, *self.p)
+        self.s = y if self.saves_output else x
+        return y
+
+    def backward(self, g: Tensor) -> Tensor | None:
+        s = self.s
+        del self.s
+        return self.rule.chain.product(g, s, *self.p) if self.needs_dx else None
+
+
+class Applied(Stage):
+    """Any other layer whose forward is one application of one rule: norms, softmax, PReLU, dropout ..."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, found = applications(self.layer.forward, x)
+        # Dropout in evaluation hands its very input on.
+        self.application = None if y is x else the_one(found, x, y, self.path, self.layer)
+        return y
+
+    def backward(self, g: Tensor) -> Tensor | None:
+        application = self.application
+        del self.application
+        if application is None:
+            return g
+        self._want(application)
+        dx = None
+        for argument, gradient in zip(application.arguments, application.backward(g), strict=True):
+            if gradient is None:
+                continue
+            if isinstance(argument, Parameter):
+                self.to[argument].take(gradient)
+            else:
+                dx = gradient
+        return dx
+
+    def _want(self, application: Application) -> None:
+        """Ask the rule for no more than is wanted."""
+        application.context.needs_input_grad = tuple(
+            argument in self.to if isinstance(argument, Parameter) else needed and self.needs_dx
+            for argument, needed in zip(
+                application.arguments, application.context.needs_input_grad, strict=True
+            )
+        )
+
+
+def the_one(found: list[Application], x: Tensor, y: Tensor, path: str, layer: Module) -> Application:
+    """The single application that leads from x to y; anything else has no gradient here."""
+    if len(found) == 1:
+        first = found[0].output[0] if isinstance(found[0].output, tuple) else found[0].output
+        if first is y and sum(a is x for a in found[0].arguments) == 1:
+            return found[0]
+    raise TypeError(refusal(path, layer, "its forward is more than one application of one rule"))
+
+
+class Reshaped(Stage):
+    """Flatten and Unflatten: the gradient takes the input's shape again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.shape = x.shape
+        y: Tensor = self.layer(x)
+        return y
+
+    def backward(self, g: Tensor) -> Tensor | None:
+        return g.reshape(self.shape)
+
+
+class Dropped(Stage):
+    """torch's Dropout: y = m x / (1 - p) with a mask m, so dx = m g / (1 - p)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale = None
+        if self.layer.training and self.layer.p > 0:  # type: ignore[operator]
+            self.scale = torch.nn.functional.dropout(torch.ones_like(x), self.layer.p)  # type: ignore[arg-type]
+        return x if self.scale is None else x * self.scale
+
+    def backward(self, g: Tensor) -> Tensor | None:
+        scale, self.scale = self.scale, None
+        return g if scale is None else g * scale
+
+
+class Chained(Stage):
+    """Repeat: the layers of a Sequential, one after the other."""
+
+    def __init__(self, path: str, layer: Module, chain: Sequence[Stage]) -> None:
+        super().__init__(path, layer)
+        self.chain = chain
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.chain:
+            x = stage.forward(x)
+        return x
+
+    def backward(self, g: Tensor) -> Tensor | None:
+        dx: Tensor | None = g
+        for stage in reversed(self.chain):
+            if dx is None:  # nothing before has anything to learn
+                return None
+            dx = stage.backward(dx)
+        return dx
+
+    def stages(self) -> Iterator[Stage]:
+        yield self
+        for stage in self.chain:
+            yield from stage.stages()
+
+    def need(self, before: bool) -> bool:
+        self.needs_dx = before
+        for stage in self.chain:
+            before = stage.need(before)
+        return before
+
+
+class Added(Stage):
+    """Branches from one input whose outputs are added: the gradient goes into each, and what returns is added."""
+
+    def __init__(self, path: str, layer: Module, branches: Sequence[Stage], skip: bool) -> None:
+        super().__init__(path, layer)
+        self.branches, self.skip = branches, skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = x if self.skip else None
+        for branch in self.branches:
+            y = branch.forward(x)
+            total = y if total is None else total + y
+        assert total is not None
+        return total
+
+    def backward(self, g: Tensor) -> Tensor | None:
+        dx = g if self.skip else None
+        for branch in self.branches:
+            found = branch.backward(g)
+            if found is not None:
+                dx = found if dx is None else dx + found
+        return dx if self.needs_dx else None
+
+    def stages(self) -> Iterator[Stage]:
+        yield self
+        for branch in self.branches:
+            yield from branch.stages()
+
+    def need(self, before: bool) -> bool:
+        self.needs_dx = before
+        learns = [branch.need(before) for branch in self.branches]
+        return before or any(learns)
+
+
+# ----- from a model to its stages -----
+
+WAY_OUT = "Train this model with autograd, where the same modules work, or give it layers of manualprop.nn"
+
+
+def refusal(path: str, layer: Module, why: str) -> str:
+    """The text that refuses a layer: which, where, why, and what to do."""
+    return f"Backprop: layer {path or 'model'!r} ({type(layer).__name__}) cannot be run without a tape: {why}. {WAY_OUT}."
+
+
+def build(layer: Module, path: str = "") -> Stage:
+    """The stage of a layer, with those of the layers within.
+
+    Raises:
+        TypeError: for a layer that has none.
+    """
+    _refuse_hooks(layer, path)
+    kind = type(layer)
+    if kind.forward is nn.Sequential.forward:
+        return Chained(path, layer, _within(layer, path))
+    if kind is nn.Residual:
+        return Added(path, layer, [Chained(path, layer, _within(layer, path))], skip=True)
+    if kind is nn.Parallel:
+        return Added(path, layer, _within(layer, path), skip=False)
+    if kind in (nn.Identity, torch.nn.Identity):
+        return Chained(path, layer, [])
+    if kind in (torch.nn.Flatten, torch.nn.Unflatten):
+        return Reshaped(path, layer)
+    if kind is torch.nn.Dropout:
+        return Dropped(path, layer)
+    if kind is nn.Linear:
+        return Affine(path, layer)
+    if kind.__module__.startswith("manualprop.nn."):
+        return _activation(layer, path) or Applied(path, layer)
+    if kind.__module__.startswith("torch.nn.") and hasattr(nn, kind.__name__):
+        raise TypeError(refusal(path, layer, "it is torch's; call manualprop.swap(model) first"))
+    raise TypeError(refusal(path, layer, "its forward is not known here"))
+
+
+def _within(layer: Module, path: str) -> list[Stage]:
+    # Not named_children, which names a layer that stands in two places only once.
+    within = [(name, child) for name, child in layer._modules.items() if child is not None]
+    return [build(child, f"{path}.{name}" if path else name) for name, child in within]
+
+
+def _refuse_hooks(layer: Module, path: str) -> None:
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(layer, name, None) for name in names):
+        raise TypeError(refusal(path, layer, "it has hooks, which would not be called"))
+
+
+def _activation(layer: Module, path: str) -> Stage | None:
+    """The stage of an elementwise activation, whose rule and parameters do not depend on the input."""
+    if next(layer.parameters(), None) is not None:
+        return None
+    state = torch.get_rng_state()
+    try:
+        with torch.no_grad():
+            _, found = applications(copy.copy(layer).forward, torch.ones(2, 2))
+    except (RuntimeError, ValueError, IndexError):  # not a layer for any shape: no elementwise one
+        return None
+    finally:
+        torch.set_rng_state(state)
+    if len(found) != 1 or not issubclass(found[0].rule, Elementwise):
+        return None
+    _, *p = found[0].arguments
+    return Activation(path, layer, found[0].rule, tuple(p))

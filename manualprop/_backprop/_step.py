@@ -1,0 +1,315 @@
+"""The tape-free step: forward propagation, backward propagation and update, written out, without autograd.
+
+A :class:`Backprop` holds one stage for each layer.  A step runs the stages forwards, takes the gradient of the
+loss, runs them backwards, and each stage hands the gradient of its parameters to where it is wanted: into the
+parameter itself (the update, folded into the product that makes the gradient), or into a buffer.  The formulas are
+those of :mod:`manualprop.functions`; none is written here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.optim import SGD, Optimizer
+
+from manualprop._backprop._criterion import Criterion
+from manualprop._backprop._destinations import Collect, Descend, Destinations, Guarded
+from manualprop._backprop._graph import Body, Graphs, Hyperparameters, with_tensors
+from manualprop._backprop._stages import Added, Chained, build
+from manualprop._backprop._trace import Record, headline, observed, record
+from manualprop.descent import Batch, Descent, check_splittable, is_sum
+
+Collected = Mapping[Parameter, Collect]
+
+
+class Backprop:
+    """Train a model without a tape: one call is a forward pass, a backward pass and an update.
+
+    The model is a :class:`torch.nn.Sequential`, nested as you like, of layers of :mod:`manualprop.nn` (and torch's
+    Flatten, Unflatten, Identity and Dropout), with :class:`manualprop.nn.Residual` and
+    :class:`manualprop.nn.Parallel` for branches.  Where the descent is plain or momentum gradient descent, the update
+    is folded into the product that makes the gradient, and no gradient is ever stored.  After N steps the weights
+    are those of torch.nn, autograd and the same optimizer, to rounding.
+
+    Args:
+        model: to be trained, in place.
+        loss: of :mod:`manualprop.nn`, called on (output, target), with reduction "mean" or "sum".
+        descent: of :mod:`manualprop.descent`: the update, and for Batch the size of the micro-batches.
+        optimizer: the descent's, where it has been made already; it is made anew otherwise.
+        compile: run forward pass, backward pass and update as one graph, compiled by torch's inductor on the first
+            step of each shape of the input (tens of seconds).  Schedulers do not compile it anew.  With an optimizer
+            other than SGD, with clipping or with micro-batches, the graph ends at the gradients, and the update
+            is the optimizer's own.  Random layers draw other numbers than without ``compile``.
+        capture: replay the step as a CUDA graph: for small networks on a GPU, where starting the kernels takes longer
+            than their work.  It needs a CUDA device, the model, the inputs and the targets on it, and one graph's
+            memory for each shape of the input.  May be combined with ``compile``.
+
+    Attributes:
+        output: of the model in the latest step, before its update; with micro-batches, that of the last.
+
+    Raises:
+        RuntimeError: for ``capture`` without a GPU.
+        TypeError: for a layer or a loss that cannot be run without a tape; the text names it and the way out.
+        ValueError: for a model without a parameter that requires a gradient.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        loss: Module,
+        descent: Descent,
+        *,
+        optimizer: Optimizer | None = None,
+        compile: bool = False,
+        capture: bool = False,
+    ) -> None:
+        self.model, self.descent = model, descent
+        self.criterion = Criterion(loss)
+        self.stage = build(model)
+        self._graphs = Graphs(compile, capture) if compile or capture else None
+        self.optimizer = descent.make_optimizer(self._trained()) if optimizer is None else optimizer
+        self.lr_scheduler = descent.make_lr_scheduler(self.optimizer) if optimizer is None else None
+        self.output = torch.empty(0)
+        self._plan()
+
+    def _trained(self) -> list[Parameter]:
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        if not trained:
+            raise ValueError(
+                "Backprop: the model must have a parameter that requires a gradient. Got none; set requires_grad."
+            )
+        return trained
+
+    def _plan(self) -> None:
+        """Settle who learns, and where its gradient goes."""
+        self._parameters, self._modules = list(self.model.parameters()), list(self.model.modules())
+        self._groups = self.optimizer.param_groups
+        self._flags = [p.requires_grad for p in self._parameters]
+        self.stage.need(False)
+        self._leaves = leaves = [s for s in self.stage.stages() if not isinstance(s, Chained | Added)]
+        uses = Counter(p for leaf in leaves for p in leaf.parameters())
+        self._learning = list(uses)
+        self._ties = len(uses) < uses.total()
+        groups = {p: group for group in self._groups for p in group["params"]}
+        missing = [p for p in self._learning if p not in groups]
+        if missing:  # it did not require a gradient when the optimizer was made
+            self.optimizer.add_param_group({"params": missing})
+            groups |= dict.fromkeys(missing, self._groups[-1])
+        clips = self.descent.clip_gradient_norm is not None or self.descent.clip_gradient_value is not None
+        self._folds = type(self.optimizer) is SGD and not clips
+        self._descend = (
+            {p: Descend(p, groups[p], self.optimizer.state[p]) for p in self._learning} if self._folds else {}
+        )
+        self._micro = self.descent.micro_batch_size if isinstance(self.descent, Batch) else None
+        self._by_update = self.lr_scheduler is not None and self.descent.lr_scheduler_interval == "update"
+        self._inference = torch.inference_mode()
+        self._numbers = Hyperparameters(self._parameters[0].device)
+        if self._graphs is not None:
+            self._graphs = Graphs(self._graphs.compile, self._graphs.capture)
+        self._send(self._descend)
+
+    def __call__(self, x: Tensor, target: Tensor) -> float:
+        """Make one update and return the loss before it.
+
+        Args:
+            x: inputs of all examples of the update.
+            target: their targets.
+
+        Raises:
+            FloatingPointError: for a loss that is not finite; no weight was changed.
+        """
+        self._check()
+        whole = self._micro is None or self._micro >= len(x)
+        if not (whole and self._folds):
+            loss = self._collect_and_update(x, target)
+        elif self._graphs is not None and self._has_buffers():
+            loss = self._run_graph(x, target)
+        elif self._ties:
+            loss = self._collect_and_update(x, target)
+        else:
+            with self._inference:
+                loss, _ = self._propagate(x, target)
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what a scheduler looks for
+        if self._by_update:
+            self.lr_scheduler.step()  # type: ignore[union-attr]
+        return loss
+
+    def _send(self, to: Destinations) -> None:
+        for leaf in self._leaves:
+            leaf.send(to)
+
+    def _check(self) -> None:
+        if torch._C._is_any_autocast_enabled():
+            raise RuntimeError(
+                "Backprop: a step runs in the precision of the model. Got an enabled autocast; leave the region, and "
+                "give the model the precision with model.to(dtype)."
+            )
+        # A resumed optimizer has other groups and states than before.
+        if (
+            self._flags != [p.requires_grad for p in self._parameters]
+            or self._groups is not self.optimizer.param_groups
+        ):
+            self._plan()
+
+    @contextmanager
+    def _collecting(self) -> Iterator[Mapping[Parameter, Collect]]:
+        """Within, gradients are collected, and no weight changes."""
+        to = {p: Collect(p) for p in self._learning}
+        self._send(to)
+        try:
+            yield to
+        finally:
+            self._send(self._descend)
+
+    def _propagate(self, x: Tensor, target: Tensor, divide: bool = True) -> tuple[float, Tensor | float]:
+        """Forward propagation, loss, gradient of the loss, backward propagation; the loss and its divisor."""
+        self.output = output = self.stage.forward(x)
+        loss, divisor, g = self.criterion(output, target, divide)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise self._not_finite(value)
+        self.stage.backward(g)
+        return value, divisor
+
+    def _not_finite(self, loss: float) -> FloatingPointError:
+        return FloatingPointError(
+            f"Backprop: the loss must stay finite. Got loss={loss} with learning rate "
+            f"{self._groups[0]['lr']:g}; no weight was changed. Try a smaller learning rate, and "
+            "look for nan or huge values in the data."
+        )
+
+    # ----- the whole as one graph -----
+
+    def _has_buffers(self) -> bool:
+        """Whether no buffer of the momentum is missing: the first step makes them, and is a plain one."""
+        return all(
+            destination.state.get("momentum_buffer") is not None
+            for destination in self._descend.values()
+            if destination.group["momentum"]
+        )
+
+    def _run_graph(self, x: Tensor, target: Tensor) -> float:
+        """One step, by a graph of forward pass, backward pass and update."""
+        form, numbers = self._numbers.of(self._groups)
+        found, self.output = self._graph(self._whole_step, form, [x, target, *numbers])
+        loss = found.item()
+        if not math.isfinite(loss):
+            raise self._not_finite(loss)
+        return loss
+
+    def _graph(self, body: Body, form: Any, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        assert self._graphs is not None
+        key = (body.__name__, form, *[module.training for module in self._modules])
+        mutated = [*self._parameters, *self.model.buffers()]
+        mutated += [buffer for destination in self._descend.values() for buffer in destination.buffers()]
+        self.criterion.traced = True
+        try:
+            return self._graphs.run(body, key, inputs, mutated)
+        finally:
+            self.criterion.traced = False
+
+    def _whole_step(self, x: Tensor, target: Tensor, *numbers: Tensor) -> tuple[Tensor, ...]:
+        """Loss and output; each weight is changed only if the loss is finite."""
+        groups = dict(zip(map(id, self._groups), with_tensors(self._groups, numbers), strict=True))
+        loss, _, output, *gradients = self._gradients(x, target)
+        updates = []
+        for (p, destination), gradient in zip(self._descend.items(), gradients, strict=True):
+            updates.append(Guarded(p, groups[id(destination.group)], destination.state))
+            updates[-1].take(gradient)
+        finite = loss.isfinite()
+        for update in updates:
+            update.commit(finite)
+        return loss, output
+
+    def _gradients(self, x: Tensor, target: Tensor, divide: bool = True) -> tuple[Tensor, ...]:
+        """Loss, divisor, output, and the gradient of every parameter that learns."""
+        with self._collecting() as to:
+            output = self.stage.forward(x)
+            loss, divisor, g = self.criterion(output, target, divide)
+            self.stage.backward(g)
+        divisor = divisor if isinstance(divisor, Tensor) else loss.new_full((), divisor)
+        return loss, divisor, output, *[destination.made for destination in to.values()]
+
+    def _sums(self, x: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        """The same of the loss summed over the examples."""
+        return self._gradients(x, target, divide=False)
+
+    # ----- gradients first, update after -----
+
+    def _collect_and_update(self, x: Tensor, target: Tensor) -> float:
+        """One step in pieces, or with an optimizer that asks for gradients."""
+        size = self._micro
+        whole = size is None or size >= len(x)
+        with torch.no_grad():
+            pieces = [(x, target)] if whole else list(zip(x.split(size), target.split(size), strict=True))
+            with self._collecting() as to:
+                loss = self._accumulate(pieces, to)
+            self._update(to)
+        return loss
+
+    def _collect(self, x: Tensor, target: Tensor, to: Collected, divide: bool) -> tuple[float, float]:
+        """Loss and divisor of a piece, whose gradients go to the collection."""
+        if self._graphs is None:
+            value, divisor = self._propagate(x, target, divide)
+            return value, float(divisor)
+        body = self._gradients if divide else self._sums
+        loss, divisor, self.output, *gradients = self._graph(body, None, [x, target])
+        value = loss.item()
+        if not math.isfinite(value):
+            raise self._not_finite(value)
+        for destination, gradient in zip(to.values(), gradients, strict=True):
+            destination.take(gradient.clone() if self._graphs.capture else gradient)
+        return value, divisor.item()
+
+    def _accumulate(self, pieces: Sequence[tuple[Tensor, Tensor]], to: Collected) -> float:
+        """The gradient of the whole, from pieces: numerators and denominators add up, means do not."""
+        if len(pieces) == 1:
+            return self._collect(*pieces[0], to, divide=True)[0]
+        check_splittable(self.criterion.loss, self.model)
+        sums = [self._collect(x, t, to, divide=False) for x, t in pieces]
+        total, divisor = (math.fsum(column) for column in zip(*sums, strict=True))
+        if is_sum(self.criterion.loss):
+            return total
+        for destination in to.values():
+            destination.made.div_(divisor)
+        return total / divisor
+
+    def _update(self, to: Collected) -> None:
+        """The update from gradients that are there."""
+        if self._folds:
+            for parameter, destination in to.items():
+                self._descend[parameter].take(destination.made)
+            return
+        for parameter, destination in to.items():
+            parameter.grad = destination.made
+        self.descent.clip_gradients(self._learning)
+        self.optimizer.step()
+
+    def gradients(self, x: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Return the gradient of every parameter that learns, by name; no weight and no ``.grad`` changes."""
+        self._check()
+        with torch.no_grad(), self._collecting() as to:
+            self._propagate(x, target)
+        named = {p: name for name, p in self.model.named_parameters()}
+        return {named[p]: destination.made for p, destination in to.items()}
+
+    def trace(self, x: Tensor, target: Tensor) -> Iterator[Record]:
+        """Yield one record for each forward and backward step, in order; no weight changes."""
+        self._check()
+        records: list[Record] = []
+        with torch.no_grad(), self._collecting(), observed(self._leaves, records):
+            output = self.stage.forward(x)
+            loss, _, g = self.criterion(output, target)
+            records.append(record("loss", "loss", self.criterion.loss, headline(self.criterion.loss), loss))
+            records.append(
+                record("backward", "loss", self.criterion.loss, "dL/dy, the gradient that starts", g)
+            )
+            self.stage.backward(g)
+        yield from records

@@ -1,0 +1,89 @@
+"""A step watched: one record for everything that it makes."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+
+from manualprop import functions as rules
+from manualprop._backprop._stages import Stage
+
+
+@dataclass(frozen=True)
+class Record:
+    """One step of a trace.
+
+    Args:
+        direction: "forward", "loss" or "backward".
+        path: of the layer in the model.
+        layer: its class.
+        formula: of the rule; in a backward step, its derivation.
+        shape: of what the step made.
+        norm: Euclidean, of what the step made.
+    """
+
+    direction: str
+    path: str
+    layer: str
+    formula: str
+    shape: tuple[int, ...]
+    norm: float
+
+
+@contextmanager
+def observed(stages: Sequence[Stage], records: list[Record]) -> Iterator[None]:
+    """Note what every stage makes, on its way forwards and backwards."""
+
+    def observe(
+        stage: Stage, direction: str, run: Callable[..., Tensor | None]
+    ) -> Callable[..., Tensor | None]:
+        def watched(*arguments: Any) -> Tensor | None:
+            made = run(*arguments)
+            formula = headline(stage.layer) if direction == "forward" else derivation(stage.layer)
+            records.append(record(direction, stage.path, stage.layer, formula, made))
+            return made
+
+        return watched
+
+    for stage in stages:
+        stage.forward = observe(stage, "forward", stage.forward)  # type: ignore[method-assign,assignment]
+        stage.backward = observe(stage, "backward", stage.backward)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for stage in stages:
+            del stage.forward, stage.backward
+
+
+def record(direction: str, path: str, layer: Module, formula: str, made: Tensor | None) -> Record:
+    shape = () if made is None else tuple(made.shape)
+    norm = 0.0 if made is None else made.detach().double().norm().item()
+    return Record(direction, path, type(layer).__name__, formula, shape, norm)
+
+
+def headline(layer: Module) -> str:
+    """The formula of a layer's rule, or what the layer is where it has none."""
+    return _sections(layer)[0]
+
+
+def derivation(layer: Module) -> str:
+    """The derivation of a layer's rule."""
+    return _sections(layer)[1]
+
+
+def _sections(layer: Module) -> tuple[str, str]:
+    rule = getattr(rules, type(layer).__name__.removesuffix("Loss"), None)
+    document = inspect.getdoc(rule) if rule else None
+    if not document:
+        return type(layer).__name__, "dx = g, in the shape of x"
+    headline, _, rest = document.partition("\n")
+    derivation = re.search(r"^Derivation.*?\n(.*?)(?=^\S|\Z)", rest, re.MULTILINE | re.DOTALL)
+    return headline, textwrap.dedent(derivation[1]).strip() if derivation else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import subprocess
 import sys
@@ -91,6 +92,9 @@ def test_help_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--descent.batch_size=5000"], "Got batch_size=5000 and 1297 training examples"),
         (["--model.model.sizes=[32,10]"], "the model takes 32 features per example. Got inputs of shape (32, 64)"),
         (["--model.model.activation=Tonh"], "activation must be a class of manualprop.nn"),
+        (["--model.engine=fast"], "model.engine must be one of 'tape-free', 'autograd', 'auto'. Got 'fast'."),
+        (["--model.engine=tape-free", "--model.model.activation=torch.nn.Tanh"], "layer 'activation1' (Tanh) cannot be run without a tape: it is torch's"),
+        (["--model.engine=tape-free", "--trainer.precision=bf16-mixed"], "Got precision='bf16-mixed'. Set engine='auto' or 'autograd'"),
         (["--name=a/b"], "name must be a plain directory name"),
         (["--overwrite", "--resume"], "Give --overwrite or --resume, not both"),
         (["--resume"], "checkpoints/last.ckpt does not exist; start the run without --resume."),
@@ -205,6 +209,16 @@ def test_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
         "Interrupted at update 44 (epoch 2). Last checkpoint: runs/digits-minibatch/checkpoints/last.ckpt. "
         "Go on with: manualprop fit --name digits-minibatch --resume\n"
     )
+
+
+def test_says_which_engine_it_took(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
+    with caplog.at_level(logging.INFO):
+        assert fit("--trainer.max_epochs=1") == 0
+        assert fit("--trainer.max_epochs=1", "--overwrite", "--model.model.activation=torch.nn.Tanh") == 0
+    first, second = caplog.messages  # and nothing that Lightning announces
+    assert first == "engine: tape-free"
+    assert second.startswith("engine: autograd, because layer 'activation1' (Tanh) cannot be run without a")
 
 
 @pytest.mark.slow

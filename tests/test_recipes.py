@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.util
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -27,14 +30,32 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def descents() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("descents", RECIPES / "digits" / "descents.py")
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, RECIPES / "digits" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where its classes say they are from
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def descents() -> ModuleType:
+    return load("descents")
+
+
+@pytest.mark.slow
+def test_overhead(capsys: pytest.CaptureFixture[str]) -> None:
+    overhead = load("overhead")
+    assert overhead.main(["--rounds=1"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 6
+    assert shown[4].startswith("Backprop in a plain loop")
+    times = {line[:47].strip(): float(line[47:55]) for line in shown[:5]}
+    assert len(times) == 5
+    automatic, _, _, tape_free, _ = times.values()
+    assert tape_free < automatic
 
 
 @pytest.mark.parametrize(
@@ -65,7 +86,11 @@ def test_main_job(
     monkeypatch.setattr(descents, "_gradients_are_right", lambda job: True)  # on its own below
     assert descents.main(["--epochs=1", "--name=short"]) == 0
     shown = capsys.readouterr().out
-    assert all(word in shown for word in ("batch", "1,297", "test accuracy", "runs/short/descents.png"))
+    assert all(
+        word in shown for word in ("batch", "1,297", "accuracy", "autograd", "runs/short/descents.png")
+    )
+    assert "same final weights without a tape and by autograd, to float32 rounding" in shown
+    assert not list(Path("runs/short").glob("tmp*"))
     for name in ("descents.png", "history.csv", "curves.csv", "config.yaml", "checkpoints/best.ckpt"):
         assert Path("runs/short", name).stat().st_size > 0
     with Path("runs/short/history.csv").open() as file:
@@ -82,8 +107,34 @@ def test_main_job_reaches_its_accuracy(descents: ModuleType, capsys: pytest.Capt
         "gradients right against finite differences in float64, first and second order: linear1 Linear"
         in shown
     )
-    (row,) = [line for line in shown.splitlines() if line.startswith("│ minibatch")]
-    assert float(row.split("│")[6].strip(" %")) > 96
+    (row,) = [line for line in shown.splitlines() if line.startswith("│minibatch")]
+    _, _, updates, _, seconds, autograd, ratio, _, accuracy, _ = row.split("│")
+    assert updates.strip() == "1,230"
+    assert float(autograd) / float(seconds) == pytest.approx(float(ratio), rel=0.1)
+    assert float(accuracy.strip(" %")) > 96
+
+
+@pytest.mark.parametrize("recipe", ["batch", "stochastic", "minibatch"])
+def test_engines_that_differ_are_not_reported(
+    recipe: str, descents: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A learning rate that is 0.1 % off is found after one epoch."""
+    job = descents._job
+
+    def planted(recipe: str, engine: str, words: list[str]) -> Any:
+        made = job(recipe, engine, words)
+        if engine == "autograd":
+            made.model.descent = dataclasses.replace(
+                made.model.descent, learning_rate=made.model.descent.learning_rate * 1.001
+            )
+        return made
+
+    monkeypatch.setattr(descents, "RECIPES", {recipe: recipe})
+    monkeypatch.setattr(descents, "_gradients_are_right", lambda job: True)
+    monkeypatch.setattr(descents, "_job", planted)
+    assert descents.main(["--epochs=1", "--name=planted"]) == 1
+    assert f"refusing to report. After {'1' if recipe == 'batch' else ''}" in capsys.readouterr().err
+    assert not Path("runs/planted/descents.png").exists()
 
 
 class WrongTanh(nn.Module):

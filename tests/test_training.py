@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import csv
+import dataclasses
 import functools
+import logging
 import math
+import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
@@ -26,8 +32,10 @@ from manualprop.training import (
     MultilayerPerceptron,
     NonFiniteLossError,
     TensorDataModule,
+    UserError,
     plots,
 )
+from manualprop.training._engine import obstacle
 from manualprop.training.callbacks import History, checkpoint_callbacks
 from manualprop.training.cli import quieten
 from manualprop.training.datamodules import Rows
@@ -67,15 +75,17 @@ def trainer(**options: Any) -> Trainer:
     return Trainer(**{"enable_checkpointing": False, "num_sanity_val_steps": 0, **quiet, **options})
 
 
-def fit(descent: Descent, loss: nn.Module | None = None, **options: Any) -> tuple[DescentModule, Trainer]:
-    module = DescentModule(network(), loss or nn.CrossEntropyLoss(), descent)
+def fit(
+    descent: Descent, loss: nn.Module | None = None, engine: Any = "auto", **options: Any
+) -> tuple[DescentModule, Trainer]:
+    module = DescentModule(network(), loss or manualprop.nn.CrossEntropyLoss(), descent, engine=engine)
     job = trainer(**{"max_epochs": 2, **options})
     job.fit(module, TensorDataModule(examples(), examples(50), examples(40)))
     return module, job
 
 
 def plain(descent: Descent, epochs: int = 2) -> nn.Module:
-    model, loss, (x, target) = network(), nn.CrossEntropyLoss(), examples()
+    model, loss, (x, target) = network(), manualprop.nn.CrossEntropyLoss(), examples()
     optimizer = descent.make_optimizer(model.parameters())
     for epoch in range(epochs):
         for pieces in descent.updates(len(x), seed=0, epoch=epoch):
@@ -98,11 +108,12 @@ DESCENTS = [
     MiniBatch(learning_rate=0.1, momentum=0.9, batch_size=64),
 ]
 UPDATES = [1, N, 5]
+ENGINES = ("tape-free", "autograd")
 
 
 @pytest.mark.parametrize(("descent", "updates"), list(zip(DESCENTS, UPDATES, strict=True)))
 def test_is_the_plain_loop_and_counts_updates(descent: Descent, updates: int) -> None:
-    module, job = fit(descent)
+    module, job = fit(descent, engine="autograd")
     assert job.global_step == 2 * updates
     assert same(module.model, plain(descent))
 
@@ -115,8 +126,9 @@ def test_batch_in_one_piece_equals_pieces() -> None:
 
 @pytest.mark.parametrize("limit", [1, 100, 256, 257, 299, 300, 301, 400])
 def test_max_steps_is_honoured_inside_a_chunk(limit: int) -> None:
-    _, job = fit(Stochastic(learning_rate=0.01), max_steps=limit, max_epochs=-1)
-    assert job.global_step == limit
+    for engine in ENGINES:
+        _, job = fit(Stochastic(learning_rate=0.01), engine=engine, max_steps=limit, max_epochs=-1)
+        assert job.global_step == limit
     assert "val_loss" in job.callback_metrics
 
 
@@ -160,6 +172,199 @@ def test_predicts_probabilities() -> None:
     torch.testing.assert_close(torch.cat(outputs).sum(dim=1), torch.ones(40))
 
 
+# --- engines --------------------------------------------------------------------------------------------------------
+
+HALF: Any = functools.partial(StepLR, step_size=1, gamma=0.5)
+EXACT = {
+    "batch": Batch(learning_rate=0.5, momentum=0.9),
+    "batch-pieces": Batch(learning_rate=0.5, momentum=0.9, micro_batch_size=77, weight_decay=0.01),
+    "batch-pieces-clipped": Batch(learning_rate=0.5, micro_batch_size=128, clip_gradient_value=0.01),
+    "stochastic": Stochastic(learning_rate=0.01),
+    "stochastic-nesterov": Stochastic(
+        learning_rate=0.01, momentum=0.8, nesterov=True, lr_scheduler=HALF, lr_scheduler_interval="epoch"
+    ),
+    "stochastic-clipped": Stochastic(learning_rate=0.05, clip_gradient_norm=0.5),
+    "minibatch": MiniBatch(learning_rate=0.1, momentum=0.9, weight_decay=0.01, batch_size=64),
+    "minibatch-by-update": MiniBatch(
+        learning_rate=0.5,
+        batch_size=64,
+        lr_scheduler=functools.partial(StepLR, step_size=3, gamma=0.5),
+        lr_scheduler_interval="update",
+    ),
+    "minibatch-Adam": MiniBatch(optimizer=functools.partial(torch.optim.Adam, lr=0.01), batch_size=64),
+}
+
+
+@pytest.mark.parametrize("descent", EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_engines_make_the_same_updates(descent: Descent, reduction: str) -> None:
+    if reduction == "sum":
+        descent = dataclasses.replace(
+            descent, learning_rate=descent.learning_rate and descent.learning_rate / 50
+        )
+    weight = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+    if isinstance(descent, Stochastic) and reduction == "mean":
+        weight = None  # type: ignore[assignment]
+    jobs = [
+        in_float64(descent, manualprop.nn.CrossEntropyLoss(weight, reduction=reduction), engine)
+        for engine in ENGINES
+    ]
+    (ours, job), (theirs, other) = jobs
+    assert (ours.engine_taken, theirs.engine_taken) == ENGINES
+    assert job.global_step == other.global_step
+    for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    values, expected = ({k: float(v) for k, v in t.callback_metrics.items()} for t in (job, other))
+    assert values == pytest.approx(expected, rel=1e-6)
+    assert rate(job) == rate(other)
+
+
+def in_float64(descent: Descent, loss: nn.Module, engine: Any) -> tuple[DescentModule, Trainer]:
+    module = DescentModule(network(), loss, descent, engine=engine).double()
+    x, target = examples()
+    if not isinstance(descent, Stochastic):  # where it would be an update without an example
+        target[::7] = -100
+    job = trainer(max_epochs=3)
+    job.fit(module, TensorDataModule((x.double(), target), (x.double(), target)))
+    return module, job
+
+
+def test_pieces_without_a_single_target() -> None:
+    """The first pieces of the batch hold nothing but ignored targets."""
+    x, target = examples()
+    target[:200] = -100
+    models = []
+    for engine in ENGINES:
+        loss = manualprop.nn.CrossEntropyLoss()
+        module = DescentModule(network(), loss, Batch(learning_rate=0.5, micro_batch_size=100), engine=engine)
+        trainer(max_epochs=2).fit(module, TensorDataModule((x, target)))
+        models.append(module.model)
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.getMessage().startswith("engine: ")]
+
+
+@pytest.fixture
+def heard(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
+    caplog.set_level(logging.INFO)
+    return caplog
+
+
+def test_auto_says_what_it_took(heard: pytest.LogCaptureFixture) -> None:
+    module, _ = fit(MiniBatch(learning_rate=0.1), max_steps=2)
+    assert (module.engine_taken, said(heard)) == ("tape-free", ["engine: tape-free"])
+    fit(MiniBatch(learning_rate=0.1), engine="tape-free", max_steps=2)
+    fit(MiniBatch(learning_rate=0.1), engine="autograd", max_steps=2)
+    assert len(said(heard)) == 1  # who chooses needs not be told
+
+
+class OwnForward(DescentModule):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(2 * x)
+
+
+class OwnHook(Callback):
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        pass
+
+
+class Unknown(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sin()
+
+
+def swapped_in(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(manualprop.nn.Linear(4, 3), layer)
+
+
+REFUSED: dict[str, Any] = {
+    "layer": (swapped_in(Unknown()), {}, r"layer '1' \(Unknown\) cannot be run without a tape: its forward is not known here"),
+    "torch": (swapped_in(nn.Tanh()), {}, r"it is torch's; call manualprop\.swap\(model\) first"),
+    "late": (swapped_in(manualprop.nn.Softmin(dim=-1)), {}, r"layer '1' \(Softmin\) .* more than one application of one rule"),
+    "precision": (network(), {"precision": "bf16-mixed"}, r"precision is the model's own\. Got precision='bf16-mixed'"),
+    "anomaly": (network(), {"detect_anomaly": True}, "detect_anomaly=True looks at autograd's tape"),
+    "strategy": (network(), {"strategy": "ddp", "devices": 2}, r"one device trains without a tape\. Got 2 with DDPStrategy"),
+    "callback": (network(), {"callbacks": [OwnHook()]}, "OwnHook has its own on_before_optimizer_step, which is not called"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*detect_anomaly:UserWarning")
+@pytest.mark.parametrize("name", REFUSED)
+def test_where_there_is_no_way_without_a_tape(name: str, heard: pytest.LogCaptureFixture) -> None:
+    model, options, text = REFUSED[name]
+    before = copy.deepcopy(model.state_dict())
+    parts = (model, manualprop.nn.CrossEntropyLoss(), MiniBatch(learning_rate=0.1))
+    if name == "strategy":  # without starting processes
+        module = DescentModule(*parts)
+        module._trainer = types.SimpleNamespace(strategy=DDPStrategy(), world_size=2)  # type: ignore[assignment]
+        assert re.search(text, obstacle(module) or "")
+        return
+    module = DescentModule(*parts, engine="tape-free")
+    with pytest.raises(UserError, match=f"engine='tape-free' must be able .*{text}.*engine='auto'"):
+        trainer(max_epochs=1, **options).fit(module, TensorDataModule(examples()))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    module = DescentModule(*parts)
+    trainer(max_epochs=1, **options).fit(module, TensorDataModule(examples()))
+    assert module.engine_taken == "autograd"
+    assert re.search(f"^engine: autograd, because .*{text}", said(heard)[-1])
+    assert "autograd, where" not in said(heard)[-1]
+    assert not same(model, type("Before", (), {"state_dict": lambda self: before})())
+
+
+def test_losses_and_modules_of_ones_own_go_through_autograd(heard: pytest.LogCaptureFixture) -> None:
+    fit(MiniBatch(learning_rate=0.1), nn.CrossEntropyLoss(), max_epochs=1)
+    assert said(heard)[-1] == (
+        "engine: autograd, because the loss must be one of manualprop.nn, whose gradient is known. "
+        "Got CrossEntropyLoss. Use manualprop.nn.CrossEntropyLoss."
+    )
+    own = OwnForward(network(), manualprop.nn.CrossEntropyLoss(), MiniBatch(learning_rate=0.1))
+    trainer(max_epochs=1).fit(own, TensorDataModule(examples()))
+    assert said(heard)[-1].startswith("engine: autograd, because OwnForward has its own forward")
+
+
+def test_looking_for_late_refusals_leaves_no_trace() -> None:
+    """Batch normalisation's running means and dropout's random numbers are those of a run that did not look."""
+    layers = [
+        manualprop.nn.Linear(4, 5),
+        manualprop.nn.BatchNorm1d(5),
+        nn.Dropout(0.5),
+        manualprop.nn.Linear(5, 3),
+    ]
+    states = []
+    for looks in (True, False):
+        torch.manual_seed(0)
+        module = DescentModule(
+            nn.Sequential(*copy.deepcopy(layers)),
+            manualprop.nn.CrossEntropyLoss(),
+            MiniBatch(learning_rate=0.1),
+        )
+        if not looks:
+            module._rehearse = lambda x, target: None  # type: ignore[method-assign]
+        trainer(max_steps=3).fit(module, TensorDataModule(examples()))
+        states.append(module.model)
+    assert same(*states)
+
+
+def test_observers_see_every_update() -> None:
+    for engine in ENGINES:
+        module = DescentModule(
+            network(), manualprop.nn.CrossEntropyLoss(), Stochastic(learning_rate=0.1), engine=engine
+        )
+        job, seen = trainer(max_steps=270), []  # type: ignore[var-annotated]
+        module.observers.append(lambda job=job, seen=seen: seen.append(job.global_step))
+        job.fit(module, TensorDataModule(examples()))
+        assert seen == list(range(270))
+
+
+def test_engine_must_be_one_of_three() -> None:
+    with pytest.raises(ValueError, match=r"one of 'tape-free', 'autograd', 'auto'\. Got engine='fast'"):
+        DescentModule(network(), nn.CrossEntropyLoss(), MiniBatch(learning_rate=0.1), engine="fast")  # type: ignore[arg-type]
+
+
 # --- learning rate schedules ----------------------------------------------------------------------------------------
 
 
@@ -168,10 +373,9 @@ def rate(job: Trainer) -> float:
 
 
 def test_schedule_by_epoch_and_by_update() -> None:
-    half: Any = functools.partial(StepLR, step_size=1, gamma=0.5)
-    _, by_epoch = fit(MiniBatch(learning_rate=1.0, batch_size=100, lr_scheduler=half))
+    _, by_epoch = fit(MiniBatch(learning_rate=1.0, batch_size=100, lr_scheduler=HALF))
     _, by_update = fit(
-        MiniBatch(learning_rate=1.0, batch_size=100, lr_scheduler=half, lr_scheduler_interval="update")
+        MiniBatch(learning_rate=1.0, batch_size=100, lr_scheduler=HALF, lr_scheduler_interval="update")
     )
     assert (rate(by_epoch), rate(by_update)) == (0.5**2, 0.5**6)
 
@@ -188,10 +392,15 @@ def test_plateau_watches_a_logged_value() -> None:
 
 
 def run(
-    name: str, descent: Descent, resume: bool = False, **options: Any
+    name: str,
+    descent: Descent,
+    engine: Any = "auto",
+    resume: bool = False,
+    dropout: float = 0.3,
+    **options: Any,
 ) -> tuple[DescentModule, list[dict[str, float]]]:
     torch.manual_seed(3)
-    module = DescentModule(network(dropout=0.3), nn.CrossEntropyLoss(), descent)
+    module = DescentModule(network(dropout), manualprop.nn.CrossEntropyLoss(), descent, engine=engine)
     directory, history = RunDirectory(name), History(RunDirectory(name).history)
     torch.manual_seed(4 if resume else 5)  # dropout must go on as the checkpoint says, not as the seed does
     job = trainer(
@@ -204,12 +413,15 @@ def run(
     return module, history.rows
 
 
-@pytest.mark.parametrize("descent", DESCENTS)
-def test_resume_is_bit_for_bit(descent: Descent) -> None:
-    whole, expected = run("whole", descent, max_epochs=4)
-    run("parts", descent, max_epochs=2)
-    resumed, rows = run("parts", descent, resume=True, max_epochs=4)
+@pytest.mark.parametrize("descent", [*DESCENTS, EXACT["stochastic-nesterov"]])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_resume_is_bit_for_bit(descent: Descent, engine: str) -> None:
+    whole, expected = run("whole", descent, engine, max_epochs=4)
+    run("parts", descent, engine, max_epochs=2)
+    resumed, rows = run("parts", descent, engine, resume=True, max_epochs=4)
     assert same(whole, resumed)
+    assert whole.engine_taken == resumed.engine_taken == engine
+    assert same_state(whole.trainer.optimizers[0].state_dict(), resumed.trainer.optimizers[0].state_dict())
     drop = {"seconds"}
     assert [{k: v for k, v in row.items() if k not in drop} for row in rows] == [
         {k: v for k, v in row.items() if k not in drop} for row in expected
@@ -218,13 +430,34 @@ def test_resume_is_bit_for_bit(descent: Descent) -> None:
         assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3", "4"]
 
 
+def same_state(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    buffers = [[values.get("momentum_buffer") for values in s["state"].values()] for s in (a, b)]
+    equal = all(
+        p is q if p is None or q is None else torch.equal(p, q) for p, q in zip(*buffers, strict=True)
+    )
+    return equal and a["param_groups"] == b["param_groups"]
+
+
+@pytest.mark.parametrize(
+    "descent", [EXACT[name] for name in ("batch-pieces", "stochastic-nesterov", "minibatch")]
+)
+@pytest.mark.parametrize("engines", [ENGINES, ENGINES[::-1]])
+def test_resume_with_the_other_engine(descent: Descent, engines: tuple[str, str]) -> None:
+    whole, expected = run("whole", descent, engines[1], dropout=0.0, max_epochs=4)
+    run("parts", descent, engines[0], dropout=0.0, max_epochs=2)
+    resumed, rows = run("parts", descent, engines[1], resume=True, dropout=0.0, max_epochs=4)
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert [row["update"] for row in rows] == [row["update"] for row in expected]
+
+
 @pytest.mark.parametrize(("descent", "cut"), [(DESCENTS[1], 400), (DESCENTS[1], 300), (DESCENTS[2], 7)])
-def test_resume_inside_an_epoch(descent: Descent, cut: int) -> None:
-    half: Any = functools.partial(StepLR, step_size=1, gamma=0.5)
-    scheduled = type(descent)(**{**vars(descent), "lr_scheduler": half})
-    whole, _ = run("whole", scheduled, max_epochs=4)
-    run("parts", scheduled, max_steps=cut, max_epochs=-1)
-    resumed, rows = run("parts", scheduled, resume=True, max_epochs=4)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_resume_inside_an_epoch(descent: Descent, cut: int, engine: str) -> None:
+    scheduled = dataclasses.replace(descent, lr_scheduler=HALF)
+    whole, _ = run("whole", scheduled, engine, max_epochs=4)
+    run("parts", scheduled, engine, max_steps=cut, max_epochs=-1)
+    resumed, rows = run("parts", scheduled, engine, resume=True, max_epochs=4)
     assert same(whole, resumed)
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
 
@@ -270,21 +503,24 @@ class Poison(Callback):
                 pl_module.model.linear1.weight[0, 0] = math.nan
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("descent", DESCENTS)
-def test_non_finite_loss_stops_and_the_checkpoint_stays(descent: Descent) -> None:
+def test_non_finite_loss_stops_and_the_checkpoint_stays(descent: Descent, engine: Any) -> None:
     directory = RunDirectory("nan")
     job = trainer(
         max_epochs=5,
         enable_checkpointing=True,
         callbacks=[*checkpoint_callbacks(directory, "train_loss"), Poison()],
     )
-    module = DescentModule(network(), nn.CrossEntropyLoss(), descent)
+    module = DescentModule(network(), manualprop.nn.CrossEntropyLoss(), descent, engine=engine)
     text = r"Got loss=nan at update \d+ \(epoch 3\) with learning rate .*clip_gradient_norm.*checkpoint: .*last\.ckpt"
     with pytest.raises(NonFiniteLossError, match=text):
         job.fit(module, TensorDataModule(examples()))
     saved = torch.load(directory.last, weights_only=True)
     assert saved["global_step"] == job.global_step
     assert all(value.isfinite().all() for value in saved["state_dict"].values())
+    module.model.linear1.weight.data[0, 0] = 0.0  # type: ignore[union-attr,operator,index]
+    assert all(value.isfinite().all() for value in module.model.state_dict().values())  # no other was touched
 
 
 def test_data_that_do_not_fit() -> None:

@@ -30,6 +30,7 @@ _KEYS = (
     "descent",
     "model.model",
     "model.loss",
+    "model.engine",
     "data",
     "config",
 )
@@ -87,7 +88,16 @@ def explain(error: Exception, replaced: Mapping[str, str]) -> str:
         replaced: Trainer options that do not exist here, and what to use instead.
     """
     text = str(error)
-    for kind in (_unknown_key, _unknown_option, _unknown_class, _refused, _wrong_type, _missing, _no_file):
+    for kind in (
+        _unknown_key,
+        _unknown_option,
+        _unknown_class,
+        _refused,
+        _not_one_of,
+        _wrong_type,
+        _missing,
+        _no_file,
+    ):
         explanation = kind(text, replaced)
         if explanation:
             return explanation
@@ -144,6 +154,11 @@ def _unknown_class(text: str, replaced: Mapping[str, str]) -> str:
     path = whole[1] if whole else found[4] or f"{found[1] or found[3]}.{found[2] or ''}"
     home, _, name = path.rpartition(".")
     return f"{'.'.join(_key_path(text))}: unknown class {path!r}. {nearest(name, _known_classes(home))}"
+
+
+def _not_one_of(text: str, replaced: Mapping[str, str]) -> str:
+    found = re.search(r"Expected a typing\.Literal\[(.*?)\]\. Got value: (.*)", text)
+    return f"{'.'.join(_key_path(text))} must be one of {found[1]}. Got {found[2]!r}." if found else ""
 
 
 def _wrong_type(text: str, replaced: Mapping[str, str]) -> str:

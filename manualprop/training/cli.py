@@ -315,7 +315,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> DescentCLI:
 
 def quieten() -> None:
     """Switch off Lightning's announcements, and the warnings that its own code causes in torch and jsonargparse."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_ours_or_a_warning)
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     for message in (
         r".*isinstance\(treespec, LeafSpec\).* is deprecated",
@@ -324,6 +324,10 @@ def quieten() -> None:
         "Checkpoint directory .* exists and is not empty",  # RunDirectory has seen to that
     ):
         warnings.filterwarnings("ignore", message=message)
+
+
+def _is_ours_or_a_warning(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or record.getMessage().startswith("engine: ")
 
 
 def _say(text: str) -> None:

@@ -1,20 +1,21 @@
 """`DescentModule`: any model, any loss and one of the three descents, under Lightning.
 
 Optimisation is manual in Lightning's sense, because one `training_step` is not one update: stochastic descent makes
-an update for each example of the portion it is handed, and batch descent one for all the portions of an epoch. The
-optimizer keeps Lightning's wrapper, which counts the updates: `trainer.global_step` is their number.
+an update for each example of the portion it is handed, and batch descent one for all the portions of an epoch. How
+an update comes about is the engine's business; either counts it, so that `trainer.global_step` is their number.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -30,6 +31,7 @@ from manualprop.descent import (
     is_sum,
     sum_and_denominator,
 )
+from manualprop.training._engine import Autograd, Engine, EngineName, TapeFree, obstacle, shortened
 from manualprop.training._errors import InputTypeError, InputValueError, NonFiniteLossError
 from manualprop.training.datamodules import TrainingRows
 
@@ -47,16 +49,32 @@ class DescentModule(LightningModule):
         loss: called on (output, target); returns one number.
         descent: which examples an update sees, and the update.
         seed: of the order of the examples.
+        engine: "tape-free" makes every update by :class:`manualprop.Backprop`, "autograd" by torch's tape; "auto" is
+            tape-free where that can be (a model and a loss of manualprop.nn, one device, full precision), and says
+            which it took. The weights are the same to rounding.
+
+    Attributes:
+        engine_taken: "tape-free" or "autograd", from when training starts.
+        observers: called without arguments before every update, by either engine.
 
     Raises:
         TypeError: when the descent must split the loss and it cannot be split exactly.
         ValueError: for a model or a loss that the descent cannot train as its formula says.
     """
 
-    def __init__(self, model: nn.Module, loss: nn.Module, descent: Descent, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: nn.Module,
+        descent: Descent,
+        seed: int = 0,
+        engine: EngineName = "auto",
+    ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.model, self.loss, self.descent, self.seed = model, loss, descent, seed
+        self.engine, self.engine_taken = _engine_name(engine), ""
+        self.observers: list[Callable[[], object]] = []
         _check_loss(model, loss, descent)
         self._features = _features(model)
         self._sum = self._divisor = 0.0
@@ -90,6 +108,8 @@ class DescentModule(LightningModule):
         if len(x) == 0 and self.trainer.world_size == 1:
             return  # made before a resumed run was interrupted
         self._check_inputs(x)
+        if self._rehearsal_due:
+            self._rehearse(x, target)
         outputs = self._train_on(x, target)
         if self._updates_left() == 0:
             self.trainer.should_stop = (
@@ -100,38 +120,34 @@ class DescentModule(LightningModule):
             self._log_metrics("train_")  # once per epoch: a call costs more than an update
 
     def _train_on(self, x: Tensor, target: Tensor) -> Tensor:
-        if isinstance(self.descent, Batch) or self.trainer.world_size > 1:
+        whole = not self._divisor and self.trainer.is_last_batch
+        if self.trainer.world_size > 1 or (isinstance(self.descent, Batch) and not whole):
             return self._piece(x, target)
         size = 1 if isinstance(self.descent, Stochastic) else len(x)
-        outputs = []
-        for xs, ts in zip(x.split(size), target.split(size), strict=True):
-            if self._updates_left() == 0:
-                break
-            outputs.append(self._update(xs, ts))
-        return torch.cat(outputs)
+        left = self._updates_left()
+        pairs = zip(x.split(size), target.split(size), strict=True)
+        made = [self._update(*pair) for pair in itertools.islice(pairs, left if left >= 0 else None)]
+        self.last_loss = made[-1][0]  # not in every update: a module's attributes are dear to set
+        return torch.cat([output for _, output in made])
 
-    def _update(self, x: Tensor, target: Tensor) -> Tensor:
-        """Forward pass, loss, backward pass, update; return the output."""
-        optimizer = self._optimizer()
-        optimizer.zero_grad()
-        output: Tensor = self(x)
-        loss = self.loss(output, target)
-        self.last_loss = self._finite(loss.item())
-        self.manual_backward(loss)
-        self._step(optimizer)
-        return output.detach()
+    def _update(self, x: Tensor, target: Tensor) -> tuple[float, Tensor]:
+        """Forward pass, loss, backward pass, update; return the loss and the output."""
+        for observe in self.observers:
+            observe()
+        made = self._engine.update(x, target)
+        if self._schedule_of_updates is not None:
+            self._schedule_of_updates.step()
+        return made
 
     def _piece(self, x: Tensor, target: Tensor) -> Tensor:
         """Add the gradient of a piece; with the last piece of the update, divide and step."""
-        output: Tensor = self(x)
-        total, divisor = sum_and_denominator(self.loss, output, target)
-        self._sum, self._divisor = self._sum + self._finite(total.item()), self._divisor + divisor
-        self.manual_backward(total)
+        total, divisor, output = self._engine.add(x, target)
+        self._sum, self._divisor = self._sum + total, self._divisor + divisor
         if not isinstance(self.descent, Batch) or self.trainer.is_last_batch:
-            self._finish_pieces(self._optimizer())
-        return output.detach()
+            self._finish_pieces()
+        return output
 
-    def _finish_pieces(self, optimizer: LightningOptimizer) -> None:
+    def _finish_pieces(self) -> None:
         sums = torch.tensor([self._sum, self._divisor], dtype=torch.float64, device=self.device)
         sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
         devices = self.trainer.world_size
@@ -139,21 +155,44 @@ class DescentModule(LightningModule):
             if parameter.grad is not None:
                 parameter.grad.mul_(devices)  # the strategy averaged where the pieces must add up
         loss = finish_gradient(self.parameters(), self.loss, *sums.tolist())
-        self._sum = self._divisor = 0.0
         self.last_loss = self._finite(loss)
-        self._step(optimizer)
-        optimizer.zero_grad()
+        for observe in self.observers:
+            observe()
+        self._engine.step()
+        if self._schedule_of_updates is not None:
+            self._schedule_of_updates.step()
+        self._forget_pieces()
 
-    def _step(self, optimizer: LightningOptimizer) -> None:
-        self.descent.clip_gradients(self.parameters())
-        optimizer.step()
-        if self.descent.lr_scheduler is not None and self.descent.lr_scheduler_interval == "update":
-            self.lr_schedulers().step()  # type: ignore[union-attr]
+    def _forget_pieces(self) -> None:
+        self._sum = self._divisor = 0.0
+        self._engine.optimizer().zero_grad()
 
-    def _optimizer(self) -> LightningOptimizer:
-        optimizer = self.optimizers()
-        assert isinstance(optimizer, LightningOptimizer)
-        return optimizer
+    # --- engine -------------------------------------------------------------------------------------------------
+
+    def _choose_engine(self) -> None:
+        """Settle which engine trains, and say so where it was left open."""
+        why = None if self.engine == "autograd" else obstacle(self)
+        if self.engine == "tape-free" and why is not None:
+            raise _no_tape_free(why)
+        self._take(Autograd if self.engine == "autograd" or why is not None else TapeFree, why)
+
+    def _take(self, engine: type[Engine], why: str | None = None) -> None:
+        self._engine = engine(self, self._finite)
+        self.engine_taken = "autograd" if engine is Autograd else "tape-free"
+        if self.engine == "auto":
+            rank_zero_info(f"engine: {self.engine_taken}" + (f", because {why}." if why else ""))
+
+    def _rehearse(self, x: Tensor, target: Tensor) -> None:
+        """Find out, before the first update, whether the tape-free engine refuses a layer at the sight of data."""
+        self._rehearsal_due = False
+        rows = slice(0, 1 if isinstance(self.descent, Stochastic) else None)
+        assert isinstance(self._engine, TapeFree)
+        try:
+            self._engine.rehearse(x[rows], target[rows])
+        except TypeError as error:
+            if self.engine == "tape-free":
+                raise _no_tape_free(shortened(error)) from error
+            self._take(Autograd, shortened(error))
 
     def _updates_left(self) -> int:
         limit = self.trainer.max_steps
@@ -162,7 +201,7 @@ class DescentModule(LightningModule):
     def _finite(self, loss: float) -> float:
         if math.isfinite(loss):
             return loss
-        rate = self._optimizer().param_groups[0]["lr"]
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         keeper: Any = self.trainer.checkpoint_callback
         checkpoint = (keeper and (keeper.last_model_path or keeper.best_model_path)) or "none was written yet"
         raise NonFiniteLossError(
@@ -174,8 +213,7 @@ class DescentModule(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Start every epoch without what an interrupted one may have left."""
-        self._sum = self._divisor = 0.0
-        self._optimizer().zero_grad()
+        self._forget_pieces()
 
     def on_train_epoch_end(self) -> None:
         """Move the learning rate schedule on where it counts epochs."""
@@ -193,6 +231,10 @@ class DescentModule(LightningModule):
                 f"{watched!r}; choose one of {', '.join(sorted(known))}."
             )
         scheduler.step(known[watched])
+
+    def on_fit_end(self) -> None:
+        """Let go of the engine, which need not be copied or pickled with the module."""
+        del self._engine
 
     def configure_optimizers(self) -> Any:
         """Return the descent's optimizer, and its learning rate schedule if it has one."""
@@ -261,7 +303,10 @@ class DescentModule(LightningModule):
                 f"DescentModule: a limit on the gradient needs gradients in their own scale. Got precision="
                 f"{self.trainer.precision!r}, which scales them, and clipping by {clips}; use precision='bf16-mixed'."
             )
-        devices = self.trainer.world_size
+        self._check_devices(self.trainer.world_size)
+        self._choose_engine()
+
+    def _check_devices(self, devices: int) -> None:
         if devices == 1:
             return
         if isinstance(self.descent, Stochastic):
@@ -306,7 +351,11 @@ class DescentModule(LightningModule):
                     counts[name] -= name != "completed"
 
     def on_train_start(self) -> None:
-        """Set the random number generators after everything that draws from them at the start."""
+        """Take up the optimizer that a checkpoint has filled, and the random numbers after all that draws some."""
+        self._engine = type(self._engine)(self, self._finite)
+        self._rehearsal_due = isinstance(self._engine, TapeFree)
+        per_update = self.descent.lr_scheduler is not None and self.descent.lr_scheduler_interval == "update"
+        self._schedule_of_updates: Any = self.lr_schedulers() if per_update else None
         state, self._restored_random_state = self._restored_random_state, None
         if state is None:
             return
@@ -315,6 +364,21 @@ class DescentModule(LightningModule):
         random.setstate((version, tuple(internal), gauss))
         if "cuda" in state and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _engine_name(engine: str) -> str:
+    if engine not in get_args(EngineName):
+        raise ValueError(
+            f"DescentModule: engine must be one of {', '.join(map(repr, get_args(EngineName)))}. Got engine={engine!r}."
+        )
+    return engine
+
+
+def _no_tape_free(why: str) -> InputTypeError:
+    return InputTypeError(
+        f"DescentModule: engine='tape-free' must be able to train the model as it is. It cannot: {why}. Set "
+        "engine='auto' or 'autograd', where the same modules work."
+    )
 
 
 def check_architecture(state: Mapping[str, Tensor], module: nn.Module) -> None:

@@ -14,12 +14,15 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 Row = Mapping[str, float]
 
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 _HIGHEST = 0.999
+_WIDTH = 1.7
+_THIN: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.6}
 _STYLES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."))
 
 
@@ -46,7 +49,12 @@ def plot_history(rows: Sequence[Row], path: Path, title: str) -> None:
     _save(figure, path)
 
 
-def plot_descents(curves: Mapping[str, Sequence[Row]], path: Path, title: str) -> None:
+def plot_descents(
+    curves: Mapping[str, Sequence[Row]],
+    path: Path,
+    title: str,
+    compared: Mapping[str, Sequence[Row]] | None = None,
+) -> None:
     """Draw the validation loss and accuracy of several descents over updates and over time.
 
     Args:
@@ -54,6 +62,7 @@ def plot_descents(curves: Mapping[str, Sequence[Row]], path: Path, title: str) -
             each is update 0, the untrained network.
         path: of the PNG file.
         title: above the picture.
+        compared: the same descents through autograd, drawn thin over time.
     """
     figure = Figure(figsize=(10.4, 7.4), layout="constrained")
     grid = figure.subplots(2, 2, sharex="col", sharey="row")
@@ -62,6 +71,8 @@ def plot_descents(curves: Mapping[str, Sequence[Row]], path: Path, title: str) -
         for axes, quantity in zip(grid, ("loss", "accuracy"), strict=True):
             _curve(axes[0], rows, "update", f"val_{quantity}", **style)
             _curve(axes[1], rows[1:], "seconds", f"val_{quantity}", **style)
+            if compared:
+                _curve(axes[1], compared[label][1:], "seconds", f"val_{quantity}", **style, **_THIN)
     for axes, quantity in zip(grid, ("loss", "accuracy"), strict=True):
         _label(axes[0], "", quantity, "validation ")
         _label(axes[1], "", quantity, "validation ")
@@ -69,6 +80,10 @@ def plot_descents(curves: Mapping[str, Sequence[Row]], path: Path, title: str) -
     _updates_axis(grid[1][0], max(rows[-1]["update"] for rows in curves.values()))
     _seconds_axis(grid[1][1])
     grid[0][0].legend(frameon=False, loc="lower left", title="examples per update")
+    if compared:
+        kinds = [Line2D([], [], color="black", label="without a tape", linewidth=_WIDTH)]
+        kinds.append(Line2D([], [], color="black", label="through autograd", **_THIN))
+        grid[0][1].legend(handles=kinds, frameon=False, loc="lower left")
     figure.suptitle(title)
     _save(figure, path)
 
@@ -77,7 +92,7 @@ def _curve(ax: Axes, rows: Sequence[Row], x: str, y: str, **style: Any) -> None:
     # 0 and 100 % lie infinitely far out on a logit scale: they are drawn at its ends.
     lowest, highest = (0.001, _HIGHEST) if y.endswith("accuracy") else (-math.inf, math.inf)
     points = [(row[x], min(max(row[y], lowest), highest)) for row in rows if y in row]
-    ax.plot(*zip(*points, strict=True), linewidth=1.7, **style)
+    ax.plot(*zip(*points, strict=True), **{"linewidth": _WIDTH, **style})
 
 
 def _label(ax: Axes, x: str, quantity: str, prefix: str = "") -> None:

@@ -1,0 +1,209 @@
+"""The two engines of a `DescentModule`: how forward pass, backward pass and update come about.
+
+Both train the same weights with the same torch optimizer and its state, and both count every update where Lightning
+counts `optimizer.step()`. A run may therefore change engines wherever it is resumed.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+
+from manualprop._backprop import WAY_OUT, Backprop
+from manualprop.descent import sum_and_denominator
+
+if TYPE_CHECKING:
+    from manualprop.training.module import DescentModule
+
+EngineName = Literal["tape-free", "autograd", "auto"]
+
+# What Lightning calls around autograd and optimizer.step(), neither of which a folded update goes through.
+_CALLBACK_HOOKS = (
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+)
+_MODULE_HOOKS = (*_CALLBACK_HOOKS, "backward", "optimizer_step", "optimizer_zero_grad")
+
+
+class Engine(ABC):
+    """Makes the updates of a module that is being trained.
+
+    Args:
+        module: under training, its optimizer in the state to go on from.
+        finite: returns the loss that it is given, and refuses one that is not finite.
+    """
+
+    def __init__(self, module: DescentModule, finite: Callable[[float], float]) -> None:
+        self.module, self.finite = module, finite
+
+    @abstractmethod
+    def update(self, x: Tensor, target: Tensor) -> tuple[float, Tensor]:
+        """Make one update from all of its examples; return the loss before it and the output."""
+
+    @abstractmethod
+    def add(self, x: Tensor, target: Tensor) -> tuple[float, float, Tensor]:
+        """Add the gradient of a piece's summed loss to every .grad; return that sum, its divisor and the output."""
+
+    def step(self) -> None:
+        """Make the update that the gradients in .grad ask for."""
+        self.module.descent.clip_gradients(self.module.parameters())
+        self.optimizer().step()
+
+    def optimizer(self) -> LightningOptimizer:
+        """Return the optimizer in Lightning's wrapper, which counts its steps."""
+        optimizer = self.module.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        return optimizer
+
+
+class Autograd(Engine):
+    """torch's own way, for every model, loss, precision and strategy: a tape, `.grad`, `optimizer.step()`."""
+
+    def update(self, x: Tensor, target: Tensor) -> tuple[float, Tensor]:
+        """Make one update; see `Engine.update`."""
+        self.optimizer().zero_grad()
+        output: Tensor = self.module(x)
+        loss = self.module.loss(output, target)
+        value = self.finite(loss.item())
+        self.module.manual_backward(loss)
+        self.step()
+        return value, output.detach()
+
+    def add(self, x: Tensor, target: Tensor) -> tuple[float, float, Tensor]:
+        """Add the gradient of a piece; see `Engine.add`."""
+        output: Tensor = self.module(x)
+        total, divisor = sum_and_denominator(self.module.loss, output, target)
+        value = self.finite(total.item())
+        self.module.manual_backward(total)
+        return value, divisor, output.detach()
+
+
+class TapeFree(Engine):
+    """The formulas written out, by :class:`manualprop.Backprop`; where it can, the update is folded into them."""
+
+    def __init__(self, module: DescentModule, finite: Callable[[float], float]) -> None:
+        super().__init__(module, finite)
+        self.backprop = self._backprop(module.loss)
+        self._summed: Backprop | None = None
+        self._made = module.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+
+    def _backprop(self, loss: torch.nn.Module) -> Backprop:
+        optimizer: Any = self.module.optimizers(use_pl_optimizer=False)
+        return Backprop(self.module.model, loss, self.module.descent, optimizer=optimizer)
+
+    def update(self, x: Tensor, target: Tensor) -> tuple[float, Tensor]:
+        """Make one update; see `Engine.update`."""
+        try:
+            loss = self.backprop(x, target)
+        except FloatingPointError:
+            self._refuse(self.backprop, target)
+            raise
+        self._made.increment_by(
+            1
+        )  # as LightningOptimizer.step does, which a folded update does not go through
+        return loss, self.backprop.output
+
+    def add(self, x: Tensor, target: Tensor) -> tuple[float, float, Tensor]:
+        """Add the gradient of a piece; see `Engine.add`."""
+        if self._summed is None:
+            loss: Any = copy.copy(self.module.loss)
+            loss.reduction = "sum"
+            self._summed = self._backprop(loss)
+        try:
+            gradients = self._summed.gradients(x, target)
+        except FloatingPointError:
+            self._refuse(self._summed, target)
+            raise
+        for name, gradient in gradients.items():
+            parameter = self.module.model.get_parameter(name)
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        output = self._summed.output
+        with torch.no_grad():
+            total, divisor = sum_and_denominator(self.module.loss, output, target)
+        return total.item(), divisor, output
+
+    def _refuse(self, backprop: Backprop, target: Tensor) -> None:
+        """Name the update in the error, where the loss is what was not finite."""
+        with torch.no_grad():
+            self.finite(float(backprop.criterion.loss(backprop.output, target)))
+
+    def rehearse(self, x: Tensor, target: Tensor) -> None:
+        """Run forwards and backwards without a trace: some layers are refused when they meet their input only.
+
+        Args:
+            x: inputs of an update.
+            target: theirs.
+
+        Raises:
+            TypeError: the refusal.
+        """
+        buffers = [(buffer, buffer.clone()) for buffer in self.module.model.buffers()]
+        devices = [x.device] if x.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices=devices):
+                self.backprop.gradients(x, target)
+        except (ValueError, RuntimeError, ArithmeticError):
+            pass  # of the data, not of the engine: the update itself will say so
+        finally:
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+def obstacle(module: DescentModule) -> str | None:
+    """Return why a module that is about to be trained cannot be without a tape; None where it can.
+
+    Args:
+        module: with a trainer and an optimizer.
+    """
+    trainer: Any = module.trainer
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        strategy = type(trainer.strategy).__name__
+        return f"one device trains without a tape. Got {trainer.world_size} with {strategy}"
+    if trainer.precision not in ("32-true", "64-true"):
+        return f"without a tape the precision is the model's own. Got precision={trainer.precision!r}"
+    if trainer._detect_anomaly:
+        return "detect_anomaly=True looks at autograd's tape"
+    found = _overridden(module)
+    if found:
+        return f"{found}, which is not called without a tape"
+    try:
+        TapeFree(module, float)
+    except (TypeError, ValueError) as error:
+        return shortened(error)
+    return None
+
+
+def shortened(refusal: Exception) -> str:
+    """Return a refusal of Backprop without its name, and without the advice to use autograd.
+
+    Args:
+        refusal: raised by Backprop.
+    """
+    return str(refusal).removeprefix("Backprop: ").removesuffix(".").removesuffix(WAY_OUT).rstrip(". ")
+
+
+def _overridden(module: DescentModule) -> str | None:
+    """Name the first of somebody's own methods that the tape-free engine would pass by."""
+    from manualprop.training.module import DescentModule
+
+    if is_overridden("forward", module, DescentModule):
+        return f"{type(module).__name__} has its own forward"
+    owners: list[tuple[Any, type, tuple[str, ...]]] = [(module, LightningModule, _MODULE_HOOKS)]
+    trainer: Any = module.trainer
+    owners += [(callback, Callback, _CALLBACK_HOOKS) for callback in trainer.callbacks]
+    for owner, base, hooks in owners:
+        for hook in hooks:
+            if is_overridden(hook, owner, base):
+                return f"{type(owner).__name__} has its own {hook}"
+    return None

@@ -13,6 +13,8 @@ from manualprop import functions as rules
 from manualprop.functions._rule import transforms_active
 from manualprop.functions.activation import SELU
 
+SATURATED = SELU.LAMBDA * SELU.ALPHA  # SELU falls to its negative
+
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """Like :func:`torch.nn.functional.dropout`, by :class:`manualprop.functions.Dropout`."""
@@ -80,35 +82,30 @@ def _dropout(
     _check_probability(p)
     if not training or p == 0 or input.numel() == 0:
         return input
+    if input.is_complex() and p != 1:
+        raise NotImplementedError(f"dropout: inputs must be real, or p 0 or 1. Got {input.dtype} and p={p}.")
     output: Tensor
     if p == 1:
-        output = rules.Dropout.apply(input, input.new_zeros(()))
+        output = rules.Dropout.apply(input, input.new_zeros((), dtype=torch.bool), 1.0)
     elif alpha:
-        output = rules.AlphaDropout.apply(input, *_alpha_noise(_drawn(input, p, channels, batched), p))
+        a = 1 / math.sqrt((SATURATED**2 * p + 1) * (1 - p))
+        output = rules.AlphaDropout.apply(input, _kept(input, p, channels, batched), a, p, SATURATED)
     else:
-        output = rules.Dropout.apply(input, _drawn(input, p, channels, batched).div_(1 - p))
+        output = rules.Dropout.apply(input, _kept(input, p, channels, batched), 1 - p)
     return input.copy_(output) if inplace else output
 
 
-def _drawn(input: Tensor, p: float, channels: bool, batched: bool) -> Tensor:
-    """1 with probability 1 - p, else 0: for each element, or for each channel."""
-    blank = torch.empty_like(input, requires_grad=False)
+def _kept(input: Tensor, p: float, channels: bool, batched: bool) -> Tensor:
+    """True with probability 1 - p: for each element, or for each channel."""
+    kept = torch.empty_like(input, dtype=torch.bool, requires_grad=False)
     if channels:
         if batched and input.dim() < 2:
             raise RuntimeError("Feature dropout requires at least 2 dimensions in the input")
         leading = 2 if batched else 1
-        blank = input.new_empty((*input.shape[:leading], *(1,) * (input.dim() - leading)))
+        kept = kept.new_empty((*input.shape[:leading], *(1,) * (input.dim() - leading)))
     if transforms_active():  # of a tensor that is not batched, vmap draws as its ``randomness`` says
-        return torch.bernoulli(torch.empty(blank.shape, dtype=blank.dtype, device=blank.device), 1 - p)
-    return blank.bernoulli_(1 - p)
-
-
-def _alpha_noise(kept: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """The factor n and the offset c of alpha dropout."""
-    saturated = SELU.LAMBDA * SELU.ALPHA
-    a = 1 / math.sqrt((saturated**2 * p + 1) * (1 - p))
-    c = kept.add(-1).mul_(saturated * a).add_(saturated * a * p)
-    return kept.mul_(a), c
+        return torch.bernoulli(torch.empty(kept.shape, dtype=torch.bool, device=kept.device), 1 - p)
+    return kept.bernoulli_(1 - p)
 
 
 def _check_probability(p: float) -> None:

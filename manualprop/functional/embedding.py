@@ -24,12 +24,11 @@ def embedding(
         ``input`` (...) indices, ``weight`` (V, D) -> (..., D)
     """
     refuse_complex("embedding", weight)
-    V = weight.size(0)
-    if padding_idx is not None and not -V <= padding_idx < V:
+    if padding_idx is not None and not -weight.size(0) <= padding_idx < weight.size(0):
         raise AssertionError("Padding_idx must be within num_embeddings")
     if max_norm is not None:
         input = input.contiguous()
         torch.embedding_renorm_(weight.detach(), input, max_norm, norm_type)
-    row = -1 if padding_idx is None else padding_idx % V
+    row = -1 if padding_idx is None else padding_idx % weight.size(0)
     output: Tensor = rules.Embedding.apply(input, weight, row, scale_grad_by_freq, sparse)
     return output

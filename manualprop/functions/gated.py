@@ -15,7 +15,6 @@ from torch import Tensor
 
 from manualprop.functions._elementwise import indicator
 from manualprop.functions._rule import Rule, in_full_precision, times
-from manualprop.functions.dropout import RandomlyScaled
 
 
 class PReLU(Rule):
@@ -80,24 +79,45 @@ class PReLU(Rule):
         return times(indicator(torch.gt, x.detach(), 0), 1 - w) + w
 
 
-class RReLU(RandomlyScaled):
+class RReLU(Rule):
     r"""$y = n x$ with $n = 1$ for $x > 0$, else $n$ drawn uniformly from an interval: training
 
     Derivation
-        dL/dx = n g                                                :class:`RandomlyScaled`
+        dL/dx = n g                                                n does not depend on x, piece by piece
+        dy = n dx                                                  forward mode
     Kinks
         y'(0) = n, the slope that was drawn, as in PyTorch.
     Second order
-        Of :class:`RandomlyScaled`.
+        dx is the product of g and a constant: autograd differentiates it as written.
     Shape
         x, n and y alike
     Memory
-        n: 4 bytes per element in float32.  torch keeps x too, 8.
+        n: 4 bytes per element in float32, as torch.
     Accuracy
         Exact.  In evaluation the layer is a :class:`LeakyReLU` with the mean slope.
     Reference
         Xu et al., 2015, https://arxiv.org/abs/1505.00853
     """
+
+    @staticmethod
+    def forward(x: Tensor, n: Tensor) -> Tensor:
+        return x * n
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        (n,) = ctx.saved_tensors
+        return g * n, None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, _: None) -> Tensor:
+        (n,) = ctx.saved_tensors
+        dy: Tensor = dx * n
+        return dy
 
 
 class GLU(Rule):
@@ -136,7 +156,8 @@ class GLU(Rule):
         a, b = in_full_precision(x).chunk(2, ctx.dim)
         s = torch.sigmoid(b)
         da = in_full_precision(g) * s
-        return torch.cat((da, da * a * (1 - s)), ctx.dim).to(x.dtype), None
+        db = times(times(1 - s, a), da)
+        return torch.cat((da, db), ctx.dim).to(x.dtype), None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, _: None) -> Tensor:

@@ -81,7 +81,7 @@ class LayerNorm(Rule):
         gz = g * z  # (N, D)
         dx = dW = db = None
         if needs_x:
-            sum_u, sum_uz = weighted_sum(g, w), weighted_sum(gz, w)  # (N, D) (D, 1) -> (N, 1)
+            sum_u, sum_uz = weighted_sum(g, w), weighted_sum(gz, w)  # (N, D) (D,) -> (N, 1)
             dx = times(minus(input_slope(g, w, z, sum_uz / ctx.D), sum_u / ctx.D), r)
             dx = through_statistics(dx, gm, gr, z, r, ctx.D).to(x.dtype).view(x.shape)
         if needs_W:
@@ -162,7 +162,7 @@ class RMSNorm(Rule):
         gz = g * z  # (N, D)
         dx = dW = None
         if needs_x:
-            sum_uz = weighted_sum(gz, w)  # (N, D) (D, 1) -> (N, 1)
+            sum_uz = weighted_sum(gz, w)  # (N, D) (D,) -> (N, 1)
             dx = times(input_slope(g, w, z, sum_uz / ctx.D), r)
             dx = through_statistics(dx, None, gr, z, r, ctx.D).to(x.dtype).view(x.shape)
         if needs_W:
@@ -216,7 +216,7 @@ class GroupNorm(Rule):
         W, b = (None if t is None else t.contiguous() for t in (W, b))
         y, m, r = torch.native_group_norm(dense(x), W, b, N, C, L, G, eps)
         if m.dtype in HALF:
-            m, r = statistics(x.reshape(N, G, -1), (2,), eps)
+            m, r = statistics(x.reshape(N, G, C // G * L), (2,), eps)
         return y, m.reshape(N, G), r.reshape(N, G)
 
     @staticmethod
@@ -455,7 +455,11 @@ def minus(fresh: Tensor, other: Tensor) -> Tensor:
 
 def weighted_sum(rows: Tensor, W: Tensor | None) -> Tensor:
     """sum_d W_d rows_nd, as a column."""
-    return rows.sum(1, keepdim=True) if W is None else rows.matmul(W.unsqueeze(1))
+    if W is None:
+        return rows.sum(1, keepdim=True)
+    if torch.compiler.is_compiling():  # a compiler fuses sums with what is around them, but no products
+        return (rows * W).sum(1, keepdim=True)
+    return rows.matmul(W.unsqueeze(1))  # (N, D) (D, 1) -> (N, 1)
 
 
 def like(z: Tensor, t: Tensor | None) -> Tensor:

@@ -22,7 +22,8 @@ def reduced(loss: Tensor, reduction: str, dtype: torch.dtype, mass: Tensor | Non
     if reduction == "sum":
         loss = loss.sum()
     elif reduction == "mean":
-        loss = loss.mean() if mass is None else loss.sum() / mass
+        # Not loss.mean(): its backward writes one and the same number into a tensor as large as the loss.
+        loss = loss.sum() / (loss.numel() if mass is None else mass)
     return loss.to(dtype)
 
 

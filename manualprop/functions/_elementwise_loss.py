@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from manualprop.functions._kernels import by_parts
 from manualprop.functions._rule import Rule, in_full_precision, plain_eager, times
 
 # The second derivatives, a row for each argument; a number where an entry is constant.
@@ -92,12 +93,20 @@ def _slope(rule: type[ElementwiseLoss], i: int, partial: Callable[..., Tensor]) 
     """The rule of ``g dl/d(argument i)``."""
     count, curvature = len(rule.partials), rule.curvature
 
+    def formula(g: Tensor, *inputs: Any) -> Tensor:
+        return times(partial(*map(in_full_precision, inputs[:count]), *inputs[count:]), g)
+
+    def part(g: Tensor, *inputs: Any, out: Tensor | None = None) -> Tensor:
+        *rest, x = inputs[:count]
+        result = formula(g, x, *rest, *inputs[count:])
+        return result if out is None else out.copy_(result)
+
     def product(g: Tensor, *inputs: Any) -> Tensor:
-        tensors, p = inputs[:count], inputs[count:]
-        return times(partial(*map(in_full_precision, tensors), *p), g)
+        x, *rest = inputs[:count]
+        return by_parts(part, inputs[count:], g, *rest, x)  # x last: the result is laid out as it is
 
     def forward(g: Tensor, *inputs: Any) -> Tensor:
-        return product(g, *inputs)
+        return formula(g, *inputs)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         saved, ctx.p = inputs[: count + 1], inputs[count + 1 :]

@@ -377,7 +377,7 @@ class BCEWithPosWeight(ElementwiseLoss):
     @staticmethod
     def output_gradient(x: Tensor, t: Tensor, w: Tensor) -> Tensor:
         wt = w * t
-        return (wt + 1 - t) * torch.sigmoid(x) - wt
+        return minus(times((wt + 1).sub_(t), torch.sigmoid(x)), wt)
 
     @staticmethod
     def target_gradient(x: Tensor, t: Tensor, w: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ class SmoothL1(ElementwiseLoss):
 
     @staticmethod
     def output_gradient(x: Tensor, t: Tensor, beta: float) -> Tensor:
-        return clamped((x - t).div_(beta), -1, 1)
+        return clamped(x - t if beta == 1 else (x - t).div_(beta), -1, 1)
 
     @staticmethod
     def target_gradient(x: Tensor, t: Tensor, beta: float) -> Tensor:

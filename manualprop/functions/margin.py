@@ -358,15 +358,14 @@ class MultiMargin(Rule):
         if plain_eager():
             return F.multi_margin_loss(in_full_precision(x), t, p, m, lifted(w, x), reduction="none")
         t = t.reshape(*x.shape[:-1], 1)  # vmap has no rule for torch's
-        h = MultiMargin.missed(in_full_precision(x), t, m) ** p
-        h = h.scatter(-1, t, 0).sum(-1) / x.shape[-1]
+        z = MultiMargin.missed(in_full_precision(x), t, m)
+        h = (z.where(z.gt(0), 0) ** p).scatter(-1, t, 0).sum(-1) / x.shape[-1]
         return h if w is None else h * w[t.squeeze(-1)]
 
     @staticmethod
     def missed(x: Tensor, t: Tensor, m: float) -> Tensor:
-        """max(z, 0), and 0 for NaN, as in PyTorch."""
-        z = (m - x.gather(-1, t)) + x
-        return z.where(z.gt(0), 0)
+        """z."""
+        return (m - x.gather(-1, t)) + x
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -384,8 +383,9 @@ class MultiMargin(Rule):
     def output_gradient(x: Tensor, t: Tensor, p: int, m: float, w: Tensor | None) -> Tensor:
         """dl/dx: the gradient of the loss with respect to the network's output, for each example."""
         t = t.reshape(*x.shape[:-1], 1)
-        h = MultiMargin.missed(in_full_precision(x), t, m)
-        h = (h.sign() if p == 1 else 2 * h) * (1 / x.shape[-1] if w is None else w[t] / x.shape[-1])
+        z = MultiMargin.missed(in_full_precision(x), t, m)
+        h = z.clamp(min=0).sign() if p == 1 else 2 * z.where(z.gt(0), 0)  # 0 for NaN, as in PyTorch
+        h = h * (1 / x.shape[-1] if w is None else w[t] / x.shape[-1])
         h = scattered(h, -1, t, torch.zeros_like(t, dtype=h.dtype))
         return scattered(h, -1, t, -h.sum(-1, keepdim=True))
 
@@ -432,6 +432,9 @@ class MultiLabelMargin(Rule):
     def targets(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """t, 0 from its first -1 on; whether an entry stands before that; whether a class is in T."""
         leading = t.ge(0).cumprod(-1).bool()
+        if plain_eager() and type(t) is Tensor and t.numel():
+            longest = int(leading.sum(-1).max())  # most examples have a few of all classes
+            t, leading = t[..., :longest], leading[..., :longest]
         index = t.where(leading, 0)
         member = torch.zeros_like(x).scatter_add(-1, index, leading.to(x.dtype)).gt(0)
         return index, leading, member

@@ -164,4 +164,4 @@ class Bilinear(Rule):
 
 def rows(x: Tensor) -> Tensor:
     """Every axis but the last flattened into one."""
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])  # not -1: the last may be 0

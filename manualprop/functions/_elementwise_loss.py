@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from manualprop.functions._kernels import by_parts
+from manualprop.functions._kernels import LARGE, by_parts
 from manualprop.functions._rule import Rule, in_full_precision, plain_eager, times
 
 # The second derivatives, a row for each argument; a number where an entry is constant.
@@ -103,6 +103,8 @@ def _slope(rule: type[ElementwiseLoss], i: int, partial: Callable[..., Tensor]) 
 
     def product(g: Tensor, *inputs: Any) -> Tensor:
         x, *rest = inputs[:count]
+        if x.numel() < LARGE:
+            return formula(g, *inputs)
         return by_parts(part, inputs[count:], g, *rest, x)  # x last: the result is laid out as it is
 
     def forward(g: Tensor, *inputs: Any) -> Tensor:

@@ -1,0 +1,243 @@
+"""What the table of cases can not express about the losses: misuse, legacy options, extremes, large tensors."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as torch_F
+from torch import Tensor
+
+import manualprop
+from manualprop import functional as F
+
+INF, NAN = math.inf, math.nan
+
+
+def double(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def gradient(f: Any, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(f(x).sum(), x)[0]
+
+
+ONES, LABELS, CLASSES = torch.ones(2, 3), torch.ones(2, 3), torch.tensor([0, 2])
+NEEDS = torch.ones(3, requires_grad=True)
+
+MISUSE = {
+    "bce size": (
+        ValueError,
+        "different to the input size",
+        lambda M: M.binary_cross_entropy(ONES, torch.ones(2, 1)),
+    ),
+    "bce range": (RuntimeError, "between 0 and 1", lambda M: M.binary_cross_entropy(2 * ONES, ONES)),
+    "bce logits size": (
+        ValueError,
+        "must be the same as input size",
+        lambda M: M.binary_cross_entropy_with_logits(ONES, torch.ones(2, 1)),
+    ),
+    "var negative": (ValueError, "negative", lambda M: M.gaussian_nll_loss(ONES, ONES, -ONES)),
+    "var number": (ValueError, "negative", lambda M: M.gaussian_nll_loss(ONES, ONES, -1.0)),
+    "var size": (ValueError, "incorrect size", lambda M: M.gaussian_nll_loss(ONES, ONES, torch.ones(3))),
+    "gaussian reduction": (
+        ValueError,
+        "not valid",
+        lambda M: M.gaussian_nll_loss(ONES, ONES, ONES, reduction="avg"),
+    ),
+    "kl integers": (RuntimeError, "Integral", lambda M: M.kl_div(CLASSES, CLASSES, reduction="sum")),
+    "kl complex": (RuntimeError, "Complex", lambda M: M.kl_div(ONES + 1j, ONES, reduction="sum")),
+    "delta": (RuntimeError, "delta", lambda M: M.huber_loss(ONES, ONES, delta=0.0)),
+    "beta": (RuntimeError, "beta", lambda M: M.smooth_l1_loss(ONES, ONES, beta=-1.0)),
+    "weight size": (ValueError, "same size", lambda M: M.l1_loss(ONES, ONES, weight=torch.ones(3))),
+    "ranking axes": (
+        RuntimeError,
+        "same dimension",
+        lambda M: M.margin_ranking_loss(ONES, ONES, torch.ones(3)),
+    ),
+    "cosine target": (RuntimeError, "target", lambda M: M.cosine_embedding_loss(ONES, ONES, ONES)),
+    "triplet margin": (
+        ValueError,
+        "greater than 0",
+        lambda M: M.triplet_margin_loss(ONES, ONES, ONES, margin=0.0),
+    ),
+    "triplet axes": (
+        RuntimeError,
+        "same number of dimensions",
+        lambda M: M.triplet_margin_loss(ONES, ONES, torch.ones(3)),
+    ),
+    "distance reduction": (
+        ValueError,
+        "not a valid value",
+        lambda M: M.triplet_margin_with_distance_loss(ONES, ONES, ONES, reduction="avg"),
+    ),
+    "p": (ValueError, "p == 1 and p == 2", lambda M: M.multi_margin_loss(ONES, CLASSES, p=3)),
+    "weight axes": (ValueError, "one-dimensional", lambda M: M.multi_margin_loss(ONES, CLASSES, weight=ONES)),
+    "class": (IndexError, "out of bounds", lambda M: M.nll_loss(ONES, torch.tensor([0, 3]))),
+    "classes": (ValueError, "batch_size", lambda M: M.nll_loss(ONES, torch.zeros(3).long())),
+    "class dtype": (RuntimeError, "Half", lambda M: M.nll_loss(ONES, CLASSES, torch.ones(3).half())),
+    "weight of ce": (RuntimeError, "weight", lambda M: M.cross_entropy(ONES, CLASSES, NEEDS)),
+    "weight of nll": (RuntimeError, "weight", lambda M: M.nll_loss(ONES, CLASSES, NEEDS)),
+    "weight of bce": (RuntimeError, "weight", lambda M: M.binary_cross_entropy(ONES, ONES, NEEDS)),
+    "weight of logits": (
+        RuntimeError,
+        "weight",
+        lambda M: M.binary_cross_entropy_with_logits(ONES, ONES, NEEDS),
+    ),
+    "pos_weight": (
+        RuntimeError,
+        "pos_weight",
+        lambda M: M.binary_cross_entropy_with_logits(ONES, ONES, pos_weight=NEEDS),
+    ),
+    "weight of margin": (RuntimeError, "weight", lambda M: M.multi_margin_loss(ONES, CLASSES, weight=NEEDS)),
+    "labels": (RuntimeError, "target", lambda M: M.soft_margin_loss(ONES[0], NEEDS)),
+}
+
+
+@pytest.mark.parametrize("name", MISUSE)
+def test_misuse_raises_what_torch_raises(name: str) -> None:
+    kind, text, misuse = MISUSE[name]
+    for module in (torch_F, F):
+        with pytest.raises(kind, match=text):
+            misuse(module)
+
+
+@pytest.mark.parametrize(
+    "name", ["l1_loss", "mse_loss", "huber_loss", "poisson_nll_loss", "soft_margin_loss"]
+)
+def test_complex_inputs_are_refused(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name}: inputs must be real"):
+        getattr(F, name)(ONES + 1j, ONES)
+
+
+@pytest.mark.parametrize(
+    ("size_average", "reduce", "reduction"),
+    [(True, None, "mean"), (False, None, "sum"), (None, False, "none"), (True, False, "none")],
+)
+def test_legacy_reductions(size_average: bool | None, reduce: bool | None, reduction: str) -> None:
+    with pytest.warns(UserWarning, match=f"please use reduction='{reduction}'"):
+        legacy = F.l1_loss(ONES, 0 * ONES, size_average, reduce)
+    torch.testing.assert_close(legacy, torch_F.l1_loss(ONES, 0 * ONES, reduction=reduction))
+
+
+def test_warnings_are_torchs() -> None:
+    for module in (torch_F, F):
+        with pytest.warns(UserWarning, match="Using a target size"):
+            module.l1_loss(ONES, torch.ones(3))
+        with pytest.warns(UserWarning, match="'batchmean' divides only by the batch size"):
+            module.kl_div(ONES, ONES)
+    with pytest.warns(FutureWarning, match="NLLLoss2d"):
+        loss = manualprop.nn.NLLLoss2d()
+    x, t = torch.randn(2, 3, 4, 4), torch.zeros(2, 4, 4).long()
+    torch.testing.assert_close(loss(x, t), torch_F.nll_loss(x, t))
+
+
+def test_labels_get_no_gradient_as_in_torch() -> None:
+    labels = torch.ones(2, requires_grad=True)
+    for module in (torch_F, F):
+        assert not module.hinge_embedding_loss(torch.ones(2), labels).requires_grad
+        assert not module.cosine_embedding_loss(ONES, ONES, labels).requires_grad
+
+
+def test_derivatives_stay_finite_where_torchs_do_not() -> None:
+    x, t = double(-1000, 1000, 3), double(1, -1, 1)
+    assert F.soft_margin_loss(x, t).isfinite() and not torch_F.soft_margin_loss(x, t).isfinite()
+    torch.testing.assert_close(
+        gradient(lambda z: F.soft_margin_loss(z, t, reduction="sum"), x)[:2], double(-1, 1)
+    )
+    edge = gradient(lambda z: F.binary_cross_entropy(double(0, 1), z, reduction="sum"), double(0, 1))
+    torch.testing.assert_close(edge, double(100, -100))
+    full = gradient(lambda z: F.poisson_nll_loss(double(0.5), z, full=True), double(0))
+    torch.testing.assert_close(full, double(-0.5))
+
+
+def test_a_nan_variance_instead_of_a_branch_under_transforms() -> None:
+    one = torch.ones(2)
+    losses = torch.func.vmap(lambda v: F.gaussian_nll_loss(one[0], one[0], v))(torch.tensor([1.0, -1.0]))
+    assert losses[0] == 0 and losses[1].isnan()
+
+
+def test_a_variance_below_eps_can_rise_again() -> None:
+    v = double(1e-9, 0.5)
+    ours, torchs = (
+        gradient(lambda z, M=M: M.gaussian_nll_loss(double(1, 1), double(0, 2), z), v) for M in (F, torch_F)
+    )
+    torch.testing.assert_close(ours, torchs)
+    assert ours[0] < 0
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_multi_margin_overlooks_nan_as_torch_does(p: int) -> None:
+    x, t = double(1, 2, NAN, 3, 2, 3).reshape(2, 3), torch.tensor([1, 2])
+    ours, torchs = (gradient(lambda z, M=M: M.multi_margin_loss(z, t, p=p), x) for M in (F, torch_F))
+    torch.testing.assert_close(ours, torchs)
+
+
+def test_multi_label_margin_with_ties_duplicates_and_nan() -> None:
+    x = double(1, 0, 0, 0.5, 1, 2, NAN, 3, 3, 2, 3, -INF).reshape(3, 4)
+    t = torch.tensor([[0, 0, 2, -1], [0, -1, 1, 2], [3, 1, -1, 0]])
+    ours, torchs = (gradient(lambda z, M=M: M.multilabel_margin_loss(z, t), x) for M in (F, torch_F))
+    torch.testing.assert_close(ours, torchs)
+
+
+@pytest.mark.parametrize("p", [0.5, 1.0, 1.5, 2.0, 3.0, INF])
+@pytest.mark.parametrize("swap", [False, True])
+def test_triplets_of_equal_points(p: float, swap: bool) -> None:
+    """Zero distances and ties: torch's first derivative, and a second that is finite."""
+    a, b, c = double(0, 0, 1, -1), double(0, 0, 1, -1), double(0, 1, 1, 2)
+    a, b, c = (v.reshape(2, 2) for v in (a, b, c))
+    ours, torchs = (
+        gradient(lambda z, M=M: M.triplet_margin_loss(z, b, c, p=p, swap=swap, eps=0.0), a)
+        for M in (F, torch_F)
+    )
+    torch.testing.assert_close(ours, torchs)
+    assert (
+        torch.func.hessian(lambda z: F.triplet_margin_loss(z, b, c, p=p, swap=swap, eps=0.0))(a)
+        .isfinite()
+        .all()
+    )
+
+
+def test_a_distance_of_ones_own() -> None:
+    a, b, c = (
+        torch.randn(3, 4, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(3)
+    )
+
+    def distance(u: Tensor, v: Tensor) -> Tensor:
+        return (u - v).square().sum(-1)
+
+    ours, torchs = (
+        gradient(
+            lambda z, M=M: M.triplet_margin_with_distance_loss(
+                z, b, c, distance_function=distance, swap=True
+            ),
+            a,
+        )
+        for M in (F, torch_F)
+    )
+    torch.testing.assert_close(ours, torchs)
+
+
+@pytest.mark.parametrize("name", ["mse_loss", "binary_cross_entropy_with_logits", "hinge_embedding_loss"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_large_tensors_are_small_ones_in_blocks(name: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2 * torch.get_num_threads() + 2, 2**16 + 1, generator=generator).to(dtype)
+    t = torch.randint(0, 2, x.shape, generator=generator).to(dtype)
+    whole = gradient(lambda z: getattr(F, name)(z, t, reduction="sum"), x)
+    rows = [
+        gradient(lambda z, r=r: getattr(F, name)(z, r, reduction="sum"), row)
+        for row, r in zip(x, t, strict=True)
+    ]
+    torch.testing.assert_close(whole, torch.stack(rows))
+
+
+@pytest.mark.parametrize("name", ["l1_loss", "mse_loss", "huber_loss", "nll_loss", "kl_div"])
+def test_empty_batches(name: str) -> None:
+    x = torch.empty(0, 3, requires_grad=True)
+    t = torch.empty(0).long() if name == "nll_loss" else torch.empty(0, 3)
+    for reduction in ("none", "sum", "mean" if name != "kl_div" else "sum"):
+        ours, torchs = (getattr(M, name)(x, t, reduction=reduction) for M in (F, torch_F))
+        torch.testing.assert_close(ours, torchs, equal_nan=True)
+        assert torch.autograd.grad(ours.sum(), x)[0].shape == x.shape

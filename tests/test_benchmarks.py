@@ -27,7 +27,7 @@ def threads_as_before():
 
 @pytest.mark.parametrize("name", bench_layers.LAYERS)
 def test_every_entry_runs_and_is_the_twin(name: str) -> None:
-    ours, torchs, inputs = bench_layers.pair(bench_layers.LAYERS[name], 32, 64)
+    ours, torchs, _ = bench_layers.pair(bench_layers.LAYERS[name], 32, 64)
     assert type(ours).__bases__[0] is type(torchs) and type(ours).__module__.startswith(our_nn.__name__)
     cells = bench_layers.measure(name, TINY)
     assert set(cells) == {"small", "big"}

@@ -125,3 +125,36 @@ class _AfterDynamo(importlib.abc.MetaPathFinder):
 
 if "torch._dynamo" not in sys.modules:
     sys.meta_path.insert(0, _AfterDynamo())
+
+
+# ----- gradients that do not change -----
+
+
+class Flat(Rule):
+    """``d`` as a function of ``x`` with derivative 0."""
+
+    @staticmethod
+    def forward(d: Tensor, x: Tensor) -> Tensor:
+        return d.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, Tensor]:
+        return v, torch.zeros_like(ctx.saved_tensors[1])
+
+    @staticmethod
+    def jvp(ctx: Any, dd: Tensor | None, dx: Tensor | None) -> Tensor:
+        return torch.zeros_like(ctx.saved_tensors[0]) if dd is None else dd.clone()
+
+
+def flat(d: Tensor, x: Tensor) -> Tensor:
+    """A gradient ``d`` that does not change with ``x``: recorded as such, where it is recorded.
+
+    The second derivative is then zeros, as in torch, and not the error that ``x`` was not used.
+    """
+    recorded: Tensor = Flat.apply(d, x) if torch.is_grad_enabled() else d
+    return recorded

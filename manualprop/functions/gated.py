@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manualprop.functions._elementwise import indicator
-from manualprop.functions._rule import Rule, in_full_precision, times
+from manualprop.functions._rule import Rule, flat, in_full_precision, times
 
 
 class PReLU(Rule):
@@ -56,7 +56,7 @@ class PReLU(Rule):
         x, W = ctx.saved_tensors
         needs_x, needs_W = ctx.needs_input_grad
         full_x, full_g = in_full_precision(x), in_full_precision(g)
-        dx = times(PReLU._slope(full_x, W), full_g).to(x.dtype) if needs_x else None
+        dx = flat(times(PReLU._slope(full_x, W), full_g).to(x.dtype), x) if needs_x else None
         dW = None
         if needs_W:
             others = tuple(d for d in range(x.dim()) if d != 1 or W.numel() == 1)
@@ -92,7 +92,7 @@ class RReLU(Rule):
     Shape
         x, n and y alike
     Memory
-        n: 4 bytes per element in float32, as torch.
+        n, 4 bytes per element in float32, and y, which the next layer keeps anyway.  torch keeps n and x.
     Accuracy
         Exact.  In evaluation the layer is a :class:`LeakyReLU` with the mean slope.
     Reference
@@ -105,13 +105,13 @@ class RReLU(Rule):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
+        ctx.save_for_backward(inputs[1], output)
         ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        (n,) = ctx.saved_tensors
-        return g * n, None
+        n, y = ctx.saved_tensors
+        return flat(g * n, y), None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, _: None) -> Tensor:

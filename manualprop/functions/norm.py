@@ -23,7 +23,15 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
-from manualprop.functions._rule import HALF, Rule, in_full_precision, plain_eager, times, transforms_active
+from manualprop.functions._rule import (
+    HALF,
+    Rule,
+    flat,
+    in_full_precision,
+    plain_eager,
+    times,
+    transforms_active,
+)
 
 
 class LayerNorm(Rule):
@@ -370,7 +378,7 @@ class BatchNormEvaluation(Rule):
     Shape
         x (N, C, L), all else (C,) -> y (N, C, L)
     Memory
-        x if W needs a gradient; else only tensors of C elements.
+        x if W needs a gradient, else y, which the next layer keeps anyway; and tensors of C elements.
     Accuracy
         As that of x - m.
     """
@@ -385,7 +393,7 @@ class BatchNormEvaluation(Rule):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, W, b, m, v, ctx.eps = inputs
         ctx.b_dtype, ctx.shape = None if b is None else b.dtype, x.shape
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, W, m, v)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else output, W, m, v)
         ctx.save_for_forward(x, W, m, v)
 
     @staticmethod
@@ -396,7 +404,7 @@ class BatchNormEvaluation(Rule):
         dx = dW = db = None
         if needs_x:
             slope = r if W is None else r * in_full_precision(W)
-            dx = (full_g * per_channel(slope, g)).to(g.dtype)
+            dx = flat((full_g * per_channel(slope, g)).to(g.dtype), x)
         if needs_W:
             centred = in_full_precision(x) - per_channel(in_full_precision(m), x)
             dW = (r * (full_g * centred).sum(dims)).to(W.dtype)  # (C,) (N, C, L) -> (C,)

@@ -90,8 +90,9 @@ class LayerNorm(Rule):
         dx = dW = db = None
         if needs_x:
             sum_u, sum_uz = weighted_sum(g, w), weighted_sum(gz, w)  # (N, D) (D,) -> (N, 1)
+            rest = through_statistics(gm, gr, z, r, ctx.D)
             dx = times(minus(input_slope(g, w, z, sum_uz / ctx.D), sum_u / ctx.D), r)
-            dx = through_statistics(dx, gm, gr, z, r, ctx.D).to(x.dtype).view(x.shape)
+            dx = plus(dx, rest).to(x.dtype).view(x.shape)
         if needs_W:
             dW = gz.sum(0).to(W.dtype).view(ctx.shape)  # (N, D) -> (D,)
         if needs_b:
@@ -171,8 +172,9 @@ class RMSNorm(Rule):
         dx = dW = None
         if needs_x:
             sum_uz = weighted_sum(gz, w)  # (N, D) (D,) -> (N, 1)
+            rest = through_statistics(None, gr, z, r, ctx.D)
             dx = times(input_slope(g, w, z, sum_uz / ctx.D), r)
-            dx = through_statistics(dx, None, gr, z, r, ctx.D).to(x.dtype).view(x.shape)
+            dx = plus(dx, rest).to(x.dtype).view(x.shape)
         if needs_W:
             dW = gz.sum(0).to(W.dtype).view(ctx.shape)  # (N, D) -> (D,)
         return dx, dW, None, None
@@ -248,8 +250,9 @@ class GroupNorm(Rule):
         if needs_x:
             sum_u, sum_uz = ((s if w is None else s * w).sum(2, keepdim=True) for s in (sum_g, sum_gz))
             n = z.shape[2:].numel()
+            rest = through_statistics(gm, gr, z, r, n)
             dx = times(minus(input_slope(g, w, z, sum_uz / n), sum_u / n), r)
-            dx = through_statistics(dx, gm, gr, z, r, n).to(x.dtype).view(x.shape)
+            dx = plus(dx, rest).to(x.dtype).view(x.shape)
         if needs_W:
             dW = sum_gz.sum(0).view(-1).to(W.dtype)  # (N, G, K, 1) -> (C,)
         if needs_b:
@@ -339,8 +342,9 @@ class BatchNorm(Rule):
         if needs_x:
             n = x.shape[0] * x.shape[2:].numel() or 1
             slope = r if w is None else r * w
-            dx = times(minus(g - z * (sum_gz / n), sum_g / n), slope)
-            dx = through_statistics(dx, gm, gr, z, r, n).to(x.dtype)
+            rest = through_statistics(gm, gr, z, r, n)
+            dx = times(minus(input_slope(g, None, z, sum_gz / n), sum_g / n), slope)
+            dx = plus(dx, rest).to(x.dtype)
         if needs_W:
             dW = sum_gz.view(-1).to(W.dtype)
         if needs_b:
@@ -407,7 +411,7 @@ class BatchNormEvaluation(Rule):
             dx = flat((full_g * per_channel(slope, g)).to(g.dtype), x)
         if needs_W:
             centred = in_full_precision(x) - per_channel(in_full_precision(m), x)
-            dW = (r * (full_g * centred).sum(dims)).to(W.dtype)  # (C,) (N, C, L) -> (C,)
+            dW = (r * times(centred, full_g).sum(dims)).to(W.dtype)  # (C,) (N, C, L) -> (C,)
         if needs_b:
             db = full_g.sum(dims).to(ctx.b_dtype)
         return dx, dW, db, None, None, None
@@ -426,19 +430,20 @@ class BatchNormEvaluation(Rule):
 
 
 def input_slope(g: Tensor, W: Tensor | None, z: Tensor, c2: Tensor) -> Tensor:
-    """g W - z c2, a fresh tensor."""
-    return g - z * c2 if W is None else minus(g * W, z * c2)
+    """g W - z c2, a fresh tensor.  This is the last use of ``z``: unless it is recorded, it is overwritten."""
+    zc2 = z * c2 if torch.is_grad_enabled() else times(z, c2)
+    return g - zc2 if W is None else minus(g * W, zc2)
 
 
-def through_statistics(
-    dx: Tensor, gm: Tensor | None, gr: Tensor | None, z: Tensor, r: Tensor, n: int
-) -> Tensor:
-    """dx + gm dm/dx + gr dr/dx: what reaches the input by way of the statistics, in second derivatives only."""
-    if gm is not None:
-        dx = dx + gm.reshape(r.shape) / n
-    if gr is not None:
-        dx = dx - z * (r * r * gr.reshape(r.shape) / n)
-    return dx
+def through_statistics(gm: Tensor | None, gr: Tensor | None, z: Tensor, r: Tensor, n: int) -> Tensor | None:
+    """gm dm/dx + gr dr/dx: what reaches the input by way of the statistics, in second derivatives only."""
+    by_mean = None if gm is None else gm.reshape(r.shape) / n
+    by_root = None if gr is None else z * (r * r * gr.reshape(r.shape) / -n)
+    return by_mean if by_root is None else plus(by_root, by_mean)
+
+
+def plus(a: Tensor, b: Tensor | None) -> Tensor:
+    return a if b is None else a + b
 
 
 def tangents(dx: Tensor, z: Tensor, r: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:

@@ -38,17 +38,23 @@ class Graphs:
         self._made: dict[Any, Body] = {}
 
     def run(
-        self, body: Body, key: Any, inputs: list[Tensor], mutated: Iterable[Tensor]
+        self, body: Body, key: Any, inputs: list[Tensor], changed: Callable[[], list[Tensor]]
     ) -> tuple[Tensor, ...]:
         """``body(*inputs)``, by the graph of its own, which is made on the first call."""
         key = (key, *[(i.shape, i.dtype, i.device) for i in inputs])
         graph = self._made.get(key)
         with torch.no_grad():
             if graph is None:
-                graph = compiled(body, inputs) if self.compile else body
-                graph = captured(graph, inputs, list(mutated)) if self.capture else graph
-                self._made[key] = graph
+                graph = self._made[key] = self._make(body, inputs, changed())
             return graph(*inputs)
+
+    def _make(self, body: Body, inputs: list[Tensor], changed: list[Tensor]) -> Body:
+        before = [c.clone() for c in changed]
+        graph = compiled(body, inputs) if self.compile else body
+        graph = captured(graph, inputs) if self.capture else graph
+        for c, b in zip(changed, before, strict=True):  # neither tracing nor warming up is a step
+            c.copy_(b)
+        return graph
 
 
 class Hyperparameters:
@@ -89,7 +95,7 @@ def with_tensors(groups: list[dict[str, Any]], tensors: Iterable[Tensor]) -> lis
 def compiled(body: Body, inputs: list[Tensor]) -> Body:
     """``body`` as one compiled graph for inputs of these shapes."""
     # Not Dynamo: it would have to follow the rules' plumbing, and guard every object on the way in every step.
-    graph = make_fx(body, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+    graph = make_fx(lambda *given: body(*given), tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
     constants = lifted(graph)
     run = make(graph, [*inputs, *constants])
 
@@ -115,7 +121,7 @@ def lifted(graph: GraphModule) -> list[Tensor]:
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     found: dict[Any, tuple[Any, Tensor]] = {}
     for node in [node for node in graph.graph.nodes if node.op == "get_attr"]:
-        tensor = getattr(graph, node.target).detach()
+        tensor = getattr(graph, node.target).data  # not detach(): a view, for which the compiler copies
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         if key not in found:
             with graph.graph.inserting_after(inputs[-1]):
@@ -124,18 +130,21 @@ def lifted(graph: GraphModule) -> list[Tensor]:
             inputs[-1].meta = dict(node.meta)
         node.replace_all_uses_with(found[key][0])
         graph.graph.erase_node(node)
+    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):
+        node.replace_all_uses_with(node.args[0])
+        graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
     graph.recompile()
     return [tensor for _, tensor in found.values()]
 
 
-def captured(body: Body, inputs: list[Tensor], mutated: list[Tensor]) -> Body:
+def captured(body: Body, inputs: list[Tensor]) -> Body:
     """``body`` as a CUDA graph for inputs of these shapes.
 
     The graph reads and writes fixed addresses: inputs are copied to where it reads, outputs are overwritten by the
-    next replay.  CUDA asks for a few runs beforehand, on a stream of their own; what they change is put back.
+    next replay.  CUDA asks for a few runs beforehand, on a stream of their own.
     """
     static = [i.clone() for i in inputs]
-    before = [m.clone() for m in mutated]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -145,8 +154,6 @@ def captured(body: Body, inputs: list[Tensor], mutated: list[Tensor]) -> Body:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = body(*static)
-    for m, b in zip(mutated, before, strict=True):
-        m.copy_(b)
 
     def replay(*arguments: Tensor) -> tuple[Tensor, ...]:
         for s, argument in zip(static, arguments, strict=True):

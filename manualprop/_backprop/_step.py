@@ -199,6 +199,7 @@ class Backprop:
         """One step, by a graph of forward pass, backward pass and update."""
         form, numbers = self._numbers.of(self._groups)
         found, self.output = self._graph(self._whole_step, form, [x, target, *numbers])
+        torch.autograd.graph.increment_version(self._learning)  # which autograd cannot see otherwise
         loss = found.item()
         if not math.isfinite(loss):
             raise self._not_finite(loss)
@@ -207,13 +208,16 @@ class Backprop:
     def _graph(self, body: Body, form: Any, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         assert self._graphs is not None
         key = (body.__name__, form, *[module.training for module in self._modules])
-        mutated = [*self._parameters, *self.model.buffers()]
-        mutated += [buffer for destination in self._descend.values() for buffer in destination.buffers()]
         self.criterion.traced = True
         try:
-            return self._graphs.run(body, key, inputs, mutated)
+            return self._graphs.run(body, key, inputs, self._changed)
         finally:
             self.criterion.traced = False
+
+    def _changed(self) -> list[Tensor]:
+        """What a step changes in place."""
+        buffers = [buffer for destination in self._descend.values() for buffer in destination.buffers()]
+        return [*self._parameters, *self.model.buffers(), *buffers]
 
     def _whole_step(self, x: Tensor, target: Tensor, *numbers: Tensor) -> tuple[Tensor, ...]:
         """Loss and output; each weight is changed only if the loss is finite."""

@@ -38,7 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run = RunDirectory(options.name)
         run.claim(overwrite=options.overwrite)
-        return compare(run, options.seed, options.epochs)
+        try:
+            return compare(run, options.seed, options.epochs)
+        finally:
+            run.release()
     except UserError as error:
         print(f"descents: {error}", file=sys.stderr)
         return 2

@@ -65,6 +65,27 @@ def test_device_and_dtype_arguments() -> None:
     assert layer(torch.empty(4, 3, device="meta", dtype=torch.float16)).shape == (4, 2)
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+@pytest.mark.parametrize(
+    ("name", "arguments", "shape"),
+    [
+        ("LazyLinear", (4,), (5, 3)),
+        ("LazyBatchNorm1d", (), (5, 3)),
+        ("LazyBatchNorm2d", (), (5, 3, 2, 2)),
+        ("LazyBatchNorm3d", (), (5, 3, 2, 1, 2)),
+    ],
+)
+def test_a_lazy_layer_becomes_ours(name: str, arguments: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    layer = getattr(manualprop.nn, name)(*arguments)
+    x = torch.ones(shape, requires_grad=True)
+    rule = type(layer(x).grad_fn).__name__
+    assert type(layer) is getattr(manualprop.nn, name.removeprefix("Lazy"))
+    assert type(layer(x).grad_fn).__name__ == rule and rule in ("LinearBackward", "BatchNormBackward"), rule
+    (swapped,) = manualprop.swap(nn.Sequential(getattr(nn, name)(*arguments)))
+    swapped(x)
+    assert type(swapped) is type(layer)
+
+
 INPLACE = [
     pytest.param(cls, id=cls.__name__)
     for cls in TWINS.values()

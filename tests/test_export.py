@@ -98,7 +98,12 @@ def test_who_keeps_the_rule(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ----- TorchScript -----
 
+NOT_WARNED = pytest.mark.filterwarnings(
+    "ignore:.*NLLLoss2d:FutureWarning", "ignore:Lazy modules are a new feature", "ignore:Implicit dimension"
+)
 
+
+@NOT_WARNED
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize(
     "ours", [pytest.param(c, id=c.__name__) for c in TWINS.values() if c.forward is not nn.Identity.forward]
@@ -121,6 +126,7 @@ def test_a_trace_runs_but_cannot_be_saved(tmp_path: Path) -> None:
 
 CHECKS_ITS_INPUT = "forward compares the input's shape, and counts batches, which a trace would not record"
 NOT_TRACED = {
+    "Softmax2d": "forward compares the input's shape",
     **{f"{kind}Norm{d}d": CHECKS_ITS_INPUT for kind in ("Batch", "Instance") for d in (1, 2, 3)},
     **{
         c.__name__: "has no parameters before its first input" for c in TWINS.values() if "Lazy" in c.__name__
@@ -132,9 +138,6 @@ TRACED = [
     for c in TWINS.values()
     if c.__name__ not in NOT_TRACED and c.forward is not nn.Identity.forward
 ]
-NOT_WARNED = pytest.mark.filterwarnings(
-    "ignore:.*NLLLoss2d:FutureWarning", "ignore:Lazy modules are a new feature", "ignore:Implicit dimension"
-)
 
 
 @NOT_WARNED

@@ -17,11 +17,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from properties import upstream
+from test_routes import tripled
 from torch import Tensor, nn
 from torch.func import jvp
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from manualprop import functional as F
+from manualprop import functions as rules
 from manualprop._swap import TWINS
 
 FUNCTIONS = sorted(n for n, f in vars(F).items() if inspect.isfunction(f) and not n.startswith("_"))
@@ -519,3 +521,20 @@ def test_forward_mode_agrees_with_reverse_mode(db: Databases, name: str) -> None
         )
         ran += 1
     assert ran
+
+
+# ----- the tests themselves -----
+
+
+def test_a_wrong_rule_is_noticed(db: Databases, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "Tanh", tripled(rules.Tanh))
+    with pytest.raises(AssertionError, match="gradients differ"):
+        test_operator_samples(db, "tanh", 1)
+    with pytest.raises(AssertionError, match="gradients differ"):
+        test_module_samples(db, nn.Tanh, True, 1)
+
+
+def test_a_missing_check_is_noticed(db: Databases, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(F, "softshrink", lambda input, lambd=0.5: input)
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        test_operator_misuse(db, "softshrink")

@@ -645,6 +645,38 @@ def test_compiled_by_inductor(options: dict[str, Any]) -> None:
     torch.testing.assert_close(dict(ours.named_buffers()), dict(eager.named_buffers()))
 
 
+CAPTURED = [
+    row for row in ROWS if row.name.startswith(("descent", "norm-Batch", "loss-ignoring", "loss-smoothed"))
+]
+
+
+@pytest.fixture
+def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch, uncompiled: list[int]) -> None:
+    """What a GPU would capture runs as it is: the guarded update, without the replaying."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_graph, "captured", lambda body, inputs: body)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("row", CAPTURED, ids=str)
+def test_what_a_gpu_captures_makes_the_same_weights(row: Row, compile: bool, as_if_on_a_gpu: None) -> None:
+    (ours, _), (eager, _) = twins(row), twins(row)
+    x, t = examples(row)
+    step = Backprop(ours, row.loss(), made_descent(row), compile=compile, capture=True)
+    plain = Backprop(eager, row.loss(), made_descent(row))
+    for k in range(5):
+        step.optimizer.param_groups[0]["lr"] *= 0.9**k
+        plain.optimizer.param_groups[0]["lr"] *= 0.9**k
+        assert step(x, t) == pytest.approx(plain(x, t), rel=1e-12)
+    assert distance(ours, eager) <= 1e-12
+    torch.testing.assert_close(dict(ours.named_buffers()), dict(eager.named_buffers()))
+    before = copy.deepcopy((dict(ours.named_parameters()), step.optimizer.state_dict()))
+    with pytest.raises(FloatingPointError, match="no weight was changed"):
+        step(x * torch.nan, t)
+    after = dict(ours.named_parameters()), step.optimizer.state_dict()
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_capture_needs_a_gpu() -> None:
     ours, _ = twins(ROWS[0])

@@ -134,6 +134,23 @@ class Descend(Destination):
             rules.Linear.add_bias_gradient(self.row, g, group["lr"] if group["maximize"] else -group["lr"])
 
 
+class Factors(Destination):
+    """Keeps what a gradient is made of, so that a graph may end there and the update still be folded."""
+
+    def __init__(self, parameter: Parameter) -> None:
+        super().__init__(parameter)
+        self.method, self.made = "take", [torch.zeros_like(self.value)]
+
+    def take(self, gradient: Tensor) -> None:
+        self.method, self.made = "take", [gradient]
+
+    def take_weight(self, g: Tensor, x: Tensor) -> None:
+        self.method, self.made = "take_weight", [g, x]
+
+    def take_bias(self, g: Tensor) -> None:
+        self.method, self.made = "take_bias", [g]
+
+
 HYPERPARAMETERS = ("lr", "momentum", "dampening", "weight_decay")
 
 

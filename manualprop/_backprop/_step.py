@@ -20,7 +20,7 @@ from torch.nn import Module, Parameter
 from torch.optim import SGD, Optimizer
 
 from manualprop._backprop._criterion import Criterion
-from manualprop._backprop._destinations import Collect, Descend, Destinations, Guarded
+from manualprop._backprop._destinations import Collect, Descend, Destinations, Factors, Guarded
 from manualprop._backprop._graph import Body, Graphs, Hyperparameters, with_tensors
 from manualprop._backprop._stages import Added, Chained, build
 from manualprop._backprop._trace import Record, headline, observed, record
@@ -43,10 +43,10 @@ class Backprop:
         loss: of :mod:`manualprop.nn`, called on (output, target), with reduction "mean" or "sum".
         descent: of :mod:`manualprop.descent`: the update, and for Batch the size of the micro-batches.
         optimizer: the descent's, where it has been made already; it is made anew otherwise.
-        compile: run forward pass, backward pass and update as one graph, compiled by torch's inductor on the first
-            step of each shape of the input (tens of seconds).  Schedulers do not compile it anew.  With an optimizer
-            other than SGD, with clipping or with micro-batches, the graph ends at the gradients, and the update
-            is the optimizer's own.  Random layers draw other numbers than without ``compile``.
+        compile: run forward pass, loss and backward pass as one graph, compiled by torch's inductor on the first step
+            of each shape of the input (tens of seconds).  It ends where the update starts, which stays folded into
+            the product that makes the gradient (or is the optimizer's own), so that a scheduler compiles nothing
+            anew.  It pays for many or large elementwise layers.  Random layers draw other numbers than without.
         capture: replay the step as a CUDA graph: for small networks on a GPU, where starting the kernels takes longer
             than their work.  It needs a CUDA device, the model, the inputs and the targets on it, and one graph's
             memory for each shape of the input.  May be combined with ``compile``.
@@ -107,6 +107,7 @@ class Backprop:
         self._descend = (
             {p: Descend(p, groups[p], self.optimizer.state[p]) for p in self._learning} if self._folds else {}
         )
+        self._methods: list[tuple[str, int]] = []
         self._micro = self.descent.micro_batch_size if isinstance(self.descent, Batch) else None
         self._by_update = self.lr_scheduler is not None and self.descent.lr_scheduler_interval == "update"
         self._inference = torch.inference_mode()
@@ -129,10 +130,12 @@ class Backprop:
         whole = self._micro is None or self._micro >= len(x)
         if not (whole and self._folds):
             loss = self._collect_and_update(x, target)
-        elif self._graphs is not None and self._has_buffers():
+        elif self._graphs is not None and self._graphs.capture and self._has_buffers():
             loss = self._run_graph(x, target)
         elif self._ties:
             loss = self._collect_and_update(x, target)
+        elif self._graphs is not None and self._graphs.compile:
+            loss = self._run_factors(x, target)
         else:
             with self._inference:
                 loss, _ = self._propagate(x, target)
@@ -159,30 +162,36 @@ class Backprop:
             self._plan()
 
     @contextmanager
+    def _sending(self, to: Destinations) -> Iterator[None]:
+        """Within, gradients go elsewhere than into the update, and no weight changes."""
+        self._send(to)
+        try:
+            yield
+        finally:
+            self._send(self._descend)
+
+    @contextmanager
     def _collecting(self) -> Iterator[Mapping[Parameter, Collect]]:
         """Within, gradients are collected, and no weight changes."""
         to = {p: Collect(p) for p in self._learning}
-        self._send(to)
-        try:
+        with self._sending(to):
             yield to
-        finally:
-            self._send(self._descend)
 
     def _propagate(self, x: Tensor, target: Tensor, divide: bool = True) -> tuple[float, Tensor | float]:
         """Forward propagation, loss, gradient of the loss, backward propagation; the loss and its divisor."""
         self.output = output = self.stage.forward(x)
         loss, divisor, g = self.criterion(output, target, divide)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise self._not_finite(value)
+        value = self._finite(loss)
         self.stage.backward(g)
         return value, divisor
 
-    def _not_finite(self, loss: float) -> FloatingPointError:
-        return FloatingPointError(
-            f"Backprop: the loss must stay finite. Got loss={loss} with learning rate "
-            f"{self._groups[0]['lr']:g}; no weight was changed. Try a smaller learning rate, and "
-            "look for nan or huge values in the data."
+    def _finite(self, loss: Tensor) -> float:
+        value = loss.item()
+        if math.isfinite(value):
+            return value
+        raise FloatingPointError(
+            f"Backprop: the loss must stay finite. Got loss={value} with learning rate {self._groups[0]['lr']:g}; no "
+            "weight was changed. Try a smaller learning rate, and look for nan or huge values in the data."
         )
 
     # ----- the whole as one graph -----
@@ -200,10 +209,7 @@ class Backprop:
         form, numbers = self._numbers.of(self._groups)
         found, self.output = self._graph(self._whole_step, form, [x, target, *numbers])
         torch.autograd.graph.increment_version(self._learning)  # which autograd cannot see otherwise
-        loss = found.item()
-        if not math.isfinite(loss):
-            raise self._not_finite(loss)
-        return loss
+        return self._finite(found)
 
     def _graph(self, body: Body, form: Any, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         assert self._graphs is not None
@@ -231,6 +237,29 @@ class Backprop:
         for update in updates:
             update.commit(finite)
         return loss, output
+
+    def _run_factors(self, x: Tensor, target: Tensor) -> float:
+        """One step, by a graph of forward and backward pass: it ends where the update is folded into a product.
+
+        Inside of the graph a product cannot be written into the weight, and the weights would be copied to and fro.
+        """
+        with torch.no_grad():
+            found, self.output, *factors = self._graph(self._factors, None, [x, target])
+            loss = self._finite(found)
+            given = iter(factors)
+            for destination, (method, count) in zip(self._descend.values(), self._methods, strict=True):
+                getattr(destination, method)(*[next(given) for _ in range(count)])
+        return loss
+
+    def _factors(self, x: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        """Loss, output, and what the gradients are made of; how, is noted aside."""
+        to = {p: Factors(p) for p in self._learning}
+        with self._sending(to):
+            output = self.stage.forward(x)
+            loss, _, g = self.criterion(output, target)
+            self.stage.backward(g)
+        self._methods = [(factors.method, len(factors.made)) for factors in to.values()]
+        return loss, output, *[made for factors in to.values() for made in factors.made]
 
     def _gradients(self, x: Tensor, target: Tensor, divide: bool = True) -> tuple[Tensor, ...]:
         """Loss, divisor, output, and the gradient of every parameter that learns."""
@@ -265,9 +294,7 @@ class Backprop:
             return value, float(divisor)
         body = self._gradients if divide else self._sums
         loss, divisor, self.output, *gradients = self._graph(body, None, [x, target])
-        value = loss.item()
-        if not math.isfinite(value):
-            raise self._not_finite(value)
+        value = self._finite(loss)
         for destination, gradient in zip(to.values(), gradients, strict=True):
             destination.take(gradient.clone() if self._graphs.capture else gradient)
         return value, divisor.item()

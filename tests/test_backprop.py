@@ -26,7 +26,7 @@ class Row:
     loss: Callable[[], torch.nn.Module] = nn.CrossEntropyLoss
     descent: dict[str, Any] = field(default_factory=dict)
     rows: int = 16
-    steps: int = 200
+    steps: int = 200  # fewer where only the structure differs, so that the suite stays quick
     within: float = 1e-10  # relative; anything else has its reason beside it
 
     def __str__(self) -> str:
@@ -98,10 +98,16 @@ ROWS = [
         "nested",
         lambda: [nn.Sequential(nn.Sequential(*mlp(nn.GELU())), nn.Tanh()), nn.Linear(CLASSES, CLASSES)],
     ),
-    Row("identity", lambda: [nn.Identity(), *mlp(nn.Tanh()), torch.nn.Identity()]),
-    Row("residual", lambda: [nn.Residual(nn.Linear(FEATURES, FEATURES), nn.Tanh()), *mlp(nn.ReLU())]),
-    Row("residual-last", lambda: [*mlp(nn.Tanh()), nn.Residual(nn.Tanh(), nn.Linear(CLASSES, CLASSES))]),
-    Row("residual-of-nothing", lambda: [*mlp(nn.Tanh()), nn.Residual()]),
+    Row("identity", lambda: [nn.Identity(), *mlp(nn.Tanh()), torch.nn.Identity()], steps=50),
+    Row(
+        "residual", lambda: [nn.Residual(nn.Linear(FEATURES, FEATURES), nn.Tanh()), *mlp(nn.ReLU())], steps=50
+    ),
+    Row(
+        "residual-last",
+        lambda: [*mlp(nn.Tanh()), nn.Residual(nn.Tanh(), nn.Linear(CLASSES, CLASSES))],
+        steps=50,
+    ),
+    Row("residual-of-nothing", lambda: [*mlp(nn.Tanh()), nn.Residual()], steps=50),
     Row(
         "parallel",
         lambda: [

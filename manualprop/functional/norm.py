@@ -18,7 +18,9 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """Like :func:`torch.nn.functional.layer_norm`, by :class:`manualprop.functions.LayerNorm`."""
-    output: Tensor = rules.LayerNorm.apply(input, weight, bias, tuple(normalized_shape), eps)[0]
+    shape = tuple(normalized_shape)
+    _check_normalized_shape("layer_norm", input, shape)
+    output: Tensor = rules.LayerNorm.apply(input, weight, bias, len(shape), eps)[0]
     return output
 
 
@@ -32,26 +34,26 @@ def rms_norm(
     """
     refuse_complex("rms_norm", input)
     shape = tuple(normalized_shape)
-    _check_normalized_shape(input, shape, weight)
-    if eps is None:
-        eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
-    output: Tensor = rules.RMSNorm.apply(input, weight, shape, eps)[0]
-    return output
-
-
-def _check_normalized_shape(input: Tensor, shape: tuple[int, ...], weight: Tensor | None) -> None:
-    if not shape:
-        raise RuntimeError(
-            "rms_norm: Expected normalized_shape to be at least 1-dimensional, i.e., containing at least one "
-            "element, but got normalized_shape = ()"
-        )
+    if shape and input.dim() < len(shape):
+        raise ValueError(f"Input tensor must have at least {len(shape)} dimensions, but got {input.dim()}")
+    _check_normalized_shape("rms_norm", input, shape)
     if weight is not None and tuple(weight.shape) != shape:
         raise RuntimeError(
             "rms_norm: Expected weight to be of same shape as normalized_shape, but got weight of shape "
             f"{list(weight.shape)} and normalized_shape = {list(shape)}"
         )
-    if input.dim() < len(shape):
-        raise ValueError(f"Input tensor must have at least {len(shape)} dimensions, but got {input.dim()}")
+    if eps is None:
+        eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
+    output: Tensor = rules.RMSNorm.apply(input, weight, len(shape), eps)[0]
+    return output
+
+
+def _check_normalized_shape(name: str, input: Tensor, shape: tuple[int, ...]) -> None:
+    if not shape:
+        raise RuntimeError(
+            f"{name}: Expected normalized_shape to be at least 1-dimensional, i.e., containing at least one "
+            "element, but got normalized_shape = ()"
+        )
     if tuple(input.shape[-len(shape) :]) != shape:
         raise RuntimeError(
             f"Given normalized_shape={list(shape)}, expected input with shape [*, {str(list(shape))[1:-1]}], but "

@@ -7,7 +7,7 @@ Symbols
     z   r (x - m), normalised         W, b     weight and bias, each may be None
     mean(.) and sum(.) without an index run over what m is the mean of
 Shape legend
-    N   batch: any number of leading axes            D   normalized_shape, flattened
+    N   batch: any number of leading axes            D   the last ``axes`` axes, flattened
     C   channels           L   all further axes, flattened
     G   groups             K   channels in a group, C / G
 Statistics
@@ -63,17 +63,18 @@ class LayerNorm(Rule):
 
     @staticmethod
     def forward(
-        x: Tensor, W: Tensor | None, b: Tensor | None, shape: tuple[int, ...], eps: float
+        x: Tensor, W: Tensor | None, b: Tensor | None, axes: int, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, m, r = torch.native_layer_norm(x, shape, W, b, eps)
+        y, m, r = torch.native_layer_norm(x, x.shape[-axes:], W, b, eps)
         if m.dtype in HALF:
-            m, r = statistics(x, range(-len(shape), 0), eps)
+            m, r = statistics(x, range(-axes, 0), eps)
         return y, m, r
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, W, b, ctx.shape, _ = inputs
-        ctx.D, ctx.b_dtype = torch.Size(ctx.shape).numel(), None if b is None else b.dtype
+        x, W, b, axes, _ = inputs
+        ctx.shape, ctx.b_dtype = x.shape[-axes:], None if b is None else b.dtype
+        ctx.D = ctx.shape.numel()
         ctx.save_for_backward(x, W, *output[1:])
         ctx.save_for_forward(x, W, *output[1:])
         ctx.set_materialize_grads(False)
@@ -146,9 +147,9 @@ class RMSNorm(Rule):
     """
 
     @staticmethod
-    def forward(x: Tensor, W: Tensor | None, shape: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor]:
+    def forward(x: Tensor, W: Tensor | None, axes: int, eps: float) -> tuple[Tensor, Tensor]:
         full_x = in_full_precision(x)
-        mean_square = full_x.square().mean(tuple(range(-len(shape), 0)), keepdim=True)
+        mean_square = full_x.square().mean(tuple(range(-axes, 0)), keepdim=True)
         r = (mean_square + eps).rsqrt()
         z = full_x * r
         y = z if W is None else times(z, in_full_precision(W))
@@ -156,8 +157,9 @@ class RMSNorm(Rule):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, W, ctx.shape, _ = inputs
-        ctx.D = torch.Size(ctx.shape).numel()
+        x, W, axes, _ = inputs
+        ctx.shape = x.shape[-axes:]
+        ctx.D = ctx.shape.numel()
         ctx.save_for_backward(x, W, output[1])
         ctx.save_for_forward(x, W, output[1])
         ctx.set_materialize_grads(False)
@@ -396,7 +398,7 @@ class BatchNormEvaluation(Rule):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, W, b, m, v, ctx.eps = inputs
-        ctx.b_dtype, ctx.shape = None if b is None else b.dtype, x.shape
+        ctx.b_dtype = None if b is None else b.dtype
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else output, W, m, v)
         ctx.save_for_forward(x, W, m, v)
 

@@ -1,18 +1,14 @@
 """The harness of the benchmarks, on tiny settings; no test asserts a time."""
 
-import sys
 from pathlib import Path
 
+import bench_layers
+import benchmarking
 import pytest
 import torch
 
 import manualprop
 from manualprop import nn as our_nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-
-import bench_layers
-import benchmarking
 
 TINY = bench_layers.Settings(rounds=2, seconds=1e-5, big=(32, 64), compiled=False)
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, Case
+from routes import compiled_autograd
 from torch import Tensor
 
 import manualprop
@@ -25,6 +26,7 @@ def large_is_small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Blocks and kernels from a few elements on, so that the tests are quick."""
     monkeypatch.setattr(_kernels, "LARGE", 8)
     monkeypatch.setattr(_kernels, "LARGE_COMPILED", 8)
+    monkeypatch.setattr(_kernels, "SMALLEST", 8)
     monkeypatch.setattr(_kernels, "BLOCK", 5)
     yield
     manualprop.kernels("eager")
@@ -107,6 +109,17 @@ def test_transforms_and_the_compiler_run_the_plain_formula() -> None:
         torch.testing.assert_close(first, expected)
         assert torch.autograd.grad(first.sum(), z)[0].isfinite().all()
     assert len(_kernels._made) <= made + 1  # the first backward of the double one, which records the product
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("backend", _kernels.BACKENDS)
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "silu", "selu", "gelu"])
+def test_compiled_autograd_traces_a_large_backward(name: str, backend: str) -> None:
+    x, dim = points(4, 5), {"dim": -1} if "softmax" in name else {}
+    expected = gradient(lambda z: getattr(F, name)(z, **dim), x)
+    torch._dynamo.reset()
+    with manualprop.kernels(backend):
+        torch.testing.assert_close(compiled_autograd(lambda z: getattr(F, name)(z, **dim), x), expected)
 
 
 def test_the_switch_is_a_function_and_a_context() -> None:

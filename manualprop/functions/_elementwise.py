@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from manualprop.functions import _kernels
 from manualprop.functions._kernels import by_parts
 from manualprop.functions._rule import HALF, Rule, in_full_precision, plain_eager, times
 
@@ -42,7 +43,6 @@ class Elementwise(Rule):
     df: ClassVar[Callable[..., Tensor]]
     ddf: ClassVar[Callable[..., Tensor] | None] = None
     exact_slope: ClassVar[bool] = False  # slopes 0 and 1 need no float32 detour in half precision
-    compiles: ClassVar[bool] = True  # whether a kernel by inductor is faster than ATen's operations
     chain: ClassVar[type["Chain"]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -79,12 +79,26 @@ def indicator(compare: Callable[..., Tensor], s: Tensor, bound: float) -> Tensor
     """1 where ``compare(s, bound)`` holds, else 0, in the dtype of ``s``.
 
     ATen compares a whole vector at a time only into a tensor of the same dtype: by way of booleans, a ReLU's
-    backward takes 4 to 7 times as long.  ``vmap`` has no rule for ``out=``.  A bound of 0, the commonest, comes as
-    a tensor: making one of the number takes longer than comparing a small layer.
+    backward takes 4 to 7 times as long.  ``vmap`` has no rule for ``out=``.
     """
-    if plain_eager():
-        return compare(s, ZERO if bound == 0 else bound, out=torch.empty_like(s))
-    return compare(s, bound).to(s.dtype)
+    if not plain_eager():
+        return compare(s, bound).to(s.dtype)
+    # A fake or distributed tensor does not mix with ordinary ones; against one without axes, dtypes promote.
+    ready = type(s) is Tensor and s.dim() > 0
+    return compare(s, _bound(bound) if ready else bound, out=torch.empty_like(s))
+
+
+_bounds: dict[float, Tensor] = {}
+
+
+def _bound(value: float) -> Tensor:
+    """``value`` as a tensor without axes, made once: making one takes longer than comparing a small layer."""
+    found = _bounds.get(value)
+    if found is None:
+        found = torch.tensor(value, dtype=torch.float64, device="cpu")
+        if type(found) is Tensor:  # no fake one, which would outlive its mode
+            _bounds[value] = found
+    return found
 
 
 class Chain(Rule):
@@ -94,7 +108,7 @@ class Chain(Rule):
 
 
 def _chain(rule: type[Elementwise]) -> type[Chain]:
-    df, ddf, exact_slope, compiles = rule.df, rule.ddf, rule.exact_slope, rule.compiles
+    df, ddf, exact_slope = rule.df, rule.ddf, rule.exact_slope
 
     def formula(g: Tensor, s: Tensor, *p: float, out: Tensor | None = None) -> Tensor:
         if s.dtype in HALF and not exact_slope:
@@ -103,7 +117,9 @@ def _chain(rule: type[Elementwise]) -> type[Chain]:
         return times(df(s, *p), g) if out is None else torch.mul(df(s, *p), g, out=out)
 
     def product(g: Tensor, s: Tensor, *p: float) -> Tensor:
-        return by_parts(formula, p, g, s, compiles=compiles)
+        if s.numel() < _kernels.SMALLEST:
+            return formula(g, s, *p)
+        return by_parts(formula, p, g, s)
 
     def curvature(g: Tensor, s: Tensor, t: Tensor, *p: float) -> Tensor:
         if ddf is None:

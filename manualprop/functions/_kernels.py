@@ -17,6 +17,7 @@ BACKENDS = ("eager", "inductor")
 # Elements from which a way pays, measured: a block takes 10 us of Python, a compiled kernel 70 us to start.
 LARGE = 2**20
 LARGE_COMPILED = 2**18
+SMALLEST = min(LARGE, LARGE_COMPILED)  # below, there is nothing to choose
 BLOCK = 2**16  # elements of a block, for each thread: it and its temporaries stay in a core's cache
 
 # One for the process, not for the thread: the backward of a CUDA tensor runs in a thread of autograd's own.
@@ -59,7 +60,7 @@ class kernels:  # used as a function, as torch.set_grad_enabled is
         _backend = self._before
 
 
-def by_parts(formula: Formula, p: tuple[float, ...], *tensors: Tensor, compiles: bool = True) -> Tensor:
+def by_parts(formula: Formula, p: tuple[float, ...], *tensors: Tensor) -> Tensor:
     """``formula(*tensors, *p)`` of tensors of one shape; compiled or in blocks, if they are large.
 
     ``formula`` takes ``out=``, a tensor for its result, if given.
@@ -68,7 +69,7 @@ def by_parts(formula: Formula, p: tuple[float, ...], *tensors: Tensor, compiles:
     blocks, what a formula makes on its way stays in the cache.
     """
     last = tensors[-1]
-    count, kernel = last.numel(), compiles and _backend != "eager"
+    count, kernel = last.numel(), _backend != "eager"
     if count < (LARGE_COMPILED if kernel else LARGE) or (flat := flattened(*tensors)) is None:
         return formula(*tensors, *p)
     if kernel:
@@ -89,10 +90,11 @@ def in_rows(formula: Formula, dim: int, *tensors: Tensor) -> Tensor:
     The formula may not mix rows, that is the places of all axes but the last, where ``dim`` is the last one.
     """
     last = tensors[-1]
-    block = BLOCK * torch.get_num_threads()
-    if last.numel() < max(LARGE, 2 * block) or dim not in (-1, last.dim() - 1):
+    if last.numel() < LARGE or not plain_eager() or dim not in (-1, last.dim() - 1):
         return formula(*tensors, dim)
-    if not last.is_cpu or not last.is_contiguous() or flattened(*tensors) is None:
+    block = BLOCK * torch.get_num_threads()
+    in_order = last.is_cpu and last.is_contiguous() and flattened(*tensors) is not None
+    if last.numel() < 2 * block or not in_order:
         return formula(*tensors, dim)
     out, length = torch.empty_like(last), last.shape[-1]
     rows = (t.reshape(-1, length).split(max(block // length, 1)) for t in (out, *tensors))

@@ -24,7 +24,7 @@ def transforms_active() -> bool:
 
 def plain_eager() -> bool:
     """Whether neither a ``torch.func`` transform nor the compiler watches, which both refuse some in-place forms."""
-    return not (torch.compiler.is_compiling() or transforms_active())
+    return not (torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling())
 
 
 def times(fresh: Tensor, other: Tensor) -> Tensor:

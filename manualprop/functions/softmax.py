@@ -50,7 +50,7 @@ class Softmax(Rule):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
         # Only when somebody will differentiate this gradient is it recorded.
-        gradient = SoftmaxGradient.apply if torch.is_grad_enabled() else SoftmaxGradient.forward
+        gradient = SoftmaxGradient.apply if torch.is_grad_enabled() else softmax_gradient
         return gradient(g, y, ctx.dim), None
 
     @staticmethod
@@ -74,7 +74,7 @@ class SoftmaxGradient(Rule):
 
     @staticmethod
     def forward(g: Tensor, y: Tensor, dim: int) -> Tensor:
-        return in_rows(_softmax_gradient, dim, g, y)
+        return softmax_gradient(g, y, dim)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
@@ -97,6 +97,10 @@ class SoftmaxGradient(Rule):
         if dy is not None:
             db = db + dy * (g - dot(g, y, ctx.dim)) - y * dot(g, dy, ctx.dim)
         return db
+
+
+def softmax_gradient(g: Tensor, y: Tensor, dim: int) -> Tensor:
+    return in_rows(_softmax_gradient, dim, g, y)
 
 
 def _softmax_gradient(g: Tensor, y: Tensor, dim: int) -> Tensor:
@@ -136,7 +140,7 @@ class LogSoftmax(Rule):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
         # Only when somebody will differentiate this gradient is it recorded.
-        gradient = LogSoftmaxGradient.apply if torch.is_grad_enabled() else LogSoftmaxGradient.forward
+        gradient = LogSoftmaxGradient.apply if torch.is_grad_enabled() else log_softmax_gradient
         return gradient(g, y, ctx.dim), None
 
     @staticmethod
@@ -160,7 +164,7 @@ class LogSoftmaxGradient(Rule):
 
     @staticmethod
     def forward(g: Tensor, y: Tensor, dim: int) -> Tensor:
-        return in_rows(_log_softmax_gradient, dim, g, y)
+        return log_softmax_gradient(g, y, dim)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
@@ -182,6 +186,10 @@ class LogSoftmaxGradient(Rule):
         g, y = ctx.saved_tensors
         db = torch.zeros_like(y) if dg is None else LogSoftmaxGradient.apply(dg, y, ctx.dim)
         return db if dy is None else db - y.exp() * dy * g.sum(ctx.dim, keepdim=True)
+
+
+def log_softmax_gradient(g: Tensor, y: Tensor, dim: int) -> Tensor:
+    return in_rows(_log_softmax_gradient, dim, g, y)
 
 
 def _log_softmax_gradient(g: Tensor, y: Tensor, dim: int) -> Tensor:

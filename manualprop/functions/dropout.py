@@ -26,7 +26,7 @@ class Dropout(Rule):
     Shape
         k is like x; where whole channels are dropped it is (N, C, 1, ...) and broadcasts.
     Memory
-        k as booleans, 1 byte per element: torch keeps k / q, 4 in float32.
+        k as bytes, 1 per element: torch keeps k / q, 4 in float32.
     Accuracy
         Exact but for the rounding of 1 / q.
     Reference
@@ -70,7 +70,7 @@ class AlphaDropout(Rule):
     Shape
         k is like x; where whole channels are dropped it is (N, C, 1, ...) and broadcasts.
     Memory
-        k as booleans, 1 byte per element: torch keeps a k, 4 in float32.
+        k as bytes, 1 per element: torch keeps a k, 4 in float32.
     Accuracy
         Exact but for the rounding of a and of the offset.
     Reference

@@ -52,7 +52,7 @@ GROWTH = {
     "depth": [Cell((*[64] * (d + 1), CLASSES), 32) for d in (1, 2, 4, 8, 16)],
     "rows": [Cell((64, 64, CLASSES), n) for n in (1, 8, 64, 512, 4096)],
 }
-BIG = Cell((784, 2048, 2048, CLASSES), 4096)  # whose memory is measured
+BIG = (784, 2048, 2048, CLASSES)  # whose memory is measured
 
 
 # ----- the candidates -----
@@ -164,19 +164,19 @@ def speed(torchs: list[float], ours: list[float]) -> Speed:
 # ----- memory -----
 
 
-def peak_memory(name: str) -> float:
+def peak_memory(name: str, rows: int) -> float:
     """Megabytes that a step of `BIG` takes at its peak, above weights and data, in a process of its own.
 
     The system's own count of the process: Python's tracemalloc does not see what torch allocates.
     """
-    command = [sys.executable, __file__, "--memory", name]
+    command = [sys.executable, __file__, "--memory", name, str(rows)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: float = json.loads(done.stdout)
     return found
 
 
-def measure_memory(name: str) -> float:
-    small, step = CANDIDATES[name](BIG._replace(rows=2, sizes=(8, 8, CLASSES))), CANDIDATES[name](BIG)
+def measure_memory(name: str, rows: int) -> float:
+    small, step = (CANDIDATES[name](Cell(sizes, rows)) for sizes in ((8, 8, CLASSES), BIG))
     small()  # what the libraries allocate once
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     before = resident("VmRSS")
@@ -192,14 +192,21 @@ def resident(field: str) -> float:
 
 
 def memory_text() -> str:
-    sizes, rows = BIG.sizes, BIG.rows
-    weights = sum(i * o + o for i, o in itertools.pairwise(sizes)) * 4 / 1e6
-    hidden = sum(sizes[1:-1]) * rows * 4 / 1e6
-    ours, torchs = peak_memory("step"), peak_memory("torch")
-    return (
-        f"Peak memory of a step above weights and data, {BIG}: **{ours:.0f} MB**, torch {torchs:.0f} MB. The gradients "
-        f"of all weights would be {weights:.0f} MB, the hidden activations are {hidden:.0f} MB; beside those a step "
-        f"holds one gradient and one product of {max(sizes[1:-1]) * rows * 4 / 1e6:.0f} MB at a time."
+    if not Path("/proc/self/clear_refs").exists():
+        return "Peak memory is measured on Linux only."
+    weights = sum(i * o + o for i, o in itertools.pairwise(BIG)) * 4 / 1e6
+    table = []
+    for rows in (32, 512, 4096):
+        hidden = sum(BIG[1:-1]) * rows * 4 / 1e6
+        found = [f"{peak_memory(name, rows):.0f}" for name in ("torch", "step")]
+        table.append([str(Cell(BIG, rows)), *found, f"{weights:.0f}", f"{hidden:.0f}"])
+    header = ["network", "torch", "step", "all gradients would be", "hidden activations"]
+    return "\n\n".join(
+        [
+            "Peak memory of a step above weights and data, in MB. With few rows it is the gradients, which the step does "
+            "not store; with many it is the activations, one gradient that arrives and one that is made, the same in both.",
+            benchmarking.markdown_table(header, table),
+        ]
     )
 
 
@@ -264,7 +271,7 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="few rounds, no compiler, no growth")
     parser.add_argument("--write", action="store_true", help="write the tables into docs/benchmarks.md")
-    parser.add_argument("--memory", choices=CANDIDATES, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)  # a process of its own: name, rows
     return parser.parse_args(argv)
 
 
@@ -272,7 +279,7 @@ def main(argv: list[str]) -> int:
     arguments = parsed(argv)
     torch.set_num_threads(arguments.threads)
     if arguments.memory:
-        print(json.dumps(measure_memory(arguments.memory)))
+        print(json.dumps(measure_memory(arguments.memory[0], int(arguments.memory[1]))))
         return 0
     quick = arguments.quick
     names = [name for name in CANDIDATES if not (quick and "compiled" in name)]
@@ -292,7 +299,7 @@ def main(argv: list[str]) -> int:
     text = section(arguments.threads, table, grown, memory_text(), command)
     print(text)
     if arguments.write:
-        benchmarking.write_section(f"step, {arguments.threads} threads", text)
+        benchmarking.write_section(f"step, {arguments.threads} thread{'s' * (arguments.threads > 1)}", text)
         print(f"written to {benchmarking.PAGE}")
     return 0
 

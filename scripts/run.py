@@ -334,8 +334,7 @@ def test(arguments: list[str]) -> list[list[str]]:
     arguments = [argument for argument in arguments if argument != "--full"]
     alone = "-n|--numprocesses|--dist|-?.*no:xdist|--pdb|--trace$|-h$|--help$|--version$"
     if cores() > 1 and not any(re.match(alone, argument) for argument in arguments):
-        # Each worker loads torch: 300 MB.  The blocks of one page build on each other: they stay in one worker.
-        options += ["-n", str(min(cores(), 8)), "--dist", "loadgroup"]
+        options += ["-n", str(min(cores(), 8))]  # each worker loads torch: 300 MB
     return [["-m", "pytest", *options, *arguments]]
 
 

@@ -469,8 +469,8 @@ def test_killed_command_and_terminated_run(tree):
 @pytest.mark.parametrize(
     "given, passed",
     [
-        ([], ["-m", "not slow", "-n", "2", "--dist", "loadgroup"]),
-        (["--full", "-q"], ["-n", "2", "--dist", "loadgroup", "-q"]),
+        ([], ["-m", "not slow", "-n", "2"]),
+        (["--full", "-q"], ["-n", "2", "-q"]),
         (["-n0", "x.py"], ["-m", "not slow", "-n0", "x.py"]),
         (["-m", "slow", "--numprocesses=3"], ["-m", "not slow", "-m", "slow", "--numprocesses=3"]),
         (["--pdb"], ["-m", "not slow", "--pdb"]),

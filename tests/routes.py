@@ -122,6 +122,22 @@ SECOND: dict[str, Route] = {
     "grad(grad)": lambda f, x: grad(lambda z: grad(total(f))(z).sum())(x),
     "jvp(grad)": lambda f, x: jvp(grad(total(f)), (x,), (torch.ones_like(x),))[1],
 }
+
+
+def nested_forward(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """d'' f along ``direction``, by forward mode within forward mode."""
+
+    def once(z: Tensor) -> Tensor:
+        return jvp(f, (z,), (direction(x),))[1]
+
+    return jvp(once, (x,), (direction(x),))[1]
+
+
+def forward_of_reverse(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The same, summed over the outputs, by forward mode within reverse mode."""
+    return jvp(grad(total(f)), (x,), (direction(x),))[1] * direction(x)
+
+
 COMPILED_SECOND: dict[str, Route] = {
     f"compile({name})": (lambda f, x, route=SECOND[name]: compiled(lambda z: route(f, z))(x))
     for name in ("hessian", "grad(grad)", "jvp(grad)")

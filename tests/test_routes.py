@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, Case, real
-from routes import COMPILED, COMPILED_SECOND, FORWARD, REVERSE, SECOND, Route, direction
+from routes import (
+    COMPILED,
+    COMPILED_SECOND,
+    FORWARD,
+    REVERSE,
+    SECOND,
+    Route,
+    direction,
+    forward_of_reverse,
+    nested_forward,
+)
 from torch import Tensor
 
 from manualprop import functional as F
@@ -159,6 +169,42 @@ def test_every_row_takes_the_eager_routes(case: Case) -> None:
         )
     if "first_derivative" not in case.except_for:  # a gradient that is not the derivative has no forward mode
         torch.testing.assert_close(forward["func.jvp"].sum(), (reverse["backward"] * direction(x)).sum())
+
+
+def nested_agrees(case: Case) -> None:
+    i, arguments = first_wanted(case)
+    rest = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
+
+    def f(x: Tensor) -> Tensor:
+        y: Tensor = case(*rest[:i], x, *rest[i + 1 :])
+        return y
+
+    found, expected = nested_forward(f, rest[i]).sum(), forward_of_reverse(f, rest[i]).sum()
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, id=str(c)) for c in CASES if not c.random and "first_derivative" not in c.except_for],
+)
+def test_every_row_nests_forward_mode(case: Case) -> None:
+    nested_agrees(case)
+
+
+def test_nested_forward_mode_would_be_wrong_without_care(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch switches forward mode off inside of a jvp; the test above sees what that does."""
+
+    class Careless(rules.MSE):
+        pass
+
+    def jvp(ctx: Any, dx: Tensor | None, dt: Tensor | None) -> Tensor:
+        x, t = ctx.saved_tensors
+        return 2 * (x - t) * dx
+
+    Careless.jvp = staticmethod(jvp)  # type: ignore[method-assign]
+    monkeypatch.setattr(rules, "MSE", Careless)
+    with pytest.raises(AssertionError):
+        nested_agrees(next(c for c in CASES if c.name == "mse_loss"))
 
 
 ONE_ROW_PER_FUNCTION = {c.name: c for c in reversed(CASES) if not c.random}

@@ -29,6 +29,8 @@ def reduced(loss: Tensor, reduction: str, dtype: torch.dtype, mass: Tensor | Non
 
 def loss_dtype(input: Tensor) -> torch.dtype:
     """The dtype of a loss: the input's, but autocast runs most losses in float32 and leaves them there."""
+    if not input.is_floating_point():
+        return torch.get_default_dtype()
     if input.dtype not in HALF or not torch._C._is_any_autocast_enabled():
         return input.dtype
     device = input.device.type

@@ -139,7 +139,7 @@ def triplet_margin_loss(
         output: Tensor = rules.PairwiseDistance.apply(*alike(a, b), p, eps)
         return output
 
-    loss = _triplet_margin(distance, anchor, positive, negative, margin, swap)
+    loss, _ = _triplet_margin(distance, anchor, positive, negative, margin, swap)
     return reduced(loss, reduction, loss_dtype(anchor))
 
 
@@ -171,8 +171,8 @@ def triplet_margin_with_distance_loss(
             "The anchor, positive, and negative tensors are expected to have the same number of dimensions, "
             f"but got: anchor {anchor.ndim}D, positive {positive.ndim}D, and negative {negative.ndim}D inputs"
         )
-    loss = _triplet_margin(distance_function, anchor, positive, negative, margin, swap)
-    return reduced(loss, reduction, loss_dtype(anchor))
+    loss, distance = _triplet_margin(distance_function, anchor, positive, negative, margin, swap)
+    return reduced(loss, reduction, loss_dtype(distance))  # real, also of what is complex
 
 
 def _triplet_margin(
@@ -182,12 +182,12 @@ def _triplet_margin(
     negative: Tensor,
     margin: float,
     swap: bool,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """The loss, and the distance of anchor and positive."""
     p, n = distance(anchor, positive), distance(anchor, negative)
     n2 = distance(positive, negative) if swap else n
     p, n, n2 = alike(p, n, n2)
-    loss: Tensor = rules.TripletMargin.apply(p, n, n2, margin)
-    return loss
+    return rules.TripletMargin.apply(p, n, n2, margin), p
 
 
 def multi_margin_loss(

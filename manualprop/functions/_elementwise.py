@@ -18,7 +18,7 @@ from torch import Tensor
 
 from manualprop.functions import _kernels
 from manualprop.functions._kernels import by_parts
-from manualprop.functions._rule import HALF, Rule, in_full_precision, plain_eager, times
+from manualprop.functions._rule import HALF, Rule, at_every_level, in_full_precision, plain_eager, times
 
 ZERO = torch.zeros(
     (), dtype=torch.float64, device="cpu"
@@ -71,7 +71,7 @@ class Elementwise(Rule):
             return tangent
 
         # Closures of plain functions, not classmethods: compiled autograd cannot trace those.
-        for method in (forward, setup_context, backward, jvp):
+        for method in (forward, setup_context, backward, at_every_level(jvp)):
             setattr(cls, method.__name__, staticmethod(method))
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from manualprop.functions._kernels import LARGE, by_parts
-from manualprop.functions._rule import Rule, in_full_precision, plain_eager, times
+from manualprop.functions._rule import Rule, at_every_level, in_full_precision, plain_eager, times
 
 # The second derivatives, a row for each argument; a number where an entry is constant.
 Curvature = tuple[tuple[Tensor | float, ...], ...]
@@ -79,7 +79,7 @@ class ElementwiseLoss(Rule):
             )
 
         # Closures of plain functions, not classmethods: compiled autograd cannot trace those.
-        for method in (forward, setup_context, backward, jvp):
+        for method in (forward, setup_context, backward, at_every_level(jvp)):
             setattr(cls, method.__name__, staticmethod(method))
 
 

@@ -1,5 +1,6 @@
 """What every hand-derived rule shares: how it is applied, and how the compiler is told to keep it."""
 
+import functools
 import importlib.abc
 import importlib.machinery
 import sys
@@ -11,8 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
+from torch._C._functorch import (
+    _add_batch_dim,
+    get_unwrapped,
+    is_batchedtensor,
+    is_legacy_batchedtensor,
+    maybe_get_bdim,
+    maybe_get_level,
+    unwrap_if_dead,
+)
 from torch.autograd import Function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 HALF = frozenset({torch.float16, torch.bfloat16})
 
@@ -37,6 +47,51 @@ def times(fresh: Tensor, other: Tensor) -> Tensor:
 def in_full_precision(x: Tensor) -> Tensor:
     """``x``, or its float32 copy where ``x`` is half precision: a formula then rounds once, not at each step."""
     return x.float() if x.dtype in HALF else x
+
+
+# ----- forward mode -----
+
+
+def at_every_level(jvp: Callable[..., Any]) -> Callable[..., Any]:
+    """``jvp``, differentiated in its turn where forward mode is nested: ``jacfwd(jacfwd(f))``, jvp of jvp.
+
+    torch calls a Function's jvp with forward mode switched off altogether, so that the outer levels would take its
+    arithmetic for constant, and without an error.  Here they see it: forward mode is on, and what the rule saved
+    comes without the tangents of this level, which are the arguments.
+    """
+
+    @functools.wraps(jvp)
+    def every_level(ctx: Any, *tangents: Any) -> Any:
+        if not transforms_active():
+            return jvp(ctx, *tangents)
+        with _set_fwd_grad_enabled(True):
+            return jvp(_WithPrimals(ctx), *tangents)
+
+    return every_level
+
+
+class _WithPrimals:
+    """A rule's context whose saved tensors have lost the tangents of the innermost level."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx, self.saved_tensors = ctx, tuple(map(_primal, ctx.saved_tensors))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+def _primal(t: Tensor | None) -> Tensor | None:
+    if t is None:
+        return None
+    if is_batchedtensor(t):  # vmap within forward mode: the tangents lie under the batch
+        inner: Any = _primal(get_unwrapped(t))
+        batched: Tensor = _add_batch_dim(inner, maybe_get_bdim(t), maybe_get_level(t))
+        return batched
+    primal: Tensor = torch._VF._unpack_dual(t, level=0)[0]
+    return primal
+
+
+# ----- the rule -----
 
 
 class _Local(threading.local):
@@ -67,6 +122,8 @@ class Rule(Function):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "jvp" in vars(cls):
+            cls.jvp = staticmethod(at_every_level(cls.jvp))  # type: ignore[method-assign]
         _register(cls)
 
     @classmethod

@@ -59,6 +59,7 @@ class CrossEntropy(Rule):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, t, w = ctx.saved_tensors
         dim = class_dim(x)
+        g = g.where(t.ne(ctx.ignore_index), 0)  # infinite where a mean is over ignored targets alone
         if torch.is_grad_enabled() or transforms_active():
             m = target_mass(x, t, w, ctx.ignore_index, ctx.e)
             dx = CrossEntropyGradient.apply(g, x, m, dim)

@@ -153,8 +153,16 @@ class Cell(NamedTuple):
         over = self.target is not None and self.ratio.median > self.target
         return over or self.bytes[0] > self.bytes[1]
 
-    def __str__(self) -> str:
-        return f"{self.ratio.median:.2f}{' !' if self.missed else ''}"
+
+class Refused(NamedTuple):
+    """A layer that the compiler refuses, on our side or on torch's."""
+
+    ours: bool
+    torchs: bool
+
+    @property
+    def missed(self) -> bool:
+        return self.ours and not self.torchs
 
 
 class Settings(NamedTuple):
@@ -185,8 +193,26 @@ def compare(
     return Cell(ratio, kept, target)
 
 
-def measure(name: str, s: Settings) -> dict[str, Cell]:
-    layer, cells = LAYERS[name], {}
+def compare_compiled(
+    ours: nn.Module, torchs: nn.Module, inputs: tuple[Any, ...], s: Settings
+) -> Cell | Refused:
+    torch._dynamo.reset()
+    compiled = [torch.compile(m, fullgraph=True) for m in (ours, torchs)]
+    fails = [not _runs(m, inputs) for m in compiled]
+    return Refused(*fails) if any(fails) else compare(*compiled, inputs, 1.05, s)
+
+
+def _runs(module: Callable[..., Any], inputs: tuple[Any, ...]) -> bool:
+    try:
+        module(*inputs)
+    except Exception:  # whatever the compiler raises: torch.compile(fullgraph=True) refuses this layer
+        return False
+    return True
+
+
+def measure(name: str, s: Settings) -> dict[str, Cell | Refused]:
+    layer = LAYERS[name]
+    cells: dict[str, Cell | Refused] = {}
     ours, torchs, inputs = pair(layer, *SMALL)
     cells["small"] = compare(ours, torchs, inputs, layer.small, s)
     ours, torchs, inputs = pair(layer, *s.big)
@@ -195,9 +221,7 @@ def measure(name: str, s: Settings) -> dict[str, Cell]:
         with manualprop.kernels("inductor"):
             cells["kernels"] = compare(ours, torchs, inputs, layer.kernels, s)
     if s.compiled:
-        torch._dynamo.reset()
-        compiled = (torch.compile(m, fullgraph=True) for m in (ours, torchs))
-        cells["compiled"] = compare(*compiled, inputs, 1.05, s)
+        cells["compiled"] = compare_compiled(ours, torchs, inputs, s)
     return cells
 
 
@@ -211,9 +235,12 @@ COLUMNS = {
 }
 
 
-def kept(cell: Cell | None) -> str:
+Results = dict[str, dict[str, Cell | Refused]]
+
+
+def kept(cell: Cell | Refused | None) -> str:
     """Bytes saved for backward, ours / torch's."""
-    if cell is None:
+    if not isinstance(cell, Cell):
         return ""
     ours, torchs = cell.bytes
     return f"{_mega(ours)} / {_mega(torchs)}{' !' if ours > torchs else ''}"
@@ -223,7 +250,7 @@ def _mega(count: int) -> str:
     return f"{count / 1e6:.1f}"
 
 
-def rows(results: dict[str, dict[str, Cell]]) -> list[list[str]]:
+def rows(results: Results) -> list[list[str]]:
     table = []
     for name, cells in results.items():
         row = [name, *(_with_target(cells.get(column)) for column in COLUMNS)]
@@ -231,9 +258,11 @@ def rows(results: dict[str, dict[str, Cell]]) -> list[list[str]]:
     return table
 
 
-def _with_target(cell: Cell | None) -> str:
+def _with_target(cell: Cell | Refused | None) -> str:
     if cell is None:
         return ""
+    if isinstance(cell, Refused):
+        return "does not compile !" if cell.missed else "torch's does not compile"
     over = cell.target is not None and cell.ratio.median > cell.target
     target = "" if cell.target is None else f" ({cell.target:g})"
     return f"{cell.ratio.median:.2f}{target}{' !' if over else ''}"
@@ -242,7 +271,7 @@ def _with_target(cell: Cell | None) -> str:
 HEADER = ["layer", *COLUMNS.values(), "MB kept, eager", "MB kept, compiled"]
 
 
-def show(results: dict[str, dict[str, Cell]]) -> None:
+def show(results: Results) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -252,7 +281,7 @@ def show(results: dict[str, dict[str, Cell]]) -> None:
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
-def section(results: dict[str, dict[str, Cell]], command: str) -> str:
+def section(results: Results, command: str) -> str:
     missed = sum(cell.missed for cells in results.values() for cell in cells.values())
     count = sum(len(cells) for cells in results.values())
     return "\n\n".join(
@@ -303,7 +332,7 @@ def main(argv: list[str]) -> int:
     settings = Settings(
         3 if quick else arguments.rounds, 0.002 if quick else 0.02, (512, 512) if quick else BIG, not quick
     )
-    results = {}
+    results: Results = {}
     for i, name in enumerate(names):
         benchmarking.progress(i, len(names), name)
         results[name] = measure(name, settings)

@@ -63,7 +63,7 @@ def _repeats(f: Callable[[], object], seconds: float, clock: Callable[[], float]
     return max(1, round(seconds / max(_time(f, 2, clock), 1e-9)))
 
 
-def saved_bytes(run: Callable[[], object], arguments: Sequence[Tensor] = ()) -> int:
+def saved_bytes(run: Callable[[], object]) -> int:
     """Bytes of the storages that a forward pass keeps for backward, each counted once; parameters and inputs too."""
     storages: dict[int, int] = {}
 

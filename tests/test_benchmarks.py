@@ -65,6 +65,20 @@ def test_a_miss_is_marked() -> None:
     assert table[0][2] == "1.40 (1.3) !" and table[0][5] == "3.0 / 2.0 !"
 
 
+def test_a_layer_that_does_not_compile_is_named() -> None:
+    assert bench_layers.Refused(ours=True, torchs=False).missed
+    assert not bench_layers.Refused(ours=True, torchs=True).missed
+    (row,) = bench_layers.rows({"X": {"compiled": bench_layers.Refused(ours=False, torchs=True)}})
+    assert "torch's does not compile" in row
+
+    def refuses(x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no")
+
+    assert not bench_layers._runs(refuses, (torch.ones(1),)) and bench_layers._runs(
+        torch.tanh, (torch.ones(1),)
+    )
+
+
 def test_saved_bytes_count_a_storage_once() -> None:
     x = torch.ones(4, 4, requires_grad=True)
     assert benchmarking.saved_bytes(lambda: x.view(16) * x.t().reshape(16)) == 2 * 64

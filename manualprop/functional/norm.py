@@ -54,6 +54,8 @@ def _check_normalized_shape(name: str, input: Tensor, shape: tuple[int, ...]) ->
             f"{name}: Expected normalized_shape to be at least 1-dimensional, i.e., containing at least one "
             "element, but got normalized_shape = ()"
         )
+    if torch.jit.is_tracing():  # sizes are tensors there
+        return
     if tuple(input.shape[-len(shape) :]) != shape:
         raise RuntimeError(
             f"Given normalized_shape={list(shape)}, expected input with shape [*, {str(list(shape))[1:-1]}], but "

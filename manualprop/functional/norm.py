@@ -54,7 +54,7 @@ def _check_normalized_shape(name: str, input: Tensor, shape: tuple[int, ...]) ->
             f"{name}: Expected normalized_shape to be at least 1-dimensional, i.e., containing at least one "
             "element, but got normalized_shape = ()"
         )
-    if torch.jit.is_tracing():  # sizes are tensors there
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]  # sizes are tensors there
         return
     if tuple(input.shape[-len(shape) :]) != shape:
         raise RuntimeError(

@@ -63,6 +63,11 @@ def signs(n: int, *c: int) -> Tensor:
     return torch.randint(2, (n, *c)) * 2.0 - 1
 
 
+def labels(n: int, c: int) -> Tensor:
+    """Three labels a row, then the end mark."""
+    return torch.randint(c, (n, c)).index_fill(1, torch.tensor([3]), -1)
+
+
 def three(n: int, c: int) -> tuple[Tensor, ...]:
     return (*x(n, c), *x(n, c), *x(n, c))
 
@@ -117,7 +122,8 @@ LAYERS: dict[str, Layer] = PIECEWISE | EXPONENTIAL | {
     "HingeEmbeddingLoss": loss(nn.HingeEmbeddingLoss, lambda n, c: (signs(n, c),)),
     "SoftMarginLoss": loss(nn.SoftMarginLoss, lambda n, c: (signs(n, c),)),
     "MultiLabelSoftMarginLoss": loss(nn.MultiLabelSoftMarginLoss, lambda n, c: (torch.randint(2, (n, c)).float(),)),
-    "MultiLabelMarginLoss": loss(nn.MultiLabelMarginLoss, lambda n, c: (torch.randint(c, (n, c)).index_fill(1, torch.tensor([3]), -1),)),
+    # 128 columns at most: compiled, torch's takes rows x columns x columns numbers (77 GB at 2048x3072).
+    "MultiLabelMarginLoss": Layer(lambda n, c: nn.MultiLabelMarginLoss(), lambda n, c: (*x(n, min(c, 128)), labels(n, min(c, 128))), None, 1.3),
     "MultiMarginLoss": loss(nn.MultiMarginLoss, lambda n, c: (torch.randint(c, (n,)),)),
     "CosineEmbeddingLoss": loss(nn.CosineEmbeddingLoss, lambda n, c: (*x(n, c), signs(n))),
     "MarginRankingLoss": loss(nn.MarginRankingLoss, lambda n, c: (*x(n, c), signs(n, c))),

@@ -448,12 +448,14 @@ class SiLU(Elementwise):
 
     Derivation, with s = sigma(x) and s' = s (1 - s)
         y'  = s + x s (1 - s)                       product rule
+            = s (1 + x (1 - s))
         y'' = 2 s' + x s''                          product rule, once more
             = s (1 - s) (2 + x (1 - 2 s))           since s'' = s' (1 - 2 s)
     Memory
         x.
     Accuracy
-        The relative error of y' grows near its zero x = -1.278, as that of any sum.
+        The relative error of y' grows near its zero x = -1.278, as that of any sum.  For large x, 1 - s loses
+        digits and x (1 - s) is off by eps x / 2, as in PyTorch; sigma(-x) would keep them, for a second sigmoid.
     Reference
         Elfwing, Uchibe and Doya, 2017, https://arxiv.org/abs/1702.03118
     """
@@ -464,8 +466,8 @@ class SiLU(Elementwise):
 
     @staticmethod
     def df(x: Tensor) -> Tensor:
-        s, r = torch.sigmoid(x), torch.sigmoid(-x)  # r = 1 - s
-        return torch.addcmul(s, r.mul_(s), x)  # s + x s (1 - s)
+        s = torch.sigmoid(x)
+        return (1 - s).mul_(x).add_(1).mul_(s)  # s (1 + x (1 - s))
 
     @staticmethod
     def ddf(x: Tensor) -> Tensor:

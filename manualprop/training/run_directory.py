@@ -43,12 +43,13 @@ class RunDirectory:
         """Whether a run has left results here; a run that failed before its first epoch has not."""
         return self.history.exists() or any(self.checkpoints.glob("*"))
 
-    def claim(self, *, overwrite: bool = False, resume: bool = False) -> None:
+    def claim(self, *, overwrite: bool = False, resume: bool = False, resumable: bool = True) -> None:
         """Take the directory for a training run of this process, until it ends.
 
         Args:
             overwrite: remove the results of an earlier run.
             resume: keep them, to go on from the last checkpoint.
+            resumable: whether the caller can resume at all, and the error may advise it.
 
         Raises:
             FileExistsError: when another process trains there, or results are there and neither flag is given, or
@@ -65,9 +66,10 @@ class RunDirectory:
                 "--resume."
             )
         if self.exists and not (overwrite or resume):
+            going_on = "--resume to go on with it, " if resumable else ""
             raise RunDirectoryError(
-                f"{self.path} holds the results of an earlier run. Give --resume to go on with it, --overwrite to "
-                "replace it, or --name for another directory."
+                f"{self.path} holds the results of an earlier run. Give {going_on}--overwrite to replace it, or "
+                "--name for another directory."
             )
         if overwrite:
             self._remove_results()

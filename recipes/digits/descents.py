@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         run = RunDirectory(options.name)
-        run.claim(overwrite=options.overwrite)
+        run.claim(overwrite=options.overwrite, resumable=False)
         try:
             return compare(run, options.seed, options.epochs)
         finally:

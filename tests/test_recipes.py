@@ -96,7 +96,8 @@ def test_main_job(
     with Path("runs/short/history.csv").open() as file:
         assert [row["update"] for row in csv.DictReader(file)] == ["1", "1297", "41"]
     assert descents.main(["--epochs=1", "--name=short"]) == 2
-    assert "Give --resume" in capsys.readouterr().err
+    refusal = capsys.readouterr().err
+    assert "Give --overwrite to replace it" in refusal and "--resume" not in refusal  # it has no such option
 
 
 @pytest.mark.slow

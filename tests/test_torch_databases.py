@@ -154,6 +154,8 @@ def outcome(
     found: list[Tensor | None] = [None] * len(leaves)
     y, failed = None, ""
     torch.manual_seed(0)
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # else torch gives some warnings once a process, to whoever comes first
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -165,6 +167,8 @@ def outcome(
                     found = second(found, [*leaves, g])
         except Exception as error:
             found, failed = [], f"{type(error).__name__}: {error}"
+        finally:
+            torch.set_warn_always(always)
     warned = frozenset(str(w.message)[:60] for w in caught if issubclass(w.category, UserWarning))
     return Outcome(y, found, [] if module is None or failed else list(module.buffers()), failed, warned)
 

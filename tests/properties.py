@@ -286,6 +286,7 @@ def extremes_stay_finite(case: Case) -> None:
         assert torch.func.vmap(torch.func.grad(torch.func.grad(case)))(x).isfinite().all()
         if not ({"gradient_is_torchs"} & set(case.except_for)):
             torchs = torch.func.vmap(torch.func.grad(case.torchs))(x)
+            # Far out the two lose different digits of a slope near 0; accuracy has properties of its own.
             torch.testing.assert_close(slopes, torchs, rtol=1e-5, atol=4 * torch.finfo(dtype).eps)
 
 

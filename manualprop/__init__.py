@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from manualprop import functions as functions
     from manualprop import nn as nn
     from manualprop._backprop import Backprop as Backprop
+    from manualprop._receipt import receipt as receipt
     from manualprop._swap import swap as swap
     from manualprop._swap import unswap as unswap
     from manualprop.functions._kernels import kernels as kernels
@@ -19,6 +20,7 @@ _MODULES = ("descent", "functional", "functions", "nn")
 _NAMES = {
     "Backprop": "manualprop._backprop",
     "kernels": "manualprop.functions._kernels",
+    "receipt": "manualprop._receipt",
     "swap": "manualprop._swap",
     "unswap": "manualprop._swap",
 }

@@ -42,6 +42,12 @@ COMMANDS = {
     ),
     "test": Command("evaluate a trained network on the test examples", "training", _LIGHTNING, _CLI),
     "predict": Command("write the predictions of a trained network to a file", "training", _LIGHTNING, _CLI),
+    "receipt": Command(
+        "measure what a model keeps for its backward pass, layer by layer",
+        "",
+        ("torch",),
+        "manualprop._receipt_command",
+    ),
 }
 
 

@@ -26,8 +26,10 @@ MAY_IMPORT = {
     "verify": set(),
     "training": {"_backprop", "nn", "descent", "functional"},
     "_backprop": {"nn", "descent", "functions"},
+    "_receipt": set(),
+    "_receipt_command": {"_receipt", "_swap"},
     "_command": {"training"},
-    "__init__": {"_backprop", "descent", "functional", "functions", "nn", "_swap"},
+    "__init__": {"_backprop", "descent", "functional", "functions", "nn", "_receipt", "_swap"},
 }
 
 

@@ -10,13 +10,14 @@ if TYPE_CHECKING:
     from manualprop import functional as functional
     from manualprop import functions as functions
     from manualprop import nn as nn
+    from manualprop import verify as verify
     from manualprop._backprop import Backprop as Backprop
     from manualprop._receipt import receipt as receipt
     from manualprop._swap import swap as swap
     from manualprop._swap import unswap as unswap
     from manualprop.functions._kernels import kernels as kernels
 
-_MODULES = ("descent", "functional", "functions", "nn")
+_MODULES = ("descent", "functional", "functions", "nn", "verify")
 _NAMES = {
     "Backprop": "manualprop._backprop",
     "kernels": "manualprop.functions._kernels",

@@ -28,8 +28,8 @@ MAY_IMPORT = {
     "_backprop": {"nn", "descent", "functions"},
     "_receipt": set(),
     "_receipt_command": {"_receipt", "_swap"},
-    "_command": {"training"},
-    "__init__": {"_backprop", "descent", "functional", "functions", "nn", "_receipt", "_swap"},
+    "_command": {"training", "verify"},
+    "__init__": {"_backprop", "descent", "functional", "functions", "nn", "_receipt", "_swap", "verify"},
 }
 
 
@@ -57,7 +57,7 @@ def test_imports_point_one_way(path: Path) -> None:
     assert imported(path) <= MAY_IMPORT[part(path)] | {part(path)}
 
 
-@pytest.mark.parametrize("part_name", ["functions", "functional", "nn", "descent", "_swap"])
+@pytest.mark.parametrize("part_name", ["functions", "functional", "nn", "descent", "_swap", "verify"])
 def test_the_core_imports_torch_alone(part_name: str) -> None:
     paths = [p for p in ROOT.rglob("*.py") if part(p) == part_name]
     assert paths

@@ -1,0 +1,12 @@
+"""Prove a custom backward right: any ``autograd.Function``, any module, any differentiable callable.
+
+:func:`check` runs every probe and returns a :class:`Report`; it never raises for a defect.  Nothing here knows of
+the layers of this package, and only torch is imported.
+"""
+
+from manualprop.verify._case import Case as Case
+from manualprop.verify._check import check as check
+from manualprop.verify._report import Outcome as Outcome
+from manualprop.verify._report import Report as Report
+
+__all__ = ["Case", "Outcome", "Report", "check"]

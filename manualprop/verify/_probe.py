@@ -1,0 +1,58 @@
+"""The registry of probes: what each is called, when it runs, and what it takes for support."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+from manualprop.verify._report import Outcome
+from manualprop.verify._subject import Subject
+
+Run = Callable[[Subject], Outcome]
+
+
+class Probe(NamedTuple):
+    """One question asked of a function.
+
+    Args:
+        name: of the probe, as reports, declarations and ``only`` call it.
+        run: asks it.  May raise: what it raises becomes a finding.
+        quick: whether it belongs to the quick level.
+        alone: whether it runs in a process of its own, since it changes what others would see or may crash.
+        family: name of the module it stands in.
+    """
+
+    name: str
+    run: Run
+    quick: bool
+    alone: bool
+    family: str
+
+
+PROBES: dict[str, Probe] = {}
+FAMILIES = ("derivatives", "arguments", "sizes", "numbers", "state", "routes")
+
+# What users call a feature -> the probes that show it.
+FEATURES = {
+    "double_backward": ("second_order", "third_order"),
+    "transforms": ("vmap", "func_grad", "jacrev", "jacfwd", "vmap_grad"),
+}
+
+
+def probe(*, quick: bool = True, alone: bool = False) -> Callable[[Run], Run]:
+    """Register a function as the probe of its name."""
+
+    def register(run: Run) -> Run:
+        name = run.__name__
+        PROBES[name] = Probe(name, run, quick, alone, run.__module__.rpartition(".")[2])
+        return run
+
+    return register
+
+
+def load() -> dict[str, Probe]:
+    """Every probe, in the order in which they run."""
+    for family in FAMILIES:
+        importlib.import_module(f"manualprop.verify.probes.{family}")
+    return PROBES

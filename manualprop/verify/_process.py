@@ -1,0 +1,147 @@
+"""Run probes in forked children: a crash or a hang is a finding, and nothing of the caller's process changes.
+
+A fork, and not a fresh process, since what is checked may be a closure or a local class, which cannot be pickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection, Pipe
+from typing import Any
+
+import torch
+
+from manualprop.verify._case import Case
+from manualprop.verify._probe import Probe
+from manualprop.verify._report import Outcome, finding
+from manualprop.verify._subject import BadUse
+
+# Importing these in a child would cost every child anew.
+_WARM = ("torch._functorch.autograd_function", "torch.func")
+
+
+def can_fork() -> bool:
+    """Whether this platform forks, and the autograd engine has no threads of its own that a child would lack."""
+    return hasattr(os, "fork") and sys.platform != "darwin" and not torch.cuda.is_initialized()
+
+
+def outcomes(case: Case, probes: Sequence[Probe], time_limit: float) -> Iterator[Outcome]:
+    """The outcome of each probe, in order, as it comes.
+
+    Raises:
+        ValueError, TypeError: what a wrong use of the check deserves.
+    """
+    for name in _WARM:
+        __import__(name)
+    rest = list(probes)
+    while rest:
+        batch = _batch(rest)
+        child = _Child(case, batch)
+        try:
+            started = child.receive(time_limit)
+            if isinstance(started, BadUse):
+                raise started.kind(str(started)) from None
+            if started is not None:  # it cannot even be called
+                yield started
+                return
+            for done, probe in enumerate(batch, start=1):
+                outcome = child.receive(time_limit)
+                if outcome.probe == "":  # the child is gone
+                    outcome = dataclasses.replace(outcome, probe=probe.name)
+                    rest = rest[done:]
+                    yield outcome
+                    break
+                yield outcome
+            else:
+                rest = rest[len(batch) :]
+        finally:
+            child.stop()
+
+
+def _batch(probes: Sequence[Probe]) -> list[Probe]:
+    """As many as share a child: one that must be alone, or all before the next such."""
+    if probes[0].alone:
+        return [probes[0]]
+    alone = next((i for i, p in enumerate(probes) if p.alone), len(probes))
+    return list(probes[:alone])
+
+
+class _Child:
+    def __init__(self, case: Case, probes: Sequence[Probe]) -> None:
+        self.connection, theirs = Pipe()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        with warnings.catch_warnings():
+            # Python 3.12 warns of a fork beside threads.  The child starts no parallel region of torch.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.pid = os.fork()
+        if self.pid == 0:
+            self.connection.close()
+            _work(case, probes, theirs)
+        theirs.close()
+
+    def receive(self, time_limit: float) -> Any:
+        """What the child says next, or the finding that it crashed or hangs, which names no probe."""
+        start = time.perf_counter()
+        if not self.connection.poll(time_limit):
+            return dataclasses.replace(
+                finding(f"hangs: no answer after {time_limit:g} s"), seconds=time_limit
+            )
+        try:
+            return self.connection.recv()
+        except EOFError:
+            _, status = os.waitpid(self.pid, 0)
+            self.pid = -1
+            seconds = time.perf_counter() - start
+            return dataclasses.replace(finding(f"crashes the process: {_end(status)}"), seconds=seconds)
+
+    def stop(self) -> None:
+        self.connection.close()
+        if self.pid > 0:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+
+
+def _end(status: int) -> str:
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        return f"signal {number} ({signal.Signals(number).name})"
+    return f"exit status {os.WEXITSTATUS(status)}"
+
+
+def _work(case: Case, probes: Sequence[Probe], connection: Connection) -> None:
+    """The child's life: never returns."""
+    status = 1
+    try:
+        from manualprop.verify._check import judged, prepared
+
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C, and stops the child
+        torch.set_num_threads(
+            1
+        )  # the threads of the parent's pool do not exist here: a parallel region hangs
+        torch.set_grad_enabled(True)
+        try:
+            subject = prepared(case)
+        except BadUse as bad:
+            connection.send(bad)
+        else:
+            connection.send(subject if isinstance(subject, Outcome) else None)
+            if not isinstance(subject, Outcome):
+                for probe in probes:
+                    connection.send(judged(probe, subject))
+        status = 0
+    except BrokenPipeError:  # the parent has enough
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

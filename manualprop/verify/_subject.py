@@ -1,0 +1,360 @@
+"""The function under test as a function of a flat list of tensors, run anew each time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from manualprop.verify._case import Case
+from manualprop.verify._numeric import Evaluate, flat, noise
+
+
+class BadUse(Exception):
+    """The check was called in a way that can show nothing.  Carries the type that the caller sees."""
+
+    def __init__(self, kind: type[Exception], text: str) -> None:
+        super().__init__(kind, text)  # both, so that it can be pickled
+        self.kind = kind
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
+class Point(NamedTuple):
+    """A differentiated tensor: where it stands in the call."""
+
+    name: str  # as in "args[0]", "weight"
+    slot: int | str  # position among the leaves of (args, kwargs), or name of a parameter
+    tensor: Tensor  # real, detached, in the working dtype
+    complex: bool  # whether the function sees it as a complex tensor
+
+
+class Subject:
+    """A case, ready to be evaluated anywhere.
+
+    Attributes:
+        case: what was given.
+        points: values of the differentiated tensors, in ``dtype``.
+        names: of these.
+        dtype: in which it is checked: float64, unless the function refuses it.
+        outputs: the floating outputs at ``points``, detached.
+        cotangents: one fixed random grad_output for each output.
+        stateful: whether a module changes its buffers in forward.
+        random: whether its forward draws random numbers.
+    """
+
+    def __init__(self, case: Case, dtype: torch.dtype | None = torch.float64) -> None:
+        self.case = case
+        self.fn = case.fn
+        self.module = case.fn if isinstance(case.fn, torch.nn.Module) else None
+        self.dtype = dtype
+        self._leaves, self._spec = tree_flatten((tuple(case.args), dict(case.kwargs)))
+        self._not_leaf = False  # hand over non-leaf tensors, to a function that writes into its input
+        self._points = list(self._find_points())
+        self.points = [p.tensor for p in self._points]
+        self.names = [p.name for p in self._points]
+
+    # ----- what is differentiated -----
+
+    def _find_points(self) -> Iterator[Point]:
+        tensors = [(i, t) for i, t in enumerate(self._leaves) if isinstance(t, Tensor)]
+        floating = [(i, t) for i, t in tensors if t.is_floating_point() or t.is_complex()]
+        wanted = [(i, t) for i, t in floating if t.requires_grad]
+        if self.module is not None and not wanted:
+            wanted = floating
+        names = _argument_names(self.case)
+        for i, t in wanted:
+            yield self._point(names[i], i, t)
+        if self.module is not None:
+            for name, p in self.module.named_parameters():
+                if p.requires_grad and (p.is_floating_point() or p.is_complex()):
+                    yield self._point(name, name, p)
+
+    def _point(self, name: str, slot: int | str, t: Tensor) -> Point:
+        t = t.detach()
+        is_complex = t.is_complex()
+        value = torch.view_as_real(t.resolve_conj()) if is_complex else t
+        return Point(name, slot, self._cast(value).clone(memory_format=torch.contiguous_format), is_complex)
+
+    def _cast(self, t: Tensor) -> Tensor:
+        if self.dtype is None or not (t.is_floating_point() or t.is_complex()):
+            return t
+        return t.to(self.dtype.to_complex() if t.is_complex() else self.dtype)
+
+    # ----- evaluation -----
+
+    def function(self, *points: Tensor) -> tuple[Tensor, ...]:
+        """The floating outputs at ``points``, which are handed over as they are; all else is fresh.
+
+        It does not touch the random generator, so that it can be traced, batched and compiled.
+        """
+        return tuple(_real(o) for o in tree_leaves(self.raw(*points)) if is_float(o))
+
+    def __call__(self, *points: Tensor) -> tuple[Tensor, ...]:
+        """:meth:`function`, with the random generator at the same place each time."""
+        torch.manual_seed(self.case.seed)
+        return self.function(*points)
+
+    def raw(self, *points: Tensor) -> Any:
+        """What the callable itself returns."""
+        args, kwargs, state = self.arguments(*points)
+        if self.module is not None:
+            return functional_call(self.module, state, args, kwargs)
+        return self.fn(*args, **kwargs)
+
+    def arguments(self, *points: Tensor) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Tensor]]:
+        """Positional and keyword arguments, and the parameters and buffers of a module, with ``points`` in place."""
+        leaves = [self._cast(t.detach()).clone() if isinstance(t, Tensor) else t for t in self._leaves]
+        state: dict[str, Tensor] = {}
+        if self.module is not None:
+            named = (*self.module.named_parameters(), *self.module.named_buffers())
+            state = {name: self._cast(t.detach()).clone() for name, t in named}
+        for p, value in zip(self._points, points, strict=True):
+            value = torch.view_as_complex(value) if p.complex else value
+            if self._not_leaf and not p.complex:
+                value = value.clone()
+            if isinstance(p.slot, str):
+                state[p.slot] = value
+            else:
+                leaves[p.slot] = value
+        args, kwargs = tree_unflatten(leaves, self._spec)
+        return args, kwargs, state
+
+    def at(
+        self, points: Sequence[Tensor] | None = None, subset: Sequence[bool] | None = None
+    ) -> list[Tensor]:
+        """Fresh leaf tensors with the values of ``points``, of which ``subset`` (all) require grad."""
+        points = self.points if points is None else points
+        subset = [True] * len(points) if subset is None else subset
+        return [p.detach().clone().requires_grad_(r) for p, r in zip(points, subset, strict=True)]
+
+    def gradients(
+        self,
+        points: Sequence[Tensor] | None = None,
+        cotangents: Sequence[Tensor | None] | None = None,
+        subset: Sequence[bool] | None = None,
+    ) -> list[Tensor | None]:
+        """The vector-Jacobian product by the function's own backward: one gradient for each point, or None."""
+        leaves = self.at(points, subset)
+        outputs = self(*leaves)
+        return self.pull_back(
+            outputs, leaves, self.cotangents_for(outputs) if cotangents is None else cotangents
+        )
+
+    def pull_back(
+        self,
+        outputs: Sequence[Tensor],
+        leaves: Sequence[Tensor],
+        cotangents: Sequence[Tensor | None],
+        **options: Any,
+    ) -> list[Tensor | None]:
+        """``torch.autograd.grad`` of those outputs that require it, with those cotangents that are not None."""
+        pairs = [
+            (y, v) for y, v in zip(outputs, cotangents, strict=True) if y.requires_grad and v is not None
+        ]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        if not pairs:
+            return [None] * len(leaves)
+        found = iter(
+            torch.autograd.grad(
+                [y for y, _ in pairs], wanted, [v for _, v in pairs], allow_unused=True, **options
+            )
+        )
+        return [next(found) if leaf.requires_grad else None for leaf in leaves]
+
+    def cotangents_for(self, outputs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
+        """One random grad_output for each output, the same for the same shapes."""
+        return self.random_like(outputs, seed)
+
+    def random_like(self, tensors: Sequence[Tensor], seed: int) -> list[Tensor]:
+        """Standard normal numbers in the shapes of ``tensors``, without touching the global generator."""
+        generator = torch.Generator().manual_seed(self.case.seed * 1000 + seed)
+        return [
+            torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device, t.dtype)
+            for t in tensors
+        ]
+
+    def along(self, directions: Sequence[Tensor | None], points: Sequence[Tensor] | None = None) -> Evaluate:
+        """The outputs in one vector, as a function of the distance gone from ``points`` in ``directions``."""
+        points = self.points if points is None else points
+
+        def evaluate(t: float) -> Tensor:
+            moved = [p.clone() if d is None else p + t * d for p, d in zip(points, directions, strict=True)]
+            with torch.no_grad():
+                return flat(self(*moved))
+
+        return evaluate
+
+    # ----- the plain run -----
+
+    @functools.cached_property
+    def outputs(self) -> list[Tensor]:
+        return [y.detach() for y in self(*self.at())]
+
+    @functools.cached_property
+    def cotangents(self) -> list[Tensor]:
+        return self.cotangents_for(self.outputs)
+
+    @functools.cached_property
+    def plain(self) -> list[Tensor | None]:
+        """The gradients of the plain run: contiguous, in ``dtype``, every point requiring grad."""
+        return self.gradients()
+
+    @functools.cached_property
+    def noise(self) -> float:
+        """How uncertain the outputs are, in absolute terms: rounding in whatever dtype the function works inside."""
+        found = []
+        for seed in (11, 12, 13):
+            aside = [
+                p + 0.01 * d for p, d in zip(self.points, self.random_like(self.points, seed), strict=True)
+            ]
+            found.append(noise(self.along(self.random_like(self.points, seed + 10), aside)))
+        return sorted(found)[1]
+
+    @functools.cached_property
+    def random(self) -> bool:
+        torch.manual_seed(self.case.seed)
+        before = torch.get_rng_state()
+        self.function(*self.at())
+        return not torch.equal(before, torch.get_rng_state())
+
+    @functools.cached_property
+    def functions(self) -> list[type[torch.autograd.Function]]:
+        """The custom Functions that the plain run records."""
+        return list(dict.fromkeys(node._forward_cls for node in self.nodes(self(*self.at()))))
+
+    @staticmethod
+    def nodes(outputs: Sequence[Tensor]) -> list[Any]:
+        """The nodes of custom Functions in the graph behind ``outputs``."""
+        found, seen, todo = [], set(), [y.grad_fn for y in outputs]
+        while todo:
+            node = todo.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if hasattr(node, "_forward_cls"):
+                found.append(node)
+            todo += [next_node for next_node, _ in node.next_functions]
+        return found
+
+    def with_points(self, points: Sequence[Tensor]) -> Subject:
+        """The same function elsewhere: other values, sizes or dtypes of the differentiated arguments."""
+        other = object.__new__(Subject)
+        other.__dict__.update(
+            {k: v for k, v in self.__dict__.items() if k not in ("outputs", "cotangents", "plain")}
+        )
+        other.points = list(points)
+        other._points = [p._replace(tensor=t) for p, t in zip(self._points, points, strict=True)]
+        return other
+
+
+def is_float(t: Any) -> bool:
+    return isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())
+
+
+def _real(t: Tensor) -> Tensor:
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+
+
+def _argument_names(case: Case) -> list[str]:
+    """A name for each leaf of (args, kwargs): the parameter's name where it can be known."""
+    positional = _parameter_names(case.fn)
+    names: list[str] = []
+    for i, a in enumerate(case.args):
+        base = positional[i] if i < len(positional) else f"args[{i}]"
+        names += _numbered(base, len(tree_leaves(a)))
+    for key, a in case.kwargs.items():
+        names += _numbered(key, len(tree_leaves(a)))
+    return names
+
+
+def _numbered(base: str, count: int) -> list[str]:
+    return [base] if count == 1 else [f"{base}[{j}]" for j in range(count)]
+
+
+def _parameter_names(fn: Callable[..., Any]) -> list[str]:
+    import inspect
+
+    owner = getattr(fn, "__self__", None)
+    target: Any = fn
+    if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
+        target = owner.forward
+    elif isinstance(fn, torch.nn.Module):
+        target = fn.forward
+    try:
+        parameters = list(inspect.signature(target).parameters.values())
+    except (TypeError, ValueError):
+        return []
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    has_ctx = target is not fn and names[:1] == ["ctx"]
+    return names[1:] if has_ctx else names
+
+
+def ready(case: Case) -> Subject:
+    """A subject that runs: in float64 if the function takes it, otherwise in the dtypes that were given.
+
+    Raises:
+        BadUse: if nothing can be shown with these inputs.
+    """
+    given = Subject(case, None)
+    _refuse_bad_input(given)
+    subject = Subject(case)
+    try:
+        _settle(subject)
+    except BadUse:
+        raise
+    except Exception:  # whatever the checked code raises
+        subject = given
+        _settle(subject)  # raises what is wrong with the function at its own inputs
+    _refuse_chance(subject)
+    return subject
+
+
+def _settle(subject: Subject) -> None:
+    """Run once, forward and backward, and learn how the function wants to be called."""
+    try:
+        outputs = subject(*subject.at())
+    except RuntimeError as error:
+        if "a leaf Variable that requires grad" not in str(error):
+            raise
+        subject._not_leaf = True
+        outputs = subject(*subject.at())
+    if not outputs:
+        result = subject.raw(*subject.at())
+        raise BadUse(
+            TypeError,
+            f"check: {subject.case.name} must return a floating tensor, or a nest of them. Got {type(result).__name__}.",
+        )
+
+
+def _refuse_bad_input(subject: Subject) -> None:
+    if subject.points:
+        return
+    tensors = [t for t in subject._leaves if isinstance(t, Tensor)]
+    given = ", ".join(f"{t.dtype} {list(t.shape)}" for t in tensors) or "no tensor"
+    if tensors and not any(is_float(t) for t in tensors):
+        text = f"only floating inputs have gradients. Got {given}. Give floating tensors that require grad."
+    else:
+        text = (
+            f"no input requires a gradient. Got {given}. Call requires_grad_() on those to be differentiated."
+        )
+    raise BadUse(ValueError, f"check: {subject.case.name}: {text}")
+
+
+def _refuse_chance(subject: Subject) -> None:
+    first, second = ([y.detach() for y in subject(*subject.at())] for _ in range(2))
+    for i, (a, b) in enumerate(zip(first, second, strict=True)):
+        if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-10, atol=1e-12, equal_nan=True):
+            distance = f"differ by {(a - b).abs().max():.2g}" if a.shape == b.shape else "differ in shape"
+            raise BadUse(
+                ValueError,
+                f"check: {subject.case.name} must give the same output for the same input and seed. Two runs from "
+                f"torch.manual_seed({subject.case.seed}) {distance} in output {i}. Draw random numbers from torch's "
+                "default generator, or check with the randomness off.",
+            )

@@ -6,18 +6,17 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
 from manualprop.verify import _process
 from manualprop.verify._case import Case
-from manualprop.verify._probe import FEATURES, Probe, load
+from manualprop.verify._diagnosis import of_refused_shape
+from manualprop.verify._probe import FEATURES, LEVELS, Level, Probe, load
 from manualprop.verify._report import Outcome, Report, finding, message, skipped
 from manualprop.verify._subject import BadUse, Subject, ready
-
-Level = Literal["quick", "full"]
 
 
 def check(
@@ -47,7 +46,8 @@ def check(
         reference: a callable of the same arguments that is right by definition, differentiated by autograd.
         declare: ``{"double_backward": False}``: what is not supported, or must be.  Names are those of the probes,
             or ``double_backward``, ``transforms``.  Held against what is observed.
-        level: ``quick`` leaves out compilation, large sizes and other slow probes.
+        level: ``quick`` leaves out compilation, large sizes and other slow probes; ``deep`` adds third derivatives
+            and nested forward mode, where some of torch's own layers are wrong.
         only: names of the probes to run.
         seed: of everything random.
         rtol: largest error of a gradient relative to its largest entry, in float64.
@@ -72,8 +72,8 @@ def check(
         case = fn
     else:
         case = Case(fn, args, kwargs or {}, reference, declare or {}, rtol, atol, saved_bytes, seed=seed)
-    if level not in ("quick", "full"):
-        raise ValueError(f"check: level must be 'quick' or 'full'. Got {level!r}.")
+    if level not in LEVELS:
+        raise ValueError(f"check: level must be one of {', '.join(map(repr, LEVELS))}. Got {level!r}.")
     probes = _chosen(load(), level, only)
     declared = _declared(case.declare, load())
     start = time.perf_counter()
@@ -91,7 +91,7 @@ def check(
 def _chosen(probes: Mapping[str, Probe], level: Level, only: Sequence[str] | str | None) -> list[Probe]:
     if only is not None:
         return [probes[name] for name in _known([only] if isinstance(only, str) else only, probes, "only")]
-    return [p for p in probes.values() if p.quick or level == "full"]
+    return [p for p in probes.values() if LEVELS.index(p.level) <= LEVELS.index(level)]
 
 
 def _declared(declare: Mapping[str, bool], probes: Mapping[str, Probe]) -> dict[str, bool]:
@@ -162,7 +162,7 @@ def judged(probe: Probe, subject: Subject) -> Outcome:
             warnings.simplefilter("ignore")
             outcome = probe.run(subject)
     except Exception as error:  # whatever the checked code raises
-        outcome = finding(f"raises {message(error)}")
+        outcome = finding(f"raises {message(error)}", of_refused_shape(str(error)))
     return dataclasses.replace(outcome, probe=probe.name, seconds=time.perf_counter() - start)
 
 

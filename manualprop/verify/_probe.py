@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from manualprop.verify._report import Outcome
 from manualprop.verify._subject import Subject
 
 Run = Callable[[Subject], Outcome]
+Level = Literal["quick", "full", "deep"]
+LEVELS: tuple[Level, ...] = get_args(Level)
 
 
 class Probe(NamedTuple):
@@ -18,14 +20,14 @@ class Probe(NamedTuple):
     Args:
         name: of the probe, as reports, declarations and ``only`` call it.
         run: asks it.  May raise: what it raises becomes a finding.
-        quick: whether it belongs to the quick level.
+        level: the first at which it runs: ``quick``, ``full`` or ``deep``.
         alone: whether it runs in a process of its own, since it changes what others would see or may crash.
         family: name of the module it stands in.
     """
 
     name: str
     run: Run
-    quick: bool
+    level: Level
     alone: bool
     family: str
 
@@ -40,12 +42,12 @@ FEATURES = {
 }
 
 
-def probe(*, quick: bool = True, alone: bool = False) -> Callable[[Run], Run]:
+def probe(level: Level = "quick", *, alone: bool = False) -> Callable[[Run], Run]:
     """Register a function as the probe of its name."""
 
     def register(run: Run) -> Run:
         name = run.__name__
-        PROBES[name] = Probe(name, run, quick, alone, run.__module__.rpartition(".")[2])
+        PROBES[name] = Probe(name, run, level, alone, run.__module__.rpartition(".")[2])
         return run
 
     return register

@@ -49,6 +49,8 @@ class Subject:
         random: whether its forward draws random numbers.
     """
 
+    whole = 96  # entries of a tensor up to which each is a direction of its own in numerical differentiation
+
     def __init__(self, case: Case, dtype: torch.dtype | None = torch.float64) -> None:
         self.case = case
         self.fn = case.fn
@@ -218,6 +220,14 @@ class Subject:
         return sorted(found)[1]
 
     @functools.cached_property
+    def precision(self) -> float:
+        """The relative accuracy that the function works in inside: about 1e-9 if that is float64."""
+        scale = max(
+            (y.abs().nan_to_num(0, 0, 0).max().item() for y in self.outputs if y.numel()), default=0.0
+        )
+        return max(1e-9, 100 * self.noise / scale) if scale else 1e-9
+
+    @functools.cached_property
     def random(self) -> bool:
         torch.manual_seed(self.case.seed)
         before = torch.get_rng_state()
@@ -247,7 +257,11 @@ class Subject:
         """The same function elsewhere: other values, sizes or dtypes of the differentiated arguments."""
         other = object.__new__(Subject)
         other.__dict__.update(
-            {k: v for k, v in self.__dict__.items() if k not in ("outputs", "cotangents", "plain")}
+            {
+                k: v
+                for k, v in self.__dict__.items()
+                if k not in ("outputs", "cotangents", "plain", "noise", "precision")
+            }
         )
         other.points = list(points)
         other._points = [p._replace(tensor=t) for p, t in zip(self._points, points, strict=True)]

@@ -1,119 +1,187 @@
-"""Is it the derivative: first, second and third order, backward and forward."""
+"""Is it the derivative: first, second and third order, backward and forward; and is it the right function."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from manualprop.verify import _numeric
+from manualprop.verify._compare import Comparison, Gradient, Hand, Tangent, by_forward, by_jvp, compare
 from manualprop.verify._diagnosis import explain
 from manualprop.verify._probe import probe
-from manualprop.verify._report import Outcome, finding, passed, skipped
+from manualprop.verify._report import Outcome, finding, limit, message, passed, skipped
 from manualprop.verify._subject import Subject
 
-WHOLE = 96  # entries of a tensor up to which each is taken for itself; beyond, random directions and a sample
+LOST = "no output requires grad: see output_requires_grad"
 
 
-class Comparison(NamedTuple):
-    """One input's Jacobian, seen through cotangents (rows) and directions (columns), by hand and by differences."""
-
-    point: int
-    hand: Tensor  # (V, D)
-    numeric: Tensor
-    error: Tensor  # of the numeric one, and the tolerance: what exceeds it is wrong
-    kinks: Tensor  # (D,) whether the slopes from the two sides differ
-    cotangents: Tensor  # (V, M)
-    directions: Tensor  # (D, N)
-
-    @property
-    def wrong(self) -> Tensor:
-        """(V, D) of bool."""
-        off = ~((self.hand - self.numeric).abs() <= self.error)  # NaN is wrong
-        return off & ~self.kinks
+def _differentiable(s: Subject) -> bool:
+    return any(y.requires_grad for y in s(*s.at()))
 
 
-def basis(entries: int, seed: int) -> Tensor:
-    """(K, entries): every unit vector; for many entries some dense random ones and a sample of unit vectors."""
-    if entries <= WHOLE:
-        return torch.eye(entries, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    dense = torch.randn(4, entries, generator=generator, dtype=torch.float64)
-    units = torch.zeros(24, entries, dtype=torch.float64)
-    units[torch.arange(24), torch.randperm(entries, generator=generator)[:24]] = 1
-    return torch.cat([dense, units])
+def _outcome(s: Subject, comparisons: Sequence[Comparison]) -> Outcome:
+    if any(c.wrong.any() for c in comparisons):
+        evidence, diagnosis, details = explain(s, comparisons)
+        return finding(evidence, diagnosis, **details)
+    worst = max((_measured_error(c) for c in comparisons), default=0.0)
+    kinks = sum(int(c.kinks.sum()) for c in comparisons)
+    at = f"; {kinks} directions lie at a kink, see ties" if kinks else ""
+    return passed(f"largest error {worst:.1g} in {', '.join(s.names)}{at}", error=worst)
 
 
-def compare(s: Subject) -> list[Comparison]:
-    """The first derivative by hand beside the numerical one, for each differentiated input."""
-    m = sum(y.numel() for y in s.outputs)
-    v = basis(m, s.case.seed)
-    hand = [_pulled_back(s, row) for row in v]
-    return [_compare(s, i, v, torch.stack([h[i] for h in hand])) for i in range(len(s.points))]
+def _measured_error(c: Comparison) -> float:
+    """The largest error where differences tell the derivative at all."""
+    sure = ~c.kinks & (c.tolerance <= 1e-2 * (1 + c.numeric.abs()))
+    error = (c.hand - c.numeric).abs().where(sure, 0)
+    return error.max().item() if error.numel() else 0.0
 
 
-def _pulled_back(s: Subject, row: Tensor) -> list[Tensor]:
-    """The gradients for one cotangent, flat; zeros for None."""
-    grads = s.gradients(cotangents=_shaped(row, s.outputs))
-    return [
-        torch.zeros(p.numel(), dtype=torch.float64) if g is None else _numeric.flat([g])
-        for g, p in zip(grads, s.points, strict=True)
-    ]
-
-
-def _shaped(row: Tensor, like: list[Tensor]) -> list[Tensor | None]:
-    parts = row.split([y.numel() for y in like])
-    return [part.reshape(y.shape).to(y.dtype) for part, y in zip(parts, like, strict=True)]
-
-
-def _compare(s: Subject, i: int, v: Tensor, pulled: Tensor) -> Comparison:
-    point = s.points[i]
-    d = basis(point.numel(), s.case.seed + i)
-    evaluates = [_only(s, i, row) for row in d]
-    columns = [_numeric.derivative(e, s.noise, s.dtype or point.dtype) for e in evaluates]
-    numeric = v @ torch.stack([c.value for c in columns], 1)  # (V, M) (M, D) -> (V, D)
-    doubt = v.abs() @ torch.stack([c.error for c in columns], 1)
-    scale = numeric[torch.isfinite(numeric)].abs().amax() if torch.isfinite(numeric).any() else 0.0
-    c = Comparison(
-        i,
-        hand=pulled @ d.T,
-        numeric=numeric,
-        error=s.case.atol + s.case.rtol * scale + 4 * doubt.nan_to_num(torch.inf),
-        kinks=torch.zeros(len(d), dtype=torch.bool),
-        cotangents=v,
-        directions=d,
-    )
-    kinks = c.kinks.clone()
-    for j in c.wrong.any(0).nonzero().flatten().tolist():
-        above, below = (
-            _numeric.one_sided(evaluates[j], side, s.noise, s.dtype or point.dtype) for side in (1, -1)
-        )
-        jump = (above.value - below.value).abs()
-        kinks[j] = bool((jump > 1e-6 + 4 * (above.error + below.error)).any())
-    return c._replace(kinks=kinks)
-
-
-def _only(s: Subject, i: int, row: Tensor) -> _numeric.Evaluate:
-    directions: list[Tensor | None] = [None] * len(s.points)
-    directions[i] = row.reshape(s.points[i].shape).to(s.points[i].dtype)
-    return s.along(directions)
+def _limited(s: Subject, hand: Hand | None = None) -> Outcome:
+    """A comparison of something that need not be supported, if the refusal is loud."""
+    try:
+        comparisons = compare(s, hand)
+    except Exception as error:  # whatever torch or the checked code refuses with
+        return limit(message(error))
+    return _outcome(s, comparisons)
 
 
 @probe()
 def first_order(s: Subject) -> Outcome:
     """backward against numerical differentiation."""
-    if not any(y.requires_grad for y in s(*s.at())):
-        return skipped("no output requires grad: see output_requires_grad")
-    comparisons = compare(s)
-    wrong = [c for c in comparisons if c.wrong.any()]
-    if wrong:
-        evidence, diagnosis, details = explain(s, comparisons)
-        return finding(evidence, diagnosis, **details)
-    worst = max(
-        ((c.hand - c.numeric).abs().where(~c.kinks, 0).amax().item() for c in comparisons if c.hand.numel()),
-        default=0.0,
-    )
-    kinks = sum(int(c.kinks.sum()) for c in comparisons)
-    at = f"; {kinks} directions lie at kinks, see ties" if kinks else ""
-    return passed(f"largest error {worst:.1g} over {', '.join(s.names)}{at}", error=worst)
+    return _outcome(s, compare(s)) if _differentiable(s) else skipped(LOST)
+
+
+@probe()
+def second_order(s: Subject) -> Outcome:
+    """The gradients' own derivative under create_graph, in the inputs and in grad_output."""
+    return _limited(Gradient(s)) if _differentiable(s) else skipped(LOST)
+
+
+@probe("deep")
+def third_order(s: Subject) -> Outcome:
+    """Once more."""
+    if not _differentiable(s):
+        return skipped(LOST)
+    second = Gradient(s)
+    try:
+        if not _differentiable(second):
+            return skipped("the gradient does not require grad: see second_order")
+        third = Gradient(second)
+    except Exception as error:  # whatever torch or the checked code refuses with
+        return limit(message(error))
+    return _limited(third)
+
+
+@probe()
+def forward_mode(s: Subject) -> Outcome:
+    """jvp against numerical differentiation."""
+    return _limited(s, by_forward)
+
+
+@probe()
+def forward_over_reverse(s: Subject) -> Outcome:
+    """The tangent of the gradients: a Hessian-vector product."""
+    return _limited(Gradient(s), by_forward) if _differentiable(s) else skipped(LOST)
+
+
+@probe("deep")
+def nested_forward_mode(s: Subject) -> Outcome:
+    """jvp of jvp, as in ``jacfwd(jacfwd(f))``."""
+    tangent = Tangent(s)
+    try:
+        tangent.outputs  # noqa: B018  (evaluated for what it raises)
+    except Exception as error:  # whatever torch or the checked code refuses with
+        return limit(message(error))
+    return _limited(tangent, by_jvp)
+
+
+@probe()
+def linearity(s: Subject) -> Outcome:
+    """backward is linear in grad_output, from 1e-8 to 1e8, and zero for zero."""
+    if not _differentiable(s):
+        return skipped(LOST)
+    v = s.cotangents
+    w = s.random_like(s.outputs, 2)
+    at_w = s.gradients(cotangents=w)
+    checks: list[tuple[str, list[Tensor], list[Tensor | None]]] = [
+        (f"{c:g} grad_output", [c * t for t in v], [None if g is None else c * g for g in s.plain])
+        for c in (1e-8, 1e-4, -1.0, 2.0, 1e4, 1e8)
+    ]
+    checks += [
+        ("zero grad_output", [0 * t for t in v], [None if g is None else 0 * g for g in s.plain]),
+        (
+            "a sum of two grad_outputs",
+            [a + b for a, b in zip(v, w, strict=True)],
+            [None if a is None or b is None else a + b for a, b in zip(s.plain, at_w, strict=True)],
+        ),
+    ]
+    for what, cotangents, expected in checks:
+        for name, found, want in zip(s.names, s.gradients(cotangents=cotangents), expected, strict=True):
+            if (found is None) != (want is None):
+                return finding(f"for {what} the gradient of {name} is {'' if found is None else 'not '}None")
+            if found is None or want is None or not torch.isfinite(want).all():
+                continue
+            scale = want.abs().max().item() if want.numel() else 0.0
+            error = (found - want).abs().max().item() if want.numel() else 0.0
+            if not error <= s.precision * scale + torch.finfo(want.dtype).tiny:
+                return finding(
+                    f"for {what} the gradient of {name} is off by {error:.3g}, where its largest entry is {scale:.3g}",
+                    _why_not_linear(s),
+                )
+    return passed("linear from 1e-8 to 1e8")
+
+
+def _why_not_linear(s: Subject) -> str:
+    twice = s.gradients(cotangents=[2 * v for v in s.cotangents])
+    pairs = [(a, b) for a, b in zip(s.plain, twice, strict=True) if a is not None and b is not None]
+    if all(torch.equal(a, b) for a, b in pairs):
+        return "grad_output is ignored: right at most for a grad_output of ones"
+    return "not linear in grad_output"
+
+
+@probe()
+def reference(s: Subject) -> Outcome:
+    """Values and gradients against those of the reference that was given."""
+    if s.case.reference is None:
+        return skipped("no reference was given")
+    other = Subject(dataclasses.replace(s.case, fn=s.case.reference), s.dtype)
+    shared = [n for n in other.names if n in s.names]
+    by_name = dict(zip(s.names, s.points, strict=True))
+    if not shared and len(other.points) == len(s.points):  # parameters of other names, in the same places
+        shared, other.names, by_name = s.names, s.names, dict(zip(s.names, s.points, strict=True))
+    other = other.with_points([by_name.get(n, p) for n, p in zip(other.names, other.points, strict=True)])
+    if len(other.outputs) != len(s.outputs):
+        return finding(f"returns {len(s.outputs)} tensors, the reference {len(other.outputs)}")
+    for i, (y, want) in enumerate(zip(s.outputs, other.outputs, strict=True)):
+        if y.shape != want.shape:
+            return finding(f"output {i} has shape {list(y.shape)}, the reference's {list(want.shape)}")
+        bad = _off(y, want, s.precision)
+        if bad:
+            return finding(f"output {i}: {bad}", "wrong value")
+    theirs = dict(zip(other.names, other.gradients(cotangents=s.cotangents), strict=True))
+    for name, g in zip(s.names, s.plain, strict=True):
+        want_g = theirs.get(name)
+        if want_g is None:
+            continue
+        bad = _off(torch.zeros_like(want_g) if g is None else g, want_g, s.case.rtol)
+        if bad:
+            return finding(f"gradient of {name}: {bad}", "wrong gradient")
+    return passed(f"value and gradients of {', '.join(n for n in s.names if n in theirs)} agree")
+
+
+def _off(found: Tensor, want: Tensor, rtol: float) -> str:
+    """How two tensors of the same shape differ by more than ``rtol`` of the largest entry, or nothing."""
+    if not want.numel():
+        return ""
+    finite = torch.isfinite(want)
+    if not torch.equal(found.nan_to_num(1, 2, 3)[~finite], want.nan_to_num(1, 2, 3)[~finite]):
+        return "not finite in other places than the reference's"
+    error = (found - want).abs().where(finite, 0)
+    scale = want.abs().where(finite, 0).max().item()
+    worst = error.max().item()
+    if worst <= rtol * scale + 1e-12:
+        return ""
+    index = tuple(int(i) for i in torch.unravel_index(error.argmax(), want.shape))
+    return f"off by {worst:.3g} at {list(index)}: {found[index].item():.6g}, the reference {want[index].item():.6g}"

@@ -96,7 +96,7 @@ def by_jvp(s: Subject, v: Tensor, d: Sequence[Tensor]) -> list[Tensor]:
     def column(i: int, row: Tensor) -> Tensor:
         tangents = [torch.zeros_like(p) for p in s.points]
         tangents[i] = row.reshape(s.points[i].shape).to(s.points[i].dtype)
-        torch.manual_seed(s.case.seed)
+        s.reseed()
         return _numeric.flat(jvp(s.function, tuple(p.clone() for p in s.points), tuple(tangents))[1])
 
     return [v @ torch.stack([column(i, row) for row in d[i]], 1) for i in range(len(d))]

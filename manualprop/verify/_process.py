@@ -24,7 +24,12 @@ from manualprop.verify._report import Outcome, finding
 from manualprop.verify._subject import BadUse
 
 # Importing these in a child would cost every child anew.
-_WARM = ("torch._functorch.autograd_function", "torch.func", "torch._decomp.decompositions_for_jvp")
+_WARM = (
+    "torch._functorch.autograd_function",
+    "torch.func",
+    "torch._decomp.decompositions_for_jvp",
+    "torch.fx.experimental.symbolic_shapes",  # by torch.autograd.grad with grad_outputs
+)
 
 
 def can_fork() -> bool:

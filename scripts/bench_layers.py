@@ -181,7 +181,7 @@ class Settings(NamedTuple):
 def pair(layer: Layer, n: int, c: int) -> tuple[nn.Module, nn.Module, tuple[Any, ...]]:
     torch.manual_seed(0)
     torchs = layer.make(n, c)
-    return manualprop.swap(copy.deepcopy(torchs)), torchs, layer.inputs(n, c)
+    return manualprop.swap(copy.deepcopy(torchs)).model, torchs, layer.inputs(n, c)
 
 
 def step(module: nn.Module, inputs: tuple[Any, ...]) -> Callable[[], object]:

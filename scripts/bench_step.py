@@ -77,7 +77,7 @@ def tape_free(cell: Cell, compile: bool = False) -> Step:
 
 
 def autograd(cell: Cell, compile: bool = False) -> Step:
-    model = manualprop.unswap(network(cell.sizes))
+    model = manualprop.unswap(network(cell.sizes)).model
     optimizer, loss = (
         torch.optim.SGD(model.parameters(), LEARNING_RATE, fused=True),
         torch.nn.CrossEntropyLoss(),

@@ -72,7 +72,7 @@ def main(kind: str, rank: str, store: str, result: str, rule: str = "") -> None:
     )
     try:
         half = slice(int(rank), None, WORLD)
-        network = distributed(kind, manualprop.swap(model()))
+        network = distributed(kind, manualprop.swap(model()).model)
         found = train(network, manualprop.nn.CrossEntropyLoss(), INPUTS[half], TARGETS[half])
         if rank == "0":
             torch.save(found, result)

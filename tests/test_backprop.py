@@ -180,7 +180,7 @@ def made_descent(row: Row, kind: type[descent.Descent] = descent.MiniBatch) -> d
 
 def autograd_step(model: torch.nn.Module, row: Row) -> Callable[[Tensor, Tensor], float]:
     plan = made_descent(row)
-    optimizer, loss = plan.make_optimizer(model.parameters()), manualprop.unswap(row.loss())
+    optimizer, loss = plan.make_optimizer(model.parameters()), manualprop.unswap(row.loss()).model
 
     def step(x: Tensor, t: Tensor) -> float:
         optimizer.zero_grad()
@@ -243,7 +243,7 @@ def test_gradients_are_those_of_autograd(row: Row) -> None:
     torch.manual_seed(0)
     found = Backprop(ours, row.loss(), made_descent(row)).gradients(x, t)
     torch.manual_seed(0)
-    manualprop.unswap(row.loss())(theirs(x), t).backward()
+    manualprop.unswap(row.loss()).model(theirs(x), t).backward()
     expected = {name: p.grad for name, p in theirs.named_parameters()}
     assert list(found) == list(expected)
     torch.testing.assert_close(found, expected, rtol=row.within, atol=1e-12)
@@ -345,7 +345,7 @@ def test_tied_weights_get_the_sum_of_their_gradients() -> None:
         model[2].weight = model[0].weight
         return model
 
-    ours, theirs = tied(), manualprop.unswap(tied())
+    ours, theirs = tied(), manualprop.unswap(tied()).model
     row = Row("tied", descent={"momentum": 0.9})
     x, t = examples(row)
     step, reference = Backprop(ours, nn.CrossEntropyLoss(), made_descent(row)), autograd_step(theirs, row)
@@ -359,7 +359,7 @@ def test_a_layer_used_twice_keeps_both_of_its_inputs() -> None:
     shared = nn.Linear(6, 6).double()
     act = nn.Tanh()
     ours = nn.Sequential(shared, act, shared, act, nn.Linear(6, 4).double())
-    theirs = manualprop.unswap(copy.deepcopy(ours))
+    theirs = manualprop.unswap(copy.deepcopy(ours)).model
     row = Row("twice")
     x, t = examples(row)
     step, reference = Backprop(ours, nn.CrossEntropyLoss(), made_descent(row)), autograd_step(theirs, row)
@@ -497,7 +497,7 @@ def test_an_embedding_may_come_first() -> None:
     row = Row("embedding")
     torch.manual_seed(0)
     ours = nn.Sequential(nn.Embedding(9, 3), torch.nn.Flatten(), nn.Linear(6, 4)).double()
-    theirs = manualprop.unswap(copy.deepcopy(ours))
+    theirs = manualprop.unswap(copy.deepcopy(ours)).model
     x, t = torch.randint(9, (16, 2)), torch.randint(CLASSES, (16,))
     step, reference = Backprop(ours, nn.CrossEntropyLoss(), made_descent(row)), autograd_step(theirs, row)
     for _ in range(30):

@@ -77,8 +77,8 @@ def test_two_processes_run_the_hand_rule(
 ) -> None:
     """Tripled on purpose, a rule gives together what it gives alone, and not what the right one gives."""
     loss = manualprop.nn.CrossEntropyLoss()
-    right = train(manualprop.swap(model()), loss, INPUTS, TARGETS)
+    right = train(manualprop.swap(model()).model, loss, INPUTS, TARGETS)
     monkeypatch.setattr(rules, rule, tripled(getattr(rules, rule)))
-    alone = train(manualprop.swap(model()), loss, INPUTS, TARGETS)
+    alone = train(manualprop.swap(model()).model, loss, INPUTS, TARGETS)
     assert not torch.allclose(alone["0.weight"], right["0.weight"])
     torch.testing.assert_close(run(kind, tmp_path, rule), alone, rtol=1e-12, atol=1e-12)

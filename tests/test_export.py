@@ -21,7 +21,7 @@ X = torch.linspace(-2.0, 2.1, 20).reshape(5, 4)
 def model() -> nn.Sequential:
     torch.manual_seed(0)
     layers = [nn.Linear(4, 8), nn.GELU(), nn.LayerNorm(8), nn.LeakyReLU(0.2), nn.Linear(8, 3), nn.Softmax(-1)]
-    return manualprop.swap(nn.Sequential(*layers))
+    return manualprop.swap(nn.Sequential(*layers)).model
 
 
 def exported(module: nn.Module, x: Tensor, strict: bool = False) -> nn.Module:
@@ -65,7 +65,7 @@ def first_weight_gradient(module: nn.Module) -> Tensor:
 
 def linear_tanh() -> nn.Sequential:
     torch.manual_seed(0)
-    return manualprop.swap(nn.Sequential(nn.Linear(4, 3), nn.Tanh()))
+    return manualprop.swap(nn.Sequential(nn.Linear(4, 3), nn.Tanh())).model
 
 
 def compiled(module: nn.Module, x: Tensor) -> nn.Module:

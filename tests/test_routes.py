@@ -127,7 +127,7 @@ def test_registration_waits_for_the_compiler() -> None:
 import sys, torch, manualprop
 from manualprop import functions, nn
 assert "torch._dynamo" not in sys.modules, "import manualprop imported the compiler"
-model = manualprop.swap(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU()))
+model = manualprop.swap(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())).model
 model(torch.ones(1, 2)).sum().backward()
 assert "torch._dynamo" not in sys.modules, "an eager backward imported the compiler"
 import torch._dynamo

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "functions": set(),
     "functional": {"functions"},
     "nn": {"functional"},
-    "_swap": {"nn"},
+    "_swap": {"nn", "functional"},
     "descent": set(),
     "verify": set(),
     "training": {"_backprop", "nn", "descent", "functional"},

@@ -1,0 +1,216 @@
+"""Proof that a swap changes nothing: outputs, loss and gradients, before and after, to what rounding explains."""
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from manualprop._swap._changes import Change, apply, revert
+from manualprop._swap._report import Check
+from manualprop._swap._run import Named, as_call, is_floating, run
+from manualprop._swap._twins import title
+from manualprop.nn import dropout
+from manualprop.nn.gated import RReLU
+
+FACTOR = 4.0  # units of rounding that the swapped model may be off
+RANDOM = (*(c for c in vars(dropout).values() if isinstance(c, type) and issubclass(c, nn.Module)), RReLU)
+
+
+def prove(model: nn.Module, changes: Sequence[Change], inputs: Any) -> Check:
+    """Make the changes, or raise and leave ``model`` as it was: see :func:`manualprop.swap` for what is compared."""
+    if any(nn.parameter.is_lazy(t) for t in (*model.parameters(), *model.buffers())):
+        raise ValueError(
+            "swap: check needs initialised parameters. Got a lazy layer: run the model once before the swap."
+        )
+    compared = [change for change in changes if _draws_alike(change, inputs)]
+    others = [change for change in changes if change not in compared]
+    try:
+        comparison = Comparison(model, inputs)
+        closest, wrong = comparison.of(compared)
+        if wrong is not None:
+            raise _refusal(model, compared, inputs, comparison)
+    except BaseException:
+        revert(changes)
+        raise
+    apply(changes)
+    return Check(len(comparison.exact), closest.name, closest.ratio, tuple(c.path for c in others))
+
+
+class Difference(NamedTuple):
+    """The tensor that came closest to its limit, or went beyond it."""
+
+    name: str
+    size: float
+    limit: float
+    dtype: torch.dtype
+    error: Exception | None = None
+
+    @property
+    def ratio(self) -> float:
+        if self.size == 0:
+            return 0.0
+        return self.size / self.limit if self.limit else torch.inf
+
+    def __str__(self) -> str:
+        if self.error is not None:
+            return f"{self.name} ({self.dtype})"
+        return (
+            f"{self.name} is off by {self.size:.1e} in {self.dtype}, where rounding explains {self.limit:.1e}"
+        )
+
+
+class Comparison:
+    """The model before the swap in two precisions, what rounding does to it, and its comparison with another.
+
+    Attributes:
+        exact: the results of the model in float64.
+        rounded: its results in its own precision (float32 if that is float64).
+        units: one unit of rounding for each floating result.
+        dtypes: {None or float64: eps of the runs to compare}; None is the model's own precision.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Any) -> None:
+        self.model, self.inputs = model, inputs
+        own = _widest_eps(model, inputs)
+        eps64 = torch.finfo(torch.float64).eps
+        narrow = torch.float32 if own == eps64 else None
+        self.eps = torch.finfo(torch.float32).eps if own == eps64 else own
+        self.dtypes = {torch.float64: eps64} | ({} if own == eps64 else {None: own})
+        try:
+            self.exact = run(model, inputs, torch.float64)
+            self.rounded = run(model, inputs, narrow)
+        except Exception as error:
+            error.add_note("This is the model as it was given: swap(check=...) has not swapped anything yet.")
+            raise
+        if not any(is_floating(v) for name, v in self.exact.items() if name.startswith("output")):
+            raise ValueError("swap: check needs a model that returns a floating tensor. Got none.")
+        self.units = self._units()
+
+    def _units(self) -> dict[str, float]:
+        """What one unit of rounding is for each tensor: e + a eps s, in the letters of swap's docstring."""
+        e: dict[str, float] = {}
+        s: dict[str, float] = {}
+        for name, exact in self.exact.items():
+            if not is_floating(exact):
+                continue
+            group = _group(name)
+            e[group] = max(e.get(group, 0.0), _distance(*self._in_range(name, self.rounded[name])))
+            s[group] = max(s.get(group, 0.0), _largest(exact))
+        floor = self.eps * max(s.values())
+        s = {group: max(size, floor, torch.finfo(torch.float64).tiny) for group, size in s.items()}
+        a = max(1.0, median(e[group] / (self.eps * s[group]) for group in e))
+        return {n: e[_group(n)] + a * self.eps * s[_group(n)] for n in self.exact if _group(n) in e}
+
+    def of(self, changes: Sequence[Change]) -> tuple[Difference, Difference | None]:
+        """The largest difference that ``changes`` make, and it again if it is too large."""
+        worst = Difference("output", 0.0, 1.0, torch.float64)
+        apply(changes)
+        try:
+            for dtype, eps in self.dtypes.items():
+                worst = max(worst, self._largest(dtype, eps), key=lambda d: d.ratio)
+        except Exception as error:
+            worst = Difference(f"{type(error).__name__}: {error}", torch.inf, 1.0, torch.float64, error)
+        finally:
+            revert(changes)
+        return worst, None if worst.ratio <= 1 else worst
+
+    def _largest(self, dtype: torch.dtype | None, eps: float) -> Difference:
+        results = run(self.model, self.inputs, dtype)
+        if set(results) != set(self.exact):
+            odd = sorted(set(results) ^ set(self.exact))
+            raise RuntimeError(f"only one of the two models gives {', '.join(odd)}")
+        found = []
+        for name, result in results.items():
+            if dtype is None and not is_floating(result):
+                continue  # an index of the largest, say: rounding may tip it; float64 tells
+            limit = FACTOR * self.units.get(name, 0.0) * eps / self.eps
+            a, b = (result, self.exact[name]) if dtype is not None else self._in_range(name, result)
+            found.append(Difference(name, _distance(a, b), limit, result.dtype))
+        return max(found, key=lambda difference: difference.ratio)
+
+    def _in_range(self, name: str, result: Tensor) -> tuple[Tensor, Tensor]:
+        """``result`` and the exact one, without the elements that overflow in the model's own precision."""
+        overflowed = self.rounded[name].isinf() & self.exact[name].isfinite()
+        return result.masked_fill(overflowed, 0), self.exact[name].masked_fill(overflowed, 0)
+
+
+def _refusal(model: nn.Module, changes: Sequence[Change], inputs: Any, comparison: Comparison) -> Exception:
+    """The error that names the first layer, in the order of execution, whose swap makes the model differ."""
+    _, itself = comparison.of(())
+    if itself is not None:
+        return ValueError(
+            f"swap: check needs a model that gives the same twice. As it was given, {itself}: draw random numbers "
+            "with torch's generators only, and keep no state beside the buffers."
+        )
+    order = _in_execution_order(model, changes, inputs)
+    agree, differ = (
+        0,
+        len(order),
+    )  # swapping the first `agree` layers changes nothing, the first `differ` does
+    while differ - agree > 1:
+        middle = (agree + differ) // 2
+        _, wrong = comparison.of(order[:middle])
+        agree, differ = (middle, differ) if wrong is None else (agree, middle)
+    _, wrong = comparison.of(order[:differ])
+    first = order[differ - 1]
+    verb = "fails where it worked before" if wrong is not None and wrong.error is not None else "differs"
+    refusal = RuntimeError(
+        f"swap: with {title(first.after)} at {first.path or 'the model itself'!r} the model {verb}: {wrong}. "
+        f"The model is as it was; skip={first.path!r} leaves that layer out."
+    )
+    refusal.__cause__ = wrong.error if wrong is not None else None
+    return refusal
+
+
+def _in_execution_order(model: nn.Module, changes: Sequence[Change], inputs: Any) -> list[Change]:
+    called: dict[nn.Module, None] = {}
+    hooks = [c.module.register_forward_pre_hook(lambda module, _: called.setdefault(module)) for c in changes]
+    try:
+        run(model, inputs, torch.float64)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    position = {module: number for number, module in enumerate(called)}
+    return sorted(changes, key=lambda change: position.get(change.module, len(position)))
+
+
+def _draws_alike(change: Change, inputs: Any) -> bool:
+    """Whether a layer draws what its torch twin draws: on the CPU, and where it draws nothing."""
+    positional, keywords = as_call(inputs)
+    tensors = [
+        t for t in (*positional, *keywords.values(), *change.module.parameters()) if isinstance(t, Tensor)
+    ]
+    return not issubclass(change.after, RANDOM) or all(t.device.type == "cpu" for t in tensors)
+
+
+def _widest_eps(model: nn.Module, inputs: Any) -> float:
+    positional, keywords = as_call(inputs)
+    tensors = [t for t in (*positional, *keywords.values()) if isinstance(t, Tensor)]
+    dtypes = {t.dtype for t in (*tensors, *model.parameters(), *model.buffers()) if t.is_floating_point()}
+    return max(torch.finfo(dtype).eps for dtype in dtypes or {torch.get_default_dtype()})
+
+
+def _group(name: str) -> str:
+    """The parameters of one layer share their scale: the gradient of some biases is 0 but for rounding."""
+    return name.rpartition(".")[0] if name.startswith("gradient of ") else name
+
+
+def _parts(value: Tensor) -> Tensor:
+    value = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
+    return value.double()
+
+
+def _largest(value: Tensor) -> float:
+    size = _parts(value).abs()
+    return size[size.isfinite()].max().item() if size.isfinite().any() else 0.0
+
+
+def _distance(value: Tensor, exact: Tensor) -> float:
+    """The largest difference; infinite where one is not finite and the other is not the same."""
+    if value.shape != exact.shape:
+        return torch.inf
+    a, b = _parts(value), _parts(exact)
+    difference = (a - b).abs().masked_fill((a == b) | (a.isnan() & b.isnan()), 0.0)
+    return difference.nan_to_num(torch.inf, torch.inf).max().item() if difference.numel() else 0.0

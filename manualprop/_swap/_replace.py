@@ -1,0 +1,140 @@
+"""``swap`` and ``unswap``: only the class of a layer changes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from manualprop._swap._changes import Change, apply
+from manualprop._swap._check import prove
+from manualprop._swap._report import Model, Report, Row
+from manualprop._swap._select import Selection, selected
+from manualprop._swap._twins import TORCHS, TWINS, bare_functions, is_rebound, no_twin, title
+
+
+def swap(model: nn.Module, *, only: Selection = None, skip: Selection = None, check: Any = None) -> Report:
+    """Give every layer of ``model`` that has a hand-derived twin in :mod:`manualprop.nn` the class of its twin.
+
+    Only the class changes, in place: parameters, buffers, hooks, names, tied weights, training mode and
+    everything that refers to a layer or to a parameter (an optimizer, say) stay.  A subclass of a torch layer, a
+    parametrized one and one without a twin are left as they are, and listed with the reason.  A model that is
+    itself such a layer is swapped too.  Swapping twice is swapping once.
+
+    Args:
+        model: any module.
+        only: which layers, as a class of modules (instances of subclasses count), a pattern of names (as for a
+            shell: ``"encoder.*.mlp"``; a module that matches takes all that is in it), a predicate of a path and a
+            module, or several of these, any of which may hold.  None: all.
+        skip: which layers not, in the same terms.
+        check: inputs for which to compare the model before and after: a tensor, a tuple of positional arguments,
+            or a dict of keyword arguments.  See below.
+
+    Returns:
+        a :class:`Report`, which prints as a table: path, from, to, why not.  It has ``model`` too.
+
+    Raises:
+        TypeError: if ``model`` is not a module, or ``only`` or ``skip`` none of the above.
+        ValueError: if a pattern matches no module, or the model cannot be compared: it has uninitialised
+            parameters, returns no floating tensor, or gives another result the second time.
+        RuntimeError: if the swapped model differs, naming the first layer (in the order of execution) that makes it
+            differ.  The model is then as it was.
+
+    The check runs forward and backward passes of the model in its present mode, each with the same random numbers
+    and with copies of the parameters and buffers, so it leaves no trace: gradients, running statistics and random
+    state are as found.  Compared are all floating outputs, a loss (a fixed random projection of them), its gradient
+    for every parameter and floating input, and the buffers, such as running statistics, that the pass leaves.
+
+    How large a difference counts follows from float64.  A tensor may be off for two reasons: rounding, and
+    a wrong formula.  The model before the swap is run in its own precision and again in float64 (there every
+    intermediate result is kept in float64, also where the model asks for float32): their difference e is what rounding
+    does to that tensor in that model.  One unit of rounding is then u = e + a eps s, where s is the tensor's largest value,
+    eps that of the model's precision, and a the median of e / (eps s) over all tensors: so a tensor on which
+    torch was lucky gets what is usual in this model.  Parameters of one layer share e and s.  The swapped model
+    must be within 4 u of the float64 run in its own precision, **and** within 4 u (2e-16 / eps) of it when it runs in
+    float64 itself: rounding shrinks a billion times there, a wrong formula does not.  So an error
+    of 1e-9 is found in a bfloat16 model too.  A float64 model is compared in float64 alone, e coming from a run in float32.
+    """
+    _check_model("swap", model)
+    rows, changes = _plan(model, only, skip, TWINS)
+    if check is None:
+        apply(changes)
+        return Report(model, rows)
+    return Report(model, rows, prove(model, changes, check))
+
+
+def unswap(model: Model, *, only: Selection = None, skip: Selection = None) -> Report[Model]:
+    """Undo :func:`swap`, in place: every layer of :mod:`manualprop.nn` gets the class of its torch twin.
+
+    Args:
+        model: any module, swapped or built of :mod:`manualprop.nn`.
+        only: which layers, as for :func:`swap`.
+        skip: which layers not, in the same terms.
+
+    Raises:
+        TypeError: if ``model`` is not a module, or ``only`` or ``skip`` none of the above.
+        ValueError: if a pattern matches no module.
+    """
+    _check_model("unswap", model)
+    rows, changes = _plan(model, only, skip, TORCHS)
+    apply(changes)
+    return Report(model, rows)
+
+
+Classes = dict[type[nn.Module], type[nn.Module]]
+
+
+def _plan(
+    model: nn.Module, only: Selection, skip: Selection, classes: Classes
+) -> tuple[tuple[Row, ...], list[Change]]:
+    """The rows of the report, and the changes to make."""
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(module, []).append(path)
+    chosen = selected(only, "only", paths, True) - selected(skip, "skip", paths, False)
+    rows, changes = [], []
+    for module, (path, *_) in paths.items():
+        row, after = _judged(path, module, module in chosen, classes)
+        if row is not None:
+            rows.append(row)
+        if after is not None:
+            changes.append(Change(path, module, type(module), after))
+        if classes is TWINS and type(module) not in TWINS:
+            rows.extend(_function_rows(path, module))
+    return tuple(rows), changes
+
+
+def _judged(
+    path: str, module: nn.Module, chosen: bool, classes: Classes
+) -> tuple[Row | None, type[nn.Module] | None]:
+    """The row of one module, if it is a layer, and the class that it is to have, if another."""
+    before, after = title(type(module)), classes.get(type(module))
+    if after is None:
+        reason = no_twin(module)
+        foreign = classes is TORCHS and not isinstance(module, tuple(TORCHS))  # nothing to take back
+        within = (
+            ".parametrizations." in f".{path}."
+        )  # a part of the parametrized layer, which has its own row
+        if reason is None or foreign or within:
+            return None, None
+        return Row(path, before, None, reason), None
+    if is_rebound(module):
+        return Row(path, before, None, "its forward is replaced on the instance"), None
+    if not chosen:
+        return Row(path, before, None, "not selected"), None
+    return Row(path, before, title(after), ""), after
+
+
+def _function_rows(path: str, module: nn.Module) -> Iterator[Row]:
+    for name, function in bare_functions(module):
+        full = f"{path}.{name}" if path else name
+        yield Row(
+            full,
+            f"function {function.__name__}",
+            None,
+            "a function, not a layer: build the model with a layer",
+        )
+
+
+def _check_model(name: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name}: model must be a torch.nn.Module. Got {type(model).__name__}.")

@@ -1,0 +1,93 @@
+"""What a swap did, as a table."""
+
+import re
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
+
+from torch import nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Row(NamedTuple):
+    """One layer: where it is, what it was, what it is now (None: the same as before), and if so why.
+
+    A layer that is found under several paths has one row, under the first of them.
+    """
+
+    path: str
+    before: str
+    after: str | None
+    reason: str
+
+
+class Check(NamedTuple):
+    """How the comparison came out: the tensors compared, and the one that came closest to its limit."""
+
+    tensors: int
+    closest: str
+    ratio: float  # its difference as a part of what was allowed: 1 would have been refused
+    not_compared: tuple[str, ...] = ()  # paths of layers that draw other random numbers than torch's
+
+    def __str__(self) -> str:
+        said = (
+            f"Checked {self.tensors} tensors: {self.closest} came closest, at {self.ratio:.2g} of its limit."
+        )
+        if self.not_compared:
+            said += f" Not compared, since they draw other random numbers: {', '.join(self.not_compared)}."
+        return said
+
+
+@dataclass(frozen=True, repr=False)
+class Report(Generic[Model]):
+    """What :func:`manualprop.swap` or :func:`manualprop.unswap` did; prints as a table.
+
+    Attributes:
+        model: the model, changed in place.
+        rows: every layer, in the order of ``model.named_modules()``.
+        check: how the comparison came out, where one was asked for.
+    """
+
+    model: Model
+    rows: tuple[Row, ...]
+    check: Check | None = None
+
+    @property
+    def swapped(self) -> tuple[Row, ...]:
+        """The rows of the layers that have another class now."""
+        return tuple(row for row in self.rows if row.after is not None)
+
+    @property
+    def left(self) -> tuple[Row, ...]:
+        """The rows of the layers that are as they were, with the reason."""
+        return tuple(row for row in self.rows if row.after is None)
+
+    def __str__(self) -> str:
+        """The table. Layers whose rows differ in the numbers of their paths alone share a line."""
+        lines = _aligned([("layers", "path", "from", "to", "why not"), *_grouped(self.rows)])
+        lines.append(f"{len(self.swapped)} of {len(self.rows)} layers swapped.")
+        if self.check is not None:
+            lines.append(str(self.check))
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def _grouped(rows: tuple[Row, ...]) -> list[tuple[str, ...]]:
+    alike: dict[Row, list[str]] = {}
+    for row in rows:
+        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.path)
+        alike.setdefault(row._replace(path=pattern), []).append(row.path)
+    cells: list[tuple[str, ...]] = []
+    for row, paths in alike.items():
+        path = row.path if len(paths) > 1 else paths[0]
+        cells.append((str(len(paths)), path or "(the model)", row.before, row.after or "-", row.reason))
+    return cells
+
+
+def _aligned(cells: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]

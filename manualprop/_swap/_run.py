@@ -1,0 +1,171 @@
+"""One forward and backward pass of a model that leaves no trace in it, in a chosen precision."""
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+Named = dict[str, Tensor]
+
+
+def run(model: nn.Module, inputs: Any, dtype: torch.dtype | None) -> Named:
+    """Outputs, loss, gradients and the buffers left behind, by name.
+
+    Args:
+        model: left as it is: parameters, buffers, gradients, attributes, random state.
+        inputs: a tensor, positional arguments, or keyword arguments; not written to.
+        dtype: of all floating tensors, also those that the model makes itself.  None: as the model has it.
+    """
+    parameters = {
+        name: nn.Parameter(_copy(p, dtype), p.requires_grad)
+        for name, p in model.named_parameters(remove_duplicate=False)
+    }
+    buffers = {name: _copy(b, dtype) for name, b in model.named_buffers(remove_duplicate=False)}
+    _tie(model.named_parameters(remove_duplicate=False), parameters)
+    _tie(model.named_buffers(remove_duplicate=False), buffers)
+    leaves: list[Tensor] = []
+
+    def leaf(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return copy.deepcopy(value)  # a cache, say, that the model writes to
+        value = _copy(value, dtype)
+        if not value.is_floating_point():
+            return value
+        leaves.append(value.requires_grad_())
+        return value.clone()  # the model may write to what it is given; a leaf it may not
+
+    step, values = _Step(model), {f"model.{name}": t for name, t in (parameters | buffers).items()}
+    everywhere = nullcontext() if dtype is None else _In(dtype)
+    with left_as_found(model), torch.enable_grad(), everywhere:
+        positional, keywords = tree_map(leaf, as_call(inputs))
+        named: Named = functional_call(step, values, positional, keywords)
+    for number, value in enumerate(leaves):
+        named[f"gradient of floating input {number}"] = _gradient(value)
+    for name, value in parameters.items():
+        if value.requires_grad:
+            named[f"gradient of {name}"] = _gradient(value)
+    for name, value in buffers.items():
+        named[f"buffer {name}"] = value
+    return named
+
+
+def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs as the positional and the keyword arguments of a call."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
+
+
+class _Step(nn.Module):
+    """Forward and backward pass in one call: checkpointed layers run again in backward, on the same parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *positional: Any, **keywords: Any) -> Named:
+        named = dict(_tensors("output", self.model(*positional, **keywords)))
+        projected = [_project(y, seed) for seed, y in enumerate(named.values()) if is_floating(y)]
+        loss = torch.stack(projected).sum() if projected else torch.zeros(())
+        if loss.requires_grad:
+            loss.backward()
+        return {name: y.detach() for name, y in named.items()} | {"loss": loss.detach()}
+
+
+def _tensors(name: str, output: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of any nest of tuples, mappings and dataclasses, by name."""
+    if isinstance(output, Tensor):
+        yield name, output
+    elif isinstance(output, Mapping):
+        for key, value in output.items():
+            yield from _tensors(f"{name}.{key}", value)
+    elif isinstance(output, (tuple, list)):
+        for number, value in enumerate(output):
+            yield from _tensors(f"{name}[{number}]", value)
+    elif dataclasses.is_dataclass(output):
+        for field in dataclasses.fields(output):
+            yield from _tensors(f"{name}.{field.name}", getattr(output, field.name))
+
+
+def is_floating(value: Tensor) -> bool:
+    return value.is_floating_point() or value.is_complex()
+
+
+def _project(y: Tensor, seed: int) -> Tensor:
+    """A fixed random projection to a scalar: every element of y counts, and none as every other.
+
+    The weights are odd multiples of 1/32, which every precision holds exactly, drawn as integers: in each precision
+    the same.
+    """
+    y = torch.view_as_real(y.resolve_conj()) if y.is_complex() else y
+    drawn = torch.randint(-32, 32, y.shape, generator=torch.Generator().manual_seed(seed))
+    return (y.double() * (2 * drawn + 1).to(y.device).double().div(32)).sum()
+
+
+def _copy(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    wanted = dtype if dtype is not None and value.is_floating_point() else value.dtype
+    return value.detach().to(wanted, copy=True)
+
+
+def _tie(originals: Iterator[tuple[str, Tensor]], copies: dict[str, Any]) -> None:
+    """Let the copies of one tensor be one tensor."""
+    first: dict[Tensor, str] = {}
+    for name, original in originals:
+        copies[name] = copies[first.setdefault(original, name)]
+
+
+def _gradient(value: Tensor) -> Tensor:
+    if value.grad is None:
+        return torch.zeros_like(value)
+    return value.grad.to_dense() if value.grad.layout != torch.strided else value.grad
+
+
+@contextmanager
+def left_as_found(model: nn.Module) -> Iterator[None]:
+    """Put back what a forward pass may set: attributes, lazily made buffers, the state of the generators."""
+    before = [(values, dict(values)) for module in model.modules() for values in _dictionaries(module)]
+    accelerator = torch.accelerator.current_accelerator()
+    kind, count = accelerator.type if accelerator else "cuda", torch.accelerator.device_count()
+    with torch.random.fork_rng(range(count), device_type=kind):
+        try:
+            yield
+        finally:
+            for values, shallow in before:
+                values.clear()
+                values.update(shallow)
+
+
+def _dictionaries(module: nn.Module) -> list[dict[str, Any]]:
+    return [vars(module), module._parameters, module._buffers, module._modules]
+
+
+class _In(TorchDispatchMode):
+    """Keeps every floating tensor in one dtype, also where the model asks for another, or has a constant of its own."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # A view of the bits must stay one, and what is written to must be the very tensor.
+        if func is not torch.ops.aten.view.dtype and not func._schema.is_mutable:
+            args, kwargs = tree_map(self._cast, (args, kwargs))
+        result = func(*args, **kwargs)
+        return result if func._schema.is_mutable else tree_map(self._cast, result)
+
+    def _cast(self, value: Any) -> Any:
+        if isinstance(value, torch.dtype):
+            return self.dtype if value.is_floating_point else value
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.to(self.dtype)
+        return value

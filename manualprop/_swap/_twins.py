@@ -1,0 +1,70 @@
+"""Which class of ours stands for which class of torch, and why a layer has none."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from manualprop import functional
+from manualprop.nn import activation, dropout, embedding, gated, linear, loss, norm
+
+
+def _twins() -> dict[type[nn.Module], type[nn.Module]]:
+    """{torch class: ours}, read off the base classes, so that no table can disagree with them."""
+    classes = [
+        c
+        for family in (activation, dropout, embedding, gated, linear, loss, norm)
+        for c in vars(family).values()
+        if isinstance(c, type)
+    ]
+    ours = [c for c in classes if issubclass(c, nn.Module) and c.__module__.startswith("manualprop.")]
+    return {c.__bases__[0]: c for c in ours}
+
+
+TWINS = _twins()
+TORCHS = {ours: torchs for torchs, ours in TWINS.items()}
+
+# They hold layers and are none, even when they hold nothing (the shortcut of a residual block, say).
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+def no_twin(module: nn.Module) -> str | None:
+    """Why ``module`` stays as it is: the reason for the report, or None for what is no layer but holds some."""
+    bases = [c for c in type(module).__mro__ if c in TWINS or c in TORCHS]
+    if type(module) in TORCHS:
+        return "already manualprop's"
+    if bases and is_parametrized(module):
+        assert isinstance(module.parametrizations, nn.ModuleDict)
+        return f"parametrized: {', '.join(module.parametrizations)}"
+    if bases:
+        return f"a subclass of {title(bases[0])}, which may compute something else"
+    holds_layers = isinstance(module, CONTAINERS) or next(module.children(), None) is not None
+    if holds_layers and not module._parameters:
+        return None
+    return "no hand-derived twin"
+
+
+def is_rebound(module: nn.Module) -> bool:
+    """Whether somebody (accelerate, a monkey patch) put another ``forward`` on the very instance."""
+    return "forward" in vars(module)
+
+
+def bare_functions(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Attributes such as ``activation=F.relu`` of a TransformerEncoderLayer: layers to the eye, functions to swap."""
+    for name, value in vars(module).items():
+        if not isinstance(value, nn.Module) and callable(value):
+            called = getattr(value, "__name__", "")
+            homes = (getattr(torch.nn.functional, called, None), getattr(torch, called, None))
+            if any(value is home for home in homes) and hasattr(functional, called):
+                yield name, value
+
+
+def title(cls: type) -> str:
+    """The name that users write: ``torch.nn.Linear``, not ``torch.nn.modules.linear.Linear``."""
+    if getattr(nn, cls.__name__, None) is cls:
+        return f"torch.nn.{cls.__name__}"
+    if cls in TORCHS:
+        return f"manualprop.nn.{cls.__name__}"
+    return cls.__qualname__

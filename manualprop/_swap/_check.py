@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from manualprop._swap._changes import Change, apply, revert
 from manualprop._swap._report import Check
-from manualprop._swap._run import Named, as_call, is_floating, run
+from manualprop._swap._run import as_call, is_floating, run
 from manualprop._swap._twins import title
 from manualprop.nn import dropout
 from manualprop.nn.gated import RReLU
 
-FACTOR = 4.0  # units of rounding that the swapped model may be off
+FACTOR = 4.0  # units of rounding that the swapped model may be off; the five transformers of the tests use up to 1.8
+DRAWS_ALIKE_ON = "cpu"  # torch's fused dropout of other devices draws in another order
 RANDOM = (*(c for c in vars(dropout).values() if isinstance(c, type) and issubclass(c, nn.Module)), RReLU)
 
 
@@ -100,7 +101,7 @@ class Comparison:
             s[group] = max(s.get(group, 0.0), _largest(exact))
         floor = self.eps * max(s.values())
         s = {group: max(size, floor, torch.finfo(torch.float64).tiny) for group, size in s.items()}
-        a = max(1.0, median(e[group] / (self.eps * s[group]) for group in e))
+        a = min(max(1.0, median(e[group] / (self.eps * s[group]) for group in e)), 1 / self.eps)
         return {n: e[_group(n)] + a * self.eps * s[_group(n)] for n in self.exact if _group(n) in e}
 
     def of(self, changes: Sequence[Change]) -> tuple[Difference, Difference | None]:
@@ -182,7 +183,7 @@ def _draws_alike(change: Change, inputs: Any) -> bool:
     tensors = [
         t for t in (*positional, *keywords.values(), *change.module.parameters()) if isinstance(t, Tensor)
     ]
-    return not issubclass(change.after, RANDOM) or all(t.device.type == "cpu" for t in tensors)
+    return not issubclass(change.after, RANDOM) or all(t.device.type == DRAWS_ALIKE_ON for t in tensors)
 
 
 def _widest_eps(model: nn.Module, inputs: Any) -> float:

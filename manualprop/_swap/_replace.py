@@ -12,7 +12,7 @@ from manualprop._swap._select import Selection, selected
 from manualprop._swap._twins import TORCHS, TWINS, bare_functions, is_rebound, no_twin, title
 
 
-def swap(model: nn.Module, *, only: Selection = None, skip: Selection = None, check: Any = None) -> Report:
+def swap(model: Model, *, only: Selection = None, skip: Selection = None, check: Any = None) -> Report[Model]:
     """Give every layer of ``model`` that has a hand-derived twin in :mod:`manualprop.nn` the class of its twin.
 
     Only the class changes, in place: parameters, buffers, hooks, names, tied weights, training mode and

@@ -1,0 +1,619 @@
+"""swap and unswap: what they change, what they leave alone, what they say, and the proof on the user's own input."""
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+import manualprop
+from manualprop._swap import _check
+from manualprop._swap._twins import TORCHS, TWINS
+
+
+class Block(nn.Module):
+    """A residual block as the libraries of convolutional networks write it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.act1 = nn.ReLU(inplace=True)
+        self.drop_path = nn.Identity()
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.act2 = nn.ReLU(inplace=True)
+        self.downsample = nn.Sequential()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.act1(self.bn1(self.conv1(x)))
+        out = self.drop_path(self.bn2(self.conv2(out)))
+        out += self.downsample(x)
+        return self.act2(out)
+
+
+def convnet() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True), Block(4), Block(4),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(4, 3),
+    )  # fmt: skip
+
+
+def encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, activation=nn.GELU(), batch_first=True)
+    return nn.TransformerEncoder(layer, 2)
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(3, 4), nn.LeakyReLU(0.2), nn.Sequential(nn.Linear(4, 4), nn.GELU("tanh")), nn.Linear(4, 2)
+    )
+
+
+class Lit(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+        self.loss = nn.CrossEntropyLoss()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        logits = self.net(x)
+        return {"logits": logits, "loss": self.loss(logits, logits.argmax(-1))}
+
+
+def graph() -> nn.Module:
+    return torch.fx.symbolic_trace(mlp())
+
+
+class Recurrent(nn.Module):
+    """Holds what has no twin, and a weight that a sibling shares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 5)
+        self.lstm = nn.LSTM(5, 5, batch_first=True)
+        self.head = nn.Linear(5, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Any]:
+        y, state = self.lstm(self.embed(tokens))
+        return self.head(y), state
+
+
+IMAGES, ROWS, SEQUENCES = (2, 3, 8, 8), (6, 3), (2, 5, 8)
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
+    "mlp": (mlp, lambda: torch.randn(ROWS)),
+    "convnet": (convnet, lambda: torch.randn(IMAGES)),
+    "encoder": (encoder, lambda: torch.randn(SEQUENCES)),
+    "lightning": (Lit, lambda: (torch.randn(ROWS),)),
+    "graph": (graph, lambda: {"input": torch.randn(ROWS)}),
+    "recurrent": (Recurrent, lambda: torch.randint(7, (2, 4))),
+}
+
+
+def made(name: str) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    make, inputs = MODELS[name]
+    return make(), inputs()
+
+
+def classes(model: nn.Module) -> list[type]:
+    return [type(module) for module in model.modules()]
+
+
+# ------------------------------------------------------------------------------------------- what it changes
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_only_classes_change_and_unswap_restores_them(name: str) -> None:
+    model, _ = made(name)
+    before = classes(model)
+    parts = [dict(vars(module)) for module in model.modules()]
+    report = manualprop.swap(model)
+    assert report.model is model
+    assert len(report.swapped) == sum(c in TWINS for c in before) > 0
+    assert classes(model) == [TWINS.get(c, c) for c in before]
+    for module, attributes in zip(model.modules(), parts, strict=True):
+        assert list(vars(module)) == list(attributes)
+        assert all(vars(module)[name] is value for name, value in attributes.items())
+    assert manualprop.swap(model).swapped == () and classes(model) == [TWINS.get(c, c) for c in before]
+    taken_back = manualprop.unswap(model)
+    assert classes(model) == before and len(taken_back.swapped) == len(report.swapped)
+    assert manualprop.unswap(model).rows == ()
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_changes_in_value(name: str, dtype: torch.dtype, mode: str) -> None:
+    model, inputs = made(name)
+    getattr(model.to(dtype), mode)()
+    inputs = torch.utils._pytree.tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
+    report = manualprop.swap(model, check=inputs)
+    assert report.check is not None and 0 <= report.check.ratio < 1
+    assert report.check.tensors > len(list(model.parameters()))
+    assert model.training == (mode == "train")
+
+
+@pytest.mark.parametrize("name", ["mlp", "encoder", "convnet"])
+def test_twenty_steps_of_training_are_the_same(name: str) -> None:
+    losses: dict[bool, list[float]] = {}
+    for swapped in (False, True):
+        model, x = made(name)
+        model.double()
+        x = x.double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        if swapped:
+            manualprop.swap(model)  # the optimizer keeps the parameters
+        torch.manual_seed(1)
+        losses[swapped] = []
+        for _ in range(20):
+            loss = model(x).pow(2).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[swapped].append(loss.item())
+    assert losses[True] == pytest.approx(losses[False], rel=1e-9)
+    assert losses[True][-1] < losses[True][0]
+
+
+def test_hooks_of_every_kind_stay_and_run() -> None:
+    model, x = mlp(), torch.randn(ROWS, requires_grad=True)
+    said: list[str] = []
+    layer = model[0]
+    layer.register_forward_pre_hook(lambda *_: said.append("pre"))
+    layer.register_forward_hook(lambda module, inputs, output: said.append("forward") or output * 2)
+    layer.register_full_backward_hook(lambda *_: said.append("backward"))
+    layer.register_full_backward_pre_hook(lambda *_: said.append("backward pre"))
+    layer.register_state_dict_post_hook(lambda *_: said.append("state"))
+    layer.register_load_state_dict_post_hook(lambda *_: said.append("load"))
+    layer.weight.register_hook(lambda g: said.append("weight"))
+    expected = model(x)
+    said.clear()
+    assert type(manualprop.swap(model).model[0]) is manualprop.nn.Linear
+    y = model(x)
+    torch.testing.assert_close(y, expected)
+    y.sum().backward()
+    model.load_state_dict(model.state_dict())
+    assert sorted(said) == sorted(["pre", "forward", "backward pre", "backward", "weight", "state", "load"])
+
+
+def test_tied_weights_buffers_optimizers_and_the_mode_stay() -> None:
+    model, tokens = made("recurrent")
+    model.eval()
+    optimizer = torch.optim.Adam(model.parameters())
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    manualprop.swap(model)
+    assert model.head.weight is model.embed.weight and not model.training
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == set(
+        map(id, model.parameters())
+    )
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    model(tokens)[0].sum().backward()
+    assert model.head.weight.grad is model.embed.weight.grad is not None
+
+
+def test_a_layer_that_is_used_twice_has_one_row_and_counts_under_each_name() -> None:
+    shared = nn.Linear(3, 3)
+    model = nn.ModuleDict({"first": shared, "second": shared})
+    assert [row.path for row in manualprop.swap(model, only="second").rows] == ["first"]
+    assert type(shared) is manualprop.nn.Linear
+    assert [row.reason for row in manualprop.swap(model, skip="second").rows] == ["already manualprop's"]
+
+
+def test_a_graph_module_can_be_copied_and_pickled_after_the_swap() -> None:
+    model, inputs = made("graph")
+    manualprop.swap(model)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert sum(c in TORCHS for c in classes(again)) == 5
+        torch.testing.assert_close(again(**inputs), model(**inputs))
+        assert "LinearBackward" in type(again(**inputs).grad_fn).__name__
+
+
+def test_a_compiled_model_runs_the_hand_rules_after_the_swap(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(4, 3)
+    expected = compiled(x)
+    manualprop.swap(compiled)
+    assert type(model[1]) is manualprop.nn.Tanh
+    torch.testing.assert_close(compiled(x), expected)
+    monkeypatch.setattr(manualprop.nn.Tanh, "forward", lambda self, x: 3 * x)
+    torch._dynamo.reset()
+    torch.testing.assert_close(compiled(x), 3 * model[0](x))
+
+
+def test_the_fast_path_of_the_encoder_gives_the_same() -> None:
+    model, x = made("encoder")
+    model.eval()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "nested tensors are in prototype stage"
+        mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+        expected = model(x, src_key_padding_mask=mask)
+        torch.testing.assert_close(manualprop.swap(model).model(x, src_key_padding_mask=mask), expected)
+
+
+def test_per_sample_gradients_of_torch_func() -> None:
+    model, x = made("mlp")
+    model.double()
+    x = x.double()
+    t = torch.tensor([0, 1, 1, 0, 1, 0])
+
+    def loss(parameters: dict[str, Tensor], x: Tensor, t: Tensor) -> Tensor:
+        y = torch.func.functional_call(model, parameters, (x[None],))
+        return torch.nn.functional.cross_entropy(y, t[None])
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    expected = per_sample(parameters, x, t)
+    manualprop.swap(model)
+    torch.testing.assert_close(per_sample(parameters, x, t), expected, rtol=1e-12, atol=1e-14)
+
+
+# ------------------------------------------------------------------------------------------- what it leaves
+
+
+class Lora(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        self.a, self.b = nn.Linear(3, 1, bias=False), nn.Linear(1, 3, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + self.b(self.a(input))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning", "ignore:.*spectral_norm.*:FutureWarning")
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (lambda: parametrizations.weight_norm(nn.Linear(3, 3)), "parametrized: weight"),
+        (lambda: parametrizations.spectral_norm(nn.Linear(3, 3)), "parametrized: weight"),
+        (lambda: parametrizations.orthogonal(nn.Linear(3, 3)), "parametrized: weight"),
+        (
+            lambda: nn.utils.weight_norm(nn.Linear(3, 3)),
+            "",
+        ),  # a hook makes the weight: the class is torch's own
+        (lambda: nn.utils.spectral_norm(nn.Linear(3, 3)), ""),
+        (Lora, "a subclass of torch.nn.Linear, which may compute something else"),
+    ],
+)
+def test_reparametrised_layers_survive(layer: Callable[[], nn.Module], reason: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(layer(), nn.Tanh())
+    before = classes(model)
+    first, *_ = manualprop.swap(model, check=torch.randn(4, 3)).rows
+    assert (first.path, first.before.endswith("Linear") or first.before == "Lora", first.reason) == (
+        "0",
+        True,
+        reason,
+    )
+    assert type(model[0]) is before[1] if reason else manualprop.nn.Linear
+    model(torch.randn(4, 3)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    manualprop.unswap(model)
+    assert classes(model) == before
+
+
+def test_what_is_parametrized_after_the_swap_is_listed_by_unswap() -> None:
+    model = manualprop.swap(nn.Sequential(nn.Linear(3, 3))).model
+    parametrizations.weight_norm(model[0])
+    assert [row.reason for row in manualprop.unswap(model).left] == ["parametrized: weight"]
+    parametrize.remove_parametrizations(model[0], "weight")
+    manualprop.unswap(model)
+    assert type(model[0]) is nn.Linear
+
+
+def test_a_layer_whose_forward_is_replaced_is_left() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+    model[1].forward = torch.sin  # as accelerate does it
+    (row,) = manualprop.swap(model).left
+    assert (row.path, row.reason) == ("1", "its forward is replaced on the instance")
+
+
+def test_what_has_no_twin_is_listed_and_containers_are_not() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+    assert {(row.path, row.before, row.reason) for row in manualprop.swap(model).left} == {
+        ("layers.0.self_attn", "torch.nn.MultiheadAttention", "no hand-derived twin"),
+        (
+            "layers.0.self_attn.out_proj",
+            "NonDynamicallyQuantizableLinear",
+            "a subclass of torch.nn.Linear, which may compute something else",
+        ),
+        ("layers.0.activation", "function relu", "a function, not a layer: build the model with a layer"),
+    }
+
+
+# --------------------------------------------------------------------------------------------- selection
+
+
+@pytest.mark.parametrize(
+    ("arguments", "swapped"),
+    [
+        ({}, ["0", "1", "2.0", "2.1", "3"]),
+        ({"only": nn.Linear}, ["0", "2.0", "3"]),
+        ({"only": (nn.GELU, nn.LeakyReLU)}, ["1", "2.1"]),
+        ({"only": "2"}, ["2.0", "2.1"]),
+        ({"only": "*.0"}, ["2.0"]),
+        ({"only": "[01]"}, ["0", "1"]),
+        ({"only": lambda path, module: getattr(module, "out_features", 0) == 4}, ["0", "2.0"]),
+        ({"only": [nn.GELU, "3"]}, ["2.1", "3"]),
+        ({"skip": "2"}, ["0", "1", "3"]),
+        ({"skip": nn.Linear}, ["1", "2.1"]),
+        ({"only": nn.Linear, "skip": ("2", lambda path, module: path == "3")}, ["0"]),
+        ({"only": nn.Conv2d}, []),
+        ({"only": []}, []),
+    ],
+)
+def test_selection(arguments: dict[str, Any], swapped: list[str]) -> None:
+    model = mlp()
+    report = manualprop.swap(model, **arguments)
+    assert [row.path for row in report.swapped] == swapped
+    assert {row.reason for row in report.left} <= {"not selected"} and len(report.rows) == 5
+    manualprop.swap(model)
+    taken_back = [row.path for row in manualprop.unswap(model, **arguments).swapped]
+    assert taken_back == swapped
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "text"),
+    [
+        ({"only": "2.00"}, ValueError, r"only='2\.00' matches no module of the model; the nearest is '2\.0'"),
+        ({"skip": ["0", "encoder.*"]}, ValueError, r"skip='encoder\.\*' matches no module"),
+        ({"only": 3}, TypeError, r"only must be a class of modules, a pattern .*\. Got int\."),
+        ({"skip": [int]}, TypeError, r"skip must be a class of modules.*\. Got int\."),
+        ({"only": [None]}, TypeError, r"Got NoneType\."),
+    ],
+)
+def test_wrong_selections_are_refused(arguments: dict[str, Any], kind: type[Exception], text: str) -> None:
+    model = mlp()
+    for function in (manualprop.swap, manualprop.unswap):
+        with pytest.raises(kind, match=text):
+            function(model, **arguments)
+    assert not any(c in TORCHS for c in classes(model))
+
+
+def test_a_single_layer_is_a_model_and_a_function_is_none() -> None:
+    layer = nn.Tanh()
+    report = manualprop.swap(layer, check=torch.randn(3))
+    assert type(layer) is manualprop.nn.Tanh and "(the model)" in str(report)
+    for function in (manualprop.swap, manualprop.unswap):
+        with pytest.raises(TypeError, match=r"swap: model must be a torch\.nn\.Module\. Got function\."):
+            function(mlp)  # type: ignore[type-var]
+
+
+def test_the_report_prints_as_a_table() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Conv2d(1, 1, 1), nn.Linear(2, 2), nn.Linear(2, 2))
+    lines = str(manualprop.swap(model, skip="2")).splitlines()
+    assert [line.split() for line in lines[:3]] == [
+        ["layers", "path", "from", "to", "why", "not"],
+        ["2", "*", "torch.nn.Linear", "manualprop.nn.Linear"],
+        ["1", "1", "torch.nn.Conv2d", "-", "no", "hand-derived", "twin"],
+    ]
+    assert lines[3].split() == ["1", "2", "torch.nn.Linear", "-", "not", "selected"]
+    assert lines[4] == "2 of 4 layers swapped."
+    report = manualprop.swap(model)
+    assert repr(report) == str(report)
+
+
+# --------------------------------------------------------------------------------------------- the proof
+
+
+class Off(torch.autograd.Function):
+    """tanh with an error of the size ``forward_error`` in its value, ``backward_error`` in its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward_error: float, backward_error: float) -> Tensor:
+        ctx.save_for_backward(x.tanh())
+        ctx.factor = 1 + backward_error
+        return x.tanh() * (1 + forward_error)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        (y,) = ctx.saved_tensors
+        return g * (1 - y * y) * ctx.factor, None, None
+
+
+def deep() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 4), nn.Tanh(), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Tanh()
+    )
+
+
+@pytest.fixture
+def wrong(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], None]:
+    def plant(forward_error: float, backward_error: float) -> None:
+        forward = lambda self, input: Off.apply(input, forward_error, backward_error)  # noqa: E731
+        monkeypatch.setattr(manualprop.nn.Tanh, "forward", forward)
+
+    return plant
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("forward_error", "backward_error"), [(1e-9, 0.0), (0.0, 1e-9), (0.1, 0.0), (0.0, 0.1)]
+)
+def test_a_wrong_twin_is_refused_by_name(
+    wrong: Callable[[float, float], None], dtype: torch.dtype, forward_error: float, backward_error: float
+) -> None:
+    """Of two wrong layers the first is named; errors far below the precision of the model are found in float64."""
+    wrong(forward_error, backward_error)
+    model, x = deep().to(dtype), torch.randn(6, 3, dtype=dtype)
+    before = classes(model)
+    text = r"with manualprop\.nn\.Tanh at '3' the model differs: .* is off by .* where rounding explains"
+    with pytest.raises(RuntimeError, match=text):
+        manualprop.swap(model, check=x)
+    assert classes(model) == before
+    report = manualprop.swap(model, check=x, skip=nn.Tanh)
+    assert len(report.swapped) == 5
+
+
+def test_an_error_in_one_precision_alone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right in float64, and off by ten units of rounding in the model's own float32."""
+    scale = {torch.float32: 1 + 3e-4, torch.float64: 1.0}
+    monkeypatch.setattr(manualprop.nn.Tanh, "forward", lambda self, x: x.tanh() * scale[x.dtype])
+    with pytest.raises(RuntimeError, match=r"Tanh at '3' the model differs: .* in torch.float32"):
+        manualprop.swap(deep(), check=torch.randn(6, 3))
+
+
+def test_the_first_layer_is_first_in_the_order_of_execution(wrong: Callable[[float, float], None]) -> None:
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last, self.never, self.first = nn.Tanh(), nn.Tanh(), nn.Tanh()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x) * 2)
+
+    wrong(0.0, 0.01)
+    with pytest.raises(RuntimeError, match=r"Tanh at 'first'"):
+        manualprop.swap(Backwards(), check=torch.randn(5))
+
+
+def test_a_twin_that_fails_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: nn.Module, input: Tensor) -> Tensor:
+        raise TypeError("inputs must be small")
+
+    monkeypatch.setattr(manualprop.nn.Tanh, "forward", fails)
+    model = deep()
+    before = classes(model)
+    with pytest.raises(
+        RuntimeError, match=r"Tanh at '3' the model fails .*TypeError: inputs must be small"
+    ) as caught:
+        manualprop.swap(model, check=torch.randn(6, 3))
+    assert isinstance(caught.value.__cause__, TypeError) and classes(model) == before
+
+
+def test_wrong_running_statistics_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = manualprop.nn.BatchNorm1d.forward
+
+    def counts_twice(self: Any, input: Tensor) -> Tensor:
+        self.num_batches_tracked.add_(1)
+        return right(self, input)
+
+    monkeypatch.setattr(manualprop.nn.BatchNorm1d, "forward", counts_twice)
+    with pytest.raises(RuntimeError, match=r"at '4' .*buffer 4\.num_batches_tracked is off by 1\.0e\+00"):
+        manualprop.swap(deep(), check=torch.randn(6, 3))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_the_check_leaves_no_trace() -> None:
+    model = nn.Sequential(
+        nn.utils.weight_norm(nn.Linear(3, 4)), nn.BatchNorm1d(4), nn.ReLU(inplace=True), nn.Dropout(0.5),
+        nn.Embedding(4, 2, max_norm=0.1),
+    )  # fmt: skip
+    model.forward = lambda x: model[3](model[2](model[1](model[0](x)))) @ model[4](torch.arange(4))
+    model(torch.randn(5, 3)).sum().backward()
+    x = torch.randn(5, 3, requires_grad=True)
+    hooked: list[int] = []
+    model[1].weight.register_hook(lambda g: hooked.append(1))
+    tensors = {n: (t, t._version, t.clone()) for n, t in (*model.named_parameters(), *model.named_buffers())}
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    attributes = [dict(vars(module)) for module in model.modules()]
+    state = torch.get_rng_state()
+    assert manualprop.swap(model, check=x).check is not None
+    assert torch.equal(state, torch.get_rng_state()) and x.grad is None and not hooked
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        kept, version, value = tensors[name]
+        assert tensor is kept and tensor._version == version and torch.equal(tensor, value), name
+    assert all(p.grad is gradients[name] for name, p in model.named_parameters())
+    for module, before in zip(model.modules(), attributes, strict=True):
+        assert list(vars(module)) == list(before)
+        assert all(vars(module)[name] is value for name, value in before.items())
+
+
+def test_the_check_runs_under_no_grad_autocast_and_checkpoints() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self, reentrant: bool) -> None:
+            super().__init__()
+            self.net, self.reentrant = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.GELU()), reentrant
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = torch.utils.checkpoint.checkpoint(self.net, x, use_reentrant=self.reentrant)
+            return y
+
+    for reentrant in (False, True):
+        for autocast in (False, True):
+            model = Checkpointed(reentrant)
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                report = manualprop.swap(model, check=torch.randn(5, 3))
+            assert len(report.swapped) == 3 and report.check is not None and report.check.ratio < 1
+            assert all(p.grad is None for p in model.parameters())
+
+
+def test_half_precision_that_overflows_is_compared_where_it_does_not() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).half()
+    x = torch.randn(4, 3).half()
+    x[0] = 60000.0
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+    assert model[0](x).isinf().any()
+    assert manualprop.swap(model, check=x).check is not None
+
+
+def test_frozen_parameters_and_unused_ones() -> None:
+    model, x = made("mlp")
+    model[0].requires_grad_(False)
+    model.unused = nn.Linear(2, 2)
+    report = manualprop.swap(model, check=x)
+    assert report.check is not None and len(report.swapped) == 6
+    assert report.check.tensors == 2 + 1 + 4 + 2  # output and loss, input, two layers, the unused one
+
+
+def test_the_check_says_what_it_cannot_compare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_check, "DRAWS_ALIKE_ON", "somewhere else")
+    model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5))
+    report = manualprop.swap(model, check=torch.randn(4, 3))
+    assert type(model[1]) is manualprop.nn.Dropout
+    assert report.check is not None and report.check.not_compared == ("1",)
+    assert "draw other random numbers: 1." in str(report)
+
+
+class Restless(nn.Module):
+    """Gives something else each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.calls = nn.Tanh(), iter(range(100))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x) * next(self.calls)
+        return y
+
+
+class Index(nn.Sequential):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).argmax(-1)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+@pytest.mark.parametrize(
+    ("model", "inputs", "kind", "text"),
+    [
+        (
+            lambda: nn.Sequential(nn.LazyLinear(3)),
+            torch.ones(2, 3),
+            ValueError,
+            "needs initialised parameters",
+        ),
+        (lambda: Index(nn.Linear(3, 3)), torch.ones(2, 3), ValueError, "returns a floating tensor. Got none"),
+        (Restless, torch.ones(2), ValueError, "needs a model that gives the same twice"),
+        (mlp, torch.ones(2, 5), RuntimeError, "cannot be multiplied"),
+        (mlp, (), TypeError, "missing 1 required positional argument"),
+    ],
+)
+def test_what_cannot_be_checked_is_refused_and_left(
+    model: Callable[[], nn.Module], inputs: Any, kind: type[Exception], text: str
+) -> None:
+    built = model()
+    before = classes(built)
+    with pytest.raises(kind, match=text):
+        manualprop.swap(built, check=inputs)
+    assert classes(built) == before

@@ -1,0 +1,26 @@
+"""Functions with a planted defect, and right ones of the same variety: what ``manualprop.verify`` is judged by."""
+
+from planted import (
+    controls_functions,
+    controls_torch,
+    defects_arguments,
+    defects_first_order,
+    defects_numbers,
+    defects_routes,
+    defects_state,
+)
+from planted._table import CONTROLS as CONTROLS
+from planted._table import DEFECTS as DEFECTS
+from planted._table import Call as Call
+from planted._table import Control as Control
+from planted._table import Defect as Defect
+
+FAMILIES = (
+    controls_functions,
+    controls_torch,
+    defects_arguments,
+    defects_first_order,
+    defects_numbers,
+    defects_routes,
+    defects_state,
+)

@@ -1,0 +1,769 @@
+"""Wrong for what they do to the world, or take from it: memory, random numbers, caches, leaks, modules."""
+
+import copy
+import gc
+import weakref
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from planted._table import Call, defect, raises
+
+
+def changes(call: Call, *watched: Tensor) -> bool:
+    """Does a forward and a backward change one of these tensors, or grad_output?"""
+    outputs = call()
+    grads = [torch.rand_like(y) + 1 for y in outputs]
+    watched = (*watched, *grads, *outputs)
+    before = [t.detach().clone() for t in watched]
+    torch.autograd.grad(outputs, call.wanted(), grads, allow_unused=True)
+    return any(not torch.equal(a, b) for a, b in zip(before, watched, strict=True))
+
+
+def second_backward_differs(call: Call) -> bool:
+    (y,) = call()
+    g = torch.linspace(0.5, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    first = [t.clone() for t in torch.autograd.grad(y, call.wanted(), g, retain_graph=True)]
+    second = torch.autograd.grad(y, call.wanted(), g)
+    return any(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# ---------------------------------------------------------------- writes into others' memory
+
+
+@defect(
+    "mutation",
+    args=lambda r: (r(4, 5),),
+    says="grad_output|overwritten",
+    truth=torch.sigmoid,
+    shows=changes,
+)
+class SigmoidReusesGradOutput(Function):
+    @staticmethod
+    def forward(ctx, x):
+        y = x.sigmoid()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (y,) = ctx.saved_tensors
+        return g.mul_(y * (1 - y))
+
+
+@defect(
+    "mutation",
+    args=lambda r: (r(4, 5), r(3, 5)),
+    says="grad_output|overwritten",
+    truth=lambda x, w: F.linear(x, w).relu(),
+    shows=changes,
+)
+class LinearReluMasksGradOutputData(Function):
+    """Through ``.data``: neither autograd nor a batched gradient notices."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        y = (x @ weight.T).relu()
+        ctx.save_for_backward(x, weight, y)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight, y = ctx.saved_tensors
+        g.data.masked_fill_(y.data <= 0, 0)
+        return g @ weight, g.T @ x
+
+
+@defect(
+    "retain_graph",
+    "repeat",
+    "mutation",
+    args=lambda r: (r(4, 5),),
+    says="overwritten|stale",
+    truth=lambda x: x.softmax(1),
+    shows=second_backward_differs,
+)
+class SoftmaxOverwritesItsSavedOutput(Function):
+    @staticmethod
+    def forward(ctx, x):
+        y = x.softmax(1)
+        ctx.save_for_backward(y)
+        return y.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (y,) = ctx.saved_tensors
+        dx = y.data.mul_(g)
+        return dx - dx.sum(1, keepdim=True) * (dx / g)
+
+
+@defect(
+    "mutation",
+    "retain_graph",
+    "repeat",
+    args=lambda r: (r(3, 4), r(3, 4)),
+    says="overwritten|stale|input",
+    truth=lambda a, b: F.silu(a) * b,
+    shows=lambda call: changes(call, *call.args),
+)
+class SwigluWritesGradientsIntoItsInputs(Function):
+    """Saves two buffers, at the price of the caller's."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return F.silu(a) * b
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        a, b = (t.data for t in ctx.saved_tensors)
+        s = a.sigmoid()
+        db = g * a * s
+        da = g * b * s * (1 + a * (1 - s))
+        return a.copy_(da).clone(), b.copy_(db).clone()
+
+
+@defect(
+    "mutation",
+    args=lambda r: (r(2, 3, 4), r(3, 2, grad=False)),
+    says="input",
+    truth=lambda x, angle: _rotate(x, angle),
+    shows=lambda call: changed_by_forward(call),
+)
+class RotaryEmbeddingRotatesItsInputInPlace(Function):
+    """Without ``mark_dirty``: the result is right, the caller's queries are gone."""
+
+    @staticmethod
+    def forward(ctx, x, angle):
+        ctx.save_for_backward(angle)
+        return x.data.copy_(_rotate(x, angle)).clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return _rotate(g, -ctx.saved_tensors[0]), None
+
+
+def changed_by_forward(call: Call) -> bool:
+    before = [a.detach().clone() for a in call.args]
+    call()
+    return any(not torch.equal(a, b) for a, b in zip(before, call.args, strict=True))
+
+
+def _rotate(x: Tensor, angle: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1)
+
+
+@defect(
+    "mutation",
+    args=lambda r: (r(4, 3),),
+    truth=lambda x: x.exp(),
+    shows=changes,
+)
+class ExpScalesItsOutputInBackward(Function):
+    @staticmethod
+    def forward(ctx, x):
+        y = x.exp()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (y,) = ctx.saved_tensors
+        dx = g * y
+        y.data.mul_(0.5)
+        return dx
+
+
+@defect(
+    "mutation",
+    "repeat",
+    args=lambda r: (r(5, 3),),
+    shows=lambda call: changes(call, call.fn.running),
+)
+class NormUpdatesItsBufferInBackward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _TracksGradient.apply(x, self.running)
+
+
+class _TracksGradient(Function):
+    @staticmethod
+    def forward(ctx, x, running):
+        ctx.running = running
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):
+        ctx.running.lerp_(g.detach().mean(0), 0.1)
+        return g * 2 * ctx.saved_tensors[0], None
+
+
+# ---------------------------------------------------------------- second backward, caches
+
+
+@defect(
+    "retain_graph",
+    "repeat",
+    args=lambda r: (r(4, 3),),
+    truth=torch.tanh,
+    shows=second_backward_differs,
+)
+class TanhFreesWhatItSavedOnItsContext(Function):
+    @staticmethod
+    def forward(ctx, x):
+        y = x.tanh()
+        ctx.save_for_backward(y)
+        ctx.count = 0
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        (y,) = ctx.saved_tensors
+        ctx.count += 1
+        return g * (1 - y * y) if ctx.count == 1 else torch.zeros_like(g)
+
+
+class _Last:
+    x: Tensor
+
+
+@defect(
+    "interleaving",
+    "saved_tensors",
+    "leaks",
+    args=lambda r: (r(4, 3),),
+    says="stale|overwritten",
+    truth=torch.square,
+    shows=lambda call: interleaved(call),
+)
+class SquareRemembersItsLastInputOnly(Function):
+    """A class attribute: the second forward before the first backward gives the first one's gradient at its input."""
+
+    @staticmethod
+    def forward(ctx, x):
+        _Last.x = x.detach()
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g * _Last.x
+
+
+def interleaved(call: Call) -> bool:
+    x = call.args[0]
+    (right,) = torch.autograd.grad(call.fn(x).sum(), x)
+    y = call.fn(x)
+    call.fn(x.detach() + 1)
+    return not torch.equal(torch.autograd.grad(y.sum(), x)[0], right)
+
+
+@defect(
+    "interleaving",
+    args=lambda r: (r(4, 3),),
+    says="stale|overwritten",
+    truth=lambda x: F.normalize(x, dim=1),
+    shows=interleaved,
+)
+class NormaliserKeepsItsNormsInABuffer(nn.Module):
+    """The buffer is written through ``.data``, so that autograd's version counter does not see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("norms", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        norms = x.detach().norm(dim=1, keepdim=True)
+        if self.norms.shape != norms.shape:
+            self.norms = norms
+        self.norms.data.copy_(norms)
+        return _Normalize.apply(x, self.norms)
+
+
+class _Normalize(Function):
+    @staticmethod
+    def forward(ctx, x, norms):
+        y = x / norms
+        ctx.save_for_backward(y, norms)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        y, norms = ctx.saved_tensors
+        return (g - y * (g * y).sum(1, keepdim=True)) / norms, None
+
+
+@defect(
+    "repeat",
+    "retain_graph",
+    "first_order",
+    args=lambda r: (r(5, 4),),
+    shows=lambda call: not torch.equal(call.gradients()[0], call.gradients()[0]),
+)
+class LossScaleHalvesAtEachBackward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = [1.0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _ScaledSquare.apply(x, self.scale)
+
+
+class _ScaledSquare(Function):
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.scale = scale
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):
+        scale = ctx.scale[0]
+        ctx.scale[0] /= 2
+        return g * 2 * ctx.saved_tensors[0] * scale, None
+
+
+# ---------------------------------------------------------------- saved tensors
+
+
+@defect(
+    "inplace_edit",
+    "saved_tensors",
+    args=lambda r: (r(4, 3),),
+    says="stale|overwritten",
+    truth=torch.sin,
+    shows=lambda call: edited(call),
+)
+class SineStashesItsInputOnTheContext(Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.x = x.detach()
+        return x.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g * ctx.x.cos()
+
+
+def edited(call: Call) -> bool:
+    """Does an in-place edit of an input or output after forward change the gradient unseen?"""
+
+    def gradient(edit: bool) -> Tensor:
+        x = call.args[0].detach().clone().requires_grad_()
+        y = call.fn(x, *call.args[1:])
+        if edit:
+            with torch.no_grad():
+                x.add_(1)
+        return torch.autograd.grad(y.sum(), x)[0]
+
+    return not torch.equal(gradient(True), gradient(False))
+
+
+@defect(
+    "inplace_edit",
+    "saved_tensors",
+    args=lambda r: (r(4, 6), r(6)),
+    says="stale|overwritten",
+    truth=lambda x, w: F.rms_norm(x, (6,), w, 1e-6),
+    shows=edited,
+)
+class RmsNormSavesDataOfItsInput(Function):
+    """Saved properly, but as ``x.data``, which has a version counter of its own."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        rstd = (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        ctx.save_for_backward(x.data, rstd, weight)
+        return x * rstd * weight
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, rstd, weight = ctx.saved_tensors
+        z = x * rstd
+        dz = g * weight
+        return rstd * (dz - z * (dz * z).mean(-1, keepdim=True)), (g * z).sum(0)
+
+
+@defect(
+    "saved_tensors",
+    "leaks",
+    args=lambda r: (r(4, 3),),
+    truth=torch.sigmoid,
+    shows=lambda call: lives_on(call),
+)
+class SigmoidKeepsItsOutputOnTheContext(Function):
+    """output -> grad_fn -> ctx -> output: a cycle that only the garbage collector breaks."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.sigmoid()
+        ctx.y = y
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.y * (1 - ctx.y)
+
+
+def lives_on(call: Call, backward: bool = True) -> bool:
+    """Is something of the first output still alive when it is dropped, with the garbage collector off?"""
+    gc.disable()
+    try:
+        y = call()[0]
+        memory = weakref.ref(y.grad_fn)
+        if backward:
+            torch.autograd.grad(y.sum(), call.wanted())
+        del y
+        return memory() is not None
+    finally:
+        gc.enable()
+
+
+_HISTORY: list[Tensor] = []
+
+
+@defect(
+    "leaks",
+    args=lambda r: (r(4, 3),),
+    truth=torch.exp,
+    shows=lambda call: grows(call, _HISTORY),
+)
+class ExpLogsItsGradients(Function):
+    @staticmethod
+    def forward(ctx, x):
+        y = x.exp()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        _HISTORY.append(g)
+        return g * ctx.saved_tensors[0]
+
+
+def grows(call: Call, history: list[Any]) -> bool:
+    before = len(history)
+    torch.autograd.grad(call()[0].sum(), call.wanted())
+    return len(history) > before
+
+
+_LOSSES: list[Tensor] = []
+
+
+@defect(
+    "leaks",
+    args=lambda r: (r(4, 3),),
+    truth=lambda x: x.square().mean(),
+    shows=lambda call: grows(call, _LOSSES),
+)
+def mean_square_remembers_its_losses(x: Tensor) -> Tensor:
+    """The running total keeps every graph alive: ``losses.append(loss)`` for ``loss.item()``."""
+    loss = x.square().mean()
+    _LOSSES.append(loss)
+    return loss
+
+
+@defect(
+    "saved_bytes",
+    args=lambda r: (r(16, 8),),
+    truth=F.silu,
+    shows=lambda call: len(call()[0].grad_fn.saved_tensors) == 3,
+    saved_bytes=16 * 8 * 8,
+)
+class SiluKeepsThreeTensorsForOne(Function):
+    @staticmethod
+    def forward(ctx, x):
+        s = x.sigmoid()
+        y = x * s
+        ctx.save_for_backward(x, s, y.clone())
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        _, s, y = ctx.saved_tensors
+        return g * (s + y * (1 - s))
+
+
+@defect(
+    "saved_tensor_hooks",
+    args=lambda r: (r(4, 3),),
+    truth=torch.tanh,
+    shows=lambda call: hooked(call),
+)
+class TanhTrustsTheAddressOfItsSavedOutput(Function):
+    """``save_on_cpu`` and offloading hand back another tensor."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.tanh()
+        ctx.address = y.data_ptr()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        (y,) = ctx.saved_tensors
+        return g * (1 - y * y) if y.data_ptr() == ctx.address else torch.zeros_like(g)
+
+
+def hooked(call: Call) -> bool:
+    right = call.gradients()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        return any(not torch.equal(a, b) for a, b in zip(call.gradients(), right, strict=True))
+
+
+# ---------------------------------------------------------------- random numbers
+
+
+@defect(
+    "random_state",
+    "repeat",
+    "first_order",
+    args=lambda r: (r(6, 5),),
+    shows=lambda call: wrong_mask(call),
+)
+class DropoutDrawsANewMaskInBackward(Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * (torch.rand_like(x) < 0.5) * 2
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * (torch.rand_like(g) < 0.5) * 2
+
+
+def wrong_mask(call: Call) -> bool:
+    (y,) = call()
+    (dx,) = torch.autograd.grad(y.sum(), call.args)
+    return not torch.equal(dx != 0, y != 0)
+
+
+@defect(
+    "random_state",
+    args=lambda r: (r(6, 5),),
+    truth=lambda x: x * 1.5,
+    shows=lambda call: draws(call),
+)
+class ScaleReseedsTheGenerator(Function):
+    """Reproducible itself; every draw after it is the same in each step."""
+
+    @staticmethod
+    def forward(ctx, x):
+        torch.manual_seed(0)
+        return x * 1.5
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 1.5
+
+
+def draws(call: Call) -> bool:
+    """Is the generator's state another one after forward and backward?"""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        state = torch.random.get_rng_state()
+        torch.autograd.grad([y.sum() for y in call()], call.wanted())
+        return not torch.equal(state, torch.random.get_rng_state())
+
+
+@defect(
+    "random_state",
+    args=lambda r: (r(6, 5),),
+    truth=torch.tanh,
+    shows=draws,
+)
+class TanhShufflesItsRowsInBackward(Function):
+    """The gradient is right; the random numbers of the rest of the model depend on it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.tanh()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        (y,) = ctx.saved_tensors
+        order = torch.randperm(len(g))
+        dx = torch.empty_like(g)
+        return dx.index_put((order,), (g * (1 - y * y))[order])
+
+
+# ---------------------------------------------------------------- modules
+
+
+@defect(
+    "module_copy",
+    args=lambda r: (r(5, 4),),
+    shows=lambda call: copy.deepcopy(call.fn).scale != call.fn.scale,
+)
+class CopiedLayerForgetsItsScale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.scale = 1.0
+        self.scale = 3.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "scale"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.scale
+
+
+@defect(
+    "module_copy",
+    args=lambda r: (r(5, 4),),
+    shows=lambda call: copy_trains_the_original(call),
+)
+class CopiedLayerUsesTheOriginalsWeight(nn.Module):
+    """A lambda is copied as it is, with ``self`` inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.run = lambda x: self.linear(x).tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x)
+
+
+def copy_trains_the_original(call: Call) -> bool:
+    twin = copy.deepcopy(call.fn)
+    twin(call.args[0]).sum().backward()
+    return all(p.grad is None for p in twin.parameters())
+
+
+@defect(
+    "first_order",
+    "requires_grad_subsets",
+    args=lambda r: (r(5, 4),),
+    says="zero",
+    shows=lambda call: any(
+        g is None for g in torch.autograd.grad(call()[0].sum(), call.wanted(), allow_unused=True)
+    ),
+)
+class LayerWhoseShiftIsNotTrained(nn.Module):
+    """``self.shift.data``: registered, in the optimizer, and never with a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.shift = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.linear(x) + self.shift.data).sigmoid()
+
+
+@defect(
+    "checkpointing",
+    "repeat",
+    "interleaving",
+    "random_state",
+    args=lambda r: (r(5, 4),),
+    shows=lambda call: checkpointed(call),
+)
+class StochasticDepthByACounter(nn.Module):
+    """Every second call is the identity, so the recomputation of a checkpoint is another function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x + self.linear(x) if self.calls % 2 else x * 1.0
+
+
+def checkpointed(call: Call) -> bool:
+    """Does checkpointing change the gradient, or fail?"""
+    from torch.utils.checkpoint import checkpoint
+
+    def gradient(reentrant: bool | None) -> Tensor:
+        x = call.args[0].detach().clone().requires_grad_()
+        y = call.fn(x) if reentrant is None else checkpoint(call.fn, x, use_reentrant=reentrant)
+        y.sum().backward()
+        return x.grad
+
+    right = gradient(None)
+    return raises(lambda: [torch.testing.assert_close(gradient(kind), right) for kind in (False, True)])
+
+
+_GRAD_MODE: list[bool] = [True]
+
+
+@defect(
+    "checkpointing",
+    args=lambda r: (r(5, 4),),
+    truth=lambda x: x.exp() * x,
+    shows=checkpointed,
+)
+def wrong_after_a_forward_without_grad_mode(x: Tensor) -> Tensor:
+    """The no-grad forward of a reentrant checkpoint leaves a flag that the recomputation trusts."""
+    if not torch.is_grad_enabled():
+        _GRAD_MODE[0] = False
+    y = _ExpTimes.apply(x, _GRAD_MODE[0])
+    if torch.is_grad_enabled():
+        _GRAD_MODE[0] = True
+    return y
+
+
+class _ExpTimes(Function):
+    @staticmethod
+    def forward(ctx, x, trained):
+        ctx.trained = trained
+        ctx.save_for_backward(x)
+        return x.exp() * x
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return g * x.exp() * (1 + x) if ctx.trained else g * x.exp(), None
+
+
+_PENDING: list[Tensor] = []
+
+
+@defect(
+    "interleaving",
+    "checkpointing",
+    "saved_tensors",
+    "leaks",
+    "retain_graph",
+    "repeat",
+    "inplace_edit",
+    args=lambda r: (r(5, 4),),
+    truth=torch.cos,
+    shows=lambda call: interleaved(call),
+)
+class CosineKeepsItsInputsOnAStack(Function):
+    """Right while backwards come in the reverse order of forwards, each exactly once."""
+
+    @staticmethod
+    def forward(ctx, x):
+        _PENDING.append(x.detach())
+        return x.cos()
+
+    @staticmethod
+    def backward(ctx, g):
+        return -g * (_PENDING.pop() if _PENDING else torch.zeros_like(g)).sin()

@@ -43,6 +43,7 @@ class Elementwise(Rule):
     df: ClassVar[Callable[..., Tensor]]
     ddf: ClassVar[Callable[..., Tensor] | None] = None
     exact_slope: ClassVar[bool] = False  # slopes 0 and 1 need no float32 detour in half precision
+    one_step: ClassVar[bool] = False  # df is one operation: nothing to keep in the cache from step to step
     chain: ClassVar[type["Chain"]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -75,17 +76,31 @@ class Elementwise(Rule):
             setattr(cls, method.__name__, staticmethod(method))
 
 
-def indicator(compare: Callable[..., Tensor], s: Tensor, bound: float) -> Tensor:
-    """1 where ``compare(s, bound)`` holds, else 0, in the dtype of ``s``.
+def indicator(compare: Callable[..., Tensor], s: Tensor, bound: float, overwrite: bool = False) -> Tensor:
+    """1 where ``compare(s, bound)`` holds, else 0, in the dtype of ``s``: a fresh tensor, or ``s`` overwritten.
 
     ATen compares a whole vector at a time only into a tensor of the same dtype: by way of booleans, a ReLU's
     backward takes 4 to 7 times as long.  ``vmap`` has no rule for ``out=``.
     """
     if not plain_eager():
         return compare(s, bound).to(s.dtype)
-    # A fake or distributed tensor does not mix with ordinary ones; against one without axes, dtypes promote.
-    ready = type(s) is Tensor and s.dim() > 0
-    return compare(s, _bound(bound) if ready else bound, out=torch.empty_like(s))
+    out = s if overwrite else torch.empty_like(s)
+    return compare(s, _bound(bound) if _takes_constants(s) else bound, out=out)
+
+
+def one_minus(a: Tensor, b: Tensor) -> Tensor:
+    """``1 - a * b``, a fresh tensor: one pass over the memory, and one rounding where the processor can."""
+    if plain_eager() and a.is_cpu and _takes_constants(a):
+        return torch.addcmul(_bound(1), a, b, value=-1)
+    return 1 - a * b
+
+
+def _takes_constants(s: Tensor) -> bool:
+    """Whether ``s`` mixes with a constant of :func:`_bound`: a fake or distributed tensor does not.
+
+    Against a tensor without axes, the constant would decide the dtype.
+    """
+    return type(s) is Tensor and s.dim() > 0
 
 
 _bounds: dict[float, Tensor] = {}
@@ -108,7 +123,7 @@ class Chain(Rule):
 
 
 def _chain(rule: type[Elementwise]) -> type[Chain]:
-    df, ddf, exact_slope = rule.df, rule.ddf, rule.exact_slope
+    df, ddf, exact_slope, blocks = rule.df, rule.ddf, rule.exact_slope, not rule.one_step
 
     def formula(g: Tensor, s: Tensor, *p: float, out: Tensor | None = None) -> Tensor:
         if s.dtype in HALF and not exact_slope:
@@ -119,7 +134,7 @@ def _chain(rule: type[Elementwise]) -> type[Chain]:
     def product(g: Tensor, s: Tensor, *p: float) -> Tensor:
         if s.numel() < _kernels.SMALLEST:
             return formula(g, s, *p)
-        return by_parts(formula, p, g, s)
+        return by_parts(formula, p, g, s, blocks=blocks)
 
     def curvature(g: Tensor, s: Tensor, t: Tensor, *p: float) -> Tensor:
         if ddf is None:

@@ -60,8 +60,8 @@ class kernels:  # used as a function, as torch.set_grad_enabled is
         _backend = self._before
 
 
-def by_parts(formula: Formula, p: tuple[float, ...], *tensors: Tensor) -> Tensor:
-    """``formula(*tensors, *p)`` of tensors of one shape; compiled or in blocks, if they are large.
+def by_parts(formula: Formula, p: tuple[float, ...], *tensors: Tensor, blocks: bool = True) -> Tensor:
+    """``formula(*tensors, *p)`` of tensors of one shape; if they are large, compiled or in ``blocks``, if these help.
 
     ``formula`` takes ``out=``, a tensor for its result, if given.
 
@@ -75,7 +75,7 @@ def by_parts(formula: Formula, p: tuple[float, ...], *tensors: Tensor) -> Tensor
     if kernel:
         return _compiled(formula, p, flat, torch.empty_like(last))
     block = BLOCK * torch.get_num_threads()
-    if not last.is_cpu or count < 2 * block:
+    if not blocks or not last.is_cpu or count < 2 * block:
         return formula(*tensors, *p)
     out = torch.empty_like(last)
     target = out.as_strided((out.numel(),), (1,))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualprop.functions._elementwise import Elementwise, indicator
+from manualprop.functions._elementwise import Elementwise, indicator, one_minus
 
 # Constants stand outside of the classes: compiled autograd cannot read an attribute of a Function.
 
@@ -40,6 +40,7 @@ class ReLU(Elementwise):
     """
 
     saves = "output"
+    one_step = True
     exact_slope = True
 
     @staticmethod
@@ -74,7 +75,8 @@ class ReLU6(Elementwise):
 
     @staticmethod
     def df(y: Tensor) -> Tensor:
-        return indicator(torch.ne, (6 - y).mul_(y), 0)  # never rounded to 0: 6 - y is 6 where y is tiny
+        inner = (6 - y).mul_(y)  # never rounded to 0: 6 - y is 6 where y is tiny
+        return indicator(torch.ne, inner, 0, overwrite=True)
 
 
 class Hardtanh(Elementwise):
@@ -102,7 +104,7 @@ class Hardtanh(Elementwise):
     @staticmethod
     def df(y: Tensor, a: float, b: float) -> Tensor:
         if a == -b:
-            return indicator(torch.ne, y.abs(), b)
+            return indicator(torch.ne, y.abs(), b, overwrite=True)
         return indicator(torch.ne, y, a).mul_(indicator(torch.ne, y, b))
 
 
@@ -130,7 +132,7 @@ class LeakyReLU(Elementwise):
     @staticmethod
     def df(y: Tensor, a: float) -> Tensor:
         positive = indicator(torch.gt, y, 0)
-        return positive.clamp(min=a) if a <= 1 else positive.mul_(1 - a).add_(a)
+        return positive.clamp_min_(a) if a <= 1 else positive.mul_(1 - a).add_(a)
 
 
 class LeakyReLUFromInput(Elementwise):
@@ -161,7 +163,7 @@ class Threshold(Elementwise):
 
     Derivation
         y' = 1 for x > c, else 0                    piecewise constant slope
-           = 1 - 1[x <= c]                          so that a NaN passes its gradient on, as in PyTorch
+           = 1[max(x, c) /= c]                      so that a NaN passes its gradient on, as in PyTorch
     Kinks
         y'(c) = 0, as in PyTorch.  y jumps there unless w = c.
     Memory
@@ -174,11 +176,11 @@ class Threshold(Elementwise):
 
     @staticmethod
     def f(x: Tensor, c: float, w: float) -> Tensor:
-        return F.threshold(x, c, w)
+        return torch.threshold(x, c, w)
 
     @staticmethod
     def df(x: Tensor, c: float, w: float) -> Tensor:
-        return indicator(torch.le, x, c).neg_().add_(1)
+        return indicator(torch.ne, x.clamp(min=c), c, overwrite=True)
 
 
 class Hardsigmoid(Elementwise):
@@ -203,7 +205,7 @@ class Hardsigmoid(Elementwise):
 
     @staticmethod
     def df(y: Tensor) -> Tensor:
-        return indicator(torch.ne, y.frac(), 0).div_(6)
+        return indicator(torch.ne, y.frac(), 0, overwrite=True).div_(6)
 
 
 class Hardshrink(Elementwise):
@@ -222,6 +224,7 @@ class Hardshrink(Elementwise):
     """
 
     saves = "output"
+    one_step = True
     exact_slope = True
 
     @staticmethod
@@ -248,6 +251,7 @@ class Softshrink(Elementwise):
     """
 
     saves = "output"
+    one_step = True
     exact_slope = True
 
     @staticmethod
@@ -268,7 +272,8 @@ class Hardswish(Elementwise):
     Derivation
         y  = x h with h = min(max(x + 3, 0), 6) / 6, whose slope is 1/6 for -3 < x < 3, else 0
         y' = h + x h'                               product rule
-           = h + x 1[|x| < 3] / 6                   0 below, 1 above
+           = 1/2 + x/3 for -3 < x < 3               0 below, 1 above
+           = 1/2 + z/3                              with z = x inside, -3/2 below and 3/2 above
         y'' = 2 h' = 1/3      for -3 < x < 3, else 0
     Kinks
         y'(-3) = 0 and y'(3) = 1, as in PyTorch: the slopes of the outer pieces.
@@ -286,9 +291,9 @@ class Hardswish(Elementwise):
 
     @staticmethod
     def df(x: Tensor) -> Tensor:
-        z = x.clamp(-3, 3)  # 0 * inf would be NaN
-        inner = indicator(torch.ne, z.abs(), 3)
-        return torch.add(F.hardsigmoid(x), inner.mul_(z), alpha=1 / 6)  # h + x 1[|x| < 3] / 6
+        z = torch.threshold(x, -3, -1.5)  # x <= -3 becomes -3/2
+        minus_z = torch.threshold_(z.neg_(), -3, -1.5)  # x >= 3 becomes 3/2
+        return torch.rsub(minus_z, 0.5, alpha=1 / 3)
 
     @staticmethod
     def ddf(x: Tensor) -> Tensor:
@@ -312,6 +317,7 @@ class Sigmoid(Elementwise):
     """
 
     saves = "output"
+    one_step = True
 
     @staticmethod
     def f(x: Tensor) -> Tensor:
@@ -319,7 +325,7 @@ class Sigmoid(Elementwise):
 
     @staticmethod
     def df(y: Tensor) -> Tensor:
-        return (1 - y).mul_(y)
+        return torch.addcmul(y, y, y, value=-1)  # y - y^2
 
     @staticmethod
     def ddf(y: Tensor) -> Tensor:
@@ -340,6 +346,7 @@ class Tanh(Elementwise):
     """
 
     saves = "output"
+    one_step = True
 
     @staticmethod
     def f(x: Tensor) -> Tensor:
@@ -347,7 +354,7 @@ class Tanh(Elementwise):
 
     @staticmethod
     def df(y: Tensor) -> Tensor:
-        return 1 - y * y
+        return one_minus(y, y)
 
     @staticmethod
     def ddf(y: Tensor) -> Tensor:
@@ -467,7 +474,8 @@ class SiLU(Elementwise):
     @staticmethod
     def df(x: Tensor) -> Tensor:
         s = torch.sigmoid(x)
-        return (1 - s).mul_(x).add_(1).mul_(s)  # s (1 + x (1 - s))
+        ds = torch.addcmul(s, s, s, value=-1)  # s (1 - s)
+        return torch.addcmul(s, x, ds)  # s + x s (1 - s)
 
     @staticmethod
     def ddf(x: Tensor) -> Tensor:
@@ -499,7 +507,7 @@ class Mish(Elementwise):
     @staticmethod
     def df(x: Tensor) -> Tensor:
         w = torch.tanh(F.softplus(x))
-        dw = (1 - w).mul_(1 + w).mul_(torch.sigmoid(x))
+        dw = one_minus(w, w).mul_(torch.sigmoid(x))
         return dw.mul_(x).add_(w)  # w + x w'
 
     @staticmethod

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -48,6 +49,12 @@ COMMANDS = {
         ("torch",),
         "manualprop._receipt_command",
     ),
+    "verify": Command(
+        "prove custom backwards right, or show how they are wrong",
+        "",
+        ("torch",),
+        "manualprop._verify_command",
+    ),
 }
 
 
@@ -71,6 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(words)
     except KeyboardInterrupt:
         return _complain("interrupted", status=130)
+    except BrokenPipeError:  # `manualprop ... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _run(words: list[str]) -> int:

@@ -6,7 +6,8 @@ the layers of this package, and only torch is imported.
 
 from manualprop.verify._case import Case as Case
 from manualprop.verify._check import check as check
+from manualprop.verify._pytest import gradient_tests as gradient_tests
 from manualprop.verify._report import Outcome as Outcome
 from manualprop.verify._report import Report as Report
 
-__all__ = ["Case", "Outcome", "Report", "check"]
+__all__ = ["Case", "Outcome", "Report", "check", "gradient_tests"]

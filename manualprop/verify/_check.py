@@ -72,9 +72,7 @@ def check(
         case = fn
     else:
         case = Case(fn, args, kwargs or {}, reference, declare or {}, rtol, atol, saved_bytes, seed=seed)
-    if level not in LEVELS:
-        raise ValueError(f"check: level must be one of {', '.join(map(repr, LEVELS))}. Got {level!r}.")
-    probes = _chosen(load(), level, only)
+    probes = chosen(level, only)
     declared = _declared(case.declare, load())
     start = time.perf_counter()
     isolated = isolate and _process.can_fork() and not _on_accelerator(case)
@@ -88,7 +86,15 @@ def check(
     return Report(case.name, tuple(outcomes), time.perf_counter() - start)
 
 
-def _chosen(probes: Mapping[str, Probe], level: Level, only: Sequence[str] | str | None) -> list[Probe]:
+def chosen(level: Level, only: Sequence[str] | str | None = None) -> list[Probe]:
+    """The probes of a level, or those that are named.
+
+    Raises:
+        ValueError: if there is no such level or probe.
+    """
+    probes = load()
+    if level not in LEVELS:
+        raise ValueError(f"check: level must be one of {', '.join(map(repr, LEVELS))}. Got {level!r}.")
     if only is not None:
         return [probes[name] for name in _known([only] if isinstance(only, str) else only, probes, "only")]
     return [p for p in probes.values() if LEVELS.index(p.level) <= LEVELS.index(level)]

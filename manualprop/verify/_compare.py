@@ -159,10 +159,16 @@ class Gradient(_Derived):
 
     def function(self, *points: Tensor) -> tuple[Tensor, ...]:
         count = len(self.base.points)
+        wanted = torch.is_grad_enabled()
         with torch.enable_grad():
             x = [p if p.requires_grad else p.detach().requires_grad_() for p in points[:count]]
             outputs = [y for y in self.base.function(*x) if y.requires_grad]
             found = torch.autograd.grad(outputs, x, points[count:], create_graph=True, allow_unused=True)
+        if wanted and any(g is not None and type(g.grad_fn).__name__ == "Error" for g in found):
+            # torch's node raises in a .backward() alone: torch.autograd.grad would step around it.
+            raise RuntimeError(
+                "trying to differentiate twice a function that was marked with @once_differentiable"
+            )
         return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(found, x, strict=True))
 
 

@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
@@ -43,8 +43,10 @@ def outcomes(case: Case, probes: Sequence[Probe], time_limit: float) -> Iterator
     Raises:
         ValueError, TypeError: what a wrong use of the check deserves.
     """
-    for name in _WARM:
-        __import__(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own
+        for name in _WARM:
+            __import__(name)
     rest = list(probes)
     while rest:
         batch = _batch(rest)
@@ -70,6 +72,41 @@ def outcomes(case: Case, probes: Sequence[Probe], time_limit: float) -> Iterator
             child.stop()
 
 
+def in_child(question: Callable[[], Any], time_limit: float) -> Any:
+    """What ``question`` returns in a child; None if it crashes, hangs or raises.  Here, where there is no fork."""
+    if not can_fork():
+        return question()
+    connection, theirs = Pipe(duplex=False)
+    pid = _forked()
+    if pid == 0:
+        status = 1
+        try:
+            torch.set_num_threads(1)
+            theirs.send(question())
+            status = 0
+        finally:
+            os._exit(status)
+    theirs.close()
+    try:
+        return connection.recv() if connection.poll(time_limit) else None
+    except EOFError:
+        return None
+    finally:
+        connection.close()
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def _forked() -> int:
+    """os.fork, with nothing in the buffers that both sides would print."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    with warnings.catch_warnings():
+        # Python 3.12 warns of a fork beside threads.  The child starts no parallel region of torch.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
 def _batch(probes: Sequence[Probe]) -> list[Probe]:
     """As many as share a child: one that must be alone, or all before the next such."""
     if probes[0].alone:
@@ -81,12 +118,7 @@ def _batch(probes: Sequence[Probe]) -> list[Probe]:
 class _Child:
     def __init__(self, case: Case, probes: Sequence[Probe]) -> None:
         self.connection, theirs = Pipe()
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        with warnings.catch_warnings():
-            # Python 3.12 warns of a fork beside threads.  The child starts no parallel region of torch.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            self.pid = os.fork()
+        self.pid = _forked()
         if self.pid == 0:
             self.connection.close()
             _work(case, probes, theirs)

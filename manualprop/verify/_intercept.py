@@ -1,0 +1,117 @@
+"""Watch the Functions of a package while a test suite runs, and verify them where it really calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.utils._pytree import tree_leaves, tree_map
+
+from manualprop.verify._case import Case
+from manualprop.verify._check import check
+from manualprop.verify._report import Report
+from manualprop.verify._subject import is_float
+
+MOST_INPUTS = 3  # kinds of inputs at which one Function is verified
+MOST_ENTRIES = 1_000_000  # of a tensor: larger inputs are not kept
+
+
+class Interceptor:
+    """Notes every ``apply`` of a Function of ``packages``, until :meth:`verify` is called.
+
+    Args:
+        packages: names of packages or modules, as in ``mypackage.ops``.
+    """
+
+    def __init__(self, packages: Sequence[str]) -> None:
+        self.packages = tuple(packages)
+        self.met: dict[type[Function], set[Any]] = {}
+        self.waiting: list[Case] = []
+        self.reports: list[Report] = []
+        self.errors: list[str] = []
+        self._wrapped: set[type] = set()
+        self._wrap(Function)
+
+    # ----- watching -----
+
+    def _wrap(self, cls: type[Function]) -> None:
+        """Put our apply before the class's own."""
+        self._wrapped.add(cls)
+        original: Any = vars(cls)["apply"].__func__
+        watch = self
+
+        def apply(this: type[Function], *args: Any, **kwargs: Any) -> Any:
+            watch.note(this, args, kwargs)
+            return original(this, *args, **kwargs)
+
+        cls.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
+
+    def watch_overriding(self) -> None:
+        """Classes with an apply of their own, whose base's apply may never be called."""
+        for cls in _subclasses(Function):
+            if (
+                "apply" in vars(cls)
+                and cls not in self._wrapped
+                and isinstance(vars(cls)["apply"], classmethod)
+            ):
+                self._wrap(cls)
+
+    def note(self, cls: type[Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep what the Function is called with, if it is of our packages and this kind of call is new."""
+        if not any(cls.__module__ == p or cls.__module__.startswith(f"{p}.") for p in self.packages):
+            return
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return  # tracers, not values
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if not any(t.requires_grad and is_float(t) for t in tensors):
+            return
+        if any(type(t) not in (Tensor, torch.nn.Parameter) or t.numel() > MOST_ENTRIES for t in tensors):
+            return
+        met = self.met.setdefault(cls, set())
+        signature = tuple((t.dim(), t.dtype, t.requires_grad) for t in tensors)
+        if signature in met or len(met) >= MOST_INPUTS:
+            return
+        met.add(signature)
+        args, kwargs = tree_map(_kept, (args, kwargs))
+        # A Function need not be defined where autograd does not ask: transforms and orders are its author's choice,
+        # so what is unsupported and loud stays a limit.
+        self.waiting.append(Case(cls.apply, args, kwargs, name=f"{cls.__module__}.{cls.__qualname__}"))
+
+    def verify(self) -> list[Report]:
+        """Verify what was noted since the last time, and return the reports with findings."""
+        cases, self.waiting = self.waiting, []
+        new = [report for report in map(self._verified, cases) if report is not None]
+        self.reports += new
+        return [report for report in new if not report.passed]
+
+    def _verified(self, case: Case) -> Report | None:
+        try:
+            return check(case, level="quick")
+        except (ValueError, TypeError) as error:  # nothing can be shown at these inputs
+            self.errors.append(str(error))
+            return None
+
+    def summary(self) -> list[str]:
+        """A line for each report, and for what could not be verified."""
+        lines = [report.summary() for report in self.reports] + [
+            f"not verified: {error}" for error in self.errors
+        ]
+        nothing = f"no torch.autograd.Function of {', '.join(self.packages)} was called with an input that requires grad"
+        return lines or [nothing]
+
+
+def _kept(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    copy = value.detach().clone()
+    return copy.requires_grad_(value.requires_grad)
+
+
+def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
+    sub: type[Any]
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from _subclasses(sub)

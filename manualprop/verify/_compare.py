@@ -29,8 +29,14 @@ class Comparison(NamedTuple):
     @property
     def wrong(self) -> Tensor:
         """(V, D) of bool."""
-        off = ~((self.hand - self.numeric).abs() <= self.tolerance)  # so that NaN is wrong
-        return off & ~self.kinks
+        off = ~((self.hand - self.numeric).abs() <= self.tolerance)  # so that NaN by hand is wrong
+        return off & self.measured
+
+    @property
+    def measured(self) -> Tensor:
+        """(V, D) of bool: where differences tell the derivative to better than a tenth."""
+        sure = torch.isfinite(self.numeric) & (self.tolerance <= 0.1 * (1 + self.numeric.abs()))
+        return sure & ~self.kinks
 
     @property
     def whole(self) -> bool:
@@ -125,10 +131,26 @@ def _one(s: Subject, i: int, v: Tensor, d: Tensor, hand: Tensor) -> Comparison:
     tolerance = s.case.atol + s.case.rtol * scale + 4 * doubt.nan_to_num(torch.inf, torch.inf)
     c = Comparison(i, hand, numeric, tolerance, torch.zeros(len(d), dtype=torch.bool), v, d)
     for j in c.wrong.any(0).nonzero().flatten().tolist():
-        above, below = (_numeric.one_sided(evaluates[j], side, s.noise, dtype) for side in (1, -1))
-        jump = (above.value - below.value).abs()
-        c.kinks[j] = bool((jump > 1e-6 + 4 * (above.error + below.error)).any())
+        c.kinks[j] = _at_kink(evaluates[j], s.noise, dtype) or _base_at_kink(s, i, d[j])
     return c
+
+
+def _at_kink(evaluate: _numeric.Evaluate, noise: float, dtype: torch.dtype) -> bool:
+    """Whether the slopes from the two sides differ."""
+    above, below = (_numeric.one_sided(evaluate, side, noise, dtype) for side in (1, -1))
+    jump = (above.value - below.value).abs()
+    return bool((jump > 1e-6 + 4 * (above.error + below.error)).any())
+
+
+def _base_at_kink(s: Subject, i: int, row: Tensor) -> bool:
+    """Whether a derived function is asked about where the one it derives from has a kink: it has no value there."""
+    base = getattr(s, "base", None)
+    if base is None:
+        return False
+    if i < len(base.points):
+        return _at_kink(_only(base, i, row), base.noise, base.points[i].dtype) or _base_at_kink(base, i, row)
+    everywhere = [d.sign() for d in base.random_like(base.points, 6)]
+    return _at_kink(base.along(everywhere), base.noise, base.points[0].dtype)
 
 
 def _only(s: Subject, i: int, row: Tensor) -> _numeric.Evaluate:

@@ -79,8 +79,7 @@ def of_refused_shape(text: str) -> str:
 
 
 def _masked(s: Subject, c: Comparison, comparisons: Sequence[Comparison]) -> Wrong:
-    judged = torch.isfinite(c.numeric) & torch.isfinite(c.tolerance) & ~c.kinks
-    return Wrong(s, c, comparisons, c.hand.where(judged, 0), c.numeric.where(judged, 0))
+    return Wrong(s, c, comparisons, c.hand.where(c.measured, 0), c.numeric.where(c.measured, 0))
 
 
 def _diagnosed(w: Wrong) -> str:

@@ -25,17 +25,18 @@ def _outcome(s: Subject, comparisons: Sequence[Comparison]) -> Outcome:
     if any(c.wrong.any() for c in comparisons):
         evidence, diagnosis, details = explain(s, comparisons)
         return finding(evidence, diagnosis, **details)
-    worst = max((_measured_error(c) for c in comparisons), default=0.0)
+    errors = [(c.hand - c.numeric).abs()[c.measured] for c in comparisons]
+    worst = max((e.max().item() for e in errors if e.numel()), default=0.0)
     kinks = sum(int(c.kinks.sum()) for c in comparisons)
-    at = f"; {kinks} directions lie at a kink, see ties" if kinks else ""
-    return passed(f"largest error {worst:.1g} in {', '.join(s.names)}{at}", error=worst)
-
-
-def _measured_error(c: Comparison) -> float:
-    """The largest error where differences tell the derivative at all."""
-    sure = ~c.kinks & (c.tolerance <= 1e-2 * (1 + c.numeric.abs()))
-    error = (c.hand - c.numeric).abs().where(sure, 0)
-    return error.max().item() if error.numel() else 0.0
+    notes = [f"{kinks} directions lie at a kink, see ties"] if kinks else []
+    if any(c.hand.numel() for c in comparisons) and not any(c.measured.any() for c in comparisons):
+        return skipped(
+            f"differences cannot measure it here; {'; '.join(notes) or 'the values are too rough'}"
+        )
+    unmeasured = sum(int((~c.measured[:, ~c.kinks]).sum()) for c in comparisons)
+    if unmeasured:
+        notes.append(f"{unmeasured} entries cannot be measured by differences")
+    return passed("; ".join([f"largest error {worst:.1g} in {', '.join(s.names)}", *notes]), error=worst)
 
 
 def _limited(s: Subject, hand: Hand | None = None) -> Outcome:

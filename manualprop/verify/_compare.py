@@ -62,12 +62,15 @@ def basis(entries: int, s: Subject, seed: int) -> Tensor:
     return torch.cat([dense, chosen])
 
 
-def compare(s: Subject, hand: Hand | None = None) -> list[Comparison]:
-    """The first derivative of a subject by hand, in reverse mode by default, and by differences."""
+def compare(s: Subject, hand: Hand | None = None, only: int | None = None) -> list[Comparison]:
+    """The first derivative of a subject by hand, in reverse mode by default, and by differences.
+
+    In every point, or in ``only`` that one.
+    """
     v = basis(sum(y.numel() for y in s.outputs), s, s.case.seed)
     d = [basis(p.numel(), s, s.case.seed + i) for i, p in enumerate(s.points)]
     found = (hand or by_backward)(s, v, d)
-    return [_one(s, i, v, d[i], found[i]) for i in range(len(s.points))]
+    return [_one(s, i, v, d[i], found[i]) for i in range(len(s.points)) if only in (None, i)]
 
 
 def by_backward(s: Subject, v: Tensor, d: Sequence[Tensor]) -> list[Tensor]:

@@ -20,6 +20,7 @@ from manualprop.verify._compare import Comparison, _only, compare
 from manualprop.verify._subject import Subject
 
 NONE = "no simple explanation"
+MOST = 400  # entries of an input, and of the outputs, up to which the whole Jacobian is had for the diagnosis
 FIT = 1e-5  # of the largest entry: how closely an explanation must fit
 
 
@@ -48,7 +49,7 @@ class Wrong(NamedTuple):
 
 def explain(s: Subject, comparisons: Sequence[Comparison]) -> tuple[str, str, dict[str, Any]]:
     """Evidence, diagnosis and details of a comparison in which something is wrong."""
-    wrong = [_masked(s, c, comparisons) for c in comparisons if c.wrong.any()]
+    wrong = [_masked(s, _whole(s, c), comparisons) for c in comparisons if c.wrong.any()]
     diagnoses = {w.name: _diagnosed(w) for w in wrong}
     distinct = list(dict.fromkeys(diagnoses.values()))
     if len(distinct) == 1:
@@ -76,6 +77,17 @@ def of_refused_shape(text: str) -> str:
     if len(got) >= len(expected) and math.prod(got) > math.prod(expected):
         return "missing sum over a broadcast dimension"
     return f"gradient of shape {got} for an input of shape {expected}: exchanged with another's?"
+
+
+def _whole(s: Subject, c: Comparison) -> Comparison:
+    """The comparison with unit vectors on both sides, if that can be had and shows the error too."""
+    m, n = c.cotangents.shape[1], c.directions.shape[1]
+    if c.whole or max(m, n) > MOST or getattr(s, "base", None) is not None:
+        return c
+    other = s.with_points(s.points)
+    other.whole = MOST
+    entire = compare(other, only=c.point)[0]
+    return entire if entire.wrong.any() else c
 
 
 def _masked(s: Subject, c: Comparison, comparisons: Sequence[Comparison]) -> Wrong:
@@ -355,7 +367,7 @@ def _one_path(w: Wrong) -> str:
             c = _ratio(d, path)
             if c is not None and abs(c) > 1e-6 and w.fits(d, c * path):
                 return f"one path of a sum is wrong, {what}: {_path_factor(c)}; the rest is right"
-    rank, full = _rank(d, w), _rank(n, w)
+    rank, full = _rank(d, w), max(_rank(n, w), _rank(w.hand, w))
     if 0 < rank < full and 2 * rank <= full:
         return (
             f"one path of a sum is wrong: the error has rank {rank} where the Jacobian has {full}, as a missing or "

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from manualprop import descent as descent
     from manualprop import functional as functional
     from manualprop import functions as functions
+    from manualprop import interop as interop
     from manualprop import nn as nn
     from manualprop import verify as verify
     from manualprop._backprop import Backprop as Backprop
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from manualprop._swap import unswap as unswap
     from manualprop.functions._kernels import kernels as kernels
 
-_MODULES = ("descent", "functional", "functions", "nn", "verify")
+_MODULES = ("descent", "functional", "functions", "interop", "nn", "verify")
 _NAMES = {
     "Backprop": "manualprop._backprop",
     "kernels": "manualprop.functions._kernels",

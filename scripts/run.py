@@ -2,10 +2,11 @@
 """The one door to this repository: `python3 scripts/run.py COMMAND [ARGUMENTS]`, see `--help`.
 
 It needs nothing but Python. The first call makes `.venv` beside pyproject.toml and installs everything there;
-every later call hands over to that environment at once. Set-up leaves three things behind:
+every later call hands over to that environment at once. Set-up leaves behind:
 
     .venv/set-up        the stamp: what was installed, or UNFINISHED. Written last, and atomically, so whatever
                         interrupts a set-up leaves UNFINISHED, and the next call starts afresh
+    .venv/interop       the same stamp, once the packages are there that only `test --full` needs
     .venv/install.log   what venv and pip said
     .venv.lock          locked (not merely present) while a set-up runs
 """
@@ -39,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 STAMP = VENV / "set-up"
+INTEROP = VENV / "interop"
 LOG = VENV / "install.log"
 LOCK = ROOT / ".venv.lock"
 PROJECT = ROOT / "pyproject.toml"
@@ -71,10 +73,10 @@ def wanted_stamp() -> str:
     return f"{place()}\n{pins}\n"
 
 
-def read_stamp() -> str:
+def read_stamp(stamp: Path = STAMP) -> str:
     """The stamp, or "" where there is none."""
     try:
-        return STAMP.read_text(encoding="utf-8")
+        return stamp.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         return ""
 
@@ -85,24 +87,29 @@ def write_stamp(text: str) -> None:
     os.replace(fresh, STAMP)
 
 
-def is_ready() -> bool:
-    return PYTHON.exists() and read_stamp() == wanted_stamp()
+def is_ready(full: bool) -> bool:
+    stamps = [STAMP, INTEROP] if full else [STAMP]
+    return PYTHON.exists() and all(read_stamp(stamp) == wanted_stamp() for stamp in stamps)
 
 
-def make_ready() -> None:
-    """Set up unless that is done. Reads three small files when it is: no lock, nothing written."""
-    if is_ready():
+def make_ready(full: bool) -> None:
+    """Set up unless that is done. Reads a few small files when it is: no lock, nothing written.
+
+    Args:
+        full: with the packages too that only `test --full` needs.
+    """
+    if is_ready(full):
         return
     try:
         with locked():
-            if not is_ready():  # while we waited for the lock, another run may have done it
-                set_up()
+            if not is_ready(full):  # while we waited for the lock, another run may have done it
+                set_up(full)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         raise Stop(f"cannot set up .venv in {ROOT}: {where}{error.strerror or error}", 1) from None
 
 
-def set_up() -> None:
+def set_up(full: bool) -> None:
     if not has_venv():
         version = f"{sys.version_info[0]}.{sys.version_info[1]}"
         raise Stop(
@@ -121,8 +128,10 @@ def set_up() -> None:
     if not keep:
         clear_venv()
         install_step([base_python(), "-I", "-m", "venv", str(VENV)], "making .venv")
-    for step in pip_steps():
+    for step in pip_steps(full):
         install_step(step, "asking the package index")
+    if full:
+        INTEROP.write_text(wanted_stamp(), encoding="utf-8")
     write_stamp(wanted_stamp())
     say(f"set-up finished after {time.monotonic() - began:.0f} s.")
 
@@ -201,7 +210,7 @@ def locked() -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------- pip
 
 
-def pip_steps() -> list[list[str]]:
+def pip_steps(full: bool) -> list[list[str]]:
     # -I: a PYTHONPATH or user site with a torch in it must not count as installed.
     pip = [str(PYTHON), "-I", "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
     pip += ["--progress-bar", "off", "-c", str(CONSTRAINTS)]
@@ -210,6 +219,9 @@ def pip_steps() -> list[list[str]]:
     if index:
         # torch alone: such an index may hold other versions of what torch needs than the pinned ones.
         steps.insert(0, [*pip, "--no-deps", "--index-url", index, "torch"])
+    if full:
+        # BackPACK alone: the torchvision that it asks for fits one build of torch only, and it does without.
+        steps += [[*pip, "-e", ".[interop]"], [*pip, "--no-deps", "backpack-for-pytorch"]]
     return steps
 
 
@@ -368,7 +380,9 @@ class Command(NamedTuple):
 
 TABLE = {
     "train": Command(train, "recipes/digits/descents.py", "train on the digits with all three descents"),
-    "test": Command(test, "tests", "run the tests with pytest; --full adds the slow ones"),
+    "test": Command(
+        test, "tests", "run the tests with pytest; --full adds the slow ones (330 MB more to install)"
+    ),
     "bench": Command(bench, "scripts/bench_*.py", "run one benchmark: bench NAME"),
     "docs": Command(docs, "scripts/build_docs.py", "build the documentation"),
     "lint": Command(lint, "pyproject.toml", "ruff check, ruff format, mypy; --fix repairs what it can"),
@@ -457,7 +471,7 @@ def choose(name: str) -> Command:
 
 def run(name: str, arguments: list[str]) -> int:
     steps = choose(name).steps(arguments)  # before the set-up: a typing error should not cost minutes
-    make_ready()
+    make_ready(full=name == "test" and "--full" in arguments)
     worst = 0
     for step in steps:
         status = call([str(PYTHON), *step], command_environment(name))

@@ -227,6 +227,22 @@ def test_torch_index_goes_to_pip(tree):
     assert len(tree.pip_calls) == 2
 
 
+def test_only_the_full_tests_install_what_they_alone_need(tree):
+    (tree.root / "tests").mkdir()
+    tree.run("test")
+    assert len(tree.pip_calls) == 1
+    for _ in range(2):
+        tree.run("test", "--full")
+    first, again, interop, backpack = tree.pip_calls
+    assert first == again and interop.endswith("-e .[interop]")
+    assert backpack.endswith("--no-deps backpack-for-pytorch") and "constraints.txt" in backpack
+    tree.write("scripts/constraints.txt", "changed\n")
+    tree.run("test")
+    assert len(tree.pip_calls) == 5
+    tree.run("test", "--full")
+    assert len(tree.pip_calls) == 8
+
+
 def test_moved_tree_is_set_up_anew(tree):
     """The editable install names the old folder."""
     tree.echo()
@@ -493,7 +509,7 @@ def test_workers_share_the_cores(run, monkeypatch):
 @pytest.mark.parametrize("statuses, result", [([0, 0, 0], 0), ([1, 0, 0], 1), ([0, 3, 0], 3), ([0, 0, 2], 2)])
 def test_lint_runs_all_and_fails_if_any_does(run, monkeypatch, statuses, result):
     ran = []
-    monkeypatch.setattr(run, "make_ready", lambda: None)
+    monkeypatch.setattr(run, "make_ready", lambda full: None)
     monkeypatch.setattr(run, "call", lambda command, _: ran.append(command[2:4]) or statuses[len(ran) - 1])
     assert run.main(["lint"]) == result
     assert ran == [["ruff", "check"], ["ruff", "format"], ["mypy"]]
@@ -517,7 +533,7 @@ def test_ci_fails_with_lint_and_with_tests(tmp_path, lint, test, result):
 def test_every_dependency_is_pinned():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["training"], *extras["test"]]
+    wanted = [*project["dependencies"], *extras["training"], *extras["test"], *extras["interop"]]
     names = {re.match(r"[\w-]+", requirement)[0].lower() for requirement in wanted}
     lines = (ROOT / "scripts/constraints.txt").read_text().splitlines()
     pinned = {line.partition("==")[0].lower() for line in lines if re.fullmatch(r"[\w.-]+==[\d.a-z]+", line)}

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "functional": {"functions"},
     "nn": {"functional"},
     "_swap": {"nn", "functional"},
+    "interop": {"_swap"},
     "descent": set(),
     "verify": set(),
     "training": {"_backprop", "nn", "descent", "functional"},
@@ -31,7 +32,17 @@ MAY_IMPORT = {
     "_verify_command": {"verify"},
     "_pytest_plugin": {"verify"},
     "_command": {"training"},
-    "__init__": {"_backprop", "descent", "functional", "functions", "nn", "_receipt", "_swap", "verify"},
+    "__init__": {
+        "_backprop",
+        "descent",
+        "functional",
+        "functions",
+        "interop",
+        "nn",
+        "_receipt",
+        "_swap",
+        "verify",
+    },
 }
 
 
@@ -78,8 +89,8 @@ def test_importing_the_package_is_light() -> None:
     script = """
 import sys, manualprop
 assert "torch" not in sys.modules
-manualprop.nn, manualprop.functional, manualprop.descent, manualprop.swap
-heavy = {"lightning", "pytest", "torchmetrics", "matplotlib", "torch._dynamo", "jsonargparse"} & set(sys.modules)
+manualprop.nn, manualprop.functional, manualprop.descent, manualprop.swap, manualprop.interop
+heavy = {"lightning", "pytest", "torchmetrics", "matplotlib", "torch._dynamo", "jsonargparse", "opacus"} & set(sys.modules)
 assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

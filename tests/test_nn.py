@@ -22,6 +22,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "RMSNorm": (3,),
     "GroupNorm": (1, 3),
     "Embedding": (5, 3),
+    "LinearCrossEntropyLoss": (3, 4),
     **{f"BatchNorm{d}d": (3,) for d in (1, 2, 3)},
     **{f"InstanceNorm{d}d": (3,) for d in (1, 2, 3)},
 }

@@ -44,6 +44,7 @@ from manualprop.functional.gated import prelu as prelu
 from manualprop.functional.gated import rrelu as rrelu
 from manualprop.functional.linear import bilinear as bilinear
 from manualprop.functional.linear import linear as linear
+from manualprop.functional.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from manualprop.functional.loss import binary_cross_entropy as binary_cross_entropy
 from manualprop.functional.loss import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
 from manualprop.functional.loss import cross_entropy as cross_entropy

@@ -46,6 +46,8 @@ from manualprop.functions.likelihood import PoissonNLL as PoissonNLL
 from manualprop.functions.likelihood import PoissonNLLFromRate as PoissonNLLFromRate
 from manualprop.functions.linear import Bilinear as Bilinear
 from manualprop.functions.linear import Linear as Linear
+from manualprop.functions.linear_cross_entropy import LinearCrossEntropy as LinearCrossEntropy
+from manualprop.functions.linear_cross_entropy import LinearCrossEntropyOnce as LinearCrossEntropyOnce
 from manualprop.functions.loss import L1 as L1
 from manualprop.functions.loss import MSE as MSE
 from manualprop.functions.loss import Huber as Huber

@@ -64,6 +64,7 @@ from manualprop.nn.loss import HingeEmbeddingLoss as HingeEmbeddingLoss
 from manualprop.nn.loss import HuberLoss as HuberLoss
 from manualprop.nn.loss import KLDivLoss as KLDivLoss
 from manualprop.nn.loss import L1Loss as L1Loss
+from manualprop.nn.loss import LinearCrossEntropyLoss as LinearCrossEntropyLoss
 from manualprop.nn.loss import MarginRankingLoss as MarginRankingLoss
 from manualprop.nn.loss import MSELoss as MSELoss
 from manualprop.nn.loss import MultiLabelMarginLoss as MultiLabelMarginLoss
@@ -88,3 +89,5 @@ from manualprop.nn.norm import LazyBatchNorm1d as LazyBatchNorm1d
 from manualprop.nn.norm import LazyBatchNorm2d as LazyBatchNorm2d
 from manualprop.nn.norm import LazyBatchNorm3d as LazyBatchNorm3d
 from manualprop.nn.norm import RMSNorm as RMSNorm
+
+LinearCrossEntropy = LinearCrossEntropyLoss  # its short name

@@ -79,6 +79,27 @@ class L1Loss(nn.L1Loss):
         return F.l1_loss(input, target, reduction=self.reduction)
 
 
+class LinearCrossEntropyLoss(nn.LinearCrossEntropyLoss):
+    """:class:`torch.nn.LinearCrossEntropyLoss` by :class:`manualprop.functions.LinearCrossEntropy`.
+
+    With ``options``, the gradient is made in the forward pass, by ``LinearCrossEntropyOnce``.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        shape, bias = (self.num_classes, *self.out_features), self.linear.bias
+        return F.linear_cross_entropy(
+            input,
+            self.linear.weight.reshape((*shape, self.linear.in_features)),
+            target,
+            linear_bias=None if bias is None else bias.reshape(shape),
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            options=self.options,
+        )
+
+
 class MSELoss(nn.MSELoss):
     """:class:`torch.nn.MSELoss` by :class:`manualprop.functions.MSE`."""
 

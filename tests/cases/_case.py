@@ -25,6 +25,7 @@ class Case:
     - ``keeps``       what backward may keep: indices of arguments, or ``"output"``.
     - ``keeps_new``   bytes (in float64) of further tensors that backward may keep.
     - ``label``       what tells two rows of the same function apart, where ``kwargs`` do not.
+    - ``by_name``     names of the last arguments, which are then given by keyword.
     - ``random``      draws random numbers: every call is preceded by the same seed.
     - ``except_for``  {property: reason}: tests that cannot hold for this row, named by their function.
     """
@@ -38,6 +39,7 @@ class Case:
     keeps: tuple[int | str, ...] = ()
     keeps_new: int = 0
     label: str = ""
+    by_name: tuple[str, ...] = ()
     random: bool = False
     except_for: dict[str, str] = field(default_factory=dict)
 
@@ -56,7 +58,10 @@ class Case:
         if self.random:
             torch.manual_seed(5)
         kwargs = {k: _like(v, arguments) for k, v in self.kwargs.items()}
-        return function(*arguments, **kwargs)
+        count = len(arguments) - len(self.by_name)
+        return function(
+            *arguments[:count], **dict(zip(self.by_name, arguments[count:], strict=True)), **kwargs
+        )
 
     def made(self, dtype: torch.dtype = torch.float64, grad: bool = True) -> tuple[Any, ...]:
         """Fresh arguments whose floating tensors have the given dtype."""

@@ -57,21 +57,21 @@ def linear_cross_entropy(
     probabilities = target.shape == (*input.shape[:-1], classes, *positions)
     _check_options(target, weight, ignore_index, label_smoothing, classes, probabilities)
     ignored, e = -100 if ignore_index is None else ignore_index, float(label_smoothing)
-    if probabilities and weight is not None and weight.requires_grad:
-        target, weight, e = probability_mass(target.unsqueeze(0), weight, e).squeeze(0), None, 0.0
     x, W, b = _autocast_low(input, linear_weight, linear_bias)
     t = target if input.dim() == 2 else target.unsqueeze(0)
     x = x if input.dim() == 2 else x.unsqueeze(0)
     if positions:  # one axis for all of them
         W, b = W.flatten(1, -2), None if b is None else b.flatten(1)
         t = t.flatten(2) if probabilities else t.flatten(1)
+    if probabilities and weight is not None and weight.requires_grad:
+        t, weight, e = probability_mass(t, weight, e), None, 0.0
     inputs = x, W, b, t, weight, ignored, e, _rows(x, W, options)
     mass = None if reduction != "mean" or probabilities else _class_mass(target, weight, ignored)
     if options is not None and reduction != "none" and _once(options, x, W, b, t):
         if reduction == "mean" and mass is None:
             mass = x.new_tensor(target.numel() / classes, dtype=torch.float32)
-        needs = tuple(a is not None and a.requires_grad for a in (x, W, b))
-        return rules.LinearCrossEntropyOnce.apply(*inputs, mass, needs)[0].to(loss_dtype(x))  # type: ignore[no-any-return]
+        needs = (a is not None and a.requires_grad for a in (x, W, b))
+        return rules.LinearCrossEntropyOnce.apply(*inputs, mass, *needs)[0].to(loss_dtype(x))  # type: ignore[no-any-return]
     loss: Tensor = rules.LinearCrossEntropy.apply(*inputs)[0]
     loss = loss.reshape((*input.shape[:-1], *positions))
     if mass is None and not loss.numel():
@@ -149,8 +149,8 @@ def _check_options(
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
     if probabilities and not target.is_floating_point():
         raise RuntimeError(
-            "linear_cross_entropy: class probabilities must be floating point. "
-            f"Got {target.dtype}. For class indices leave out the axis of the classes."
+            "linear_cross_entropy: Expected floating point type for target with class probabilities, got "
+            f"{target.dtype}. For class indices leave out the axis of the classes."
         )
     if not probabilities:
         refuse_gradient("linear_cross_entropy", weight=weight)

@@ -97,7 +97,7 @@ class LinearCrossEntropy(Rule):
         if any(needs):
             recorded = torch.is_grad_enabled() or transforms_active()
             gradient = LinearCrossEntropyGradient.apply if recorded else LinearCrossEntropyGradient.forward
-            inputs = g, ga, x, W, b, t, w, a, ctx.ignore_index, ctx.e, ctx.rows, tuple(needs)
+            inputs = g, ga, x, W, b, t, w, a, ctx.ignore_index, ctx.e, ctx.rows, *needs
             distribute(gradient(*inputs), needs, found)
         if needs_t:
             found[3] = LinearCrossEntropy.target_gradient(g, x, W, b, t, w, ctx.e, ctx.rows)
@@ -163,7 +163,7 @@ class LinearCrossEntropyGradient(Rule):
         ignore_index: int,
         e: float,
         rows: int,
-        needs: tuple[bool, bool, bool],
+        *needs: bool,
     ) -> tuple[Tensor, ...]:
         in_place = may_overwrite(g, ga, x, W, t)
         sums = Sums(W, needs, in_place)
@@ -181,7 +181,8 @@ class LinearCrossEntropyGradient(Rule):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, _, ctx.ignore_index, ctx.e, ctx.rows, ctx.needs = inputs
+        *tensors, _, ctx.ignore_index, ctx.e, ctx.rows = inputs[:11]
+        ctx.needs = inputs[11:]
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
         ctx.set_materialize_grads(False)
@@ -206,7 +207,7 @@ class LinearCrossEntropyGradient(Rule):
             through_u.add(q.unsqueeze(1) * p - g[n].unsqueeze(1) * m, vx_n)
             if needs_t:
                 dt.append(of_probability(g[n].unsqueeze(1) * (pu.unsqueeze(1) - u), w, ctx.e))
-        found: list[Tensor | None] = [None] * 12
+        found: list[Tensor | None] = [None] * 14
         found[0] = torch.cat(dg).to(g.dtype) if needs_g else None
         found[1] = torch.cat(dga).to(ga.dtype) if needs_ga else None
         found[2:5] = [plus(c, d) for c, d in zip(through_z.all(x.dtype), through_u.all(x.dtype), strict=True)]
@@ -266,7 +267,7 @@ class LinearCrossEntropyOnce(Rule):
         e: float,
         rows: int,
         T: Tensor | None,
-        needs: tuple[bool, bool, bool],
+        *needs: bool,
     ) -> tuple[Tensor, ...]:
         in_place = may_overwrite(x, W, t)
         sums, losses = Sums(W, needs, in_place), []
@@ -282,9 +283,9 @@ class LinearCrossEntropyOnce(Rule):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.dtype, ctx.needs, ctx.used = inputs[0].dtype, inputs[-1], False
+        ctx.dtype, ctx.needs, ctx.used = inputs[0].dtype, inputs[9:], False
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(inputs[-2], *output[1:])
+        ctx.save_for_backward(inputs[8], *output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -300,7 +301,7 @@ class LinearCrossEntropyOnce(Rule):
         if T is not None:
             g = (g / T).where(T != 0, 0)  # 0 where all targets are ignored, and so are the gradients
         scaled = tuple(times(d, g).to(ctx.dtype) for d in found)
-        return tuple(distribute(scaled, ctx.needs, [None] * 10))
+        return tuple(distribute(scaled, ctx.needs, [None] * 12))
 
 
 # ----- a chunk of rows -----

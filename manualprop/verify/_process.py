@@ -6,6 +6,7 @@ A fork, and not a fresh process, since what is checked may be a closure or a loc
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import os
 import signal
 import sys
@@ -159,6 +160,7 @@ def _work(case: Case, probes: Sequence[Probe], connection: Connection) -> None:
     try:
         from manualprop.verify._check import judged, prepared
 
+        faulthandler.disable()  # a crash is told by the parent, and not by pages of traceback as well
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C, and stops the child
         torch.set_num_threads(
             1

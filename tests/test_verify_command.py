@@ -1,0 +1,173 @@
+"""``manualprop verify``."""
+
+import json
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from manualprop._command import main
+from manualprop.verify._discover import NotFound, discover
+
+OPS = """
+import torch
+from manualprop.verify import Case
+
+class Function(torch.autograd.Function):
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+class Linear(Function):
+    @staticmethod
+    def forward(x, weight, bias):
+        return x @ weight.T + bias
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight, bias = ctx.saved_tensors
+        return g @ weight, g.T @ x, g.mean(0)
+
+class Root(Function):
+    @staticmethod
+    def forward(x):
+        if (x < 0).any():
+            raise ValueError("x must not be negative")
+        return x.sqrt()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g / (2 * ctx.saved_tensors[0].sqrt())
+
+class Pick(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, table, index):
+        ctx.save_for_backward(index)
+        ctx.shape = table.shape
+        return table[index]
+
+    @staticmethod
+    def backward(ctx, g):
+        (index,) = ctx.saved_tensors
+        return g.new_zeros(ctx.shape).index_add(0, index.reshape(-1), g.reshape(-1, g.shape[-1])), None
+
+class Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, factor: float):
+        ctx.factor = factor
+        return x * factor
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.factor, None
+
+class Picky(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b):
+        raise ValueError("never")
+
+SCALES = {"three": Case(Scale.apply, (torch.randn(2, requires_grad=True), 3.0))}
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a module in the working directory, new for each test."""
+    name = f"ops_{abs(hash(tmp_path)) % 10**8}"
+    (tmp_path / f"{name}.py").write_text(OPS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    return name
+
+
+def test_discovers_cases_and_makes_up_inputs_for_the_rest(module: str) -> None:
+    found = {f.target.partition(":")[2]: f for f in discover(module)}
+    assert set(found) == {"SCALES.three", "Linear", "Root", "Pick", "Picky"}
+    assert found["SCALES.three"].guessed == ""
+    assert found["Linear"].guessed == "x float32[4, 5], weight float32[3, 5], bias float32[3]"
+    assert found["Pick"].guessed.startswith("table float32[4, 5], index int64")
+    assert found["Picky"].case is None
+    root = found["Root"].case
+    assert root is not None
+    assert (root.args[0] > 0).all()
+
+
+def test_of_a_file_and_of_one_name(module: str) -> None:
+    (found,) = discover(f"{module}.py:SCALES.three")
+    assert found.case is not None
+    assert found.case.args[1] == 3.0
+    assert discover(f"{module}:Scale")[0].target == f"{module}:SCALES.three", "by its case"
+
+
+@pytest.mark.parametrize(
+    ("target", "text"),
+    [
+        ("no_such_module", "there is no module 'no_such_module'"),
+        ("{0}:Liner", "has no 'Liner'. There are: Linear, Root, Pick, Scale, Picky, SCALES"),
+        ("missing.py", "there is no file missing.py"),
+        ("json", "json holds no autograd.Function and no manualprop.verify.Case"),
+    ],
+)
+def test_what_is_not_there_is_one_line(module: str, target: str, text: str) -> None:
+    with pytest.raises(NotFound, match=text):
+        discover(target.format(module))
+
+
+def test_the_command(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [
+        "--only",
+        "first_order,forward_mode",
+        "--junit",
+        "out.xml",
+        "--html",
+        "out.html",
+        "--json",
+        "out.json",
+    ]
+    assert main(["verify", f"{module}:Linear", f"{module}:SCALES", *options]) == 2, "SCALES holds several"
+    capsys.readouterr()
+    assert main(["verify", f"{module}:Linear", f"{module}:SCALES.three", *options]) == 1
+    out = capsys.readouterr().out
+    assert "inputs made up: x float32[4, 5]" in out
+    assert "mean for sum over a broadcast dimension" in out
+    assert f"again:     manualprop verify {module}:Linear --seed 0 --only first_order" in out
+    assert "2 verified, 1 with findings, 0 not verified" in out
+    assert [r["passed"] for r in json.loads(Path("out.json").read_text())] == [False, True]
+    assert len(ElementTree.parse("out.xml").getroot()) == 2
+    assert "<svg" in Path("out.html").read_text()
+    assert main(["verify", f"{module}:SCALES.three", "--only", "first_order"]) == 0
+    assert main(["verify", f"{module}:Picky"]) == 1, "what cannot be verified does not pass in silence"
+    assert "NOT VERIFIED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ([], "name what to verify"),
+        (["{0}:Scale", "--only", "frist_order"], "Did you mean 'first_order'"),
+        (["{0}:Scale", "--json", "no/such/folder/x.json"], "there is no folder no/such/folder"),
+        (["{0}:Scale", "--sed", "3"], "unrecognized arguments: --sed"),
+        (["no_such_module"], "there is no module 'no_such_module'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(
+    module: str, options: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", *(o.format(module) for o in options)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("manualprop: verify: ")
+    assert text in err
+    assert err.count("\n") == 1
+
+
+def test_json_to_standard_output_is_nothing_but_json(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", f"{module}:SCALES.three", "--only", "first_order", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["passed"]
+
+
+def test_the_list(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", f"{module}:Root", "--list"]) == 0
+    out = capsys.readouterr().out
+    assert f"{module}:Root  x float32[4, 5]" in out
+    assert "first_order             quick  backward against numerical differentiation." in out

@@ -1,0 +1,153 @@
+"""The pytest plugin: items for probes, the fixture, and the interception of a suite."""
+
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+pytest_plugins = ["pytester"]
+
+# Installed, pytest finds the plugin by its entry point; in a bare checkout it is named.
+INSTALLED = any(e.value == "manualprop._pytest_plugin" for e in entry_points(group="pytest11"))
+PLUGIN = () if INSTALLED else ("-p", "manualprop._pytest_plugin")
+
+OPS = """
+    import torch
+
+    class Sine(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.sin()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * ctx.saved_tensors[0].cos()
+
+    class Steep(Sine):
+        @staticmethod
+        def backward(ctx, g):
+            return 2 * g * ctx.saved_tensors[0].cos()
+
+    class OwnApply(Steep):
+        @classmethod
+        def apply(cls, *args):
+            return super(torch.autograd.Function, cls).apply(*args)
+
+    sine, steep = Sine.apply, Steep.apply
+"""
+
+
+def run(pytester: pytest.Pytester, tests: str, *options: str) -> pytest.RunResult:
+    pytester.makepyfile(
+        ops=OPS, test_ops=f"import torch, ops\nfrom manualprop.verify import gradient_tests\n{tests}"
+    )
+    return pytester.runpytest_subprocess(*PLUGIN, "-p", "no:xdist", "-W", "error", *options)
+
+
+def test_one_item_for_each_probe(pytester: pytest.Pytester) -> None:
+    tests = """
+x = torch.randn(3, requires_grad=True)
+only = ["first_order", "second_order", "forward_mode", "reference"]
+test_sine = gradient_tests(ops.sine, x, only=only)
+test_declared = gradient_tests(ops.sine, inputs=(x,), only=only, unsupported=["forward_mode"])
+test_works_after_all = gradient_tests(ops.sine, inputs=lambda: x, only=only, unsupported=["double_backward"])
+test_steep = gradient_tests(ops.steep, x, only=only)
+"""
+    result = run(pytester, tests, "-v", "-rxs", "-k", "not third")
+    result.stdout.fnmatch_lines(
+        [
+            "*test_sine?first_order? PASSED*",
+            "*test_sine?forward_mode? SKIPPED*limit*",
+            "*test_sine?reference? SKIPPED*",
+            "*test_declared?forward_mode? XFAIL*",
+            "*test_works_after_all?second_order? FAILED*",
+            "*test_steep?first_order? FAILED*",
+            "*test_steep?second_order? PASSED*",
+            "*XPASS(strict)*second_order is declared as unsupported*",
+            "*constant factor 2: doubled*",
+        ]
+    )
+    again = run(pytester, tests, "-q", "-k", "test_steep and first_order")
+    again.assert_outcomes(failed=1, deselected=15)
+
+
+def test_an_unknown_declaration_is_refused_when_it_is_written(pytester: pytest.Pytester) -> None:
+    result = run(pytester, "test_sine = gradient_tests(ops.sine, unsupported=['vmapp'])")
+    result.stdout.fnmatch_lines(["*ValueError: check: unsupported must name probes. Got 'vmapp'*"])
+
+
+def test_the_fixture(pytester: pytest.Pytester) -> None:
+    tests = """
+def test_right(verify_gradients):
+    assert verify_gradients(ops.sine, torch.randn(3, requires_grad=True), only="first_order").passed
+
+def test_wrong(verify_gradients):
+    verify_gradients(ops.steep, torch.randn(3, requires_grad=True), only="first_order")
+"""
+    result = run(pytester, tests)
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["*constant factor 2: doubled*"])
+
+
+SUITE = """
+def test_right():
+    ops.sine(torch.randn(3, requires_grad=True)).sum().backward()
+
+def test_wrong():
+    ops.steep(torch.randn(3, 2, requires_grad=True))
+
+def test_wrong_once_more():
+    ops.steep(torch.randn(5, 2, requires_grad=True))  # the same kind of call: told once
+
+def test_no_gradient():
+    ops.steep(torch.randn(3))
+
+def test_own_apply():
+    ops.OwnApply.apply(torch.randn(3, requires_grad=True))
+
+def test_traced():
+    torch.func.vmap(ops.Sine.forward, in_dims=(None, 0))
+    torch.compile(ops.sine, backend="eager")(torch.randn(2, 2, 2, requires_grad=True))
+"""
+
+
+def test_interception_fails_the_test_that_meets_a_wrong_function(pytester: pytest.Pytester) -> None:
+    result = run(pytester, SUITE, "--manualprop-intercept=ops", "-v")
+    result.stdout.fnmatch_lines(
+        [
+            "*test_right PASSED*",
+            "*test_wrong FAILED*",
+            "*test_wrong_once_more PASSED*",
+            "*test_no_gradient PASSED*",
+            "*test_own_apply FAILED*",
+            "*test_traced PASSED*",
+            "*constant factor 2: doubled*",
+            "*gradients verified*",
+            "ops.Sine: no finding*",
+            "ops.Steep: * finding*",
+        ]
+    )
+    result.assert_outcomes(passed=4, failed=2)
+
+
+def test_interception_of_a_package_that_no_test_uses_says_so(pytester: pytest.Pytester) -> None:
+    result = run(pytester, SUITE, "--manualprop-intercept=other")
+    result.assert_outcomes(passed=6)
+    result.stdout.fnmatch_lines(["no torch.autograd.Function of other was called*"])
+
+
+def test_the_plugin_loads_neither_torch_nor_the_package() -> None:
+    code = (
+        "import sys, manualprop._pytest_plugin; "
+        "print([m for m in sys.modules if m.split('.')[0] in ('torch', 'numpy', 'lightning') or m == 'manualprop.verify'])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_the_entry_point_is_declared() -> None:
+    pyproject = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    assert '[project.entry-points.pytest11]\nmanualprop = "manualprop._pytest_plugin"' in pyproject

@@ -542,20 +542,20 @@ def linear_through_numpy(x: Tensor, weight: Tensor) -> Tensor:
 @defect(
     "output_requires_grad",
     args=lambda r: (r(4, 5),),
-    shows=lambda call: not call()[1].requires_grad,
+    shows=lambda call: not call()[0].requires_grad,
 )
-class MarksTheWrongOutputNonDifferentiable(Function):
+class TanhMarksItsOutputNonDifferentiable(Function):
     @staticmethod
     def forward(ctx, x):
-        y, z = x.tanh(), x.sin()
-        ctx.mark_non_differentiable(z)
-        ctx.save_for_backward(y, x)
-        return y, z
+        y = x.tanh()
+        ctx.mark_non_differentiable(y)
+        ctx.save_for_backward(y)
+        return y
 
     @staticmethod
-    def backward(ctx, g_y, g_z):
-        y, x = ctx.saved_tensors
-        return g_y * (1 - y * y) + g_z * x.cos()
+    def backward(ctx, g):
+        (y,) = ctx.saved_tensors
+        return g * (1 - y * y)
 
 
 @defect(

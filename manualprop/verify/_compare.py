@@ -67,10 +67,16 @@ def compare(s: Subject, hand: Hand | None = None, only: int | None = None) -> li
 
     In every point, or in ``only`` that one.
     """
-    v = basis(sum(y.numel() for y in s.outputs), s, s.case.seed)
+    v = basis(sum(y.numel() for y in s.outputs), s, s.case.seed) * _flags(s)
     d = [basis(p.numel(), s, s.case.seed + i) for i, p in enumerate(s.points)]
     found = (hand or by_backward)(s, v, d)
     return [_one(s, i, v, d[i], found[i]) for i in range(len(s.points)) if only in (None, i)]
+
+
+def _flags(s: Subject) -> Tensor:
+    """(M,): 1 for the entries of outputs that have a gradient, 0 for those that say they have none."""
+    flags = zip(s.outputs, s.differentiable, strict=True)
+    return _numeric.flat([torch.full(y.shape, float(used)) for y, used in flags])
 
 
 def by_backward(s: Subject, v: Tensor, d: Sequence[Tensor]) -> list[Tensor]:
@@ -171,6 +177,10 @@ class _Derived(Subject):
     def __init__(self, base: Subject, points: Sequence[Tensor], names: Sequence[str], whole: int) -> None:
         self.base, self.case, self.dtype = base, base.case, base.dtype
         self.points, self.names, self.whole = list(points), list(names), whole
+
+    @property
+    def differentiable(self) -> list[bool]:
+        return [True] * len(self.outputs)  # a gradient that does not require grad is a defect, no declaration
 
 
 class Gradient(_Derived):

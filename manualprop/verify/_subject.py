@@ -207,6 +207,11 @@ class Subject:
     def outputs(self) -> list[Tensor]:
         return [y.detach() for y in self(*self.at())]
 
+    @property
+    def differentiable(self) -> list[bool]:
+        """Which outputs require grad.  The others are declared to have none, if there are such beside them."""
+        return [y.requires_grad for y in self(*self.at())]
+
     @functools.cached_property
     def cotangents(self) -> list[Tensor]:
         return self.cotangents_for(self.outputs)

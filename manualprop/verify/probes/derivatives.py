@@ -57,7 +57,21 @@ def first_order(s: Subject) -> Outcome:
 @probe()
 def second_order(s: Subject) -> Outcome:
     """The gradients' own derivative under create_graph, in the inputs and in grad_output."""
-    return _limited(Gradient(s)) if _differentiable(s) else skipped(LOST)
+    if not _differentiable(s):
+        return skipped(LOST)
+    gradient = Gradient(s)
+    try:
+        _backward(gradient)
+    except Exception as error:  # whatever torch or the checked code refuses with
+        return limit(message(error))
+    return _limited(gradient)
+
+
+def _backward(s: Subject) -> None:
+    """``y.backward()``, which meets once_differentiable's refusal, where ``torch.autograd.grad`` walks past it."""
+    outputs = [y for y in s(*s.at()) if y.requires_grad]
+    if outputs:
+        torch.autograd.backward(outputs, s.cotangents_for(outputs))
 
 
 @probe("deep")

@@ -88,7 +88,12 @@ def by_backward(s: Subject, v: Tensor, d: Sequence[Tensor]) -> list[Tensor]:
         ]
         for r in v
     ]
-    return [torch.stack([row[i] for row in rows]) @ d[i].T for i in range(len(d))]  # (V, N) (N, D) -> (V, D)
+    return [_seen_along(torch.stack([row[i] for row in rows]), d[i]) for i in range(len(d))]
+
+
+def _seen_along(rows: Tensor, d: Tensor) -> Tensor:
+    """(V, N) (N, D) -> (V, D).  All unit vectors are no product: one NaN times 0 would be NaN in every direction."""
+    return rows if len(d) == d.shape[1] else rows @ d.T
 
 
 def by_forward(s: Subject, v: Tensor, d: Sequence[Tensor]) -> list[Tensor]:

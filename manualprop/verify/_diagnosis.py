@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from manualprop.verify import _numeric
-from manualprop.verify._compare import Comparison, _only
+from manualprop.verify._compare import Comparison, _only, compare
 from manualprop.verify._subject import Subject
 
 NONE = "no simple explanation"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +58,8 @@ class Subject:
         self.dtype = dtype
         self._leaves, self._spec = tree_flatten((tuple(case.args), dict(case.kwargs)))
         self._not_leaf = False  # hand over non-leaf tensors, to a function that writes into its input
+        self._through: torch.dtype | None = None  # to which what is not differentiated is rounded first
+        self._as_is: frozenset[int] = frozenset()  # leaves handed over without a copy: their layout matters
         self._points = list(self._find_points())
         self.points = [p.tensor for p in self._points]
         self.names = [p.name for p in self._points]
@@ -87,6 +89,8 @@ class Subject:
     def _cast(self, t: Tensor) -> Tensor:
         if self.dtype is None or not (t.is_floating_point() or t.is_complex()):
             return t
+        if self._through is not None:
+            t = t.to(self._through.to_complex() if t.is_complex() else self._through)
         return t.to(self.dtype.to_complex() if t.is_complex() else self.dtype)
 
     # ----- evaluation -----
@@ -120,7 +124,10 @@ class Subject:
 
     def arguments(self, *points: Tensor) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Tensor]]:
         """Positional and keyword arguments, and the parameters and buffers of a module, with ``points`` in place."""
-        leaves = [self._cast(t.detach()).clone() if isinstance(t, Tensor) else t for t in self._leaves]
+        leaves = [
+            self._cast(t.detach()).clone() if isinstance(t, Tensor) and i not in self._as_is else t
+            for i, t in enumerate(self._leaves)
+        ]
         state: dict[str, Tensor] = {}
         if self.module is not None:
             named = (*self.module.named_parameters(), *self.module.named_buffers())
@@ -266,19 +273,49 @@ class Subject:
             todo += [next_node for next_node, _ in node.next_functions]
         return found
 
-    def with_points(self, points: Sequence[Tensor]) -> Subject:
-        """The same function elsewhere: other values, sizes or dtypes of the differentiated arguments."""
+    def with_points(
+        self,
+        points: Sequence[Tensor],
+        *,
+        others: Mapping[int, Tensor] | None = None,
+        as_is: bool = False,
+        dtype: torch.dtype | None = None,
+        through: torch.dtype | None = None,
+    ) -> Subject:
+        """The same function elsewhere: other values, sizes or dtypes.
+
+        Args:
+            points: of the differentiated arguments.
+            others: other arguments that are tensors, by their place among :meth:`others`.
+            as_is: hand ``others`` over without a copy, so in their layout.
+            dtype: in which everything floating that is not differentiated is handed over.
+            through: a dtype that this is rounded to before.
+        """
         other = object.__new__(Subject)
-        other.__dict__.update(
-            {
-                k: v
-                for k, v in self.__dict__.items()
-                if k not in ("outputs", "cotangents", "plain", "noise", "precision")
-            }
-        )
+        forgotten = ("outputs", "cotangents", "plain", "noise", "precision")
+        other.__dict__.update({k: v for k, v in self.__dict__.items() if k not in forgotten})
         other.points = list(points)
         other._points = [p._replace(tensor=t) for p, t in zip(self._points, points, strict=True)]
+        if others:
+            other._leaves = [others.get(i, t) for i, t in enumerate(self._leaves)]
+            other._as_is = self._as_is | frozenset(others) if as_is else self._as_is
+        other.dtype = dtype or self.dtype
+        other._through = through or self._through
         return other
+
+    def others(self) -> dict[int, Tensor]:
+        """The arguments that are tensors but not differentiated, as they are handed over: indices, masks, targets."""
+        taken = {p.slot for p in self._points}
+        return {
+            i: t.detach() if i in self._as_is else self._cast(t.detach())
+            for i, t in enumerate(self._leaves)
+            if isinstance(t, Tensor) and i not in taken
+        }
+
+    def numbers(self) -> list[float]:
+        """Plain numbers among the arguments and a module's attributes: thresholds, slopes, margins."""
+        attributes = list(vars(self.module).values()) if self.module is not None else []
+        return [float(v) for v in [*self._leaves, *attributes] if type(v) in (int, float)]
 
 
 def is_float(t: Any) -> bool:

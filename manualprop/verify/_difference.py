@@ -1,0 +1,78 @@
+"""Hold the tensors of two runs against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from manualprop.verify._subject import Subject
+
+
+class Difference(NamedTuple):
+    """Where two runs are furthest apart."""
+
+    which: int  # of the tensors
+    index: tuple[int, ...]
+    found: float
+    expected: float
+    relative: float  # to the largest entry of what was expected
+
+    def __str__(self) -> str:
+        at = f" at {list(self.index)}" if self.index else ""
+        return f"{self.found:.6g} instead of {self.expected:.6g}{at}"
+
+
+def tolerance(s: Subject) -> float:
+    """By how much two runs of the function may differ that only sum in another order, relative to the largest."""
+    largest = max((_largest(y) for y in s.outputs), default=0.0)
+    eps = max(torch.finfo(p.dtype).eps for p in s.points)
+    return max(1e-9, 100 * eps, 100 * s.noise / largest if largest > 0 else 0.0)
+
+
+def difference(
+    found: Sequence[Tensor | None],
+    expected: Sequence[Tensor | None],
+    rtol: float,
+    scales: Sequence[float] | None = None,
+) -> Difference | None:
+    """The worst disagreement beyond ``rtol`` times the larger of the largest entry and ``scales``, or None.
+
+    A missing gradient is one of zeros.  NaN agrees with NaN, and infinity with itself.
+    """
+    worst: Difference | None = None
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        like = b if b is not None else a
+        if like is None or not like.numel():
+            continue
+        a, b = (torch.zeros_like(like) if t is None else t for t in (a, b))
+        a, b = a.detach().double(), b.detach().double()
+        if a.shape != b.shape:
+            return Difference(i, (), float(a.numel()), float(b.numel()), torch.inf)
+        scale = max(_largest(b), scales[i] if scales is not None else 0.0)
+        off = (a - b).abs().masked_fill((a == b) | (a.isnan() & b.isnan()), 0.0)
+        off = off.nan_to_num(torch.inf, torch.inf)
+        at = int(off.argmax())
+        relative = float(off.flatten()[at]) / scale if scale > 0 else torch.inf * float(off.flatten()[at] > 0)
+        if relative > rtol and (worst is None or relative > worst.relative):
+            index = tuple(int(k) for k in torch.unravel_index(torch.tensor(at), off.shape))
+            worst = Difference(i, index, float(a.flatten()[at]), float(b.flatten()[at]), relative)
+    return worst
+
+
+def sizes(tensors: Sequence[Tensor | None]) -> list[float]:
+    """The largest finite entry of each, 0 for a missing one."""
+    return [0.0 if t is None else _largest(t) for t in tensors]
+
+
+def _largest(t: Tensor) -> float:
+    t = t.detach()[torch.isfinite(t)]
+    return float(t.abs().max()) if t.numel() else 0.0
+
+
+def listed(words: Sequence[str]) -> str:
+    """Each once, in order: "a", "a or b", "a, b or c"."""
+    unique = list(dict.fromkeys(words))
+    return " or ".join([", ".join(unique[:-1]), unique[-1]]) if len(unique) > 1 else "".join(unique)

@@ -15,13 +15,13 @@ class Difference(NamedTuple):
     """Where two runs are furthest apart."""
 
     which: int  # of the tensors
-    index: tuple[int, ...]
+    place: tuple[int, ...]
     found: float
     expected: float
     relative: float  # to the largest entry of what was expected
 
     def __str__(self) -> str:
-        at = f" at {list(self.index)}" if self.index else ""
+        at = f" at {list(self.place)}" if self.place else ""
         return f"{self.found:.6g} instead of {self.expected:.6g}{at}"
 
 
@@ -57,8 +57,8 @@ def difference(
         at = int(off.argmax())
         relative = float(off.flatten()[at]) / scale if scale > 0 else torch.inf * float(off.flatten()[at] > 0)
         if relative > rtol and (worst is None or relative > worst.relative):
-            index = tuple(int(k) for k in torch.unravel_index(torch.tensor(at), off.shape))
-            worst = Difference(i, index, float(a.flatten()[at]), float(b.flatten()[at]), relative)
+            place = tuple(int(k) for k in torch.unravel_index(torch.tensor(at), off.shape))
+            worst = Difference(i, place, float(a.flatten()[at]), float(b.flatten()[at]), relative)
     return worst
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from manualprop.verify._difference import Difference, difference, listed, sizes,
 from manualprop.verify._probe import probe
 from manualprop.verify._report import Outcome, finding, limit, message, passed, skipped
 from manualprop.verify._subject import Subject
+from manualprop.verify._watch import watched
 
 # ----- layouts -----
 
@@ -168,9 +169,14 @@ def input_layout(s: Subject) -> Outcome:
 def _laid_out_inputs(s: Subject) -> Iterator[tuple[str, Subject, list[Tensor], Subject]]:
     """Name of the layout, what to call, the points to call it at, and the same with contiguous ones."""
     for i, point in enumerate(s.points):
+        parameter = isinstance(s._points[i].slot, str)
         for layout in _real_layouts(point, s._points[i].complex):
+            if (
+                parameter and layout.name == "strided"
+            ):  # parameters come transposed, or as parts of one buffer
+                continue
             yield layout.name, s, _replaced(s.points, i, layout.view), s
-        for expanded in () if s._points[i].complex else list(expansions(point))[1:]:
+        for expanded in () if parameter or s._points[i].complex else list(expansions(point))[1:]:
             points = _replaced(s.points, i, expanded.contiguous())
             if (plain := _elsewhere(s, points)) is not None:
                 yield "expanded", s, _replaced(s.points, i, expanded), plain
@@ -441,11 +447,13 @@ def _gradients_share(s: Subject) -> Outcome | None:
         expected = [None if g is None else factor * g for g in s.plain]
         off = difference([leaf.grad for leaf in leaves], expected, tolerance(s), scales)
         if off is not None:
-            shared = _shared(s, leaves, off.which)
-            return finding(
-                f"accumulated in .grad, {step} backward: gradient of {s.names[off.which]}: {off}",
-                f"overwritten: the gradient of {s.names[off.which]} shares memory with {shared}",
+            shared = (
+                f"the gradient of {s.names[off.which]} shares memory with {_shared(s, leaves, off.which)}"
             )
+            evidence = f"accumulated in .grad, {step} backward: gradient of {s.names[off.which]}: {off}"
+            if not s.functions:  # torch's own views do so: a.view(-1) + b.view(-1)
+                return limit(f"{evidence}. {shared}")
+            return finding(evidence, f"overwritten: {shared}")
         moved = difference(leaves, s.points, 0.0)
         if moved is not None:
             return finding(
@@ -506,6 +514,26 @@ def _depends_but_lost(s: Subject) -> Outcome:
                 f"{values[k][int(values[k].abs().argmax())]:.4g}"
             )
             if any(requires):
+                if _has_formula_for_what_is_lost(s):
+                    return finding(f"{evidence}, and backward has a formula for it", "zero: one path is lost")
                 return limit(f"{evidence}: meant as non-differentiable?")
             return finding(evidence, "zero: the output is cut off from the graph")
     return passed(f"outputs {', '.join(map(str, lost))} do not require grad, and do not depend on the inputs")
+
+
+def _has_formula_for_what_is_lost(s: Subject) -> bool:
+    """Whether a backward would use the grad_output of an output that is marked as non-differentiable."""
+    used = []
+
+    def see(backward: Callable[..., Any], arguments: tuple[Any, ...], results: tuple[Any, ...]) -> None:
+        ctx, *grads = arguments
+        lost = [isinstance(g, Tensor) and not g.any() for g in grads]
+        other = [torch.ones_like(g) if k else g for g, k in zip(grads, lost, strict=True)]
+        again = backward(ctx, *other)
+        again = again if isinstance(again, tuple | list) else (again,)
+        found, expected = ([r if isinstance(r, Tensor) else None for r in some] for some in (again, results))
+        used.append(difference(found, expected, 1e-9) is not None)
+
+    with watched(s.functions, see):
+        s.gradients()
+    return any(used)

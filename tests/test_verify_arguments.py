@@ -218,7 +218,7 @@ def test_torch_batch_norm_reads_a_strided_weight_without_its_stride():
         return F.batch_norm(x, None, None, weight, training=True)
 
     seen = outcome("input_layout", batch_norm, normal(6, 4), normal(4))
-    assert seen.diagnosis .startswith("only for a strided")
+    assert seen.diagnosis.startswith("only for a strided")
 
 
 def test_layouts_hold_the_values_and_nothing_else():
@@ -246,3 +246,16 @@ def test_a_difference_names_the_worst_entry():
 def test_words_are_listed_once():
     assert listed(["a", "b", "a", "c"]) == "a, b or c"
     assert listed(["a"]) == "a"
+
+
+class Raises(Scale):
+    """A backward that never works."""
+
+    @staticmethod
+    def backward(ctx, g):
+        raise RuntimeError("no such luck")
+
+
+def test_a_backward_that_raises_is_reported_once():
+    report = check(Raises.apply, normal(3), normal(3), only=["first_order", *ARGUMENTS], isolate=False)
+    assert [o.probe for o in report.findings] == ["first_order"], str(report)

@@ -168,8 +168,19 @@ def judged(probe: Probe, subject: Subject) -> Outcome:
             warnings.simplefilter("ignore")
             outcome = probe.run(subject)
     except Exception as error:  # whatever the checked code raises
-        outcome = finding(f"raises {message(error)}", of_refused_shape(str(error)))
+        if probe.name != "first_order" and _plain_backward_raises(subject):
+            outcome = skipped("the plain backward raises: see first_order")
+        else:
+            outcome = finding(f"raises {message(error)}", of_refused_shape(str(error)))
     return dataclasses.replace(outcome, probe=probe.name, seconds=time.perf_counter() - start)
+
+
+def _plain_backward_raises(subject: Subject) -> bool:
+    try:
+        subject.gradients()
+    except Exception:  # whatever the checked code raises
+        return True
+    return False
 
 
 def prepared(case: Case) -> Subject | Outcome:

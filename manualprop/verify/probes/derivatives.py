@@ -91,8 +91,11 @@ def third_order(s: Subject) -> Outcome:
 
 @probe()
 def forward_mode(s: Subject) -> Outcome:
-    """jvp against numerical differentiation."""
-    return _limited(s, by_forward)
+    """jvp against numerical differentiation, by ``torch.autograd.forward_ad`` and by ``torch.func.jvp``."""
+    dual, func = _limited(s, by_forward), _limited(s, by_jvp)
+    if func.verdict == "finding" and dual.verdict != "finding":
+        return dataclasses.replace(func, evidence=f"torch.func.jvp: {func.evidence}")
+    return dual
 
 
 @probe()

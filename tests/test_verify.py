@@ -182,8 +182,13 @@ def test_torchs_chunked_linear_cross_entropy_is_silent_in_second_order_and_in_fo
     chunked = {"options": torch.nn.LinearCrossEntropyOptions()}
     inputs = (real(6, 4), real(7, 4), torch.tensor([0, 3, 6, 1, 1, 2]))
     only = ["first_order", "second_order", "forward_mode"]
-    report = check(torch.nn.functional.linear_cross_entropy, *inputs, kwargs=chunked, only=only, isolate=False)
-    assert [(o.probe, o.diagnosis[:4]) for o in report.findings] == [("second_order", "zero"), ("forward_mode", "zero")]
+    report = check(
+        torch.nn.functional.linear_cross_entropy, *inputs, kwargs=chunked, only=only, isolate=False
+    )
+    assert [(o.probe, o.diagnosis[:4]) for o in report.findings] == [
+        ("second_order", "zero"),
+        ("forward_mode", "zero"),
+    ]
     ours = check(manualprop.functional.linear_cross_entropy, *inputs, only=only, isolate=False)
     assert [o.verdict for o in ours] == ["passed"] * 3
 

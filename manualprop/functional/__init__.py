@@ -39,6 +39,15 @@ from manualprop.functional.dropout import dropout2d as dropout2d
 from manualprop.functional.dropout import dropout3d as dropout3d
 from manualprop.functional.dropout import feature_alpha_dropout as feature_alpha_dropout
 from manualprop.functional.embedding import embedding as embedding
+from manualprop.functional.fused import activation_linear as activation_linear
+from manualprop.functional.fused import gated_linear as gated_linear
+from manualprop.functional.fused import gated_mlp as gated_mlp
+from manualprop.functional.fused import layer_norm_linear as layer_norm_linear
+from manualprop.functional.fused import linear_activation as linear_activation
+from manualprop.functional.fused import mlp as mlp
+from manualprop.functional.fused import packed_relu as packed_relu
+from manualprop.functional.fused import relu_dropout as relu_dropout
+from manualprop.functional.fused import rms_norm_linear as rms_norm_linear
 from manualprop.functional.gated import glu as glu
 from manualprop.functional.gated import prelu as prelu
 from manualprop.functional.gated import rrelu as rrelu

@@ -35,10 +35,16 @@ from manualprop.functions.cross_entropy import CrossEntropy as CrossEntropy
 from manualprop.functions.cross_entropy import SoftCrossEntropy as SoftCrossEntropy
 from manualprop.functions.dropout import AlphaDropout as AlphaDropout
 from manualprop.functions.dropout import Dropout as Dropout
+from manualprop.functions.dropout import ReLUDropout as ReLUDropout
 from manualprop.functions.embedding import Embedding as Embedding
+from manualprop.functions.fused import MLP as MLP
+from manualprop.functions.fused import ActivationLinear as ActivationLinear
+from manualprop.functions.fused import LinearActivation as LinearActivation
 from manualprop.functions.gated import GLU as GLU
 from manualprop.functions.gated import PReLU as PReLU
 from manualprop.functions.gated import RReLU as RReLU
+from manualprop.functions.gated_mlp import GatedLinear as GatedLinear
+from manualprop.functions.gated_mlp import GatedMLP as GatedMLP
 from manualprop.functions.likelihood import GaussianNLL as GaussianNLL
 from manualprop.functions.likelihood import KLDiv as KLDiv
 from manualprop.functions.likelihood import KLDivLogTarget as KLDivLogTarget
@@ -65,5 +71,8 @@ from manualprop.functions.norm import BatchNormEvaluation as BatchNormEvaluation
 from manualprop.functions.norm import GroupNorm as GroupNorm
 from manualprop.functions.norm import LayerNorm as LayerNorm
 from manualprop.functions.norm import RMSNorm as RMSNorm
+from manualprop.functions.norm_linear import LayerNormLinear as LayerNormLinear
+from manualprop.functions.norm_linear import RMSNormLinear as RMSNormLinear
+from manualprop.functions.packed import PackedReLU as PackedReLU
 from manualprop.functions.softmax import LogSoftmax as LogSoftmax
 from manualprop.functions.softmax import Softmax as Softmax

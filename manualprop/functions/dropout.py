@@ -9,9 +9,12 @@ The numbers are drawn in :mod:`manualprop.functional`, where ``vmap`` sees it an
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from manualprop.functions._rule import Rule
+from manualprop.functions._elementwise import indicator
+from manualprop.functions._rule import Rule, flat, times
+from manualprop.functions.packed import keep_bits, kept
 
 
 class Dropout(Rule):
@@ -26,7 +29,7 @@ class Dropout(Rule):
     Shape
         k is like x; where whole channels are dropped it is (N, C, 1, ...) and broadcasts.
     Memory
-        k as bytes, 1 per element: torch keeps k / q, 4 in float32.
+        k as bits, 1/8 byte per element: torch keeps k / q, 4 in float32.
     Accuracy
         Exact but for the rounding of 1 / q.
     Reference
@@ -40,19 +43,66 @@ class Dropout(Rule):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
         _, k, ctx.q = inputs
-        ctx.save_for_backward(k)
-        ctx.save_for_forward(k)
+        save_bits(ctx, k)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        (k,) = ctx.saved_tensors
-        return g * k.to(g.dtype).div_(ctx.q), None, None
+        (bits,) = ctx.saved_tensors
+        return g * kept(ctx, bits, g.dtype, ctx.q), None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
-        (k,) = ctx.saved_tensors
-        dy: Tensor = dx * k.to(dx.dtype).div_(ctx.q)
+        (bits,) = ctx.saved_tensors
+        dy: Tensor = dx * kept(ctx, bits, dx.dtype, ctx.q)
         return dy
+
+
+class ReLUDropout(Rule):
+    r"""$y = k \max(x, 0) / q$ with $k = 1$ with probability $q$, else 0: ReLU, then dropout
+
+    Derivation
+        dy/dx = k 1[x > 0] / q                                     chain rule; k does not depend on x
+              = 1[y /= 0] / q                                      since y = x / q > 0 where k = 1 and x > 0, else 0
+        dL/dx = g 1[y /= 0] / q
+        dy = dx 1[y /= 0] / q                                      forward mode
+    Kinks
+        dy/dx = 0 at x = 0, as in PyTorch.
+    Second order
+        dx is the product of g and a constant: autograd differentiates it as written.
+    Shape
+        k, x and y alike
+    Memory
+        y, which the next layer keeps anyway.  torch keeps max(x, 0) and k / q beside it: 12 bytes per element in
+        float32 for 4.
+    Accuracy
+        Exact but for the rounding of 1 / q: x / q is at least x, so no y is rounded to 0.  Where x is inf or NaN
+        and dropped, y is NaN, as in PyTorch, and passes its gradient on.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, k: Tensor, q: float) -> Tensor:
+        return times(torch.relu(x), k.to(x.dtype).div_(q))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+        ctx.q = inputs[2]
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        (y,) = ctx.saved_tensors
+        return flat(times(ReLUDropout._slope(y, ctx.q), g), y), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return times(ReLUDropout._slope(y, ctx.q), dx)
+
+    @staticmethod
+    def _slope(y: Tensor, q: float) -> Tensor:
+        """dy/dx, a fresh tensor."""
+        return indicator(torch.ne, y.detach(), 0).div_(q)
 
 
 class AlphaDropout(Rule):
@@ -70,7 +120,7 @@ class AlphaDropout(Rule):
     Shape
         k is like x; where whole channels are dropped it is (N, C, 1, ...) and broadcasts.
     Memory
-        k as bytes, 1 per element: torch keeps a k, 4 in float32.
+        k as bits, 1/8 byte per element: torch keeps a k, 4 in float32.
     Accuracy
         Exact but for the rounding of a and of the offset.
     Reference
@@ -86,16 +136,22 @@ class AlphaDropout(Rule):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, k, ctx.a, *_ = inputs
-        ctx.save_for_backward(k)
-        ctx.save_for_forward(k)
+        save_bits(ctx, k)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        (k,) = ctx.saved_tensors
-        return g * k.to(g.dtype).mul_(ctx.a), None, None, None, None
+        (bits,) = ctx.saved_tensors
+        return g * kept(ctx, bits, g.dtype, 1 / ctx.a), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
-        (k,) = ctx.saved_tensors
-        dy: Tensor = dx * k.to(dx.dtype).mul_(ctx.a)
+        (bits,) = ctx.saved_tensors
+        dy: Tensor = dx * kept(ctx, bits, dx.dtype, 1 / ctx.a)
         return dy
+
+
+def save_bits(ctx: Any, k: Tensor) -> None:
+    """Save ``k`` for backward and for forward mode, eight elements to a byte."""
+    bits = keep_bits(ctx, k)
+    ctx.save_for_backward(bits)
+    ctx.save_for_forward(bits)

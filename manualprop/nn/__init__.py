@@ -48,6 +48,14 @@ from manualprop.nn.dropout import Dropout2d as Dropout2d
 from manualprop.nn.dropout import Dropout3d as Dropout3d
 from manualprop.nn.dropout import FeatureAlphaDropout as FeatureAlphaDropout
 from manualprop.nn.embedding import Embedding as Embedding
+from manualprop.nn.fused import MLP as MLP
+from manualprop.nn.fused import ActivationLinear as ActivationLinear
+from manualprop.nn.fused import GatedMLP as GatedMLP
+from manualprop.nn.fused import LayerNormLinear as LayerNormLinear
+from manualprop.nn.fused import LinearActivation as LinearActivation
+from manualprop.nn.fused import PackedReLU as PackedReLU
+from manualprop.nn.fused import ReLUDropout as ReLUDropout
+from manualprop.nn.fused import RMSNormLinear as RMSNormLinear
 from manualprop.nn.gated import GLU as GLU
 from manualprop.nn.gated import PReLU as PReLU
 from manualprop.nn.gated import RReLU as RReLU

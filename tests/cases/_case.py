@@ -17,6 +17,7 @@ class Case:
     """One configuration of one function of :mod:`manualprop.functional`.
 
     - ``name``        the function's name, ours and torch's.
+    - ``reference``   what torch does instead, where it has no function of that name: a composition of others.
     - ``arguments``   makes the positional arguments afresh, in float64; a tensor that is to be differentiated
                       requires a gradient.  Use :func:`real`.
     - ``kwargs``      keyword arguments.
@@ -41,6 +42,7 @@ class Case:
     label: str = ""
     by_name: tuple[str, ...] = ()
     random: bool = False
+    reference: Callable[..., Any] | None = None
     except_for: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -51,8 +53,8 @@ class Case:
         return self._seeded(getattr(F, self.name), arguments)
 
     def torchs(self, *arguments: Any) -> Any:
-        """torch's own function on the same arguments."""
-        return self._seeded(getattr(torch_F, self.name), arguments)
+        """torch's own function, or the composition of its functions, on the same arguments."""
+        return self._seeded(self.reference or getattr(torch_F, self.name), arguments)
 
     def _seeded(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         if self.random:

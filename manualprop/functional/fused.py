@@ -1,0 +1,310 @@
+"""Blocks of layers as one function: the exact composition of their parts, with fewer bytes kept for backward.
+
+``activation`` is a name: ``"gelu"``, ``"gelu_tanh"``, ``"mish"``, ``"relu"``, ``"silu"`` or ``"tanh"``.  ``keep`` is
+``"pre-activation"`` or ``"input"``: with the latter nothing is kept for a hidden element, and the products that lead
+to the activation are computed a second time in backward.  With the same seed dropout drops what it drops in the parts.
+"""
+
+import torch
+from torch import Tensor
+
+from manualprop import functions as rules
+from manualprop.functional import activation as activations
+from manualprop.functional._checks import refuse_complex
+from manualprop.functional.dropout import _check_probability, _kept
+from manualprop.functional.linear import _autocast_low, linear
+from manualprop.functions.fused import ACTIVATIONS
+
+KEEP = ("pre-activation", "input")
+
+
+def linear_activation(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "gelu",
+    keep: str = "pre-activation",
+) -> Tensor:
+    """``f(linear(input, weight, bias))``.
+
+    Args:
+        activation: the name of f.
+        keep: ``"pre-activation"`` applies the two rules one after the other, and no rule for both would keep less:
+            for an f that is differentiated from its output (ReLU, Tanh) that output, which the next layer keeps
+            anyway, else the pre-activation.  ``"input"`` applies :class:`manualprop.functions.LinearActivation`.
+
+    Shape:
+        ``input`` (..., I), ``weight`` (O, I), ``bias`` (O,) or None -> (..., O)
+
+    Raises:
+        ValueError: for an ``activation`` or ``keep`` that does not exist.
+    """
+    _check_names("linear_activation", activation, keep)
+    refuse_complex("linear_activation", input, weight)
+    if keep == "pre-activation":
+        return _activate(linear(input, weight, bias), activation)
+    input, weight, bias = _autocast_low(input, weight, bias)
+    output: Tensor = rules.LinearActivation.apply(input, weight, bias, activation)
+    return output
+
+
+def activation_linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "gelu",
+    p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """``linear(dropout(f(input), p, training), weight, bias)``, by :class:`manualprop.functions.ActivationLinear`.
+
+    An f that is differentiated from its output needs nothing but what the linear layer keeps anyway: ReLU and Tanh
+    without dropout, and ReLU with it, are the rules one after the other.
+
+    Args:
+        activation: the name of f.
+        p: probability that an activation is dropped, in [0, 1].
+        training: whether any is.
+
+    Shape:
+        ``input`` (..., H), ``weight`` (O, H), ``bias`` (O,) or None -> (..., O)
+
+    Raises:
+        ValueError: for an ``activation`` that does not exist, or a ``p`` out of its range.
+        RuntimeError: where the shapes or, outside of autocast, the dtypes do not fit.
+    """
+    _check_names("activation_linear", activation)
+    _check_probability(p)
+    refuse_complex("activation_linear", input, weight)
+    drops = training and p > 0 and input.numel() > 0
+    if activation == "relu":
+        return linear(relu_dropout(input, p, training), weight, bias)
+    if ACTIVATIONS[activation].from_output and not drops:
+        return linear(_activate(input, activation), weight, bias)
+    _check_fit("activation_linear", input, weight)
+    weight, bias = _autocast_low(weight, bias)
+    output: Tensor = rules.ActivationLinear.apply(input, weight, bias, *_mask(input, p, drops), activation)
+    return output
+
+
+def mlp(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    activation: str = "gelu",
+    p: float = 0.0,
+    training: bool = True,
+    keep: str = "pre-activation",
+) -> Tensor:
+    """``linear(dropout(f(linear(input, weight1, bias1)), p, training), weight2, bias2)``.
+
+    Args:
+        activation: the name of f.
+        p: probability that a hidden activation is dropped, in [0, 1].
+        training: whether any is.
+        keep: ``"pre-activation"`` for :class:`manualprop.functions.Linear` and ``ActivationLinear``, ``"input"`` for
+            :class:`manualprop.functions.MLP`.
+
+    Shape:
+        ``input`` (..., I), ``weight1`` (H, I), ``bias1`` (H,) or None, ``weight2`` (O, H), ``bias2`` (O,) or None
+        -> (..., O)
+
+    Raises:
+        ValueError: for an ``activation`` or ``keep`` that does not exist, or a ``p`` out of its range.
+    """
+    _check_names("mlp", activation, keep)
+    _check_probability(p)
+    refuse_complex("mlp", input, weight1, weight2)
+    if keep == "pre-activation":
+        hidden = linear(input, weight1, bias1)
+        return activation_linear(hidden, weight2, bias2, activation, p, training)
+    input, weight1, bias1, weight2, bias2 = _autocast_low(input, weight1, bias1, weight2, bias2)
+    hidden = input.new_empty((*input.shape[:-1], weight1.shape[0]), requires_grad=False)
+    drops = training and p > 0 and hidden.numel() > 0
+    arguments = (input, weight1, bias1, weight2, bias2, *_mask(hidden, p, drops), activation)
+    output: Tensor = rules.MLP.apply(*arguments)
+    return output
+
+
+def gated_mlp(
+    input: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu",
+    keep: str = "pre-activation",
+) -> Tensor:
+    """``linear(f(gate) * up, down_weight, down_bias)`` of two linear functions, ``gate`` and ``up``, of the input.
+
+    SwiGLU is ``activation="silu"``, GEGLU ``"gelu"``, ReGLU ``"relu"``.
+
+    Args:
+        activation: the name of f.
+        keep: ``"pre-activation"`` for :class:`manualprop.functions.Linear`, twice, and ``GatedLinear``; ``"input"``
+            for :class:`manualprop.functions.GatedMLP`.
+
+    Shape:
+        ``input`` (..., I), ``gate_weight`` and ``up_weight`` (H, I), ``down_weight`` (O, H), biases (H,), (H,) and
+        (O,) or None -> (..., O)
+
+    Raises:
+        ValueError: for an ``activation`` or ``keep`` that does not exist.
+    """
+    _check_names("gated_mlp", activation, keep)
+    refuse_complex("gated_mlp", input, gate_weight, up_weight, down_weight)
+    if keep == "pre-activation":
+        gate, up = linear(input, gate_weight, gate_bias), linear(input, up_weight, up_bias)
+        return gated_linear(gate, up, down_weight, down_bias, activation)
+    low = _autocast_low(input, gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias)
+    output: Tensor = rules.GatedMLP.apply(*low, activation)
+    return output
+
+
+def gated_linear(
+    gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "silu"
+) -> Tensor:
+    """``linear(f(gate) * up, weight, bias)``, by :class:`manualprop.functions.GatedLinear`.
+
+    Args:
+        activation: the name of f.
+
+    Shape:
+        ``gate`` and ``up`` (..., H), ``weight`` (O, H), ``bias`` (O,) or None -> (..., O)
+
+    Raises:
+        ValueError: for an ``activation`` that does not exist, or where ``gate`` and ``up`` differ.
+    """
+    _check_names("gated_linear", activation)
+    refuse_complex("gated_linear", gate, up, weight)
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        kinds = " and ".join(f"{tuple(t.shape)} {t.dtype}" for t in (gate, up))
+        raise ValueError(
+            f"gated_linear: gate and up must have one shape and dtype. Got {kinds}; expand or convert one."
+        )
+    _check_fit("gated_linear", gate, weight)
+    weight, bias = _autocast_low(weight, bias)
+    output: Tensor = rules.GatedLinear.apply(gate, up, weight, bias, activation)
+    return output
+
+
+def relu_dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
+    """``dropout(relu(input), p, training)``, by :class:`manualprop.functions.ReLUDropout`, or ``ReLU``.
+
+    Args:
+        p: probability that an element is dropped, in [0, 1].
+        training: whether any is.
+
+    Raises:
+        ValueError: for a ``p`` out of its range.
+    """
+    _check_probability(p)
+    refuse_complex("relu_dropout", input)
+    if not training or p == 0 or input.numel() == 0:
+        return activations.relu(input)
+    output: Tensor = rules.ReLUDropout.apply(input, *_mask(input, p, True))
+    return output
+
+
+def packed_relu(input: Tensor, inplace: bool = False) -> Tensor:
+    """``relu(input)``, by :class:`manualprop.functions.PackedReLU`: keeps a bit per element, whoever comes next.
+
+    :func:`relu` keeps its output, which costs nothing where the next layer keeps it too (linear, convolution).
+    This one is for where it does not: before a sum, a pooling by the mean, a layer whose weights are frozen.
+    """
+    refuse_complex("packed_relu", input)
+    output: Tensor = rules.PackedReLU.apply(input)[0]
+    return input.copy_(output) if inplace else output
+
+
+def layer_norm_linear(
+    input: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``linear(layer_norm(input, ...), weight, bias)``, by :class:`manualprop.functions.LayerNormLinear`.
+
+    Args:
+        eps: added to the variance.
+
+    Shape:
+        ``input`` (..., I), ``norm_weight`` and ``norm_bias`` (I,) or None, ``weight`` (O, I), ``bias`` (O,) or None
+        -> (..., O)
+
+    Raises:
+        RuntimeError: where the shapes or, outside of autocast, the dtypes do not fit.
+    """
+    refuse_complex("layer_norm_linear", input, weight)
+    _check_fit("layer_norm_linear", input, weight)
+    weight, bias = _autocast_low(weight, bias)
+    output: Tensor = rules.LayerNormLinear.apply(input, norm_weight, norm_bias, weight, bias, eps)[0]
+    return output
+
+
+def rms_norm_linear(
+    input: Tensor,
+    norm_weight: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """``linear(rms_norm(input, ...), weight, bias)``, by :class:`manualprop.functions.RMSNormLinear`.
+
+    Args:
+        eps: added under the root; None for the smallest relative step of the precision it is computed in.
+
+    Shape:
+        ``input`` (..., I), ``norm_weight`` (I,) or None, ``weight`` (O, I), ``bias`` (O,) or None -> (..., O)
+
+    Raises:
+        RuntimeError: where the shapes or, outside of autocast, the dtypes do not fit.
+    """
+    refuse_complex("rms_norm_linear", input, weight)
+    _check_fit("rms_norm_linear", input, weight)
+    if eps is None:
+        eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
+    weight, bias = _autocast_low(weight, bias)
+    output: Tensor = rules.RMSNormLinear.apply(input, norm_weight, weight, bias, eps)[0]
+    return output
+
+
+def _activate(input: Tensor, activation: str) -> Tensor:
+    if activation == "gelu_tanh":
+        return activations.gelu(input, approximate="tanh")
+    output: Tensor = getattr(activations, activation)(input)
+    return output
+
+
+def _mask(hidden: Tensor, p: float, drops: bool) -> tuple[Tensor | None, float]:
+    """What is kept of ``hidden``, 1 or 0, drawn in torch's call; and the probability of it, by which to divide."""
+    if not drops:
+        return None, 1.0
+    if p == 1:
+        return hidden.new_zeros((), dtype=torch.uint8, requires_grad=False), 1.0
+    return _kept(hidden, p, False, True), 1 - p
+
+
+def _check_names(name: str, activation: str, keep: str = KEEP[0]) -> None:
+    for what, given, choices in (("activation", activation, ACTIVATIONS), ("keep", keep, KEEP)):
+        if given not in choices:
+            names = ", ".join(map(repr, choices))
+            raise ValueError(f"{name}: {what} must be one of {names}. Got {given!r}.")
+
+
+def _check_fit(name: str, input: Tensor, weight: Tensor) -> None:
+    if input.shape[-1:] != weight.shape[1:]:
+        raise RuntimeError(
+            f"{name}: the last axis of input must be in_features of weight. Got shapes {tuple(input.shape)} and "
+            f"{tuple(weight.shape)}."
+        )
+    if input.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
+        raise RuntimeError(
+            f"{name}: input and weight must have one dtype. Got {input.dtype} and {weight.dtype}; convert one."
+        )

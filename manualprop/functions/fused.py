@@ -1,0 +1,298 @@
+r"""Hand-derived rules of a linear layer with the activation before or after it, and of two layers in a row.
+
+Each is the exact composition of the rules of its parts.  What it keeps is among its arguments, and what the parts
+would have kept beside it is computed again in backward, by the formulas of the parts.
+
+Symbols
+    x   input                        g   dL/dy, the gradient that arrives
+    u   pre-activation               du  dL/du
+    h   f(u), the activation         f   one of ``ACTIVATIONS``, f' its slope
+    d   k h / q, after dropout       k   1 where h is kept, else 0;  q   probability that it is
+    y   output
+Shape legend
+    N   batch: any number of leading axes            H   hidden features
+    I   in_features                                  O   out_features
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from manualprop.functions._elementwise import Chain, Elementwise
+from manualprop.functions._rule import Rule, times
+from manualprop.functions.activation import GELU, GELUTanh, Mish, ReLU, SiLU, Tanh
+from manualprop.functions.linear import Linear
+from manualprop.functions.packed import keep_bits, kept
+
+
+class Activation(NamedTuple):
+    """What the rules below use of an activation's: compiled autograd cannot read the attributes of a rule."""
+
+    rule: type[Elementwise]
+    chain: type[Chain]
+    f: Callable[[Tensor], Tensor]
+    product: Callable[[Tensor, Tensor], Tensor]  # g f', not recorded
+    from_output: bool  # whether f' is written in h, not in u
+
+
+ACTIVATIONS = {
+    name: Activation(rule, rule.chain, rule.f, rule.chain.product, rule.saves == "output")
+    for name, rule in {
+        "gelu": GELU,
+        "gelu_tanh": GELUTanh,
+        "mish": Mish,
+        "relu": ReLU,
+        "silu": SiLU,
+        "tanh": Tanh,
+    }.items()
+}
+
+
+def activated(activation: str, u: Tensor) -> Tensor:
+    """h = f(u), recorded only where somebody will differentiate it."""
+    a = ACTIVATIONS[activation]
+    h: Tensor = a.rule.apply(u) if torch.is_grad_enabled() else a.f(u)
+    return h
+
+
+def through(activation: str, g: Tensor, u: Tensor, h: Tensor | None) -> Tensor:
+    """g f'(u), where g = dL/dh; ``h``, if it is at hand, is f(u).  Recorded as :func:`activated` is."""
+    a = ACTIVATIONS[activation]
+    s = u
+    if a.from_output:
+        s = activated(activation, u) if h is None else h
+    product: Tensor = a.chain.apply(g, s) if torch.is_grad_enabled() else a.product(g, s)
+    return product
+
+
+def tangent(activation: str, du: Tensor, u: Tensor, h: Tensor) -> Tensor:
+    """f'(u) du."""
+    a = ACTIVATIONS[activation]
+    dh: Tensor = a.chain.apply(du, h if a.from_output else u)
+    return dh
+
+
+class LinearActivation(Rule):
+    r"""$y = f(x W^\top + b)$, of which the input alone is kept
+
+    Derivation, with u = x W^T + b and du = dL/du
+        du_no = g_no f'(u_no)                                      f is elementwise
+        dx = du W,  dW = du^T x,  db = sum_n du_n                  :class:`Linear`, with du for g
+        dy = f'(u) (dx W^T + x dW^T + db)                          forward mode: chain and product rule
+    Second order
+        u is computed again by :class:`Linear` and f' by the rule of f; both have derivatives of every order.
+    Shape
+        x (N, I), W (O, I), b (O,) or None -> y (N, O)
+    Memory
+        x, and the parameters: nothing of the size of the output, at the price of one product more in backward.
+        The two rules one after the other keep u too (for ReLU and Tanh y, which the next layer keeps anyway).
+    Accuracy
+        That of its parts: u comes out as it did in forward.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, W: Tensor, b: Tensor | None, activation: str) -> Tensor:
+        return ACTIVATIONS[activation].f(F.linear(x, W, b))  # (N, I) (I, O) + (O,) -> (N, O)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.activation = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, b = ctx.saved_tensors
+        needs_x, needs_W, needs_b, _ = ctx.needs_input_grad
+        du = through(ctx.activation, g, pre_activation(x, W, b), None)
+        dx = Linear.input_gradient(du, W) if needs_x else None
+        dW = Linear.weight_gradient(du, x) if needs_W else None
+        db = Linear.bias_gradient(du) if needs_b else None
+        return dx, dW, db, None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor | None, dW: Tensor | None, db: Tensor | None, _: None) -> Tensor:
+        x, W, b = ctx.saved_tensors
+        u = F.linear(x, W, b)
+        du = linear_tangent(x, W, dx, dW, db)
+        return tangent(ctx.activation, du, u, activated(ctx.activation, u))
+
+
+class ActivationLinear(Rule):
+    r"""$y = d W^\top + b$ with $d = k f(u) / q$: activation, dropout and linear, of which $u$ is kept
+
+    Derivation, with h = f(u)
+        dL/dW = g^T d,  dL/db = sum_n g_n,  dd = g W               :class:`Linear`, with d for x
+        dh = k dd / q                                              :class:`Dropout`
+        du = f'(u) dh                                              f is elementwise
+        dy = (k f'(u) du / q) W^T + d dW^T + db                    forward mode: chain and product rule
+    Second order
+        h is computed again by the rule of f, f' by its chain; the rest are products and sums.
+    Shape
+        u (N, H), W (O, H), b (O,) or None, k (N, H), () or None for no dropout -> y (N, O)
+    Memory
+        u, 4 bytes per element in float32, and k as bits, 1/8 byte.  The rules one after the other keep u and d, 8
+        bytes and 1/8; torch 8 bytes, with dropout 12.
+    Accuracy
+        That of its parts: h comes out as it did in forward.
+    """
+
+    @staticmethod
+    def forward(
+        u: Tensor, W: Tensor, b: Tensor | None, k: Tensor | None, q: float, activation: str
+    ) -> Tensor:
+        d = ACTIVATIONS[activation].f(u)
+        if k is not None:
+            d = times(d, k.to(d.dtype).div_(q))
+        return F.linear(d.to(W.dtype), W, b)  # (N, H) (H, O) + (O,) -> (N, O)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        u, W, _, k, ctx.q, ctx.activation = inputs
+        needs_u, needs_W, *_ = ctx.needs_input_grad
+        bits = None if k is None else keep_bits(ctx, k)
+        ctx.save_for_backward(u if needs_u or needs_W else None, W if needs_u else None, bits)
+        ctx.save_for_forward(u, W, bits)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        u, W, bits = ctx.saved_tensors
+        needs_u, needs_W, needs_b, *_ = ctx.needs_input_grad
+        mask = None if u is None else dropout_mask(ctx, bits, u.dtype)
+        du, dW = gradients(ctx.activation, g, u, W, mask, needs_u, needs_W)
+        db = Linear.bias_gradient(g) if needs_b else None
+        return du, dW, db, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, du: Tensor | None, dW: Tensor | None, db: Tensor | None, *_: None) -> Tensor:
+        u, W, bits = ctx.saved_tensors
+        mask, h = dropout_mask(ctx, bits, u.dtype), activated(ctx.activation, u)
+        dd = None if du is None else masked(tangent(ctx.activation, du, u, h), mask).to(W.dtype)
+        return linear_tangent(masked(h, mask).to(W.dtype), W, dd, dW, db)
+
+
+class MLP(Rule):
+    r"""$y = d V^\top + c$ with $d = k f(u) / q$ and $u = x W^\top + b$, of which the input alone is kept
+
+    Derivation, with h = f(u)
+        dL/dV = g^T d,  dL/dc = sum_n g_n                          :class:`ActivationLinear`
+        du = f'(u) k (g V) / q
+        dx = du W,  dL/dW = du^T x,  dL/db = sum_n du_n            :class:`Linear`, with du for g
+        dy = (k f'(u) du / q) V^T + d dV^T + dc                    forward mode: chain and product rule,
+        du = dx W^T + x dW^T + db                                  with tangents for gradients
+    Second order
+        u is computed again by :class:`Linear`, h by the rule of f and f' by its chain; the rest are products.
+    Shape
+        x (N, I), W (H, I), b (H,) or None, V (O, H), c (O,) or None, k (N, H), () or None -> y (N, O)
+    Memory
+        x, the parameters, and k as bits: 0 or 1/8 byte per hidden element, at the price of one product more in
+        backward.  :class:`Linear` followed by :class:`ActivationLinear` keeps u too: 4 bytes in float32.
+    Accuracy
+        That of its parts: u and h come out as they did in forward.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        V: Tensor,
+        c: Tensor | None,
+        k: Tensor | None,
+        q: float,
+        activation: str,
+    ) -> Tensor:
+        u = F.linear(x, W, b)  # (N, I) (I, H) + (H,) -> (N, H)
+        return ActivationLinear.forward(u, V, c, k, q, activation)  # (N, H) (H, O) + (O,) -> (N, O)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, W, b, V, _, k, ctx.q, ctx.activation = inputs
+        bits = None if k is None else keep_bits(ctx, k)
+        ctx.save_for_backward(x, W, b, V, bits)
+        ctx.save_for_forward(x, W, b, V, bits)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, b, V, bits = ctx.saved_tensors
+        needs_x, needs_W, needs_b, needs_V, needs_c, *_ = ctx.needs_input_grad
+        dx = dW = db = du = dV = None
+        before = needs_x or needs_W or needs_b
+        if before or needs_V:
+            u, mask = pre_activation(x, W, b), dropout_mask(ctx, bits, x.dtype)
+            du, dV = gradients(ctx.activation, g, u, V, mask, before, needs_V)
+        dc = Linear.bias_gradient(g) if needs_c else None
+        if du is not None:
+            dx = Linear.input_gradient(du, W) if needs_x else None
+            dW = Linear.weight_gradient(du, x) if needs_W else None
+            db = Linear.bias_gradient(du) if needs_b else None
+        return dx, dW, db, dV, dc, None, None, None
+
+    @staticmethod
+    def jvp(
+        ctx: Any,
+        dx: Tensor | None,
+        dW: Tensor | None,
+        db: Tensor | None,
+        dV: Tensor | None,
+        dc: Tensor | None,
+        *_: None,
+    ) -> Tensor:
+        x, W, b, V, bits = ctx.saved_tensors
+        u, mask = F.linear(x, W, b), dropout_mask(ctx, bits, x.dtype)
+        h, dd = activated(ctx.activation, u), None
+        if moves(dx, dW, db):
+            du = linear_tangent(x, W, dx, dW, db)
+            dd = masked(tangent(ctx.activation, du, u, h), mask)
+        return linear_tangent(masked(h, mask), V, dd, dV, dc)
+
+
+# ----- what the rules share -----
+
+
+def pre_activation(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    """u = x W^T + b, recorded only where somebody will differentiate it."""
+    u: Tensor = Linear.apply(x, W, b) if torch.is_grad_enabled() else F.linear(x, W, b)
+    return u
+
+
+def gradients(
+    activation: str, g: Tensor, u: Tensor, W: Tensor, mask: Tensor | None, needs_u: bool, needs_W: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """du and dW of y = d W^T with d = mask f(u); under autocast u may be in a higher precision than W."""
+    h = activated(activation, u) if needs_W else None
+    du = dW = None
+    if needs_u:
+        dd = Linear.input_gradient(g, W).to(u.dtype)  # (N, O) (O, H) -> (N, H)
+        du = through(activation, dd if mask is None else times(dd, mask), u, h)
+    if h is not None:
+        dW = Linear.weight_gradient(g, masked(h, mask).to(g.dtype))  # (O, N) (N, H) -> (O, H)
+    return du, dW
+
+
+def masked(h: Tensor, mask: Tensor | None) -> Tensor:
+    return h if mask is None else h * mask
+
+
+def dropout_mask(ctx: Any, bits: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """k / q, None without dropout."""
+    return None if bits is None else kept(ctx, bits, dtype, ctx.q)
+
+
+def moves(*tangents: Tensor | None) -> bool:
+    """Whether there is a tangent among these."""
+    return any(t is not None for t in tangents)
+
+
+def linear_tangent(x: Tensor, W: Tensor, dx: Tensor | None, dW: Tensor | None, db: Tensor | None) -> Tensor:
+    """dx W^T + x dW^T + db: forward mode of :class:`Linear`."""
+    terms = (
+        None if dx is None else F.linear(dx, W),
+        None if dW is None else F.linear(x, dW),
+        None if db is None else db.expand(*x.shape[:-1], -1),
+    )
+    first, *rest = (term for term in terms if term is not None)
+    return sum(rest, first)

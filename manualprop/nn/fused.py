@@ -1,0 +1,313 @@
+"""Blocks of layers as one module: the exact composition of their parts, with fewer bytes kept for backward.
+
+A block whose part was replaced (by an adapter, say), parametrized, or given a hook, runs its parts one after the
+other: whatever was put there is called.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from manualprop import functional as F
+from manualprop.functional.fused import _activate, _check_names
+from manualprop.nn import linear, norm
+
+PLAIN = (nn.Linear, linear.Linear, nn.LayerNorm, norm.LayerNorm, nn.RMSNorm, norm.RMSNorm)
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def plain(*parts: nn.Module) -> bool:
+    """Whether each part is a layer of torch's or ours and nothing else, so that its parameters say what it does."""
+    return all(type(part) in PLAIN and not any(getattr(part, name) for name in HOOKS) for part in parts)
+
+
+class LinearActivation(nn.Linear):
+    """A linear layer and its activation, by :func:`manualprop.functional.linear_activation`.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as :class:`torch.nn.Linear`; ``state_dict`` is the same.
+        activation: ``"gelu"``, ``"gelu_tanh"``, ``"mish"``, ``"relu"``, ``"silu"`` or ``"tanh"``.
+        keep: ``"pre-activation"`` (for ReLU and Tanh the output), or ``"input"``, which computes the product again.
+
+    Shape:
+        (..., in_features) -> (..., out_features)
+
+    Raises:
+        ValueError: for an ``activation`` or ``keep`` that does not exist.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        activation: str = "gelu",
+        keep: str = "pre-activation",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _check_names("LinearActivation", activation, keep)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.activation, self.keep = activation, keep
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear_activation(input, self.weight, self.bias, self.activation, self.keep)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation!r}, keep={self.keep!r}"
+
+
+class ActivationLinear(nn.Linear):
+    """An activation, dropout, and the linear layer after it, by :func:`manualprop.functional.activation_linear`.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as :class:`torch.nn.Linear`; ``state_dict`` is the same.
+        activation: ``"gelu"``, ``"gelu_tanh"``, ``"mish"``, ``"relu"``, ``"silu"`` or ``"tanh"``.
+        dropout: probability that an activation is dropped in training, in [0, 1].
+
+    Shape:
+        (..., in_features) -> (..., out_features)
+
+    Raises:
+        ValueError: for an ``activation`` that does not exist, or a ``dropout`` out of its range.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        activation: str = "gelu",
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _check_names("ActivationLinear", activation)
+        _check_dropout("ActivationLinear", dropout)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.activation, self.dropout = activation, dropout
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.activation_linear(
+            input, self.weight, self.bias, self.activation, self.dropout, self.training
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation!r}, dropout={self.dropout}"
+
+
+class MLP(nn.Module):
+    """Linear, activation, dropout, linear, by :func:`manualprop.functional.mlp`.
+
+    The layers are ``linear1`` and ``linear2``, as in :class:`torch.nn.TransformerEncoderLayer`; either may be
+    assigned an existing layer, whose parameters are then shared.
+
+    Args:
+        in_features, hidden_features, out_features: sizes of the three layers of numbers.
+        activation: ``"gelu"``, ``"gelu_tanh"``, ``"mish"``, ``"relu"``, ``"silu"`` or ``"tanh"``.
+        dropout: probability that a hidden activation is dropped in training, in [0, 1].
+        bias: whether the layers have biases.
+        keep: ``"pre-activation"``, or ``"input"``, which computes the hidden layer again in backward.
+        device, dtype: as :class:`torch.nn.Linear`.
+
+    Shape:
+        (..., in_features) -> (..., out_features)
+
+    Raises:
+        ValueError: for an ``activation`` or ``keep`` that does not exist, or a ``dropout`` out of its range.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int,
+        activation: str = "gelu",
+        dropout: float = 0.0,
+        bias: bool = True,
+        keep: str = "pre-activation",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _check_names("MLP", activation, keep)
+        _check_dropout("MLP", dropout)
+        super().__init__()
+        self.activation, self.dropout, self.keep = activation, dropout, keep
+        self.linear1: nn.Linear = linear.Linear(in_features, hidden_features, bias, device, dtype)
+        self.linear2: nn.Linear = linear.Linear(hidden_features, out_features, bias, device, dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        first, second = self.linear1, self.linear2
+        if plain(first, second):
+            return F.mlp(
+                input,
+                first.weight,
+                first.bias,
+                second.weight,
+                second.bias,
+                self.activation,
+                self.dropout,
+                self.training,
+                self.keep,
+            )
+        hidden = _activate(first(input), self.activation)
+        output: Tensor = second(F.dropout(hidden, self.dropout, self.training))
+        return output
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}, dropout={self.dropout}, keep={self.keep!r}"
+
+
+class GatedMLP(nn.Module):
+    """``down_proj(f(gate_proj(x)) * up_proj(x))``, by :func:`manualprop.functional.gated_mlp`.
+
+    SwiGLU is ``activation="silu"``, GEGLU ``"gelu"``, ReGLU ``"relu"``.  The layers are named as in Llama; each may
+    be assigned an existing layer, whose parameters are then shared.
+
+    Args:
+        in_features, hidden_features, out_features: sizes of the three layers of numbers.
+        activation: ``"silu"``, ``"gelu"``, ``"relu"``, ``"gelu_tanh"``, ``"mish"`` or ``"tanh"``.
+        bias: whether the layers have biases.
+        keep: ``"pre-activation"`` for the two branches, or ``"input"``, which computes them again in backward.
+        device, dtype: as :class:`torch.nn.Linear`.
+
+    Shape:
+        (..., in_features) -> (..., out_features)
+
+    Raises:
+        ValueError: for an ``activation`` or ``keep`` that does not exist.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int,
+        activation: str = "silu",
+        bias: bool = False,
+        keep: str = "pre-activation",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _check_names("GatedMLP", activation, keep)
+        super().__init__()
+        self.activation, self.keep = activation, keep
+        self.gate_proj: nn.Linear = linear.Linear(in_features, hidden_features, bias, device, dtype)
+        self.up_proj: nn.Linear = linear.Linear(in_features, hidden_features, bias, device, dtype)
+        self.down_proj: nn.Linear = linear.Linear(hidden_features, out_features, bias, device, dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        if plain(gate, up, down):
+            weights, biases = (gate.weight, up.weight, down.weight), (gate.bias, up.bias, down.bias)
+            return F.gated_mlp(input, *weights, *biases, self.activation, self.keep)
+        output: Tensor = down(_activate(gate(input), self.activation) * up(input))
+        return output
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}, keep={self.keep!r}"
+
+
+class ReLUDropout(nn.Module):
+    """ReLU, then dropout, by :func:`manualprop.functional.relu_dropout`.
+
+    Args:
+        p: probability that an element is dropped in training, in [0, 1].
+
+    Raises:
+        ValueError: for a ``p`` out of its range.
+    """
+
+    def __init__(self, p: float = 0.5) -> None:
+        _check_dropout("ReLUDropout", p)
+        super().__init__()
+        self.p = p
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.relu_dropout(input, self.p, self.training)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class PackedReLU(nn.ReLU):
+    """:class:`torch.nn.ReLU` by :func:`manualprop.functional.packed_relu`: one bit kept per element.
+
+    For where the next layer does not keep its input: before a sum, a pooling by the mean, a frozen layer.  No layer
+    can know by itself what comes next, so this is a class of its own to choose.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.packed_relu(input, self.inplace)
+
+
+class LayerNormLinear(nn.Module):
+    """A layer norm over the last axis and a linear layer, by :func:`manualprop.functional.layer_norm_linear`.
+
+    The layers are ``norm`` and ``linear``; either may be assigned an existing layer.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as :class:`torch.nn.Linear`.
+        eps: added to the variance.
+
+    Shape:
+        (..., in_features) -> (..., out_features)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm: nn.LayerNorm = norm.LayerNorm(in_features, eps, device=device, dtype=dtype)
+        self.linear: nn.Linear = linear.Linear(in_features, out_features, bias, device, dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        first, second = self.norm, self.linear
+        if plain(first, second) and len(first.normalized_shape) == 1:
+            return F.layer_norm_linear(input, first.weight, first.bias, second.weight, second.bias, first.eps)
+        output: Tensor = second(first(input))
+        return output
+
+
+class RMSNormLinear(nn.Module):
+    """An RMS norm over the last axis and a linear layer, by :func:`manualprop.functional.rms_norm_linear`.
+
+    The layers are ``norm`` and ``linear``; either may be assigned an existing layer.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as :class:`torch.nn.Linear`.
+        eps: added under the root; None for the smallest relative step of the precision it is computed in.
+
+    Shape:
+        (..., in_features) -> (..., out_features)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        eps: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm: nn.RMSNorm = norm.RMSNorm(in_features, eps, device=device, dtype=dtype)
+        self.linear: nn.Linear = linear.Linear(in_features, out_features, bias, device, dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        first, second = self.norm, self.linear
+        if plain(first, second) and len(first.normalized_shape) == 1:
+            return F.rms_norm_linear(input, first.weight, second.weight, second.bias, first.eps)
+        output: Tensor = second(first(input))
+        return output
+
+
+def _check_dropout(name: str, p: float) -> None:
+    if not 0 <= p <= 1:
+        raise ValueError(f"{name}: dropout must be a probability, in [0, 1]. Got {p}.")

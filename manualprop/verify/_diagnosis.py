@@ -243,7 +243,7 @@ def _missing_sum(w: Wrong) -> str:
             others = [e for e in range(y.dim()) if e != d]
             kept = where.any(others) if others else where
             gone = lost.all(others) if others else lost
-            if y.shape[d] > 1 and bool((kept ^ gone).all()) and bool(kept.any()):
+            if bool((kept ^ gone).all()) and bool(kept.any()) and bool(gone.any()):
                 at = kept.nonzero().flatten().tolist()
                 which = f"index {at[0]}" if len(at) == 1 else f"{len(at)} of {y.shape[d]} indices"
                 return f"missing sum over dim {d} of output {k}: only {which} of it is counted"

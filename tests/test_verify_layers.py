@@ -1,0 +1,46 @@
+"""Every function of ours passes its own checker, at its deepest, with no limit declared and none observed."""
+
+import pytest
+from cases import CASES, Case
+
+from manualprop import functional as F
+from manualprop.verify import check
+
+# The deepest level takes some seconds a row.
+ONE_OF_EACH = list({case.name: case for case in CASES}.values())
+
+
+def verified(case: Case, level: str, **options):
+    kwargs = {k: v for k, v in case.kwargs.items() if k not in case.by_name}
+    arguments = case.made()
+    count = len(arguments) - len(case.by_name)
+    kwargs |= dict(zip(case.by_name, arguments[count:], strict=True))
+    # Of an embedding the row of padding_idx has no gradient, by definition.
+    declare = {"first_order": False} if "first_derivative" in case.except_for else {}
+    return check(
+        getattr(F, case.name), *arguments[:count], kwargs=kwargs, level=level, declare=declare, **options
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [pytest.param(c, id=str(c)) for c in CASES])
+def test_no_finding_in_any_configuration(case: Case) -> None:
+    report = verified(case, "quick")
+    report.assert_passed()
+    assert not report.limits, report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in ONE_OF_EACH])
+def test_no_finding_in_the_deepest_probes(case: Case) -> None:
+    report = verified(case, "deep")
+    report.assert_passed()
+    assert not report.limits, report
+
+
+@pytest.mark.parametrize("name", ["tanh", "linear", "cross_entropy", "layer_norm"])
+def test_no_finding_at_the_quick_level(name: str) -> None:
+    case = next(c for c in CASES if c.name == name)
+    report = verified(case, "quick")
+    report.assert_passed()
+    assert not report.limits, report

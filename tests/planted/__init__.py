@@ -8,6 +8,7 @@ from planted import (
     defects_numbers,
     defects_routes,
     defects_state,
+    library,
 )
 from planted._table import CONTROLS as CONTROLS
 from planted._table import DEFECTS as DEFECTS
@@ -23,4 +24,5 @@ FAMILIES = (
     defects_numbers,
     defects_routes,
     defects_state,
+    library,
 )

@@ -67,18 +67,7 @@ GRADIENTS |= {
 REFERENCES = {"RMSNorm": Allowed(1e-6, "torch's reference_fn computes in float32 whatever the input")}
 WEIGHT_FIRST = {"embedding"}  # the OpInfo takes what is differentiated first, the function takes it second
 # Defects of ours that these tests found and that are not mended yet: {subject: (tests, what is wrong)}.
-EMPTY = "an empty input: a warning that torch does not give"
-OPEN: dict[str, tuple[set[str], str]] = {
-    **{f"BatchNorm{d}d": ({"module_samples[train]"}, EMPTY) for d in (1, 2, 3)},
-    "batch_norm": ({"op_samples", "dtypes", "noncontiguous", "forward"}, EMPTY),
-    "layer_norm": ({"dtypes"}, EMPTY),
-    "group_norm": ({"dtypes"}, EMPTY),
-    "margin_ranking_loss": (
-        {"dtypes"},
-        "uint8: a difference below 0 wraps around, in torch otherwise than here",
-    ),
-    "multi_margin_loss": ({"forward"}, "an input without axes and one target: the tangent has no axes"),
-}
+OPEN: dict[str, tuple[set[str], str]] = {}
 # Misuses for which we raise the same exception with another text.
 OWN_WORDS = {
     "CrossEntropyLoss": "says what to do: leave out the class axis for class indices",

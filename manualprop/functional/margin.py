@@ -203,7 +203,7 @@ def multi_margin_loss(
     """Like :func:`torch.nn.functional.multi_margin_loss`, by :class:`manualprop.functions.MultiMargin`.
 
     Shape:
-        ``input`` (N, C) or (C,); ``target`` classes (N,) or (); ``weight`` (C,)
+        ``input`` (N, C) or (C,); ``target`` classes (N,), () or (1,); ``weight`` (C,)
 
     Raises:
         ValueError: if ``p`` is neither 1 nor 2, or ``weight`` not one-dimensional.
@@ -216,7 +216,7 @@ def multi_margin_loss(
     refuse_complex("multi_margin_loss", input)
     refuse_gradient("multi_margin_loss", weight=weight)
     if input.dim() == 0:
-        input, target = input.reshape(1), target.reshape(())
+        input = input.reshape(1)
     loss = rules.MultiMargin.apply(input, target, p, margin, weight)
     return reduced(loss, reduction, loss_dtype(input))
 

@@ -113,6 +113,8 @@ def _batch_norm(
     eps: float,
 ) -> Tensor:
     output: Tensor
+    if input.dim() == 1 and input.numel() == 0:  # torch takes it, though it has neither channels nor elements
+        return input.clone()
     if training:
         output = rules.BatchNorm.apply(input, weight, bias, running_mean, running_var, momentum, eps)[0]
     else:

@@ -98,7 +98,7 @@ class SoftMargin(ElementwiseLoss):
 
 
 class MarginRanking(ElementwiseLoss):
-    r"""$l = \max(z, 0)$ with $z = m - t (a - b)$: for $t = 1$, $a$ should exceed $b$ by the margin
+    r"""$l = \max(z, 0)$ with $z = m + t (b - a)$: for $t = 1$, $a$ should exceed $b$ by the margin
 
     Derivation
         dl/da = -t 1[z >= 0]                                       piecewise linear
@@ -120,7 +120,7 @@ class MarginRanking(ElementwiseLoss):
 
     @staticmethod
     def f(a: Tensor, b: Tensor, t: Tensor, m: float) -> Tensor:
-        return (m - t * (a - b)).clamp_min(0)
+        return (m + t * (b - a)).clamp_min(0)
 
     @staticmethod
     def output_gradient(a: Tensor, b: Tensor, t: Tensor, m: float) -> Tensor:
@@ -143,7 +143,7 @@ class MarginRanking(ElementwiseLoss):
     @staticmethod
     def missed(a: Tensor, b: Tensor, t: Tensor, m: float) -> Tensor:
         """1[z >= 0]."""
-        return indicator(torch.ge, m - t * (a - b), 0)
+        return indicator(torch.ge, m + t * (b - a), 0)
 
 
 class TripletMargin(ElementwiseLoss):
@@ -344,7 +344,7 @@ class MultiMargin(Rule):
     Second order
         dL/dx is a product of g and h(x): autograd differentiates it as written; torch has no second order here.
     Shape
-        x (N, C) and t (N,) -> l (N,);  x (C,) and t () -> l ()
+        x (N, C) and t (N,) -> l (N,);  x (C,) and t () or (1,) -> l like t
     Memory
         x, t and w.
     Accuracy
@@ -357,10 +357,10 @@ class MultiMargin(Rule):
     def forward(x: Tensor, t: Tensor, p: int, m: float, w: Tensor | None) -> Tensor:
         if plain_eager():
             return F.multi_margin_loss(in_full_precision(x), t, p, m, lifted(w, x), reduction="none")
-        t = t.reshape(*x.shape[:-1], 1)  # vmap has no rule for torch's
-        z = MultiMargin.missed(in_full_precision(x), t, m)
-        h = (z.where(z.gt(0), 0) ** p).scatter(-1, t, 0).sum(-1) / x.shape[-1]
-        return h if w is None else h * w[t.squeeze(-1)]
+        index = t.reshape(*x.shape[:-1], 1)  # vmap has no rule for torch's
+        z = MultiMargin.missed(in_full_precision(x), index, m)
+        h = (z.where(z.gt(0), 0) ** p).scatter(-1, index, 0).sum(-1).reshape(t.shape) / x.shape[-1]
+        return h if w is None else h * w[t]
 
     @staticmethod
     def missed(x: Tensor, t: Tensor, m: float) -> Tensor:
@@ -392,7 +392,7 @@ class MultiMargin(Rule):
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
         x, t, w = ctx.saved_tensors
-        return (MultiMargin.output_gradient(x, t, ctx.order, ctx.m, w) * dx).sum(-1)
+        return (MultiMargin.output_gradient(x, t, ctx.order, ctx.m, w) * dx).sum(-1).reshape(t.shape)
 
 
 class MultiLabelMargin(Rule):

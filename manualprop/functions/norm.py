@@ -346,7 +346,7 @@ class BatchNorm(Rule):
             slope = r if w is None else r * w
             rest = through_statistics(gm, gr, z, r, n)
             dx = times(minus(input_slope(g, None, z, sum_gz / n), sum_g / n), slope)
-            dx = plus(dx, rest).to(x.dtype)
+            dx = plus(dx, rest).to(x.dtype).view(x.shape)
         if needs_W:
             dW = sum_gz.view(-1).to(W.dtype)
         if needs_b:
@@ -361,7 +361,8 @@ class BatchNorm(Rule):
         z, w, r = BatchNorm._channels(x, W, m, r)
         dW, db = (None if t is None else per_channel(in_full_precision(t), x) for t in (dW, db))
         dz, dm, dr = tangents(like(z, dx), z, r, all_but_channels(x))
-        return affine_tangent(z, dz, w, dW, db).to(x.dtype), dm.view(-1), dr.view(-1)
+        dy = affine_tangent(z, dz, w, dW, db)
+        return dy.to(x.dtype).view(x.shape), dm.view(-1), dr.view(-1)
 
     @staticmethod
     def _channels(x: Tensor, W: Tensor | None, m: Tensor, r: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -493,6 +494,9 @@ def per_channel(s: Tensor, x: Tensor) -> Tensor:
 
 def statistics(x: Tensor, dims: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
     """Mean and 1 / sqrt(variance + eps) over ``dims``, in full precision."""
+    if x.numel() == 0:  # NaN where it is a mean of nothing, for which var_mean warns
+        mean = in_full_precision(x).mean(tuple(dims), keepdim=True)
+        return mean, mean
     variance, mean = torch.var_mean(in_full_precision(x), tuple(dims), correction=0, keepdim=True)
     return mean, inverse_root(variance, eps)
 

@@ -261,7 +261,7 @@ def cross_entropy(
         return _soft_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
     refuse_gradient("cross_entropy", weight=weight)
     loss = rules.CrossEntropy.apply(input, target, weight, ignore_index, float(label_smoothing))
-    mass = None if reduction != "mean" else _class_mass(target, weight, ignore_index)
+    mass = None if reduction != "mean" else _class_mass(target, weight, ignore_index, loss.dtype)
     return reduced(loss, reduction, loss_dtype(input), mass)
 
 
@@ -283,14 +283,14 @@ def nll_loss(
     refuse_complex("nll_loss", input)
     refuse_gradient("nll_loss", weight=weight)
     loss = rules.NLL.apply(input, target, weight, ignore_index)
-    mass = None if reduction != "mean" else _class_mass(target, weight, ignore_index)
+    mass = None if reduction != "mean" else _class_mass(target, weight, ignore_index, loss.dtype)
     return reduced(loss, reduction, loss_dtype(input), mass)
 
 
-def _class_mass(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+def _class_mass(target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
     """The weights of the targets that count, summed: what a mean over them divides by."""
     counted = target.ne(ignore_index)
-    return (counted if weight is None else weight[target.where(counted, 0)] * counted).sum()
+    return (counted if weight is None else weight[target.where(counted, 0)] * counted).sum(dtype=dtype)
 
 
 def _soft_cross_entropy(

@@ -88,6 +88,19 @@ def indicator(compare: Callable[..., Tensor], s: Tensor, bound: float, overwrite
     return compare(s, _bound(bound) if _takes_constants(s) else bound, out=out)
 
 
+def inside(y: Tensor, a: float, b: float) -> Tensor:
+    """1 where ``y``, which stays within its bounds ``a`` and ``b``, is neither of them; else 0, in the dtype of ``y``."""
+    if not plain_eager():
+        return ((y != a) & (y != b)).to(y.dtype)  # inductor keeps it as one mask of bytes
+    if a == -b:
+        return indicator(torch.ne, y.abs(), b, overwrite=True)
+    if (a, b) == (0, 1):  # the two are integers, nothing between them is
+        return indicator(torch.ne, y.frac(), 0, overwrite=True)
+    if a == 0 and b >= 1:  # never rounded to 0 between them: b - y is b where y is tiny
+        return indicator(torch.ne, (b - y).mul_(y), 0, overwrite=True)
+    return indicator(torch.ne, y, a).mul_(indicator(torch.ne, y, b))
+
+
 def one_minus(a: Tensor, b: Tensor) -> Tensor:
     """``1 - a * b``, a fresh tensor: one pass over the memory, and one rounding where the processor can."""
     if plain_eager() and a.is_cpu and _takes_constants(a):

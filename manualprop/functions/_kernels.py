@@ -87,19 +87,20 @@ def by_parts(formula: Formula, p: tuple[float, ...], *tensors: Tensor, blocks: b
 def in_rows(formula: Formula, dim: int, *tensors: Tensor) -> Tensor:
     """``formula(*tensors, dim)`` of tensors of one shape, some rows at a time if they are large.
 
-    The formula may not mix rows, that is the places of all axes but the last, where ``dim`` is the last one.
+    ``formula`` takes ``out=``, a tensor for its result, if given, and may not mix rows: places of the axes before ``dim``.
     """
     last = tensors[-1]
-    if last.numel() < LARGE or not plain_eager() or dim not in (-1, last.dim() - 1):
+    if last.numel() < LARGE or not plain_eager():
         return formula(*tensors, dim)
     block = BLOCK * torch.get_num_threads()
     in_order = last.is_cpu and last.is_contiguous() and flattened(*tensors) is not None
     if last.numel() < 2 * block or not in_order:
         return formula(*tensors, dim)
-    out, length = torch.empty_like(last), last.shape[-1]
-    rows = (t.reshape(-1, length).split(max(block // length, 1)) for t in (out, *tensors))
-    for piece, *pieces in zip(*rows, strict=True):
-        piece.copy_(formula(*pieces, -1))
+    dim %= last.dim()
+    out, shape = torch.empty_like(last), (last.shape[:dim].numel(), last.shape[dim], -1)
+    count = max(block * shape[0] // last.numel(), 1)
+    for piece, *pieces in zip(*(t.reshape(shape).split(count) for t in (out, *tensors)), strict=True):
+        formula(*pieces, 1, out=piece)
     return out
 
 

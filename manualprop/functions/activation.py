@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualprop.functions._elementwise import Elementwise, indicator, one_minus
+from manualprop.functions._elementwise import Elementwise, indicator, inside, one_minus
 
 # Constants stand outside of the classes: compiled autograd cannot read an attribute of a Function.
 
@@ -57,7 +57,7 @@ class ReLU6(Elementwise):
 
     Derivation
         y' = 1 for 0 < x < 6, else 0                piecewise linear
-           = 1[y (6 - y) /= 0]                      since y = x strictly between, else y = 0 or y = 6
+           = 1[y /= 0] 1[y /= 6]                    since y = x strictly between, else y = 0 or y = 6
     Kinks
         y'(0) = y'(6) = 0, as in PyTorch.
     Memory
@@ -75,8 +75,7 @@ class ReLU6(Elementwise):
 
     @staticmethod
     def df(y: Tensor) -> Tensor:
-        inner = (6 - y).mul_(y)  # never rounded to 0: 6 - y is 6 where y is tiny
-        return indicator(torch.ne, inner, 0, overwrite=True)
+        return inside(y, 0, 6)
 
 
 class Hardtanh(Elementwise):
@@ -85,7 +84,6 @@ class Hardtanh(Elementwise):
     Derivation
         y' = 1 for a < x < b, else 0                piecewise linear
            = 1[y /= a] 1[y /= b]                    since y = x strictly between, else y = a or y = b
-           = 1[|y| /= b] for a = -b
     Kinks
         y'(a) = y'(b) = 0, as in PyTorch.
     Memory
@@ -103,9 +101,7 @@ class Hardtanh(Elementwise):
 
     @staticmethod
     def df(y: Tensor, a: float, b: float) -> Tensor:
-        if a == -b:
-            return indicator(torch.ne, y.abs(), b, overwrite=True)
-        return indicator(torch.ne, y, a).mul_(indicator(torch.ne, y, b))
+        return inside(y, a, b)
 
 
 class LeakyReLU(Elementwise):
@@ -188,7 +184,7 @@ class Hardsigmoid(Elementwise):
 
     Derivation
         y' = 1/6 for -3 < x < 3, else 0             piecewise linear
-           = 1[y is no integer] / 6                 since y is strictly between 0 and 1 there, else 0 or 1
+           = 1[y /= 0] 1[y /= 1] / 6                since y is strictly between 0 and 1 there, else 0 or 1
     Kinks
         y'(-3) = y'(3) = 0, as in PyTorch.
     Memory
@@ -205,7 +201,7 @@ class Hardsigmoid(Elementwise):
 
     @staticmethod
     def df(y: Tensor) -> Tensor:
-        return indicator(torch.ne, y.frac(), 0, overwrite=True).div_(6)
+        return inside(y, 0, 1).div_(6)
 
 
 class Hardshrink(Elementwise):

@@ -244,7 +244,13 @@ class NLL(Rule):
         dim = class_dim(x)
         index, weight = NLL.class_and_weight(x, t, w, ctx.ignore_index)
         dx = (-g.unsqueeze(dim) * weight).to(x.dtype)  # (N, 1, ...)
-        return scattered(constant_zeros(x), dim, index, dx), None, None, None
+        if (
+            torch.compiler.is_compiling()
+        ):  # a comparison with the index, where inductor would scatter value by value
+            dx = constant_zeros(x).scatter(dim, index, 1) * dx
+        else:
+            dx = scattered(constant_zeros(x), dim, index, dx)
+        return dx, None, None, None
 
     @staticmethod
     def class_and_weight(x: Tensor, t: Tensor, w: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from manualprop.functions._elementwise import indicator
 from manualprop.functions._elementwise_loss import Curvature, ElementwiseLoss
-from manualprop.functions._rule import Rule, in_full_precision, plain_eager
+from manualprop.functions._rule import Rule, flat, in_full_precision, plain_eager
 from manualprop.functions.cross_entropy import constant_zeros, lifted, scattered
 
 
@@ -384,7 +384,8 @@ class MultiMargin(Rule):
         """dl/dx: the gradient of the loss with respect to the network's output, for each example."""
         t = t.reshape(*x.shape[:-1], 1)
         z = MultiMargin.missed(in_full_precision(x), t, m)
-        h = z.clamp(min=0).sign() if p == 1 else 2 * z.where(z.gt(0), 0)  # 0 for NaN, as in PyTorch
+        # 0 for NaN, as in PyTorch
+        h = flat(indicator(torch.gt, z.detach(), 0), z) if p == 1 else 2 * z.where(z.gt(0), 0)
         h = h * (1 / x.shape[-1] if w is None else w[t] / x.shape[-1])
         h = scattered(h, -1, t, torch.zeros_like(t, dtype=h.dtype))
         return scattered(h, -1, t, -h.sum(-1, keepdim=True))

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from manualprop.functions._kernels import in_rows
-from manualprop.functions._rule import Rule, in_full_precision, plain_eager
+from manualprop.functions._rule import HALF, Rule, in_full_precision, plain_eager
 
 
 def dot(a: Tensor, b: Tensor, dim: int) -> Tensor:
@@ -103,11 +104,13 @@ def softmax_gradient(g: Tensor, y: Tensor, dim: int) -> Tensor:
     return in_rows(_softmax_gradient, dim, g, y)
 
 
-def _softmax_gradient(g: Tensor, y: Tensor, dim: int) -> Tensor:
-    g, full_y = in_full_precision(g), in_full_precision(y)
-    difference = g - (g * full_y).sum(dim, True)
-    b = difference.mul_(full_y) if plain_eager() else difference * full_y
-    return b if b.dtype == y.dtype else b.to(y.dtype)
+def _softmax_gradient(g: Tensor, y: Tensor, dim: int, out: Tensor | None = None) -> Tensor:
+    if y.dtype not in HALF and plain_eager() and not is_legacy_batchedtensor(g):
+        gy = torch.mul(g, y, out=out)
+        return gy.addcmul_(y, gy.sum(dim, True), value=-1)  # y g - y <g, y>: a pass fewer
+    full_g, full_y = in_full_precision(g), in_full_precision(y)
+    b = (full_y * (full_g - dot(full_g, full_y, dim))).to(y.dtype)
+    return b if out is None else out.copy_(b)
 
 
 class LogSoftmax(Rule):
@@ -192,7 +195,10 @@ def log_softmax_gradient(g: Tensor, y: Tensor, dim: int) -> Tensor:
     return in_rows(_log_softmax_gradient, dim, g, y)
 
 
-def _log_softmax_gradient(g: Tensor, y: Tensor, dim: int) -> Tensor:
-    g, p = in_full_precision(g), in_full_precision(y).exp()
-    b = torch.addcmul(g, p, g.sum(dim, True), value=-1)
-    return b if b.dtype == y.dtype else b.to(y.dtype)
+def _log_softmax_gradient(g: Tensor, y: Tensor, dim: int, out: Tensor | None = None) -> Tensor:
+    if y.dtype not in HALF and plain_eager() and not is_legacy_batchedtensor(g):
+        p = torch.exp(y, out=out)
+        return torch.addcmul(g, p, g.sum(dim, True), value=-1, out=p)
+    full_g, p = in_full_precision(g), in_full_precision(y).exp()
+    b = (full_g - p * full_g.sum(dim, True)).to(y.dtype)
+    return b if out is None else out.copy_(b)

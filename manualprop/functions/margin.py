@@ -272,9 +272,11 @@ class CosineEmbedding(Rule):
 
     Derivation
         dc/da = b / sqrt(A B) - <a, b> a / (A sqrt(A B))           quotient rule: dA/da = 2 a
-              = (b sqrt(A / B) - c a) / A                          common denominator
+              = b / sqrt(A B) - c a / A
         dl/dc = -1[t = 1] + 1[t = -1] 1[c >= m]                    piecewise linear
-        dL/da = g dl/dc dc/da                                      chain rule; dL/db by exchange of a and b
+        dl/da = p b - q a,  dl/db = p a - q' b                     chain rule; dl/db by exchange of a and b
+        p = dl/dc / sqrt(A B),  q = c dl/dc / A,  q' = c dl/dc / B
+        dL/da = g dl/da,  dL/db = g dl/db
         dl = dl/dc (<dc/da, da> + <dc/db, db>)                     forward mode
     Kinks
         dl/dc = 1 at c = m for t = -1, as in PyTorch.
@@ -302,20 +304,28 @@ class CosineEmbedding(Rule):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         a, b, t = ctx.saved_tensors
         needs_a, needs_b, *_ = ctx.needs_input_grad
-        g = g.unsqueeze(-1)
-        da = (CosineEmbedding.output_gradient(a, b, t, ctx.m) * g).to(a.dtype) if needs_a else None
-        db = (CosineEmbedding.output_gradient(b, a, t, ctx.m) * g).to(b.dtype) if needs_b else None
+        full_a, full_b = in_full_precision(a), in_full_precision(b)
+        p, q, q2 = ((k * g).unsqueeze(-1) for k in CosineEmbedding.weights(full_a, full_b, t, ctx.m))
+        da = torch.addcmul(p * full_b, q, full_a, value=-1).to(a.dtype) if needs_a else None
+        db = torch.addcmul(p * full_a, q2, full_b, value=-1).to(b.dtype) if needs_b else None
         return da, db, None, None
+
+    @staticmethod
+    def weights(a: Tensor, b: Tensor, t: Tensor, m: float) -> tuple[Tensor, Tensor, Tensor]:
+        """p, q and q', one number for each example: dl/da = p b - q a and dl/db = p a - q' b."""
+        # As ATen's forward has it, so that a compiler takes these numbers from there.
+        A, B = ((v * v).sum(-1) + COSINE_EPS for v in (a, b))
+        root = (A * B).sqrt()
+        c = (a * b).sum(-1) / root
+        slope = t.eq(-1).logical_and(c.ge(m)).to(a.dtype) - t.eq(1).to(a.dtype)  # dl/dc
+        return slope / root, slope * c / A, slope * c / B
 
     @staticmethod
     def output_gradient(a: Tensor, b: Tensor, t: Tensor, m: float) -> Tensor:
         """dl/da: the gradient of the loss with respect to the network's output; dl/db with a and b exchanged."""
-        a, b, t = in_full_precision(a), in_full_precision(b), t.unsqueeze(-1)
-        A, B = ((v * v).sum(-1, keepdim=True) + COSINE_EPS for v in (a, b))
-        root = (A * B).sqrt()
-        c = (a * b).sum(-1, keepdim=True) / root
-        slope = t.eq(-1).logical_and(c.ge(m)).to(a.dtype) - t.eq(1).to(a.dtype)
-        return torch.addcmul((slope / root) * b, slope * c / A, a, value=-1)
+        a, b = in_full_precision(a), in_full_precision(b)
+        p, q, _ = (k.unsqueeze(-1) for k in CosineEmbedding.weights(a, b, t, m))
+        return torch.addcmul(p * b, q, a, value=-1)
 
     @staticmethod
     def jvp(ctx: Any, da: Tensor | None, db: Tensor | None, *_: None) -> Tensor:

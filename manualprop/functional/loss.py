@@ -287,7 +287,9 @@ def nll_loss(
     return reduced(loss, reduction, loss_dtype(input), mass)
 
 
-def _class_mass(target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
+def _class_mass(
+    target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype | None = None
+) -> Tensor:
     """The weights of the targets that count, summed: what a mean over them divides by."""
     counted = target.ne(ignore_index)
     return (counted if weight is None else weight[target.where(counted, 0)] * counted).sum(dtype=dtype)

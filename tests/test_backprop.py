@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import manualprop
 from manualprop import Backprop, descent, nn
@@ -279,6 +280,21 @@ def test_is_the_same_from_run_to_run() -> None:
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
 
 
+@pytest.mark.parametrize(
+    "loss", [nn.CrossEntropyLoss, nn.MSELoss, lambda: nn.CrossEntropyLoss(ignore_index=2)]
+)
+@pytest.mark.parametrize("rows", [1, 7, 32, 300])
+def test_a_new_step_goes_on_to_the_last_bit(loss: Callable[[], torch.nn.Module], rows: int) -> None:
+    """Its first steps on inputs of a shape are made otherwise than the later ones: a run may be resumed anywhere."""
+    row = Row("", loss=loss, rows=rows)
+    (ours, _), (theirs, _) = twins(row, torch.float32), twins(row, torch.float32)
+    x, t = examples(row, torch.float32)
+    step = Backprop(ours, loss(), made_descent(row))
+    for _ in range(8):
+        assert step(x, t) == Backprop(theirs, loss(), made_descent(row))(x, t)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
 def test_leaves_requires_grad_and_grad_alone() -> None:
     ours, _ = twins(ROWS[0])
     x, t = examples(ROWS[0])
@@ -300,6 +316,61 @@ def test_another_optimizer_gets_the_gradients_in_grad() -> None:
     expected = step.gradients(x, t)
     step(x, t)
     torch.testing.assert_close({n: p.grad for n, p in ours.named_parameters()}, expected)
+
+
+@pytest.mark.parametrize("register", ["one", "all"])
+def test_who_watches_the_optimizer_is_called_with_gradients(register: str) -> None:
+    ours, _ = twins(ROWS[0])
+    x, t = examples(ROWS[0])
+    plan = descent.MiniBatch(learning_rate=0.1, momentum=0.9)
+    step, reference = (Backprop(m, nn.CrossEntropyLoss(), plan) for m in (ours, copy.deepcopy(ours)))
+    step(x, t)
+    reference(x, t)
+    seen: list[float] = []
+
+    def watch(optimizer: Any, args: Any, kwargs: Any) -> None:
+        seen.append(sum(p.grad.norm().item() for p in ours.parameters() if p.grad is not None))
+
+    handles = (
+        [step.optimizer.register_step_pre_hook(watch), step.optimizer.register_step_post_hook(watch)]
+        if register == "one"
+        else [register_optimizer_step_pre_hook(watch), register_optimizer_step_post_hook(watch)]
+    )
+    expected = sum(g.norm().item() for g in step.gradients(x, t).values())
+    step(x, t)
+    for handle in handles:
+        handle.remove()
+    assert seen == pytest.approx([expected] * 2)
+    step(x, t)
+    assert len(seen) == 2
+    for _ in range(2):
+        reference(x, t)
+    assert distance(ours, reference.model) <= 1e-12
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}])
+def test_the_optimizer_keeps_what_torch_keeps(options: dict[str, float]) -> None:
+    """A checkpoint has the same entries, and either may go on from the other's."""
+    row = Row("", descent=options)
+    (ours, theirs), (x, t) = twins(row), examples(row)
+    step, plan = Backprop(ours, nn.CrossEntropyLoss(), made_descent(row)), made_descent(row)
+    optimizer = plan.make_optimizer(theirs.parameters())
+
+    def reference() -> None:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(theirs(x), t).backward()
+        optimizer.step()
+
+    for k in range(6):
+        step(x, t)
+        reference()
+        states = step.optimizer.state_dict(), optimizer.state_dict()
+        torch.testing.assert_close(*(s["state"] for s in states), rtol=1e-10, atol=1e-12)
+        assert states[0]["param_groups"] == states[1]["param_groups"]
+        if k == 3:
+            step.optimizer.load_state_dict(copy.deepcopy(states[1]))
+            optimizer.load_state_dict(copy.deepcopy(states[0]))
+    assert distance(ours, theirs) <= 1e-10
 
 
 def test_frozen_parameters_stay_and_cost_nothing() -> None:
@@ -397,15 +468,84 @@ def test_a_scheduler_moves_the_learning_rate() -> None:
         step(x, t)
 
 
-def test_keeps_nothing_after_the_step() -> None:
+def test_keeps_nothing_large_after_the_step() -> None:
     ours, _ = twins(ROWS[0], torch.float32)
     step = Backprop(ours, nn.CrossEntropyLoss(), descent.MiniBatch(learning_rate=0.1))
-    x, t = torch.randn(1000, FEATURES), torch.randint(CLASSES, (1000,))
-    step(x, t)
+    x, t = torch.randn(30_000, FEATURES), torch.randint(CLASSES, (30_000,))
+    for _ in range(4):
+        step(x, t)
     gc.collect()
-    sizes = {x.numel(), 1000 * 8}  # the output of the latest step is kept on purpose
+    sizes = {x.numel(), 30_000 * 8}  # the output of the latest step is kept on purpose
     alive = [o for o in gc.get_objects() if type(o) is Tensor and o is not x and o.numel() in sizes]
     assert not alive
+
+
+def test_an_output_stays_what_it_was() -> None:
+    """Steps on inputs of one shape write where the last one wrote, but not into what was handed out."""
+    for last in ([], [nn.Identity()], [torch.nn.Flatten()], [nn.Tanh()], [nn.Residual()]):
+        torch.manual_seed(0)
+        ours = nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, CLASSES), *last)
+        step = Backprop(ours, nn.MSELoss(), descent.MiniBatch(learning_rate=0.1))
+        outputs, expected = [], []
+        for _ in range(5):
+            x, t = torch.randn(3, FEATURES), torch.randn(3, CLASSES)
+            expected.append(ours(x).detach())
+            step(x, t)
+            outputs.append(step.output)
+        torch.testing.assert_close(outputs, expected)
+
+
+def test_shapes_dtypes_and_targets_may_change_from_step_to_step() -> None:
+    row = Row("", descent={"momentum": 0.5})
+    (ours, theirs), generator = twins(row), torch.Generator().manual_seed(0)
+    step, reference = Backprop(ours, nn.CrossEntropyLoss(), made_descent(row)), autograd_step(theirs, row)
+    for rows in (4, 4, 4, 1, 1, 1, 4, 2, 2, 2, 2):
+        x = torch.randn(rows, FEATURES, generator=generator, dtype=torch.float64)
+        t = torch.randint(CLASSES, (rows,), generator=generator)
+        if rows == 2:
+            t[0] = -100
+        assert step(x, t) == pytest.approx(reference(x, t), rel=1e-10)
+        probabilities = torch.full((rows, CLASSES), 1 / CLASSES, dtype=torch.float64)
+        assert step(x, probabilities) == pytest.approx(reference(x, probabilities), rel=1e-10)
+    assert distance(ours, theirs) <= 1e-10
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_bad_target_is_refused_in_every_step(rows: int) -> None:
+    ours, _ = twins(ROWS[0])
+    step = Backprop(ours, nn.CrossEntropyLoss(), descent.MiniBatch(learning_rate=0.1))
+    x, good = torch.ones(rows, FEATURES).double(), torch.zeros(rows, dtype=torch.long)
+    for _ in range(3):
+        step(x, good)
+        before = copy.deepcopy(ours.state_dict())
+        for bad in (CLASSES, -1):
+            with pytest.raises(IndexError, match="out of bounds"):
+                step(x, good + bad)
+        with pytest.raises(FloatingPointError, match="Got loss=nan"):
+            step(x, good - 100)
+        with pytest.raises(FloatingPointError, match="Got loss=nan"):
+            step(x * torch.nan, good)
+        torch.testing.assert_close(ours.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda model: model.double(),
+        lambda model: setattr(model[2].weight, "data", model[2].weight.data.clone() * 2),
+    ],
+)
+def test_parameters_that_moved_are_noticed(move: Callable[[torch.nn.Module], Any]) -> None:
+    ours, theirs = twins(ROWS[0], torch.float32)
+    row = ROWS[0]
+    step, reference = Backprop(ours, nn.CrossEntropyLoss(), made_descent(row)), autograd_step(theirs, row)
+    for k in range(6):
+        if k == 3:
+            move(ours)
+            move(theirs)
+        x, t = examples(row, next(ours.parameters()).dtype)
+        assert step(x, t) == pytest.approx(reference(x, t), rel=1e-5)
+    assert distance(ours, theirs) <= 1e-5
 
 
 def test_trace_names_every_step() -> None:

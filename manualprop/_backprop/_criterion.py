@@ -13,9 +13,11 @@ from torch.nn import Module
 
 from manualprop import functions as rules
 from manualprop import nn
-from manualprop._backprop._context import applications
+from manualprop._backprop._context import Application, applications
 from manualprop._backprop._stages import WAY_OUT, refusal
 from manualprop.descent import denominator
+from manualprop.functions._elementwise_loss import ElementwiseLoss
+from manualprop.functions._kernels import SMALLEST
 from manualprop.functions._narrow import log_softmax
 from manualprop.functions._rule import HALF
 
@@ -24,7 +26,10 @@ MEAN, SUM = 1, 2  # ATen's numbers of the reductions
 nll_loss: Any = (
     torch._C._nn.nll_loss_nd
 )  # what torch.nn.functional.nll_loss calls; its stub names other types
+minus_target = rules.CrossEntropy.minus_target
 
+# (loss, gradient), from (output, target)
+Repeated = Callable[[Tensor, Tensor], tuple[float, Tensor]]
 # (loss, its divisor, gradient), from (output, target, whether to divide)
 Evaluate = Callable[[Tensor, Tensor, bool], tuple[Tensor, "Tensor | float", Tensor]]
 
@@ -54,20 +59,103 @@ class Criterion:
     ) -> tuple[Tensor, Tensor | float, Tensor]:
         return self._evaluate(output, target, divide and not self.is_sum)
 
+    def repeated(self, x: Tensor, t: Tensor) -> Repeated:
+        """Loss and gradient of further outputs and targets of these shapes."""
+        if x.numel() >= SMALLEST or x.dtype in HALF:
+            return self.evaluate
+        if self._evaluate != self._cross_entropy:
+            return self._repeated_elementwise(x, t)
+        fits = x.dim() == 2 and t.dim() == 1 and t.dtype == torch.int64 and x.is_cpu
+        if not (self._counts_all and fits):
+            return self.evaluate
+        return self._repeated_for_one(x) if len(x) == 1 else self._repeated_cross_entropy(x)
+
+    def evaluate(self, x: Tensor, t: Tensor) -> tuple[float, Tensor]:
+        """Loss and gradient of any output and target."""
+        loss, _, g = self(x, t)
+        return loss.item(), g
+
+    def _repeated_cross_entropy(self, x: Tensor) -> Repeated:
+        reduction, ignored, general = SUM if self.is_sum else MEAN, self._ignored, self.evaluate
+        p: Any = None
+        minus_ones = self._minus(x)
+        count = torch.ones_like(self._count) if self.is_sum else self._count
+
+        def evaluate(x: Tensor, t: Tensor) -> tuple[float, Tensor]:
+            nonlocal p
+            log_p = log_softmax(x)
+            loss = nll_loss(log_p, t, None, reduction, ignored).item()
+            if p is None:
+                with torch.inference_mode(False):
+                    p = torch.empty_like(log_p)  # laid out as it is
+            torch.exp(log_p, out=p)
+            try:
+                minus_target(p, t.unsqueeze(1), minus_ones)
+            except RuntimeError:  # out of bounds: an ignored target, whose number is negative here
+                return general(x, t)
+            return loss, p.div_(count)
+
+        return evaluate
+
+    def _repeated_for_one(self, x: Tensor) -> Repeated:
+        """For one example, whose loss is read off: -log p of its class."""
+        p, minus_one, classes, general = (
+            torch.empty_like(x),
+            x.new_full((1,), -1.0),
+            x.shape[1],
+            self.evaluate,
+        )
+        row = p[0]
+
+        def evaluate(x: Tensor, t: Tensor) -> tuple[float, Tensor]:
+            target = t.item()
+            if not 0 <= target < classes:  # ignored, or an error
+                return general(x, t)
+            log_p = log_softmax(x)
+            torch.exp(log_p, out=p)
+            minus_target(row, t, minus_one)
+            return -log_p.tolist()[0][target], p  # quicker than an operation on one number
+
+        return evaluate
+
+    def _repeated_elementwise(self, x: Tensor, t: Tensor) -> Repeated:
+        """For a loss that pairs output and target element by element."""
+        if x.shape != t.shape or x.dtype != t.dtype or not _divides_by_shape(self.loss):
+            return self.evaluate
+        _, application = self._apply(x, t)
+        rule, (output, target, *p) = application.rule, application.arguments
+        plain = output is x and target is t and not any(isinstance(a, Tensor) for a in p)
+        if not (plain and issubclass(rule, ElementwiseLoss) and rule.partials[0] == "output_gradient"):
+            return self.evaluate
+        f, gradient, shape, dtype, general = rule.f, rule.output_gradient, t.shape, t.dtype, self.evaluate  # type: ignore[attr-defined]
+        # As a tensor: a number would become one each time.
+        scale = x.new_tensor(1.0 if self.is_sum else 1 / denominator(self.loss, x, t))
+
+        def evaluate(x: Tensor, t: Tensor) -> tuple[float, Tensor]:
+            if t.shape != shape or t.dtype is not dtype:
+                return general(x, t)
+            return f(x, t, *p).sum().mul_(scale).item(), gradient(x, t, *p).mul_(scale)
+
+        return evaluate
+
     def _by_rule(self, output: Tensor, target: Tensor, divide: bool) -> tuple[Tensor, Tensor | float, Tensor]:
         """Any loss whose forward is one application of one rule."""
-        losses, found = applications(self.unreduced.forward, output, target)
-        if len(found) != 1 or found[0].arguments[0].shape != output.shape:
-            raise TypeError(
-                refusal("loss", self.loss, "its forward is more than one application of one rule")
-            )
-        application = found[0]
+        losses, application = self._apply(output, target)
         divisor = 1.0 if self.is_sum else self._divisor(output, target)
         application.context.needs_input_grad = (True, *[False] * (len(application.arguments) - 1))
         scale = (1 / divisor if self.traced or divisor else math.nan) if divide else 1.0
         dx = application.backward(torch.ones_like(application.output) * scale)[0]
         assert dx is not None
         return losses.sum() * scale, divisor, dx.to(output.dtype)
+
+    def _apply(self, output: Tensor, target: Tensor) -> tuple[Tensor, Application]:
+        """The losses of the elements, and how they were made."""
+        losses, found = applications(self.unreduced.forward, output, target)
+        if len(found) != 1 or found[0].arguments[0].shape != output.shape:
+            raise TypeError(
+                refusal("loss", self.loss, "its forward is more than one application of one rule")
+            )
+        return losses, found[0]
 
     def _divisor(self, output: Tensor, target: Tensor) -> Tensor | float:
         indices = isinstance(self.loss, nn.CrossEntropyLoss | nn.NLLLoss) and not target.is_floating_point()
@@ -86,7 +174,7 @@ class Criterion:
         loss = nll_loss(log_p, t, None, MEAN if divide else SUM, self._ignored)
         p, rows = log_p.exp_(), t.shape[0]
         try:
-            dx = rules.CrossEntropy.minus_target(p, t.unsqueeze(1), self._minus(p))
+            dx = minus_target(p, t.unsqueeze(1), self._minus(p))
         except RuntimeError:  # out of bounds: an ignored target, whose number is negative here
             return self._weighted_cross_entropy(x, t, divide)
         if divide and rows != 1:
@@ -101,7 +189,7 @@ class Criterion:
         log_p = log_softmax(x.float() if x.dtype in HALF else x)
         loss, divisor = torch.ops.aten.nll_loss_forward.default(log_p, t, w, MEAN if divide else SUM, ignored)
         index, M = rules.NLL.class_and_weight(log_p, t, w, ignored)  # type: ignore[arg-type]
-        dx = rules.CrossEntropy.minus_target(log_p.exp_().mul_(M), index, -M)
+        dx = minus_target(log_p.exp_().mul_(M), index, -M)
         return loss, divisor, (dx.div_(divisor) if divide else dx).to(x.dtype)
 
     def _minus(self, p: Tensor) -> Tensor:
@@ -113,6 +201,10 @@ class Criterion:
                 len(p), dtype=p.dtype
             )  # as a tensor: a number would become one each time
         return kept
+
+
+def _divides_by_shape(loss: Module) -> bool:
+    return not (hasattr(loss, "denominator") or isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss))
 
 
 def _check(loss: Module) -> None:

@@ -22,16 +22,18 @@ class Destination:
         """Take a gradient of the parameter's shape."""
         raise NotImplementedError
 
-    def take_weight(self, g: Tensor, x: Tensor) -> None:
-        """Take the gradient of a Linear weight, from its factors."""
-        self.take(rules.Linear.weight_gradient(g, x))
+    def take_weight(self, g_t: Tensor, x: Tensor) -> None:
+        """Take the gradient of a Linear weight, from its factors: rows, and the transposed gradient that arrived."""
+        self.take(rules.Linear.weight_gradient(g_t.t(), x))
 
-    def take_bias(self, g: Tensor) -> None:
-        """Take the gradient of a Linear bias, from the gradient that arrived."""
-        self.take(rules.Linear.bias_gradient(g))
+    def take_bias(self, db: Tensor) -> None:
+        """Take the gradient of a Linear bias."""
+        self.take(db)
 
 
 Destinations = Mapping[Parameter, Destination]
+
+add_weight_gradient = rules.Linear.add_weight_gradient
 
 
 class Collect(Destination):
@@ -54,11 +56,11 @@ class Collect(Destination):
             self.gradient = torch.zeros_like(self.value)
         return self.gradient
 
-    def take_weight(self, g: Tensor, x: Tensor) -> None:
+    def take_weight(self, g_t: Tensor, x: Tensor) -> None:
         if self.gradient is None:
-            self.take(rules.Linear.weight_gradient(g, x))
+            super().take_weight(g_t, x)
         else:
-            rules.Linear.add_weight_gradient(self.gradient, g, x, 1.0)
+            add_weight_gradient(self.gradient, g_t, x, 1.0)
 
 
 class Descend(Destination):
@@ -69,14 +71,15 @@ class Descend(Destination):
     Without momentum D = G, and the update is one product:  W <- (1 - lr d) W - lr g^T x.
     """
 
-    def __init__(self, parameter: Parameter, group: Mapping[str, Any], state: dict[str, Any]) -> None:
+    def __init__(self, parameter: Parameter, group: Mapping[str, Any], states: dict[Any, Any]) -> None:
         super().__init__(parameter)
-        self.group, self.state = group, state
-        self.row = self.value.view(1, -1) if self.value.dim() == 1 else self.value
+        self.group, self.states, self.key = group, states, parameter
 
-    def buffers(self) -> list[Tensor]:
-        """What the update changes beside the parameter."""
-        return [buffer for buffer in self.state.values() if isinstance(buffer, Tensor)]
+    @property
+    def buffer(self) -> Tensor | None:
+        """The momentum's, where torch.optim.SGD keeps it: it makes no entry without one."""
+        buffer: Tensor | None = self.states.get(self.key, {}).get("momentum_buffer")
+        return buffer
 
     def take(self, gradient: Tensor) -> None:
         group, W = self.group, self.value
@@ -93,45 +96,45 @@ class Descend(Destination):
         self.value.add_(direction, alpha=-self.group["lr"])
 
     def _momentum(self, gradient: Tensor) -> Tensor:
-        buffer: Tensor | None = self.state.get("momentum_buffer")
+        buffer = self.buffer
         if buffer is None:  # the first gradient is not dampened
             with torch.inference_mode(False):  # it outlives the step, and goes into checkpoints
-                buffer = self.state["momentum_buffer"] = torch.empty_like(self.value)
+                buffer = self.states[self.key]["momentum_buffer"] = torch.empty_like(self.value)
             return buffer.copy_(gradient)
         dampening = self.group["dampening"]
         return buffer.mul_(self.group["momentum"]).add_(
             gradient * (1 - dampening) if on(dampening) else gradient
         )
 
-    def take_weight(self, g: Tensor, x: Tensor) -> None:
-        group, W = self.group, self.value
-        lr = -group["lr"] if group["maximize"] else group["lr"]
+    def take_weight(self, g_t: Tensor, x: Tensor) -> None:
+        group = self.group
         if group["momentum"]:
-            self._take_weight_with_momentum(g, x)
-        elif group["weight_decay"]:
-            rules.Linear.add_weight_gradient(W, g, x, -lr, 1 - group["lr"] * group["weight_decay"])
+            self._take_weight_with_momentum(g_t, x)
+            return
+        scale = group["lr"] if group["maximize"] else -group["lr"]
+        if group["weight_decay"]:
+            add_weight_gradient(self.value, g_t, x, scale, 1 - group["lr"] * group["weight_decay"])
         else:
-            rules.Linear.add_weight_gradient(W, g, x, -lr)
+            add_weight_gradient(self.value, g_t, x, scale)
 
-    def _take_weight_with_momentum(self, g: Tensor, x: Tensor) -> None:
-        group, W = self.group, self.value
-        buffer = self.state.get("momentum_buffer")
+    def _take_weight_with_momentum(self, g_t: Tensor, x: Tensor) -> None:
+        group, W, buffer = self.group, self.value, self.buffer
         if group["nesterov"] or buffer is None:
-            self.take(rules.Linear.weight_gradient(g, x))
+            super().take_weight(g_t, x)
             return
         kept = 1 - group["dampening"]
         scale = -kept if group["maximize"] else kept
-        rules.Linear.add_weight_gradient(buffer, g, x, scale, group["momentum"])
+        add_weight_gradient(buffer, g_t, x, scale, group["momentum"])
         if group["weight_decay"]:
             buffer.add_(W, alpha=kept * group["weight_decay"])
         W.add_(buffer, alpha=-group["lr"])
 
-    def take_bias(self, g: Tensor) -> None:
+    def take_bias(self, db: Tensor) -> None:
         group = self.group
         if group["momentum"] or group["weight_decay"]:
-            self.take(rules.Linear.bias_gradient(g))
+            self.take(db)
         else:
-            rules.Linear.add_bias_gradient(self.row, g, group["lr"] if group["maximize"] else -group["lr"])
+            self.value.add_(db, alpha=group["lr"] if group["maximize"] else -group["lr"])
 
 
 class Factors(Destination):
@@ -144,11 +147,8 @@ class Factors(Destination):
     def take(self, gradient: Tensor) -> None:
         self.method, self.made = "take", [gradient]
 
-    def take_weight(self, g: Tensor, x: Tensor) -> None:
-        self.method, self.made = "take_weight", [g, x]
-
-    def take_bias(self, g: Tensor) -> None:
-        self.method, self.made = "take_bias", [g]
+    def take_weight(self, g_t: Tensor, x: Tensor) -> None:
+        self.method, self.made = "take_weight", [g_t, x]
 
 
 HYPERPARAMETERS = ("lr", "momentum", "dampening", "weight_decay")
@@ -165,17 +165,18 @@ class Guarded(Descend):
     The hyperparameters that are not 0 come as tensors, so that a scheduler may move them without a new graph.
     """
 
-    def __init__(self, parameter: Parameter, group: Mapping[str, Any], state: dict[str, Any]) -> None:
-        self.originals = {"": parameter.detach()} | {
-            name: buffer for name, buffer in state.items() if isinstance(buffer, Tensor)
-        }
-        super().__init__(parameter, group, {name: buffer.clone() for name, buffer in self.originals.items()})
-        self.value = self.state[""]
+    def __init__(self, parameter: Parameter, group: Mapping[str, Any], buffer: Tensor | None) -> None:
+        buffers = {} if buffer is None else {"momentum_buffer": buffer}
+        state = {name: buffer.clone() for name, buffer in buffers.items()}
+        super().__init__(parameter, group, {parameter: state})
+        self.originals = [self.value, *buffers.values()]
+        self.value = self.value.clone()
+        self.changed = [self.value, *state.values()]
 
     def _move(self, direction: Tensor) -> None:
         self.value.sub_(direction * self.group["lr"])
 
     def commit(self, well: Tensor) -> None:
         """Make the update real where ``well`` is true."""
-        for name, original in self.originals.items():
-            original.copy_(torch.where(well, self.state[name], original))
+        for original, changed in zip(self.originals, self.changed, strict=True):
+            original.copy_(torch.where(well, changed, original))

@@ -8,7 +8,8 @@ Symbols
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,12 @@ from manualprop import nn
 from manualprop._backprop._context import Application, applications
 from manualprop._backprop._destinations import Destinations
 from manualprop.functions import Elementwise
+from manualprop.functions._kernels import SMALLEST
+from manualprop.functions._rule import HALF
+from manualprop.functions.linear import rows
+
+Forward = Callable[[Tensor], Tensor]
+Backward = Callable[[Tensor], "Tensor | None"]
 
 
 class Stage:
@@ -28,6 +35,9 @@ class Stage:
     def __init__(self, path: str, layer: Module) -> None:
         self.path, self.layer = path, layer
         self.needs_dx = True  # whether a layer before has anything to learn
+        self.learns = False  # whether it has something to learn itself
+        self.owns_x = False  # whether the input is nobody else's, and may be written over
+        self.owns_g = False  # whether the gradient that arrives is nobody else's, and may be written over
 
     def parameters(self) -> list[Parameter]:
         """The parameters that this stage trains."""
@@ -47,18 +57,35 @@ class Stage:
     def need(self, before: bool) -> bool:
         """Settle ``needs_dx``, given whether a layer before learns; return whether one up to here does."""
         self.needs_dx = before
-        return before or bool(self.parameters())
+        self.learns = bool(self.parameters())
+        return before or self.learns
 
     def send(self, to: Destinations) -> None:
         """Settle where the gradients of the parameters go."""
         self.to = to
 
+    def kept(self) -> int:
+        """How many elements are kept from step to step for ``repeated``."""
+        return 0
 
-multiply_and_add, input_gradient = rules.Linear.forward, rules.Linear.input_gradient
+    def repeated(self) -> tuple[Forward, Backward]:
+        """Forward and backward propagation for further inputs of the last one's shape."""
+        return self.forward, self.backward
+
+
+multiply_and_add, multiply_and_add_into = rules.Linear.forward, rules.Linear.forward_into
+input_gradient, bias_gradient = rules.Linear.input_gradient, rules.Linear.bias_gradient
+bias_gradient_of_few = rules.Linear.bias_gradient_of_few
+
+FEW = (
+    2**11
+)  # rows whose gradients may be added one after the other; more are added by halves, which rounds less
 
 
 class Affine(Stage):
     """Multiply by the weights, add the biases: :class:`manualprop.nn.Linear`."""
+
+    is_last = False  # of its kind: then y may be the model's output, which the caller may want to keep
 
     def send(self, to: Destinations) -> None:
         W: Any = self.layer.weight
@@ -69,6 +96,7 @@ class Affine(Stage):
 
     def forward(self, x: Tensor) -> Tensor:
         self.x = x
+        self.shape: torch.Size = x.shape
         return multiply_and_add(x, self.W, self.b)
 
     def backward(self, g: Tensor) -> Tensor | None:
@@ -76,10 +104,68 @@ class Affine(Stage):
         del self.x
         dx = input_gradient(g, self.W) if self.needs_dx else None
         if self.W_to is not None:  # after dx: the update may be folded in
-            self.W_to.take_weight(g, x)
+            self.W_to.take_weight(rows(g).t(), rows(x))
         if self.b_to is not None:
-            self.b_to.take_bias(g)
+            self.b_to.take_bias(self._bias_gradient(g))
         return dx
+
+    def _bias_gradient(self, g: Tensor) -> Tensor:
+        """To the last bit what ``repeated`` makes: a resumed run starts here where the other one goes on there."""
+        g = rows(g)
+        N, O = g.shape
+        return (
+            bias_gradient_of_few(g.t(), g.new_ones(N), g.new_empty(O)) if 1 < N <= FEW else bias_gradient(g)
+        )
+
+    def kept(self) -> int:
+        elements: int = self.shape[:-1].numel() * sum(self.W.shape)
+        return elements
+
+    def repeated(self) -> tuple[Forward, Backward]:
+        """What is written is written where it was the last time, and views are made once.
+
+        Making a tensor or a view takes as long as a small product.
+        """
+        if len(self.shape) != 2:
+            return self.forward, self.backward
+        W, W_to, b_to, needs_dx = self.W, self.W_to, self.b_to, self.needs_dx
+        N, (O, I) = self.shape[0], W.shape
+        few = N <= FEW
+        W_t, ones, zero = W.t(), W.new_ones(N), W.new_zeros(())
+        b = (zero if self.b is None else self.b).expand(N, O)
+        y = None if self.is_last else W.new_empty(N, O)
+        dx = W.new_empty(N, I) if needs_dx else None
+        kept = last_g = g_t = only_row = zero
+        db = W.new_empty(O)
+
+        def forward(x: Tensor) -> Tensor:
+            nonlocal kept
+            kept = x
+            return multiply_and_add_into(y, x, W_t, b)
+
+        def backward(g: Tensor) -> Tensor | None:
+            nonlocal last_g, g_t, only_row
+            if g is not last_g:  # most often it is: whoever made it writes where it wrote the last time, too
+                last_g, g_t, only_row = g, g.t(), g[0]
+            if needs_dx:
+                input_gradient(g, W, dx)
+            if W_to is not None:  # after dx: the update may be folded in
+                W_to.take_weight(g_t, kept)
+            if b_to is not None:
+                b_to.take_bias(
+                    only_row if N == 1 else bias_gradient_of_few(g_t, ones, db) if few else bias_gradient(g)
+                )
+            return dx
+
+        return forward, backward
+
+
+# The same function, written over its argument, of activations that are written in their output.
+IN_PLACE: Mapping[type[Elementwise], Callable[[Tensor], Tensor]] = {
+    rules.ReLU: torch.relu_,
+    rules.Sigmoid: torch.sigmoid_,
+    rules.Tanh: torch.tanh_,
+}
 
 
 class Activation(Stage):
@@ -92,12 +178,39 @@ class Activation(Stage):
     def forward(self, x: Tensor) -> Tensor:
         y = self.rule.f(x, *self.p)
         self.s = y if self.saves_output else x
+        self.is_small = x.numel() < SMALLEST and x.dtype not in HALF
         return y
 
     def backward(self, g: Tensor) -> Tensor | None:
         s = self.s
         del self.s
-        return self.rule.chain.product(g, s, *self.p) if self.needs_dx else None
+        if not self.needs_dx:
+            return None
+        chain = self.rule.chain
+        return chain.product_over(g, s, *self.p) if self.owns_g else chain.product(g, s, *self.p)
+
+    def repeated(self) -> tuple[Forward, Backward]:
+        if not (self.is_small and self.owns_g and self.needs_dx):
+            return self.forward, self.backward
+        f, df, saves_output = self._of_one(self.rule.f), self._of_one(self.rule.df), self.saves_output
+        if self.owns_x:
+            f = IN_PLACE.get(self.rule, f)
+        s: Any = None
+
+        def forward(x: Tensor) -> Tensor:
+            nonlocal s
+            y = f(x)
+            s = y if saves_output else x
+            return y
+
+        def backward(g: Tensor) -> Tensor:
+            return g.mul_(df(s))  # the chain rule, as in chain.product_over
+
+        return forward, backward
+
+    def _of_one(self, formula: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        p = self.p
+        return (lambda argument: formula(argument, *p)) if p else formula
 
 
 class Applied(Stage):
@@ -111,7 +224,7 @@ class Applied(Stage):
 
     def backward(self, g: Tensor) -> Tensor | None:
         application = self.application
-        del self.application
+        self.application = None
         if application is None:
             return g
         self._want(application)
@@ -176,6 +289,9 @@ class Chained(Stage):
     def __init__(self, path: str, layer: Module, chain: Sequence[Stage]) -> None:
         super().__init__(path, layer)
         self.chain = chain
+        for stage, after in itertools.pairwise(chain):
+            stage.owns_g = isinstance(after, Affine)  # whose dx is the product that it made
+            after.owns_x = isinstance(stage, Affine)
 
     def forward(self, x: Tensor) -> Tensor:
         for stage in self.chain:
@@ -199,6 +315,7 @@ class Chained(Stage):
         self.needs_dx = before
         for stage in self.chain:
             before = stage.need(before)
+        self.learns = any(stage.learns for stage in self.chain)
         return before
 
 
@@ -232,8 +349,17 @@ class Added(Stage):
 
     def need(self, before: bool) -> bool:
         self.needs_dx = before
-        learns = [branch.need(before) for branch in self.branches]
-        return before or any(learns)
+        for branch in self.branches:
+            branch.need(before)
+        self.learns = any(branch.learns for branch in self.branches)
+        return before or self.learns
+
+
+def flat(stage: Stage) -> list[Stage]:
+    """The stages in the order of their work, those of nested chains among them."""
+    if isinstance(stage, Chained):
+        return [inner for within in stage.chain for inner in flat(within)]
+    return [stage]
 
 
 # ----- from a model to its stages -----

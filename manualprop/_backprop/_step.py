@@ -12,21 +12,26 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import SGD, Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from manualprop._backprop._criterion import Criterion
+from manualprop._backprop._criterion import Criterion, Repeated
 from manualprop._backprop._destinations import Collect, Descend, Destinations, Factors, Guarded
 from manualprop._backprop._graph import Body, Graphs, Hyperparameters, with_tensors
-from manualprop._backprop._stages import Added, Chained, build
+from manualprop._backprop._stages import Added, Affine, Backward, Chained, Forward, build, flat
 from manualprop._backprop._trace import Record, headline, observed, record
 from manualprop.descent import Batch, Descent, check_splittable, is_sum
 
 Collected = Mapping[Parameter, Collect]
+
+KEPT = (
+    2**20
+)  # elements kept from step to step, at most; with more, making tensors is nothing beside the work on them
 
 
 class Backprop:
@@ -36,7 +41,9 @@ class Backprop:
     Flatten, Unflatten, Identity and Dropout), with :class:`manualprop.nn.Residual` and
     :class:`manualprop.nn.Parallel` for branches.  Where the descent is plain or momentum gradient descent, the update
     is folded into the product that makes the gradient, and no gradient is ever stored.  After N steps the weights
-    are those of torch.nn, autograd and the same optimizer, to rounding.
+    are those of torch.nn, autograd and the same optimizer, to rounding.  From the third step on inputs of one small
+    shape, a step writes its tensors where the last one did (2^20 elements at most); never over an output.  Where
+    somebody registered hooks of the optimizer's step, the gradients are handed to the optimizer, which calls them.
 
     Args:
         model: to be trained, in place.
@@ -91,7 +98,8 @@ class Backprop:
         """Settle who learns, and where its gradient goes."""
         self._parameters, self._modules = list(self.model.parameters()), list(self.model.modules())
         self._groups = self.optimizer.param_groups
-        self._flags = [p.requires_grad for p in self._parameters]
+        self._seen = [(p, p.requires_grad, p.data_ptr()) for p in self._parameters]
+        self._hooks = self._has_hooks()
         self.stage.need(False)
         self._leaves = leaves = [s for s in self.stage.stages() if not isinstance(s, Chained | Added)]
         uses = Counter(p for leaf in leaves for p in leaf.parameters())
@@ -103,15 +111,19 @@ class Backprop:
             self.optimizer.add_param_group({"params": missing})
             groups |= dict.fromkeys(missing, self._groups[-1])
         clips = self.descent.clip_gradient_norm is not None or self.descent.clip_gradient_value is not None
-        self._folds = type(self.optimizer) is SGD and not clips
-        self._descend = (
-            {p: Descend(p, groups[p], self.optimizer.state[p]) for p in self._learning} if self._folds else {}
-        )
+        self._folds = type(self.optimizer) is SGD and not clips and not self._hooks
+        states = self.optimizer.state
+        self._descend = {p: Descend(p, groups[p], states) for p in self._learning} if self._folds else {}
         self._methods: list[tuple[str, int]] = []
         self._micro = self.descent.micro_batch_size if isinstance(self.descent, Batch) else None
         self._by_update = self.lr_scheduler is not None and self.descent.lr_scheduler_interval == "update"
-        self._inference = torch.inference_mode()
+        self._is_plain = self._folds and not self._ties and self._graphs is None and self._micro is None
         self._numbers = Hyperparameters(self._parameters[0].device)
+        self._last: tuple[torch.Size, torch.dtype] | None = None
+        self._forget()
+        affine = [leaf for leaf in leaves if isinstance(leaf, Affine)]
+        for leaf in affine:
+            leaf.is_last = leaf is affine[-1]
         if self._graphs is not None:
             self._graphs = Graphs(self._graphs.compile, self._graphs.capture)
         self._send(self._descend)
@@ -127,21 +139,33 @@ class Backprop:
             FloatingPointError: for a loss that is not finite; no weight was changed.
         """
         self._check()
-        whole = self._micro is None or self._micro >= len(x)
-        if not (whole and self._folds):
-            loss = self._collect_and_update(x, target)
-        elif self._graphs is not None and self._graphs.capture and self._has_buffers():
-            loss = self._run_graph(x, target)
-        elif self._ties:
-            loss = self._collect_and_update(x, target)
-        elif self._graphs is not None and self._graphs.compile:
-            loss = self._run_factors(x, target)
+        if x.shape == self._shape and x.dtype is self._dtype:
+            with torch._C._InferenceMode(True):  # what torch.inference_mode enters, at half the price
+                loss = self._repeat(x, target)
         else:
-            with self._inference:
-                loss, _ = self._propagate(x, target)
+            loss = self._step(x, target)
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what a scheduler looks for
         if self._by_update:
             self.lr_scheduler.step()  # type: ignore[union-attr]
+        return loss
+
+    def _step(self, x: Tensor, target: Tensor) -> float:
+        """One step of any kind."""
+        whole = self._micro is None or self._micro >= len(x)
+        if not (whole and self._folds):
+            return self._collect_and_update(x, target)
+        if self._graphs is not None and self._graphs.capture and self._has_buffers():
+            return self._run_graph(x, target)
+        if self._ties:
+            return self._collect_and_update(x, target)
+        if self._graphs is not None and self._graphs.compile:
+            return self._run_factors(x, target)
+        with torch.inference_mode():
+            loss, _ = self._propagate(x, target)
+        self._forget()
+        if self._is_plain and self._last == (x.shape, x.dtype):
+            self._prepare(x, target)
+        self._last = x.shape, x.dtype
         return loss
 
     def _send(self, to: Destinations) -> None:
@@ -155,11 +179,23 @@ class Backprop:
                 "give the model the precision with model.to(dtype)."
             )
         # A resumed optimizer has other groups and states than before.
-        if (
-            self._flags != [p.requires_grad for p in self._parameters]
-            or self._groups is not self.optimizer.param_groups
-        ):
+        if self._groups is not self.optimizer.param_groups or self._has_hooks() is not self._hooks:
             self._plan()
+        for parameter, learns, memory in self._seen:
+            if (
+                parameter.requires_grad is not learns or parameter.data_ptr() != memory
+            ):  # model.double() moves it
+                return self._plan()
+
+    def _has_hooks(self) -> bool:
+        """Whether somebody watches the optimizer's step: it is called then, with the gradients in ``.grad``."""
+        optimizer: Any = self.optimizer
+        return bool(
+            optimizer._optimizer_step_pre_hooks
+            or optimizer._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+        )
 
     @contextmanager
     def _sending(self, to: Destinations) -> Iterator[None]:
@@ -181,14 +217,53 @@ class Backprop:
         """Forward propagation, loss, gradient of the loss, backward propagation; the loss and its divisor."""
         self.output = output = self.stage.forward(x)
         loss, divisor, g = self.criterion(output, target, divide)
-        value = self._finite(loss)
+        value = loss.item()
+        if not math.isfinite(value):
+            self._refuse(value)
         self.stage.backward(g)
         return value, divisor
 
+    # ----- steps on inputs of one shape -----
+
+    def _forget(self) -> None:
+        """Let go of what was prepared for further inputs of one shape."""
+        self._shape: torch.Size | None = None
+        self._dtype: torch.dtype | None = None
+        self._forwards: list[Forward] = []
+        self._backwards: list[Backward] = []
+        self._evaluate: Repeated = self.criterion.evaluate
+
+    def _prepare(self, x: Tensor, target: Tensor) -> None:
+        """Lay out further steps on inputs of this shape: a list of what is to be called, and the tensors to write into."""
+        chain = flat(self.stage)
+        if sum(stage.kept() for stage in chain) > KEPT:
+            return
+        ways = [stage.repeated() for stage in chain]
+        first = next(i for i, stage in enumerate(chain) if stage.learns)
+        self._forwards = [forward for forward, _ in ways]
+        self._backwards = [backward for _, backward in reversed(ways[first:])]
+        self._evaluate = self.criterion.repeated(self.output, target)
+        self._shape, self._dtype = x.shape, x.dtype
+
+    def _repeat(self, x: Tensor, target: Tensor) -> float:
+        """What ``_propagate`` does, as it was prepared."""
+        for forward in self._forwards:
+            x = forward(x)
+        self.output = x
+        loss, g = self._evaluate(x, target)
+        if not math.isfinite(loss):
+            self._refuse(loss)
+        for backward in self._backwards:
+            g = backward(g)  # type: ignore[assignment]  # None from the first that learns alone
+        return loss
+
     def _finite(self, loss: Tensor) -> float:
         value = loss.item()
-        if math.isfinite(value):
-            return value
+        if not math.isfinite(value):
+            self._refuse(value)
+        return value
+
+    def _refuse(self, value: float) -> NoReturn:
         raise FloatingPointError(
             f"Backprop: the loss must stay finite. Got loss={value} with learning rate {self._groups[0]['lr']:g}; no "
             "weight was changed. Try a smaller learning rate, and look for nan or huge values in the data."
@@ -199,7 +274,7 @@ class Backprop:
     def _has_buffers(self) -> bool:
         """Whether no buffer of the momentum is missing: the first step makes them, and is a plain one."""
         return all(
-            destination.state.get("momentum_buffer") is not None
+            destination.buffer is not None
             for destination in self._descend.values()
             if destination.group["momentum"]
         )
@@ -222,8 +297,8 @@ class Backprop:
 
     def _changed(self) -> list[Tensor]:
         """What a step changes in place."""
-        buffers = [buffer for destination in self._descend.values() for buffer in destination.buffers()]
-        return [*self._parameters, *self.model.buffers(), *buffers]
+        buffers = [destination.buffer for destination in self._descend.values()]
+        return [*self._parameters, *self.model.buffers(), *(b for b in buffers if b is not None)]
 
     def _whole_step(self, x: Tensor, target: Tensor, *numbers: Tensor) -> tuple[Tensor, ...]:
         """Loss and output; each weight is changed only if the loss is finite."""
@@ -231,7 +306,7 @@ class Backprop:
         loss, _, output, *gradients = self._gradients(x, target)
         updates = []
         for (p, destination), gradient in zip(self._descend.items(), gradients, strict=True):
-            updates.append(Guarded(p, groups[id(destination.group)], destination.state))
+            updates.append(Guarded(p, groups[id(destination.group)], destination.buffer))
             updates[-1].take(gradient)
         finite = loss.isfinite()
         for update in updates:

@@ -101,13 +101,6 @@ def inside(y: Tensor, a: float, b: float) -> Tensor:
     return indicator(torch.ne, y, a).mul_(indicator(torch.ne, y, b))
 
 
-def one_minus(a: Tensor, b: Tensor) -> Tensor:
-    """``1 - a * b``, a fresh tensor: one pass over the memory, and one rounding where the processor can."""
-    if plain_eager() and a.is_cpu and _takes_constants(a):
-        return torch.addcmul(_bound(1), a, b, value=-1)
-    return 1 - a * b
-
-
 def _takes_constants(s: Tensor) -> bool:
     """Whether ``s`` mixes with a constant of :func:`_bound`: a fake or distributed tensor does not.
 
@@ -129,10 +122,22 @@ def _bound(value: float) -> Tensor:
     return found
 
 
+_ones = {dtype: torch.ones((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
+
+
+def one_minus(a: Tensor, b: Tensor) -> Tensor:
+    """``1 - a * b``, a fresh tensor: one pass over the memory, and one rounding where the processor can."""
+    one = _ones.get(a.dtype)
+    if one is None or type(a) is not Tensor or type(b) is not Tensor or not (a.is_cpu and plain_eager()):
+        return 1 - a * b
+    return torch.addcmul(one, a, b, value=-1)
+
+
 class Chain(Rule):
     """``dx = g * df(s)``: linear in ``g``, with slope ``g * ddf(s)`` in ``s``.  One subclass for each rule."""
 
     product: ClassVar[Callable[..., Tensor]]
+    product_over: ClassVar[Callable[..., Tensor]]  # the same, written over g where that saves a tensor
 
 
 def _chain(rule: type[Elementwise]) -> type[Chain]:
@@ -148,6 +153,11 @@ def _chain(rule: type[Elementwise]) -> type[Chain]:
         if s.numel() < _kernels.SMALLEST:
             return formula(g, s, *p)
         return by_parts(formula, p, g, s, blocks=blocks)
+
+    def product_over(g: Tensor, s: Tensor, *p: float) -> Tensor:
+        if s.numel() < _kernels.SMALLEST and s.dtype not in HALF:
+            return g.mul_(df(s, *p))
+        return by_parts(formula, p, g, s, blocks=blocks, out=g)
 
     def curvature(g: Tensor, s: Tensor, t: Tensor, *p: float) -> Tensor:
         if ddf is None:
@@ -179,7 +189,7 @@ def _chain(rule: type[Elementwise]) -> type[Chain]:
         first, *rest = (term for term in terms if term is not None)
         return sum(rest, first)
 
-    methods = (product, forward, setup_context, backward, jvp)
+    methods = (product, product_over, forward, setup_context, backward, jvp)
     cls: type[Chain] = type(
         f"{rule.__name__}Chain",
         (Chain,),

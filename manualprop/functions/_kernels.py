@@ -60,10 +60,16 @@ class kernels:  # used as a function, as torch.set_grad_enabled is
         _backend = self._before
 
 
-def by_parts(formula: Formula, p: tuple[float, ...], *tensors: Tensor, blocks: bool = True) -> Tensor:
+def by_parts(
+    formula: Formula,
+    p: tuple[float, ...],
+    *tensors: Tensor,
+    blocks: bool = True,
+    out: Tensor | None = None,
+) -> Tensor:
     """``formula(*tensors, *p)`` of tensors of one shape; if they are large, compiled or in ``blocks``, if these help.
 
-    ``formula`` takes ``out=``, a tensor for its result, if given.
+    ``formula`` takes ``out=``, a tensor for its result, if given.  So may this: one of the tensors may be given away.
 
     A large temporary costs a page fault every few kilobytes, which takes longer than the arithmetic on it: in
     blocks, what a formula makes on its way stays in the cache.
@@ -71,13 +77,13 @@ def by_parts(formula: Formula, p: tuple[float, ...], *tensors: Tensor, blocks: b
     last = tensors[-1]
     count, kernel = last.numel(), _backend != "eager"
     if count < (LARGE_COMPILED if kernel else LARGE) or (flat := flattened(*tensors)) is None:
-        return formula(*tensors, *p)
+        return formula(*tensors, *p) if out is None else formula(*tensors, *p, out=out)
     if kernel:
         return _compiled(formula, p, flat, torch.empty_like(last))
     block = BLOCK * torch.get_num_threads()
     if not blocks or not last.is_cpu or count < 2 * block:
-        return formula(*tensors, *p)
-    out = torch.empty_like(last)
+        return formula(*tensors, *p) if out is None else formula(*tensors, *p, out=out)
+    out = torch.empty_like(last) if out is None else out
     target = out.as_strided((out.numel(),), (1,))
     for piece, *pieces in zip(*(t.split(block) for t in (target, *flat)), strict=True):
         formula(*pieces, *p, out=piece)

@@ -7,6 +7,7 @@ Shape legend
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -52,9 +53,14 @@ class Linear(Rule):
         return dx, dW, db
 
     @staticmethod
-    def input_gradient(g: Tensor, W: Tensor) -> Tensor:
-        """dL/dx: the chain rule to the layer before."""
-        return g.matmul(W)  # (N, O) (O, I) -> (N, I)
+    def forward_into(y: Tensor | None, x: Tensor, W_t: Tensor, b: Tensor) -> Tensor:
+        """``forward`` of rows, into ``y`` where it is given, from views made once: W transposed, b as wide as y."""
+        return torch.addmm(b, x, W_t, out=y)  # (N, I) (I, O) + (N, O) -> (N, O)
+
+    @staticmethod
+    def input_gradient(g: Tensor, W: Tensor, dx: Tensor | None = None) -> Tensor:
+        """dL/dx: the chain rule to the layer before; of rows into ``dx``, where it is given."""
+        return g.matmul(W) if dx is None else torch.mm(g, W, out=dx)  # (N, O) (O, I) -> (N, I)
 
     @staticmethod
     def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
@@ -67,16 +73,17 @@ class Linear(Rule):
         return rows(g).sum(0)  # (N, O) -> (O,)
 
     @staticmethod
-    def add_weight_gradient(into: Tensor, g: Tensor, x: Tensor, scale: float, keep: float = 1.0) -> None:
-        """``into <- keep * into + scale * dL/dW``, one product in place: dW itself is never stored."""
-        if x.dim() != 2:
-            g, x = rows(g), rows(x)
-        into.addmm_(g.t(), x, alpha=scale, beta=keep)  # (O, N) (N, I) -> (O, I)
+    def bias_gradient_of_few(g_t: Tensor, ones: Tensor, db: Tensor) -> Tensor:
+        """dL/db as a product with N ones, into ``db``: quicker than a sum where N is small."""
+        return torch.mv(g_t, ones, out=db)  # (O, N) (N,) -> (O,)
 
     @staticmethod
-    def add_bias_gradient(into: Tensor, g: Tensor, scale: float) -> None:
-        """``into <- into + scale * dL/db``, where ``into`` is (1, O)."""
-        into.add_(g if g.shape == into.shape else rows(g).sum(0), alpha=scale)  # (N, O) -> (O,)
+    def add_weight_gradient(into: Tensor, g_t: Tensor, x: Tensor, scale: float, keep: float = 1.0) -> None:
+        """``into <- keep * into + scale * dL/dW``, one product in place: dW itself is never stored."""
+        if keep == 1:
+            into.addmm_(g_t, x, alpha=scale)  # (O, N) (N, I) -> (O, I)
+        else:
+            into.addmm_(g_t, x, alpha=scale, beta=keep)
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dW: Tensor | None, db: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -50,6 +50,10 @@ class Engine(ABC):
     @abstractmethod
     def update(self, x: Tensor, target: Tensor) -> tuple[float, Tensor]:
         """Make one update from all of its examples; return the loss before it and the output."""
+
+    def updates(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[float, Tensor]]:
+        """Make one update from each pair of inputs and targets; see `update`."""
+        return [self.update(x, target) for x, target in pairs]
 
     @abstractmethod
     def add(self, x: Tensor, target: Tensor) -> tuple[float, float, Tensor]:
@@ -113,6 +117,20 @@ class TapeFree(Engine):
             1
         )  # as LightningOptimizer.step does, which a folded update does not go through
         return loss, self.backprop.output
+
+    def updates(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[float, Tensor]]:
+        """Make many updates, which are counted together; see `Engine.updates`."""
+        made: list[tuple[float, Tensor]] = []
+        backprop = self.backprop
+        for x, target in pairs:
+            try:
+                made.append((backprop(x, target), backprop.output))
+            except FloatingPointError:
+                self._made.increment_by(len(made))
+                self._refuse(backprop, target)
+                raise
+        self._made.increment_by(len(made))
+        return made
 
     def add(self, x: Tensor, target: Tensor) -> tuple[float, float, Tensor]:
         """Add the gradient of a piece; see `Engine.add`."""

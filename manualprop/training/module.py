@@ -126,7 +126,9 @@ class DescentModule(LightningModule):
         size = 1 if isinstance(self.descent, Stochastic) else len(x)
         left = self._updates_left()
         pairs = zip(x.split(size), target.split(size), strict=True)
-        made = [self._update(*pair) for pair in itertools.islice(pairs, left if left >= 0 else None)]
+        wanted = itertools.islice(pairs, left if left >= 0 else None)
+        watched = self.observers or self._schedule_of_updates is not None
+        made = [self._update(*pair) for pair in wanted] if watched else self._engine.updates(wanted)
         self.last_loss = made[-1][0]  # not in every update: a module's attributes are dear to set
         return torch.cat([output for _, output in made])
 

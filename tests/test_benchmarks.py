@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import bench_head
 import bench_layers
 import benchmarking
 import pytest
@@ -77,6 +78,25 @@ def test_a_layer_that_does_not_compile_is_named() -> None:
     assert not bench_layers._runs(refuses, (torch.ones(1),)) and bench_layers._runs(
         torch.tanh, (torch.ones(1),)
     )
+
+
+def test_the_head_is_measured_and_its_misses_are_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "benchmarks.md"
+    monkeypatch.setattr(benchmarking.write_section, "__defaults__", (page,))
+    tiny = bench_head.Cell(64, 8, 500)
+    monkeypatch.setattr(bench_head, "CELLS", [tiny])
+    monkeypatch.setattr(bench_head, "peak_memory", lambda name, cell: 7.0 if name == "torch" else 1.0)
+    assert bench_head.main(["--quick", "--write"]) == 0
+    text = page.read_text()
+    assert all(f"| 64 x 8 x 500 | {name} |" in text for name in bench_head.CANDIDATES)
+    assert "| 1 | 0.14 |" in text and "bench head --quick --write" in text
+    torchs = bench_head.Measured(100.0, 1.0, 600.0)
+    ours = bench_head.Measured(130.0, 1.3, 100.0)
+    (_, row) = bench_head.table_rows(bench_head.PROMISED, {"torch": torchs, "ours": ours})
+    assert row[3] == "1.30 (1.25) !" and row[5] == "0.17 (0.17)"
+    assert bench_head.measure_memory("ours", tiny) >= 0
 
 
 def test_saved_bytes_count_a_storage_once() -> None:

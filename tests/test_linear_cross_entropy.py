@@ -2,8 +2,10 @@
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import bench_head
 import pytest
 import torch
 import torch.nn.functional as torch_F
@@ -348,6 +350,14 @@ def test_the_logits_are_never_whole(route: str, kind: str) -> None:
         with Largest() as largest:
             ROUTES[route](f, x, W)
         assert largest.found >= 8 * rows * classes if whole else largest.found <= 8 * chunk * classes
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux' /proc")
+@pytest.mark.parametrize("name", [name for name, c in bench_head.CANDIDATES.items() if c.memory is not None])
+def test_the_peak_is_a_sixth_of_torchs(name: str) -> None:
+    ours, torchs = (bench_head.peak_memory(n, bench_head.PROMISED) for n in (name, "torch"))
+    assert ours is not None and torchs is not None and ours <= torchs / 6
 
 
 def test_chunks_are_as_large_as_asked() -> None:

@@ -204,7 +204,7 @@ def memory_text() -> str:
     return "\n\n".join(
         [
             "Peak memory of a step above weights and data, in MB. With few rows it is the gradients, which the step does "
-            "not store; with many it is the activations, one gradient that arrives and one that is made, the same in both.",
+            "not store; with many it is the activations, and the gradient that arrives, which an activation writes over.",
             benchmarking.markdown_table(header, table),
         ]
     )

@@ -157,7 +157,7 @@ def _chain(rule: type[Elementwise]) -> type[Chain]:
     def product_over(g: Tensor, s: Tensor, *p: float) -> Tensor:
         if s.numel() < _kernels.SMALLEST and s.dtype not in HALF:
             return g.mul_(df(s, *p))
-        return by_parts(formula, p, g, s, blocks=blocks, out=g)
+        return by_parts(formula, p, g, s, out=g)  # in blocks: without a tensor for the slope
 
     def curvature(g: Tensor, s: Tensor, t: Tensor, *p: float) -> Tensor:
         if ddf is None:

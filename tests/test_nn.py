@@ -194,3 +194,32 @@ def test_a_swapped_model_trains() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.parametrize("name", ["relu", "tanh", "gelu", "elu"])
+def test_an_elementwise_function_takes_a_jagged_tensor(name: str) -> None:
+    gradients = []
+    for functional in (manualprop.functional, torch.nn.functional):
+        x = jagged()
+        y = getattr(functional, name)(x)
+        (y + x).values().square().sum().backward()  # of one raggedness: they add
+        assert x.grad is not None and x.grad.is_nested
+        gradients.append(x.grad.values())
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.parametrize(
+    "layer", [manualprop.nn.Linear(4, 2), manualprop.nn.Softmax(-1), manualprop.nn.LayerNorm(4)]
+)
+def test_a_gradient_of_a_nested_tensor_is_refused_by_any_other_layer(layer: nn.Module) -> None:
+    with pytest.raises(NotImplementedError, match=r"without ragged axes.*values\(\)"):
+        layer(jagged())
+    padded = torch.nested.to_padded_tensor(jagged(), 0.0)
+    layer(padded).sum().backward()
+
+
+def jagged() -> torch.Tensor:
+    rows = [torch.linspace(-2, 2, 8).view(2, 4), torch.linspace(-1, 3, 12).view(3, 4)]
+    return torch.nested.nested_tensor(rows, layout=torch.jagged, requires_grad=True)

@@ -128,6 +128,11 @@ def threshold(input: Tensor, threshold: float, value: float, inplace: bool = Fal
 
 def _activate(rule: type[Elementwise], input: Tensor, *p: float, inplace: bool = False) -> Tensor:
     refuse_complex(rule.__name__, input)
+    if isinstance(input, Tensor) and input.is_nested and input.layout is torch.jagged and not inplace:
+        values = rule.apply(input.values(), *p)  # each for itself
+        return torch.nested.nested_tensor_from_jagged(
+            values, input.offsets(), input.lengths(), input._ragged_idx
+        )
     if not inplace:
         output: Tensor = rule.apply(input, *p)
         return output

@@ -137,8 +137,18 @@ class Rule(Function):
             return _local.recorder(cls, args)
         if transforms_active():
             return super().apply(*args)
-        # A tensor that outlived its transform is a dead wrapper around the real one.
-        return super(Function, cls).apply(*[unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in args])  # type: ignore[misc]
+        return super(Function, cls).apply(*[_usable(a, cls) if isinstance(a, Tensor) else a for a in args])  # type: ignore[misc]
+
+
+def _usable(a: Tensor, rule: type[Rule]) -> Tensor:
+    """``a``, or the real tensor where it outlived its transform and is a dead wrapper around that one."""
+    if a.is_nested and a.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"{rule.__name__}: the hand-derived gradients are those of ordinary tensors, without ragged axes. Got a "
+            f"nested tensor of layout {a.layout} that requires a gradient. Apply the layer to its values() or to a "
+            "padded tensor (torch.nested.to_padded_tensor), or take torch's layers back by manualprop.unswap(model)."
+        )
+    return unwrap_if_dead(a)
 
 
 # ----- torch.compile -----

@@ -1,6 +1,7 @@
 """Activations with the names, signatures and defaults of :mod:`torch.nn.functional`."""
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,16 +130,21 @@ def threshold(input: Tensor, threshold: float, value: float, inplace: bool = Fal
 def _activate(rule: type[Elementwise], input: Tensor, *p: float, inplace: bool = False) -> Tensor:
     refuse_complex(rule.__name__, input)
     if isinstance(input, Tensor) and input.is_nested and input.layout is torch.jagged and not inplace:
-        values = rule.apply(input.values(), *p)  # each for itself
-        return torch.nested.nested_tensor_from_jagged(
-            values, input.offsets(), input.lengths(), input._ragged_idx
-        )
+        return _of_values(rule, input, *p)
     if not inplace:
         output: Tensor = rule.apply(input, *p)
         return output
     # What the rule saves must survive the overwriting: an output is a tensor of its own, an input is not.
     kept = input.clone() if rule.saves == "input" else input
     return input.copy_(rule.apply(kept, *p))
+
+
+def _of_values(rule: type[Elementwise], jagged: Any, *p: float) -> Tensor:
+    """The rule on each value of a jagged tensor."""
+    values = rule.apply(jagged.values(), *p)
+    return torch.nested.nested_tensor_from_jagged(
+        values, jagged.offsets(), jagged.lengths(), jagged._ragged_idx
+    )
 
 
 def softmax(

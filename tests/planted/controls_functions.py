@@ -590,6 +590,26 @@ class MeanSquare(Function):
         return g * 2 * x / max(1, x.numel())
 
 
+@control("compile", "vmap", "func_grad", args=lambda r: (r(4, 3),))
+def scaled_by_a_python_number(x: Tensor) -> Tensor:
+    """``item()``: loudly impossible to batch, and a break in a compiled graph."""
+    return x.tanh() * (2.0 if x.detach().sum().item() > -1e9 else 3.0)
+
+
+@control("dtypes", "autocast", args=lambda r: (r(4, 3),))
+def refuses_half_precision(x: Tensor) -> Tensor:
+    if x.dtype.itemsize < 4:
+        raise TypeError("float32 or float64, please")
+    return x.sin()
+
+
+@control("sizes", "zero_size", args=lambda r: (r(4, 6),))
+def refuses_other_widths(x: Tensor) -> Tensor:
+    if x.shape[-1:] != (6,) or not x.numel():
+        raise ValueError("rows of 6, please")
+    return x.sin().reshape(-1, 2, 3).sum(1)
+
+
 # ---------------------------------------------------------------- random numbers, state
 
 

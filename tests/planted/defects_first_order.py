@@ -781,3 +781,57 @@ class ChunkPutsGradientsInTheOtherOrder(Function):
     @staticmethod
     def backward(ctx, ga, gb):
         return torch.cat([gb, ga], 1)
+
+
+# ---------------------------------------------------------------- refused by autograd, which does not say why
+
+
+@defect(
+    "first_order",
+    args=lambda r: (r(5, 4), r(3, 4)),
+    says="transposed",
+    shows=lambda call: raises(call.gradients),
+)
+class LinearWeightGradientOfTransposedShape(Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        return g @ weight, x.T @ g
+
+
+@defect(
+    "first_order",
+    args=lambda r: (r(5, 4), r(3, 4)),
+    says="exchanged",
+    shows=lambda call: raises(call.gradients),
+)
+class LinearGradientsInTheOtherOrder(Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        return g.T @ x, g @ weight
+
+
+@defect("first_order", args=lambda r: (r(5, 4), r(4)), shows=lambda call: raises(call.gradients))
+class ScaleGradientSummedOverTheWrongDimension(Function):
+    """(5,) for a scale of (4,)."""
+
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.save_for_backward(x, scale)
+        return x * scale
+
+    @staticmethod
+    def backward(ctx, g):
+        x, scale = ctx.saved_tensors
+        return g * scale, (g * x).sum(1)

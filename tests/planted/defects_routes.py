@@ -334,8 +334,8 @@ class LinearTangentOfInputOnly(Function):
 
 
 @defect(
-    "jacfwd",
     "forward_mode",
+    "jacfwd",
     args=lambda r: (r(4, 3),),
     says="zero",
     truth=lambda x: x.exp() * 2,

@@ -162,6 +162,25 @@ def _rotate(x: Tensor, angle: Tensor) -> Tensor:
 
 @defect(
     "mutation",
+    "aliasing",
+    args=lambda r: (r(4, 5),),
+    says="input",
+    shows=lambda call: changed_by_forward(Call(call.fn, (call.args[0].detach().clone().requires_grad_(),))),
+)
+class ReluInPlaceWithoutMarkDirty(Function):
+    @staticmethod
+    def forward(ctx, x):
+        x.data.clamp_(min=0)
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * (ctx.saved_tensors[0] > 0)
+
+
+@defect(
+    "mutation",
     args=lambda r: (r(4, 3),),
     truth=lambda x: x.exp(),
     shows=changes,

@@ -57,6 +57,7 @@ class Subject:
         self.module = case.fn if isinstance(case.fn, torch.nn.Module) else None
         self.dtype = dtype
         self._leaves, self._spec = tree_flatten((tuple(case.args), dict(case.kwargs)))
+        self._relative_noise = 0.0  # of the outputs, inherited by other sizes
         self._not_leaf = False  # hand over non-leaf tensors, to a function that writes into its input
         self._through: torch.dtype | None = None  # to which what is not differentiated is rounded first
         self._as_is: frozenset[int] = frozenset()  # leaves handed over without a copy: their layout matters

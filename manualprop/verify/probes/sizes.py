@@ -1,1 +1,357 @@
-"""Probes of the sizes."""
+"""Other sizes than the ones at hand: none, one, primes, and beyond the powers of two where kernels change."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from manualprop.verify import _numeric
+from manualprop.verify._probe import probe
+from manualprop.verify._report import Outcome, finding, limit, message, passed, skipped
+from manualprop.verify._resize import Axis, aside, axes, cost, refusal, resized
+from manualprop.verify._subject import Subject
+
+FIRST = (1, 7, 257, 1025)  # of every axis; of the batch also
+MORE = (65537, 256, 255, 127, 31, 13, 1023, 65535)
+MOST_BYTES = 16 << 20  # of one tensor
+MOST_SECONDS = 0.02  # of one evaluation
+IN_ALL = 0.4  # seconds for all sizes, after which larger ones are left out
+STEPS = (1e-4, 1e-5, 1e-3, 1e-6, 1e-2, 1e-7)
+RTOL = 1e-5
+
+
+# ----- the derivative in a few directions -----
+
+
+Make = Callable[[int], Subject]  # a seed -> the function to look at
+
+
+def wrong_slope(make: Make, axis: Axis | None) -> str | None:
+    """A direction in which the gradient is wrong, or None.  What is said survives other values and directions."""
+    said = None
+    for seed in (0, 1, 2):
+        s = make(seed)
+        said = _wrong_slope(aside(s, seed) if seed else s, axis, seed)
+        if said is None:
+            return None
+    return said
+
+
+def _wrong_slope(s: Subject, axis: Axis | None, seed: int) -> str | None:
+    leaves = s.at()
+    try:
+        outputs = s(*leaves)
+    except Exception:  # whatever the checked code raises: refused, loudly
+        return None
+    if not any(y.requires_grad for y in outputs):
+        return None
+    v = s.cotangents_for(outputs, seed + 1)
+    try:
+        found = s.pull_back(outputs, leaves, v)
+    except Exception as error:  # whatever the checked code raises
+        return f"accepted in forward, then backward raises {message(error)}"
+    weights = _numeric.flat(
+        [w if y.requires_grad else torch.zeros_like(w) for w, y in zip(v, outputs, strict=True)]
+    )
+    values = _numeric.flat(outputs)
+    if not torch.isfinite(values).all():
+        return None
+    scatter = 4 * float((weights * values).norm()) * max(torch.finfo(torch.float64).eps, s._relative_noise)
+    for i, g in enumerate(found):
+        g = torch.zeros_like(s.points[i]) if g is None else g
+        if not torch.isfinite(g).all():
+            return f"gradient of {s.names[i]}: {_first_not_finite(g)}, though the value is finite"
+        for where, d in _directions(s, axis, i, seed):
+            parts = (g.double() * d.double()).flatten()
+            hand, size = float(parts.sum()), float(parts.norm())
+            evaluate = s.along([d if j == i else None for j in range(len(s.points))])
+            numeric = _agreeing(evaluate, weights, hand, size, scatter)
+            if numeric is not None:
+                return f"slope along {where} of {s.names[i]}: {hand:.6g} by backward, {numeric:.6g} by differences"
+    return None
+
+
+def _agreeing(
+    evaluate: _numeric.Evaluate, weights: Tensor, hand: float, size: float, scatter: float
+) -> float | None:
+    """None if differences with some step agree with ``hand`` or none can tell; else the best of them.
+
+    A kink that a large step crosses, a small one does not; and a wrong gradient agrees with no step.
+    """
+    best: tuple[float, float] | None = None
+    for h in STEPS:
+        change = _numeric._safe(evaluate, h) - _numeric._safe(evaluate, -h)
+        numeric = float(weights @ change) / (2 * h)
+        scale = size + abs(numeric)
+        doubt = scatter / h
+        if not math.isfinite(numeric) or doubt > 0.01 * scale + 1e-7:
+            continue
+        off = abs(hand - numeric) - doubt - RTOL * scale - 1e-7
+        if off <= 0:
+            return None
+        if best is None or off < best[0]:
+            best = off, numeric
+    return None if best is None else best[1]
+
+
+def _directions(s: Subject, axis: Axis | None, i: int, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """The last slices along the axis, entries here and there, and all of a small tensor."""
+    point = s.points[i]
+    if not point.numel():
+        return
+    (dense,) = s.random_like([point], 20 + seed + 100 * i)
+    for d in [] if axis is None else [d for j, d in axis.points if j == i]:
+        n = point.shape[d]
+        tail = torch.zeros_like(dense)
+        tail.narrow(d, max(0, n - 3), min(3, n)).copy_(dense.narrow(d, max(0, n - 3), min(3, n)))
+        yield "the last slices", tail
+    if point.numel() <= 4096:
+        yield "a direction", dense
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        some = torch.randint(point.numel(), (32,), generator=generator)
+        sparse = torch.zeros_like(dense).flatten()
+        sparse[some] = dense.flatten()[some]
+        yield "some entries", sparse.view_as(dense)
+
+
+def _first_not_finite(g: Tensor) -> str:
+    at = (~torch.isfinite(g)).nonzero()[0].tolist()
+    return f"{float(g[tuple(at)])} at {at}"
+
+
+# ----- sizes -----
+
+
+@probe()
+def sizes(s: Subject) -> Outcome:
+    """First order at 1, at primes, across 2^8, 2^10 and 2^16, and for 0-d inputs."""
+    _remember_noise(s)
+    if wrong_slope(lambda seed: s, None) is not None:
+        return skipped("wrong at the sizes given: see first_order")
+    tested: list[str] = []
+    failures: list[Failure] = []
+    resizable = list(axes(s))
+    until = time.perf_counter() + IN_ALL
+    for k, axis in enumerate(resizable):
+        ladder = _affordable(s, axis, FIRST if k else (*FIRST, *MORE))
+        ladder, failed = _failing(s, axis, ladder, until)
+        failures += failed
+        tested.append(f"{_called(s, axis)}: {', '.join(map(str, ladder))}")
+    if not failures:
+        odd = _all_odd(s, resizable)
+        if odd is not None:
+            tested.append(odd[0])
+            if odd[1] is not None:
+                return finding(f"{odd[0]}: {odd[1]}", "only for odd sizes")
+        said = _zero_dimensional(s)
+        if said is not None:
+            return finding(f"0-d inputs: {said}", "only for 0-d inputs")
+        if not tested:
+            return skipped("no size can be changed: forward raises")
+        return passed(f"right at sizes {'; '.join(tested)}")
+    worst = failures[0]
+    return finding(
+        f"size {worst.size} along {_called(s, worst.axis)}: {worst.said}",
+        _words(s, failures),
+        sizes=[f.size for f in failures],
+    )
+
+
+class Failure(NamedTuple):
+    """A size at which the gradient is wrong."""
+
+    axis: Axis
+    size: int
+    said: str
+    beyond: int | None  # the largest size that is right, if all above are wrong
+
+
+def _remember_noise(s: Subject) -> None:
+    """Rounding relative to the largest output: other sizes inherit it."""
+    largest = max((float(y.abs().max()) for y in s.outputs if y.numel()), default=0.0)
+    s._relative_noise = s.noise / largest if largest > 0 and math.isfinite(largest) else 0.0
+
+
+def _affordable(s: Subject, axis: Axis, wanted: Sequence[int]) -> list[int]:
+    """Those sizes that memory and time allow, judged by how the largest tensor grows."""
+    small, large = 64, 128
+    if any(refusal(s, axis, n) is not None for n in (small, large)):
+        return [n for n in wanted if n <= 31]
+    low, high = (cost(resized(s, axis, n)) for n in (small, large))
+    power = max(1.0, math.log2(high.bytes / low.bytes)) if low.bytes else 1.0
+    allowed = [n for n in wanted if high.bytes * (n / large) ** power <= MOST_BYTES]
+    for most in (1025, max(wanted)):  # the time of a small size is overhead
+        seconds = cost(resized(s, axis, large)).seconds
+        allowed = [n for n in allowed if n > most or seconds * (n / large) ** power <= MOST_SECONDS]
+        if 1025 not in allowed:
+            return [n for n in allowed if n < 1025]
+        large = 1025
+    return allowed
+
+
+def _failing(s: Subject, axis: Axis, wanted: Sequence[int], until: float) -> tuple[list[int], list[Failure]]:
+    """The sizes that were tried, and those that are wrong; the smallest by bisection where all larger ones are."""
+    said: dict[int, str | None] = {}
+    for n in wanted:
+        if n in (*FIRST, 65537) or time.perf_counter() < until:
+            said[n] = _at_size(s, axis, n)
+    ladder = sorted(said)
+    wrong = [n for n in ladder if said[n] is not None]
+    if not wrong:
+        return ladder, []
+    right = [n for n in ladder if said[n] is None]
+    beyond = None
+    if right and max(right) < min(wrong):
+        low, high = max(right), min(wrong)
+        while high - low > 1:
+            middle = (low + high) // 2
+            at_middle = _at_size(s, axis, middle)
+            if at_middle is None:
+                low = middle
+            else:
+                high, said[middle] = middle, at_middle
+        beyond = low
+        wrong = [high, *[n for n in wrong if n != high]]
+    elif right and wrong[-1] == ladder[-1] and len(wrong) > 1:
+        # Right again here and there: blocks of some size, of which the last is dropped.
+        smaller = [n for n in right if n < wrong[0]]
+        beyond = max(smaller) if smaller and wrong[0] > 31 else None
+    return ladder, [Failure(axis, n, said[n] or "", beyond) for n in wrong]
+
+
+def _at_size(s: Subject, axis: Axis, n: int) -> str | None:
+    if refusal(s, axis, n) is not None:
+        return None
+    return wrong_slope(lambda seed: resized(s, axis, n, seed), axis)
+
+
+def _words(s: Subject, failures: Sequence[Failure]) -> str:
+    """Beyond which size, in entries of a tensor where that explains it for every axis."""
+    firsts = {f.axis: f for f in reversed(failures)}
+    if all(f.beyond is not None for f in firsts.values()):
+        if len(firsts) > 1:
+            entries = _power_between(s, list(firsts.values()))
+            if entries is not None:
+                return f"beyond size {entries} (entries)"
+        return " and ".join(f"beyond size {f.beyond} along {_called(s, axis)}" for axis, f in firsts.items())
+    wrong = sorted({f.size for f in failures})
+    return f"only for size{'s' * (len(wrong) > 1)} {', '.join(map(str, wrong))} along {_called(s, failures[0].axis)}"
+
+
+def _power_between(s: Subject, firsts: Sequence[Failure]) -> int | None:
+    """A power of two that, as a number of entries, lies between right and wrong along every axis."""
+    for power in (2**k for k in range(4, 18)):
+        for i in range(len(s.points)):
+            counts = [
+                [resized(s, f.axis, n).points[i].numel() for n in (f.beyond or 0, f.size)] for f in firsts
+            ]
+            if all(low <= power < high for low, high in counts):
+                return int(power)
+    return None
+
+
+def _called(s: Subject, axis: Axis) -> str:
+    names = [f"{s.names[i]}.shape[{d}]" for i, d in axis.points]
+    return names[0] if names else f"an argument's dimension of length {axis.length}"
+
+
+def _all_odd(s: Subject, resizable: Sequence[Axis]) -> tuple[str, str | None] | None:
+    """All axes at once, each with another odd length."""
+
+    def odd(seed: int) -> Subject:
+        other = s
+        for axis, n in zip(resizable, (7, 5, 3, 11), strict=False):
+            other = resized(other, axis, n, seed)
+        return other
+
+    if len(resizable) < 2:
+        return None
+    try:
+        with torch.no_grad():
+            odd(0)(*odd(0).points)
+    except Exception:  # whatever the checked code raises: lengths that do not fit together
+        return None
+    return f"all together odd, {', '.join(str(list(p.shape)) for p in odd(0).points)}", wrong_slope(odd, None)
+
+
+def _zero_dimensional(s: Subject) -> str | None:
+    """Where every tensor has one shape, the same with their first entries alone."""
+    others = s.others()
+    shapes = {tuple(t.shape) for t in [*s.points, *others.values()]}
+    if len(shapes) != 1 or () in shapes or any(p.complex or isinstance(p.slot, str) for p in s._points):
+        return None
+    if not s.points[0].numel():
+        return None
+    other = s.with_points(
+        [p.flatten()[0].clone() for p in s.points],
+        others={i: t.flatten()[0].clone() for i, t in others.items()},
+    )
+    return wrong_slope(lambda seed: other, None)
+
+
+# ----- nothing -----
+
+
+@probe()
+def zero_size(s: Subject) -> Outcome:
+    """Every dimension that can be empty, empty: gradients of the right shape, and none of them NaN."""
+    tested, refused = [], []
+    for axis in axes(s):
+        called = _called(s, axis)
+        error = refusal(s, axis, 0)
+        if error is not None:
+            refused.append(f"{called} = 0: {message(error)}")
+            continue
+        said = _wrong_for_nothing(resized(s, axis, 0))
+        if said is not None and "raises" in said and not (axis.batch and s.functions):
+            # Nothing to normalise or to sum over, or torch's own refusal: loud, and nobody needs it.
+            refused.append(f"{called} = 0: {said}")
+            continue
+        if said is not None:
+            return finding(f"{called} = 0: {said}", "only for size 0")
+        tested.append(called)
+    if refused:
+        return limit(refused[0], works=tested)
+    return passed(f"empty along {', '.join(tested)}") if tested else skipped("no size can be changed")
+
+
+def _wrong_for_nothing(s: Subject) -> str | None:
+    with _filled_memory():
+        leaves = s.at()
+        outputs = s(*leaves)
+        if not any(y.requires_grad for y in outputs):
+            return None
+        try:
+            found = s.pull_back(outputs, leaves, s.cotangents_for(outputs))
+        except Exception as error:  # whatever the checked code raises
+            return f"accepted in forward, then backward raises {message(error)}"
+    if not all(torch.isfinite(y).all() for y in outputs):  # the mean of nothing
+        return None
+    empty = not any(y.numel() for y in outputs)
+    for name, g in zip(s.names, found, strict=True):
+        if g is not None and g.numel():
+            if not torch.isfinite(g).all():
+                return f"gradient of {name}: {_first_not_finite(g)}, though the value is finite"
+            if empty and g.any():
+                return f"gradient of {name} is not zero, though there is no output"
+    return None if empty else wrong_slope(lambda seed: s, None)
+
+
+class _filled_memory:
+    """Fresh memory is filled with NaN, so that what is never written shows."""
+
+    def __enter__(self) -> None:
+        self.was = (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+    def __exit__(self, *_: object) -> None:
+        torch.use_deterministic_algorithms(self.was[0], warn_only=self.was[1])

@@ -1,0 +1,101 @@
+"""The probes of the sizes: each on a planted defect that it must find, and on what must not set it off."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from manualprop.verify import Case, Outcome, check
+from manualprop.verify._resize import axes, resized
+from manualprop.verify._subject import ready
+
+
+def outcome(probe: str, fn, *args) -> Outcome:
+    return check(fn, *args, only=probe, isolate=False)[probe]
+
+
+def normal(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+
+class Square(Function):
+    """y = x^2; the defects below differ from it in backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 2 * g * x
+
+
+class Block(Square):
+    """Rows beyond the first 256 are in no block."""
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 2 * g * x * (torch.arange(len(x)) < 256).view(-1, *[1] * (x.dim() - 1))
+
+
+class OneRow(Square):
+    """Squeezes the batch away."""
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 2 * g * x * (0.5 if len(x) == 1 else 1.0)
+
+
+class Empty(Square):
+    """Asks for the largest entry of none."""
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 2 * g * x / x.abs().max() * x.abs().max()
+
+
+def test_a_threshold_is_found_and_named():
+    seen = outcome("sizes", Block.apply, normal(5))
+    assert seen.verdict == "finding", seen
+    assert "beyond size 256" in seen.diagnosis, seen
+
+
+def test_a_single_row_is_found():
+    seen = outcome("sizes", OneRow.apply, normal(5))
+    assert seen.verdict == "finding", seen
+    assert "only for size 1 " in seen.diagnosis, seen
+
+
+def test_an_empty_batch_that_raises_in_backward_is_found():
+    seen = outcome("zero_size", Empty.apply, normal(5))
+    assert seen.verdict == "finding", seen
+    assert seen.diagnosis == "only for size 0"
+
+
+CONTROLS = {
+    "square": (Square.apply, (normal(3, 4),)),
+    "linear": (F.linear, (normal(4, 5), normal(3, 5), normal(3))),
+    "module": (nn.Linear(5, 3), (normal(4, 5),)),
+    "max": (lambda x: x.amax(1), (normal(3, 4),)),
+    "embedding": (F.embedding, (torch.tensor([[0, 2], [1, 1]]), normal(4, 3))),
+}
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_right_functions_pass(name):
+    fn, args = CONTROLS[name]
+    report = check(fn, *args, only=["sizes", "zero_size"], isolate=False)
+    assert report.passed, str(report)
+
+
+def test_dimensions_of_one_length_change_together():
+    s = ready(Case(F.linear, (normal(4, 5), normal(3, 5), normal(3))))
+    shapes = [[list(p.shape) for p in resized(s, axis, 9).points] for axis in axes(s)]
+    assert shapes == [[[9, 5], [3, 5], [3]], [[4, 5], [9, 5], [9]], [[4, 9], [3, 9], [3]]]

@@ -82,8 +82,12 @@ EXACT = {
     "tanhshrink":  Exact(lambda x: x - mpmath.tanh(x)),
 }
 # fmt: on
-# Elementwise functions whose parameter is random or has no default, hence without a row.
-WITHOUT_DEFAULTS = {"rrelu": "random in training, leaky_relu otherwise", "threshold": "relu in general"}
+# Elementwise functions without a row: a parameter is random or has no default, or another row says the same.
+WITHOUT_DEFAULTS = {
+    "packed_relu": "relu, with a bit kept",
+    "rrelu": "random in training, leaky_relu otherwise",
+    "threshold": "relu in general",
+}
 SYMBOLS = ("f", "f'", "f''")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

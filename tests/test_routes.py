@@ -32,10 +32,12 @@ def tripled(rule: type[Rule]) -> type[Rule]:
     backward, jvp = wrong.backward, wrong.jvp
 
     def three(d: Any) -> Any:
+        if isinstance(d, tuple):
+            return tuple(three(part) for part in d)
         return None if d is None else 3 * d
 
-    def backward3(ctx: Any, g: Tensor) -> Any:
-        found = backward(ctx, g)
+    def backward3(ctx: Any, *g: Tensor) -> Any:
+        found = backward(ctx, *g)
         return tuple(three(d) for d in found) if isinstance(found, tuple) else three(found)
 
     def jvp3(ctx: Any, *tangents: Any) -> Any:

@@ -33,7 +33,7 @@ class Probe(NamedTuple):
 
 
 PROBES: dict[str, Probe] = {}
-FAMILIES = ("derivatives", "arguments", "sizes", "numbers", "state", "routes")
+FAMILIES = ("derivatives", "arguments", "sizes", "numbers", "state", "memory", "routes", "compiled")
 
 # What users call a feature -> the probes that show it.
 FEATURES = {

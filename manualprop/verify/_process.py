@@ -31,6 +31,11 @@ _WARM = (
     "torch._decomp.decompositions_for_jvp",
     "torch.fx.experimental.symbolic_shapes",  # by torch.autograd.grad with grad_outputs
 )
+# Those of the compiler take a second, and another for its back ends: for the families that need them.
+_WARM_FOR = {
+    "routes": ("torch._dynamo",),  # torch.utils.checkpoint asks for its settings
+    "compiled": ("torch._dynamo", "torch._functorch.aot_autograd", "torch._inductor.compile_fx"),
+}
 
 
 def can_fork() -> bool:
@@ -44,9 +49,13 @@ def outcomes(case: Case, probes: Sequence[Probe], time_limit: float) -> Iterator
     Raises:
         ValueError, TypeError: what a wrong use of the check deserves.
     """
+    families = {p.family for p in probes}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own
-        for name in _WARM:
+        for name in (
+            *_WARM,
+            *(n for family, names in _WARM_FOR.items() if family in families for n in names),
+        ):
             __import__(name)
     rest = list(probes)
     while rest:

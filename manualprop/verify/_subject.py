@@ -101,7 +101,7 @@ class Subject:
 
         It does not touch the random generator, so that it can be traced, batched and compiled.
         """
-        return tuple(_real(o) for o in tree_leaves(self.raw(*points)) if is_float(o))
+        return floating(self.raw(*points))
 
     def __call__(self, *points: Tensor) -> tuple[Tensor, ...]:
         """:meth:`function`, with the random generator at the same place each time."""
@@ -118,7 +118,10 @@ class Subject:
 
     def raw(self, *points: Tensor) -> Any:
         """What the callable itself returns."""
-        args, kwargs, state = self.arguments(*points)
+        return self.called(*self.arguments(*points))
+
+    def called(self, args: tuple[Any, ...], kwargs: dict[str, Any], state: dict[str, Tensor]) -> Any:
+        """What the callable returns for what :meth:`arguments` made."""
         if self.module is not None:
             return functional_call(self.module, state, args, kwargs)
         return self.fn(*args, **kwargs)
@@ -143,6 +146,13 @@ class Subject:
                 leaves[p.slot] = value
         args, kwargs = tree_unflatten(leaves, self._spec)
         return args, kwargs, state
+
+    def named(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], state: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Every tensor of what :meth:`arguments` made, by its name."""
+        leaves = zip(_argument_names(self.case), tree_leaves((args, kwargs)), strict=True)
+        return {name: t for name, t in leaves if isinstance(t, Tensor)} | state
 
     def at(
         self, points: Sequence[Tensor] | None = None, subset: Sequence[bool] | None = None
@@ -321,6 +331,11 @@ class Subject:
 
 def is_float(t: Any) -> bool:
     return isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())
+
+
+def floating(result: Any) -> tuple[Tensor, ...]:
+    """The floating tensors in what a callable returns, complex ones as pairs of real numbers."""
+    return tuple(_real(o) for o in tree_leaves(result) if is_float(o))
 
 
 def _real(t: Tensor) -> Tensor:

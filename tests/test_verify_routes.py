@@ -79,6 +79,24 @@ class BatchedAlongTheWrongDimension(Square):
         return Square.apply(x).flip(in_dims[0]), in_dims[0]
 
 
+class ExpBatchedAlongTheWrongDimension(Function):
+    @staticmethod
+    def forward(x):
+        return x.exp()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0]
+
+    @staticmethod
+    def vmap(info, in_dims, x):
+        return ExpBatchedAlongTheWrongDimension.apply(x).flip(in_dims[0]), in_dims[0]
+
+
 class WrongInABatchOfGradients(Square):
     @staticmethod
     def backward(ctx, g):
@@ -134,7 +152,7 @@ DEFECTS = {
     "detached": (detached_in_transforms, "func_grad", "constant factor 0.5"),
     "batched grad_output": (WrongInABatchOfGradients.apply, "jacrev", "constant factor 0.5"),
     "no tangent": (NoTangent.apply, "jacfwd", "zero"),
-    "batched gradient": (BatchedAlongTheWrongDimension.apply, "vmap_grad", "only under vmap of grad"),
+    "batched gradient": (ExpBatchedAlongTheWrongDimension.apply, "vmap_grad", "only under vmap of grad"),
     "compiled": (otherwise_when_compiled, "compile", "constant factor 0.5"),
     "bypassed": (
         StraightThrough.apply,

@@ -41,7 +41,8 @@ def tripled(rule: type[Rule]) -> type[Rule]:
         return tuple(three(d) for d in found) if isinstance(found, tuple) else three(found)
 
     def jvp3(ctx: Any, *tangents: Any) -> Any:
-        return three(jvp(ctx, *tangents))
+        found = jvp(ctx, *tangents)
+        return tuple(three(d) for d in found) if isinstance(found, tuple) else three(found)
 
     wrong.backward, wrong.jvp = staticmethod(backward3), staticmethod(jvp3)  # type: ignore[method-assign]
     return wrong
@@ -58,6 +59,10 @@ FORMS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "Linear": ("linear", lambda x: F.linear(x, W, B)),
     "Softmax": ("softmax", lambda x: F.softmax(x, -1) * X),
     "CrossEntropy": ("cross_entropy", lambda x: F.cross_entropy(x, TARGETS, reduction="none")),
+    "LinearCrossEntropy": (
+        "linear_cross_entropy",
+        lambda x: F.linear_cross_entropy(x, W, TARGETS, reduction="none"),
+    ),
     "MSE": ("mse_loss", lambda x: F.mse_loss(x, X.flip(0), reduction="none")),
 }
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import bench_blocks
 import bench_head
 import bench_layers
 import benchmarking
@@ -104,3 +105,20 @@ def test_saved_bytes_count_a_storage_once() -> None:
     assert benchmarking.saved_bytes(lambda: x.view(16) * x.t().reshape(16)) == 2 * 64
     assert benchmarking.saved_bytes(lambda: x * x) == 64
     assert benchmarking.saved_bytes(lambda: x + 1) == 0
+
+
+@pytest.mark.parametrize("name", bench_blocks.BLOCKS)
+def test_every_block_runs_and_keeps_no_more_than_torch(name: str) -> None:
+    row = bench_blocks.measure(bench_blocks.BLOCKS[name], bench_blocks.Size(32, 64, 256), 2, 1e-5, False)
+    ours, torchs, compiled = row.bytes
+    assert row.eager.median > 0 and ours <= torchs and compiled is None
+
+
+def test_the_misses_of_a_block_are_marked() -> None:
+    ratio = benchmarking.Ratio(1.4, 1.3, 1.5)
+    row = bench_blocks.Row(ratio, ratio, ratio, (60, 100, 50), (1.3, 1.5), True)
+    assert row.misses == (True, False, True)
+    assert bench_blocks.cells("X", row) == ["X", "1.40 (1.3) !", "1.40 (1.5)", "1.40", "0.1 !", "0.1", "0.1"]
+    assert not any(row._replace(bytes=(50, 100, 50), targets=(1.4, None)).misses)
+    text = bench_blocks.section(bench_blocks.SIZES[0], {"X": row}, "command")
+    assert "| X | 1.40 (1.3) ! |" in text and "1 of 3 promises are kept." in text

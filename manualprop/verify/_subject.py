@@ -235,6 +235,11 @@ class Subject:
         return self.cotangents_for(self.outputs)
 
     @functools.cached_property
+    def recorded(self) -> list[bool]:
+        """Which outputs require grad in the plain run: others may be marked as not differentiable."""
+        return [y.requires_grad for y in self(*self.at())]
+
+    @functools.cached_property
     def plain(self) -> list[Tensor | None]:
         """The gradients of the plain run: contiguous, in ``dtype``, every point requiring grad."""
         return self.gradients()

@@ -25,7 +25,7 @@ def differentiable(run: Callable[[Subject], Outcome]) -> Callable[[Subject], Out
             plain = s.plain
         except Exception:  # whatever the checked code raises: first_order tells
             return skipped("the plain backward raises: see first_order")
-        s.cotangents  # noqa: B018  (made now: within a transform it is too late)
+        _ = s.cotangents, s.recorded  # made now: within a transform it is too late
         if all(g is None for g in plain):
             return skipped("no gradient: see first_order and output_requires_grad")
         return run(s)

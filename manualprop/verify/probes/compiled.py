@@ -165,7 +165,7 @@ def _jacfwd(s: Subject) -> Found:
     def along(t: Tensor) -> tuple[Tensor, ...]:
         return s.function(*[p + t * d for p, d in zip(points, directions, strict=True)])
 
-    return list(func.jacfwd(along)(torch.zeros((), dtype=points[0].dtype)))
+    return list(func.jacfwd(along, randomness="same")(torch.zeros((), dtype=points[0].dtype)))
 
 
 def _compile(s: Subject) -> Found:

@@ -187,8 +187,12 @@ def func_grad(s: Subject) -> Outcome:
 
 def weighed(s: Subject, points: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Tensor:
     """A number whose gradient is that of the outputs with these cotangents."""
-    terms = [(c * y).sum() for y, c in zip(s.function(*points), cotangents, strict=True)]
-    return torch.stack(terms).sum()
+    return _weighed(s, s.function(*points), cotangents)
+
+
+def _weighed(s: Subject, outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Tensor:
+    triples = zip(outputs, cotangents, s.recorded, strict=True)
+    return torch.stack([(c * y).sum() for y, c, differentiable in triples if differentiable]).sum()
 
 
 def _rows(s: Subject) -> list[list[Tensor]]:
@@ -204,9 +208,7 @@ def jacrev(s: Subject) -> Outcome:
 
     def several(*points: Tensor) -> Tensor:
         outputs = s.function(*points)
-        return torch.stack(
-            [torch.stack([(c * y).sum() for y, c in zip(outputs, row, strict=True)]).sum() for row in rows]
-        )
+        return torch.stack([_weighed(s, outputs, row) for row in rows])
 
     points = tuple(p.clone() for p in s.points)
     try:
@@ -243,7 +245,7 @@ def jacfwd(s: Subject) -> Outcome:
             s.reseed()
             one_by_one.append(func.jvp(s.function, points, tuple(d))[1])
         s.reseed()
-        found = func.jacfwd(along)(torch.zeros(BATCH, dtype=points[0].dtype))
+        found = func.jacfwd(along, randomness="same")(torch.zeros(BATCH, dtype=points[0].dtype))
     except Exception as error:  # whatever torch or the checked code refuses with
         return limit(first_sentence(error))
     for k, expected in enumerate(one_by_one):

@@ -256,6 +256,8 @@ class _Watch:
             if not path:  # all that is not a submodule's is the model's
                 continue
             enter, leave = self._hooks(path)
+            for hook in (enter, leave):  # a block need not call its parts for these
+                setattr(hook, "only_watches", True)  # noqa: B010
             # First and last of the module's hooks: what the others save is the module's too.
             self._undo.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
             self._undo.callback(module.register_forward_hook(leave, always_call=True).remove)

@@ -351,3 +351,9 @@ def test_the_tape_free_step_runs_a_block_or_refuses_it(name: str) -> None:
     torch_F.cross_entropy(model(x), t).backward()
     for key, parameter in model.named_parameters():
         torch.testing.assert_close(found[key], parameter.grad)
+
+
+def test_a_receipt_measures_the_block_and_not_its_parts() -> None:
+    x = torch.ones(N, I, requires_grad=True)
+    assert manualprop.receipt(ours.MLP(I, H, I), x).kept == N * H * 4
+    assert manualprop.receipt(ours.GatedMLP(I, H, I), x).kept == 2 * N * H * 4

@@ -17,7 +17,13 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 
 def plain(*parts: nn.Module) -> bool:
     """Whether each part is a layer of torch's or ours and nothing else, so that its parameters say what it does."""
-    return all(type(part) in PLAIN and not any(getattr(part, name) for name in HOOKS) for part in parts)
+    return all(type(part) in PLAIN and not _changed_by_hooks(part) for part in parts)
+
+
+def _changed_by_hooks(part: nn.Module) -> bool:
+    """Whether it has a hook, other than those of a receipt."""
+    hooks = (hook for name in HOOKS for hook in getattr(part, name).values())
+    return any(not getattr(hook, "only_watches", False) for hook in hooks)
 
 
 class LinearActivation(nn.Linear):

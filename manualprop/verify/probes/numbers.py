@@ -165,7 +165,7 @@ def _float32_inside(s: Subject) -> str | None:
             hand = 0.0 if g is None else float((g * d).sum())
             size = max(abs(numeric), 0.0 if g is None else float((g * d).norm()))
             off = abs(hand - numeric)
-            if doubt < 2e-10 * size and 1e-9 * size + 4 * doubt < off < 1e-6 * size:
+            if doubt < 2e-10 * size and 2e-10 * size + 4 * doubt < off < 1e-6 * size:
                 said = (
                     f"float64: slope along a direction of {s.names[i]} is off by {off / size:.1g} of its size, "
                     f"known to {doubt / size:.1g}"

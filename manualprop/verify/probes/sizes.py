@@ -351,7 +351,8 @@ class _filled_memory:
             torch.are_deterministic_algorithms_enabled(),
             torch.is_deterministic_algorithms_warn_only_enabled(),
         )
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        # Not torch.use_deterministic_algorithms, which imports the compiler first: a second of every child.
+        torch._C._set_deterministic_algorithms(True, warn_only=True)
 
     def __exit__(self, *_: object) -> None:
-        torch.use_deterministic_algorithms(self.was[0], warn_only=self.was[1])
+        torch._C._set_deterministic_algorithms(self.was[0], warn_only=self.was[1])

@@ -479,7 +479,7 @@ class Sums:
                 self._shape = torch.Size((*shape, x.shape[-1]))
                 x = in_full_precision(x)
                 if self._dW is not None and self._in_place:
-                    Linear.add_weight_gradient(self._dW, s, x, 1.0)  # (C, n) (n, D) -> (C, D)
+                    Linear.add_weight_gradient(self._dW, s.t(), x, 1.0)  # (C, n) (n, D) -> (C, D)
                 else:
                     self._dW = plus(self._dW, Linear.weight_gradient(s, x))
             if self._needs_b:

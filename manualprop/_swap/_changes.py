@@ -1,25 +1,30 @@
 """The changes that a swap makes."""
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from torch import nn
 
 
 class Change(NamedTuple):
-    """One layer gets another class."""
+    """One layer gets another class, and a fused one what it needs beside its layers."""
 
     path: str
     module: nn.Module
     before: type[nn.Module]
     after: type[nn.Module]
+    attributes: Mapping[str, Any] = MappingProxyType({})
 
 
 def apply(changes: Iterable[Change]) -> None:
     for change in changes:
         change.module.__class__ = change.after
+        vars(change.module).update(change.attributes)
 
 
 def revert(changes: Iterable[Change]) -> None:
     for change in changes:
         change.module.__class__ = change.before
+        for name in change.attributes:
+            vars(change.module).pop(name, None)

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from manualprop._swap._changes import Change, apply, revert
 from manualprop._swap._report import Check
 from manualprop._swap._run import as_call, is_floating, run
-from manualprop._swap._twins import title
+from manualprop._swap._twins import TWINS, title
 from manualprop.nn import dropout
-from manualprop.nn.gated import RReLU
+from manualprop.nn.fusing import FusedSequential
 
 FACTOR = 4.0  # units of rounding that the swapped model may be off; the five transformers of the tests use up to 1.8
 DRAWS_ALIKE_ON = "cpu"  # torch's fused dropout of other devices draws in another order
-RANDOM = (*(c for c in vars(dropout).values() if isinstance(c, type) and issubclass(c, nn.Module)), RReLU)
+RANDOM = (*(t for t, ours in TWINS.items() if ours.__module__ == dropout.__name__), nn.RReLU)
 
 
 def prove(model: nn.Module, changes: Sequence[Change], inputs: Any) -> Check:
@@ -183,7 +183,9 @@ def _draws_alike(change: Change, inputs: Any) -> bool:
     tensors = [
         t for t in (*positional, *keywords.values(), *change.module.parameters()) if isinstance(t, Tensor)
     ]
-    return not issubclass(change.after, RANDOM) or all(t.device.type == DRAWS_ALIKE_ON for t in tensors)
+    fused = change.module.modules() if change.attributes or change.after is FusedSequential else [change.module]
+    random = any(isinstance(module, RANDOM) for module in fused)
+    return not random or all(t.device.type == DRAWS_ALIKE_ON for t in tensors)
 
 
 def _widest_eps(model: nn.Module, inputs: Any) -> float:

@@ -5,14 +5,22 @@ from typing import Any
 
 from torch import nn
 
-from manualprop._swap._changes import Change, apply
+from manualprop._swap._changes import Change, apply, revert
 from manualprop._swap._check import prove
+from manualprop._swap._fuse import PROGRAM, fused_from, fusion
 from manualprop._swap._report import Model, Report, Row
 from manualprop._swap._select import Selection, selected
 from manualprop._swap._twins import TORCHS, TWINS, bare_functions, is_rebound, no_twin, title
 
 
-def swap(model: Model, *, only: Selection = None, skip: Selection = None, check: Any = None) -> Report[Model]:
+def swap(
+    model: Model,
+    *,
+    only: Selection = None,
+    skip: Selection = None,
+    check: Any = None,
+    fuse: bool = False,
+) -> Report[Model]:
     """Give every layer of ``model`` that has a hand-derived twin in :mod:`manualprop.nn` the class of its twin.
 
     Only the class changes, in place: parameters, buffers, hooks, names, tied weights, training mode and
@@ -28,6 +36,10 @@ def swap(model: Model, *, only: Selection = None, skip: Selection = None, check:
         skip: which layers not, in the same terms.
         check: inputs for which to compare the model before and after: a tensor, a tuple of positional arguments,
             or a dict of keyword arguments.  See below.
+        fuse: whether neighbours among the swapped layers are to run as one where that keeps less for backward: in
+            every :class:`torch.nn.Sequential`, which becomes a :class:`manualprop.nn.FusedSequential`, in MLPs (Llama's and its kin's,
+            ViT's, T5's) and the MLPs of BERT's and torch's transformer layers, which get a subclass of their class.  The layers stay
+            where they are; paths, ``state_dict``, shared weights and hooks too.
 
     Returns:
         a :class:`Report`, which prints as a table: path, from, to, why not.  It has ``model`` too.
@@ -56,6 +68,13 @@ def swap(model: Model, *, only: Selection = None, skip: Selection = None, check:
     """
     _check_model("swap", model)
     rows, changes = _plan(model, only, skip, TWINS)
+    if fuse:
+        apply(changes)
+        try:
+            more_rows, more_changes = _fusions(model, skip)
+        finally:
+            revert(changes)
+        rows, changes = rows + more_rows, changes + more_changes
     if check is None:
         apply(changes)
         return Report(model, rows)
@@ -76,21 +95,33 @@ def unswap(model: Model, *, only: Selection = None, skip: Selection = None) -> R
     """
     _check_model("unswap", model)
     rows, changes = _plan(model, only, skip, TORCHS)
+    more_rows, fused = _unfusions(model, _chosen(only, skip, _paths(model)))
     apply(changes)
-    return Report(model, rows)
+    revert(fused)
+    return Report(model, rows + more_rows)
 
 
 Classes = dict[type[nn.Module], type[nn.Module]]
+
+
+def _paths(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """{module: all its paths}."""
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(module, []).append(path)
+    return paths
+
+
+def _chosen(only: Selection, skip: Selection, paths: dict[nn.Module, list[str]]) -> set[nn.Module]:
+    return selected(only, "only", paths, True) - selected(skip, "skip", paths, False)
 
 
 def _plan(
     model: nn.Module, only: Selection, skip: Selection, classes: Classes
 ) -> tuple[tuple[Row, ...], list[Change]]:
     """The rows of the report, and the changes to make."""
-    paths: dict[nn.Module, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        paths.setdefault(module, []).append(path)
-    chosen = selected(only, "only", paths, True) - selected(skip, "skip", paths, False)
+    paths = _paths(model)
+    chosen = _chosen(only, skip, paths)
     rows, changes = [], []
     for module, (path, *_) in paths.items():
         row, after = _judged(path, module, module in chosen, classes)
@@ -100,6 +131,34 @@ def _plan(
             changes.append(Change(path, module, type(module), after))
         if classes is TWINS and type(module) not in TWINS:
             rows.extend(_function_rows(path, module))
+    return tuple(rows), changes
+
+
+def _fusions(model: nn.Module, skip: Selection) -> tuple[tuple[Row, ...], list[Change]]:
+    """The rows and changes that fuse what holds the layers, once these are swapped."""
+    rows, changes = [], []
+    kept = selected(skip, "skip", _paths(model), False)
+    for path, module in model.named_modules():
+        found = fusion(module)
+        if found is None or module in kept or is_rebound(module):
+            continue
+        before = title(type(module))
+        if isinstance(found, str):
+            rows.append(Row(path, before, None, found))
+        else:
+            rows.append(Row(path, before, f"{title(found.after)}: {found.runs}", ""))
+            changes.append(Change(path, module, type(module), found.after, found.attributes))
+    return tuple(rows), changes
+
+
+def _unfusions(model: nn.Module, chosen: set[nn.Module]) -> tuple[tuple[Row, ...], list[Change]]:
+    """The rows and changes that take fused classes back."""
+    rows, changes = [], []
+    for path, module in model.named_modules():
+        before, original = type(module), fused_from(type(module))
+        if original is not None and module in chosen:
+            rows.append(Row(path, title(before), title(original), ""))
+            changes.append(Change(path, module, original, before, {PROGRAM: None}))
     return tuple(rows), changes
 
 

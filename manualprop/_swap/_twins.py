@@ -33,7 +33,7 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.
 def no_twin(module: nn.Module) -> str | None:
     """Why ``module`` stays as it is: the reason for the report, or None for what is no layer but holds some."""
     bases = [c for c in type(module).__mro__ if c in TWINS or c in TORCHS]
-    if type(module) in TORCHS:
+    if type(module).__module__.startswith("manualprop.nn") and not isinstance(module, CONTAINERS):
         return "already manualprop's"
     if bases and is_parametrized(module):
         assert isinstance(module.parametrizations, nn.ModuleDict)
@@ -65,6 +65,6 @@ def title(cls: type) -> str:
     """The name that users write: ``torch.nn.Linear``, not ``torch.nn.modules.linear.Linear``."""
     if getattr(nn, cls.__name__, None) is cls:
         return f"torch.nn.{cls.__name__}"
-    if cls in TORCHS:
+    if cls in TORCHS or cls.__module__.startswith("manualprop.nn"):
         return f"manualprop.nn.{cls.__name__}"
     return cls.__qualname__

@@ -1,0 +1,135 @@
+"""Layers that stay where they are and run as one: neighbours whose composition keeps fewer bytes for backward.
+
+Which neighbours can run as one is looked up at each call, so a layer that is given a hook, parametrized, wrapped by an
+adapter or replaced is simply called again.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as torch_F
+from torch import Tensor, nn
+from torch.nn.modules import module as all_modules
+
+from manualprop import functional as F
+from manualprop.nn.activation import GELU, Mish, ReLU, SiLU, Tanh
+from manualprop.nn.dropout import Dropout
+from manualprop.nn.linear import Linear
+from manualprop.nn.norm import LayerNorm, RMSNorm
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
+ACTIVATIONS = {Mish: "mish", ReLU: "relu", SiLU: "silu", Tanh: "tanh"}
+FUNCTIONS = {
+    torch_F.gelu: "gelu", torch_F.mish: "mish", torch_F.relu: "relu", torch_F.silu: "silu", torch_F.tanh: "tanh",
+    torch.relu: "relu", torch.tanh: "tanh",
+}  # fmt: skip
+KEPT_ANYWAY = ("relu", "tanh")  # differentiated from the output, which a linear layer after it keeps
+
+# A layer, or an activation as a function, or its name.
+Part = nn.Module | Callable[[Tensor], Tensor] | str
+
+
+class Match(NamedTuple):
+    """So many parts from here on can run as one function."""
+
+    count: int
+    call: Callable[[Tensor], Tensor]
+
+
+def is_heard(part: nn.Module) -> bool:
+    """Whether calling ``part`` would do more than its class says: hooks, or a ``forward`` of its own."""
+    hooks = any(getattr(part, name) for name in HOOKS)
+    return hooks or "forward" in part.__dict__ or any(getattr(all_modules, name) for name in GLOBAL_HOOKS)
+
+
+def is_plain(part: Part, *kinds: type[nn.Module]) -> bool:
+    """Whether a part is a layer of ours of one of these very kinds, and nobody listens to it."""
+    return isinstance(part, nn.Module) and type(part) in kinds and not is_heard(part)
+
+
+def activation_name(part: Part) -> str | None:
+    """The name of an activation as :func:`manualprop.functional.activation_linear` takes it."""
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, nn.Module):
+        return FUNCTIONS.get(part)
+    if is_plain(part, GELU):
+        return "gelu" if part.approximate == "none" else "gelu_tanh"
+    if is_plain(part, *ACTIVATIONS):
+        return ACTIVATIONS[type(part)]
+    return None
+
+
+def match(parts: Sequence[Part]) -> Match | None:
+    """The longest run at the start of ``parts`` that keeps less as one function than one by one."""
+    return _activation(parts) or _norm(parts)
+
+
+def _activation(parts: Sequence[Part]) -> Match | None:
+    """[activation, linear], [activation, dropout, linear], [ReLU, dropout]."""
+    name = activation_name(parts[0])
+    if name is None:
+        return None
+    dropout = parts[1] if len(parts) > 1 and is_plain(parts[1], Dropout) else None
+    after = 1 if dropout is None else 2
+    p, training = (dropout.p, dropout.training) if isinstance(dropout, Dropout) else (0.0, False)
+    linear = parts[after] if len(parts) > after else None
+    if isinstance(linear, Linear) and is_plain(linear, Linear) and (dropout or name not in KEPT_ANYWAY):
+        return Match(
+            after + 1, lambda x: F.activation_linear(x, linear.weight, linear.bias, name, p, training)
+        )
+    if dropout and name == "relu":
+        return Match(2, lambda x: F.relu_dropout(x, p, training))
+    return None
+
+
+def _norm(parts: Sequence[Part]) -> Match | None:
+    """[layer norm over the last axis, linear], [RMS norm over the last axis, linear]."""
+    if len(parts) < 2 or not is_plain(parts[0], LayerNorm, RMSNorm) or not is_plain(parts[1], Linear):
+        return None
+    norm, linear = parts[0], parts[1]
+    assert isinstance(linear, Linear)
+    if isinstance(norm, LayerNorm) and len(norm.normalized_shape) == 1:
+        return Match(
+            2,
+            lambda x: F.layer_norm_linear(x, norm.weight, norm.bias, linear.weight, linear.bias, norm.eps),
+        )
+    if isinstance(norm, RMSNorm) and len(norm.normalized_shape) == 1:
+        return Match(2, lambda x: F.rms_norm_linear(x, norm.weight, linear.weight, linear.bias, norm.eps))
+    return None
+
+
+class FusedSequential(nn.Sequential):
+    """A :class:`torch.nn.Sequential` whose neighbours run as one where that keeps less for backward.
+
+    Its layers stay its layers: paths, ``state_dict``, shared weights and hooks are those of the Sequential.  Run as one are
+    an activation (and dropout) with the linear layer after it, ReLU with dropout, and a layer or RMS norm over the last axis
+    with the linear layer after it, if all of them are layers of :mod:`manualprop.nn` that nobody listens to.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        parts = list(self)
+        at = 0
+        while at < len(parts):
+            found = _match_at(parts, at)
+            input = found.call(input) if found else parts[at](input)
+            at += found.count if found else 1
+        return input
+
+
+def runs(sequential: nn.Sequential) -> list[tuple[str, ...]]:
+    """The names of the layers that would run as one."""
+    names, parts = list(sequential._modules), list(sequential)
+    found, at = [], 0
+    while at < len(parts):
+        count = (_match_at(parts, at) or Match(1, parts[at])).count
+        found += [tuple(names[at : at + count])] if count > 1 else []
+        at += count
+    return found
+
+
+def _match_at(parts: Sequence[nn.Module], at: int) -> Match | None:
+    """The match from ``at`` on; an in-place activation at the start writes to what the caller holds, and must."""
+    return match(parts[at:]) if at > 0 or not getattr(parts[0], "inplace", False) else None

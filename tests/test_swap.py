@@ -163,6 +163,18 @@ def test_twenty_steps_of_training_are_the_same(name: str) -> None:
     assert losses[True][-1] < losses[True][0]
 
 
+@pytest.mark.parametrize("shape", [(4, 6), (2, 5, 6), (6,)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_in_place_activation_may_follow_a_linear_layer(shape: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, 8, bias=bias), nn.ReLU(inplace=True), nn.Linear(8, 3), nn.SiLU(inplace=True)
+    )
+    report = manualprop.swap(model, check=torch.randn(shape))
+    assert report.check is not None and len(report.swapped) == 4
+    model(torch.randn(shape)).sum().backward()
+
+
 def test_hooks_of_every_kind_stay_and_run() -> None:
     model, x = mlp(), torch.randn(ROWS, requires_grad=True)
     said: list[str] = []

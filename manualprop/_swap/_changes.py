@@ -14,6 +14,7 @@ class Change(NamedTuple):
     module: nn.Module
     before: type[nn.Module]
     after: type[nn.Module]
+    fuses: bool = False
     attributes: Mapping[str, Any] = MappingProxyType({})
 
 

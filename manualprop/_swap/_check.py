@@ -12,7 +12,6 @@ from manualprop._swap._report import Check
 from manualprop._swap._run import as_call, is_floating, run
 from manualprop._swap._twins import TWINS, title
 from manualprop.nn import dropout
-from manualprop.nn.fusing import FusedSequential
 
 FACTOR = 4.0  # units of rounding that the swapped model may be off; the five transformers of the tests use up to 1.8
 DRAWS_ALIKE_ON = "cpu"  # torch's fused dropout of other devices draws in another order
@@ -174,7 +173,8 @@ def _in_execution_order(model: nn.Module, changes: Sequence[Change], inputs: Any
         for hook in hooks:
             hook.remove()
     position = {module: number for number, module in enumerate(called)}
-    return sorted(changes, key=lambda change: position.get(change.module, len(position)))
+    # What is fused comes last: it is fused only once its layers are swapped.
+    return sorted(changes, key=lambda c: (c.fuses, position.get(c.module, len(position))))
 
 
 def _draws_alike(change: Change, inputs: Any) -> bool:
@@ -183,8 +183,8 @@ def _draws_alike(change: Change, inputs: Any) -> bool:
     tensors = [
         t for t in (*positional, *keywords.values(), *change.module.parameters()) if isinstance(t, Tensor)
     ]
-    fused = change.module.modules() if change.attributes or change.after is FusedSequential else [change.module]
-    random = any(isinstance(module, RANDOM) for module in fused)
+    concerned = change.module.modules() if change.fuses else [change.module]
+    random = any(isinstance(module, RANDOM) for module in concerned)
     return not random or all(t.device.type == DRAWS_ALIKE_ON for t in tensors)
 
 

@@ -12,10 +12,23 @@ from torch import Tensor, fx, nn
 from manualprop import functional as F
 from manualprop._swap._twins import CONTAINERS
 from manualprop.nn import norm
-from manualprop.nn.fusing import FUNCTIONS, FusedSequential, Part, activation_name, is_heard, is_plain, match, runs
+from manualprop.nn._heard import is_heard
+from manualprop.nn.fusing import (
+    FUNCTIONS,
+    FusedSequential,
+    Part,
+    activation_name,
+    is_plain,
+    match,
+    runs,
+)
 from manualprop.nn.linear import Linear
 
-METHODS = ("feed_forward_chunk", "_ff_block", "forward")  # of BERT and its kin, of torch's transformer, of an MLP
+METHODS = (
+    "feed_forward_chunk",
+    "_ff_block",
+    "forward",
+)  # of BERT and its kin, of torch's transformer, of an MLP
 PROGRAM = "_manualprop_program"
 CALLED = {*FUNCTIONS, operator.add, operator.mul, torch.add, torch.mul}
 FOREIGN = "transformers.activations"  # classes of their own for the same functions
@@ -36,7 +49,9 @@ class Program(NamedTuple):
 
     steps: tuple[Step, ...]
     sites: tuple[tuple[int, ...], ...]
-    through: tuple[tuple[str, type[nn.Module]], ...]  # modules that hold layers, whose forward the steps stand for
+    through: tuple[
+        tuple[str, type[nn.Module]], ...
+    ]  # modules that hold layers, whose forward the steps stand for
 
 
 class Fusion(NamedTuple):
@@ -63,10 +78,13 @@ def fusion(module: nn.Module) -> Fusion | str | None:
         return None
     try:
         program = _traced(module, method)
-        found = [tuple(program.steps[n].path for n in site if program.steps[n].path) for site in program.sites]
+        found = [
+            tuple(program.steps[n].path for n in site if program.steps[n].path) for site in program.sites
+        ]
     except Unfusable as reason:
         return f"not fused: {reason}"
-    return Fusion(fused_class(type(module), method), {PROGRAM: program}, _listed(found))
+    after = fused_class(type(module), method)  # type: ignore[arg-type]
+    return Fusion(after, {PROGRAM: program}, _listed(found))
 
 
 def fused_from(cls: type[nn.Module]) -> type[nn.Module] | None:
@@ -89,6 +107,7 @@ def _is_candidate(module: nn.Module, method: str) -> bool:
     leaves = not any(True for child in children for _ in child.children())
     weighted = sum(1 for child in children if child._parameters)
     activated = any(activation_name(c) or type(c).__module__ == FOREIGN for c in children)
+    activated = activated or any(value is f for value in vars(module).values() for f in FUNCTIONS)
     return leaves and weighted > 1 and activated and not isinstance(module, CONTAINERS)
 
 
@@ -159,12 +178,13 @@ def _read(module: nn.Module, method: str) -> Program:
 
 def _step(module: nn.Module, node: fx.Node, numbers: dict[fx.Node, int], method: str) -> Step:
     known = node.op == "call_module" or (node.op == "call_function" and node.target in CALLED)
-    if not known or node.kwargs or not all(arg in numbers for arg in node.args):
+    plain = not node.kwargs or node.kwargs == {"inplace": False}
+    if not known or not plain or not all(isinstance(a, fx.Node) and a in numbers for a in node.args):
         raise Unfusable(f"its {method} calls {getattr(node.target, '__name__', node.target)}")
     inputs = tuple(numbers[arg] for arg in node.args if isinstance(arg, fx.Node))
-    if callable(node.target):
+    if not isinstance(node.target, str):
         return Step("", node.target, inputs, None)
-    path = str(node.target).removeprefix("owner.")
+    path = node.target.removeprefix("owner.")
     return Step(path, None, inputs, _foreign_name(module.get_submodule(path)))
 
 
@@ -239,7 +259,7 @@ def _call(module: nn.Module, steps: Sequence[Step], site: tuple[int, ...]) -> Ca
     if any(steps[n].function is not None for n in site[1:]):
         return None
     found = match(parts)
-    return found.call if found is not None and found.count == len(site) else None
+    return found.call if found is not None and found.length == len(site) else None
 
 
 def execute(module: nn.Module, program: Program, x: Tensor) -> Tensor:
@@ -290,10 +310,16 @@ def fused_class(cls: type[nn.Module], method: str) -> type[nn.Module]:
     def reduce(self: nn.Module, protocol: Any) -> Any:
         return _unpickled, (cls, method), dict(vars(self))
 
-    members = {method: run, "__reduce_ex__": reduce, "fused_from": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    members = {
+        method: run,
+        "__reduce_ex__": reduce,
+        "fused_from": cls,
+        "__module__": cls.__module__,
+        "__doc__": cls.__doc__,
+    }
     return type(f"Fused{cls.__name__}", (cls,), members)
 
 
 def _unpickled(cls: type[nn.Module], method: str) -> nn.Module:
-    fused = fused_class(cls, method)
+    fused = fused_class(cls, method)  # type: ignore[arg-type]
     return fused.__new__(fused)

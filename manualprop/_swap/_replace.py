@@ -147,7 +147,7 @@ def _fusions(model: nn.Module, skip: Selection) -> tuple[tuple[Row, ...], list[C
             rows.append(Row(path, before, None, found))
         else:
             rows.append(Row(path, before, f"{title(found.after)}: {found.runs}", ""))
-            changes.append(Change(path, module, type(module), found.after, found.attributes))
+            changes.append(Change(path, module, type(module), found.after, True, found.attributes))
     return tuple(rows), changes
 
 
@@ -158,7 +158,7 @@ def _unfusions(model: nn.Module, chosen: set[nn.Module]) -> tuple[tuple[Row, ...
         before, original = type(module), fused_from(type(module))
         if original is not None and module in chosen:
             rows.append(Row(path, title(before), title(original), ""))
-            changes.append(Change(path, module, original, before, {PROGRAM: None}))
+            changes.append(Change(path, module, original, before, True, {PROGRAM: None}))
     return tuple(rows), changes
 
 

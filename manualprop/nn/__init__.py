@@ -56,6 +56,7 @@ from manualprop.nn.fused import LinearActivation as LinearActivation
 from manualprop.nn.fused import PackedReLU as PackedReLU
 from manualprop.nn.fused import ReLUDropout as ReLUDropout
 from manualprop.nn.fused import RMSNormLinear as RMSNormLinear
+from manualprop.nn.fusing import FusedSequential as FusedSequential
 from manualprop.nn.gated import GLU as GLU
 from manualprop.nn.gated import PReLU as PReLU
 from manualprop.nn.gated import RReLU as RReLU

@@ -10,20 +10,14 @@ from torch import Tensor, nn
 from manualprop import functional as F
 from manualprop.functional.fused import _activate, _check_names
 from manualprop.nn import linear, norm
+from manualprop.nn._heard import is_heard
 
 PLAIN = (nn.Linear, linear.Linear, nn.LayerNorm, norm.LayerNorm, nn.RMSNorm, norm.RMSNorm)
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def plain(*parts: nn.Module) -> bool:
     """Whether each part is a layer of torch's or ours and nothing else, so that its parameters say what it does."""
-    return all(type(part) in PLAIN and not _changed_by_hooks(part) for part in parts)
-
-
-def _changed_by_hooks(part: nn.Module) -> bool:
-    """Whether it has a hook, other than those of a receipt."""
-    hooks = (hook for name in HOOKS for hook in getattr(part, name).values())
-    return any(not getattr(hook, "only_watches", False) for hook in hooks)
+    return all(type(part) in PLAIN and not is_heard(part) for part in parts)
 
 
 class LinearActivation(nn.Linear):

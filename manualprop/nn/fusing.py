@@ -10,16 +10,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as torch_F
 from torch import Tensor, nn
-from torch.nn.modules import module as all_modules
 
 from manualprop import functional as F
+from manualprop.nn._heard import is_heard
 from manualprop.nn.activation import GELU, Mish, ReLU, SiLU, Tanh
 from manualprop.nn.dropout import Dropout
 from manualprop.nn.linear import Linear
 from manualprop.nn.norm import LayerNorm, RMSNorm
 
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 ACTIVATIONS = {Mish: "mish", ReLU: "relu", SiLU: "silu", Tanh: "tanh"}
 FUNCTIONS = {
     torch_F.gelu: "gelu", torch_F.mish: "mish", torch_F.relu: "relu", torch_F.silu: "silu", torch_F.tanh: "tanh",
@@ -34,14 +32,8 @@ Part = nn.Module | Callable[[Tensor], Tensor] | str
 class Match(NamedTuple):
     """So many parts from here on can run as one function."""
 
-    count: int
+    length: int
     call: Callable[[Tensor], Tensor]
-
-
-def is_heard(part: nn.Module) -> bool:
-    """Whether calling ``part`` would do more than its class says: hooks, or a ``forward`` of its own."""
-    hooks = any(getattr(part, name) for name in HOOKS)
-    return hooks or "forward" in part.__dict__ or any(getattr(all_modules, name) for name in GLOBAL_HOOKS)
 
 
 def is_plain(part: Part, *kinds: type[nn.Module]) -> bool:
@@ -115,7 +107,7 @@ class FusedSequential(nn.Sequential):
         while at < len(parts):
             found = _match_at(parts, at)
             input = found.call(input) if found else parts[at](input)
-            at += found.count if found else 1
+            at += found.length if found else 1
         return input
 
 
@@ -124,7 +116,7 @@ def runs(sequential: nn.Sequential) -> list[tuple[str, ...]]:
     names, parts = list(sequential._modules), list(sequential)
     found, at = [], 0
     while at < len(parts):
-        count = (_match_at(parts, at) or Match(1, parts[at])).count
+        count = (_match_at(parts, at) or Match(1, parts[at])).length
         found += [tuple(names[at : at + count])] if count > 1 else []
         at += count
     return found

@@ -274,8 +274,6 @@ class _Watch:
         def leave(*_: Any) -> None:
             self._running.pop()
 
-        for hook in (enter, leave):  # fused layers run fused all the same: see manualprop.nn
-            hook.only_watches = True  # type: ignore[attr-defined]
         return enter, leave
 
     def _pack(self, tensor: Tensor) -> _Saved:

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from manualprop.verify._subject import Subject
 
@@ -113,33 +112,23 @@ def refusal(s: Subject, axis: Axis, n: int) -> Exception | None:
     return None
 
 
-class _Bytes(TorchDispatchMode):
-    """The size of the largest tensor that any operation makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        for t in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(t, Tensor):
-                self.largest = max(self.largest, t.numel() * t.element_size())
-        return result
-
-
 class Cost(NamedTuple):
     """Of one evaluation."""
 
-    bytes: int  # of the largest tensor made
+    bytes: int  # of the largest tensor that is kept or returned
     seconds: float
 
 
 def cost(s: Subject) -> Cost:
     """What one forward takes."""
-    with torch.no_grad():
-        with _Bytes() as mode:
-            s(*s.points)
-        start = time.perf_counter()
-        s(*s.points)
-        return Cost(mode.largest, time.perf_counter() - start)
+    sizes = [0]
+
+    def pack(t: Tensor) -> Tensor:
+        sizes.append(t.numel() * t.element_size())
+        return t
+
+    start = time.perf_counter()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        outputs = s(*s.at())
+    seconds = time.perf_counter() - start
+    return Cost(max([*sizes, *(y.numel() * y.element_size() for y in outputs)]), seconds)

@@ -275,7 +275,6 @@ module(
     "autocast",
     "module_copy",
 )
-module("module_prelu", lambda: nn.PReLU(4), lambda r: (r(3, 4),), "first_order", "dtypes")
 module(
     "module_embedding_bag",
     lambda: nn.EmbeddingBag(6, 3, mode="mean"),

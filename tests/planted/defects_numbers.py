@@ -369,6 +369,7 @@ class LinearMixesItsDtypesInBackward(Function):
     args=lambda r: (r(4, 5), r(3, 5)),
     truth=F.linear,
     shows=lambda call: autocast_fails(call),
+    declare={"autocast": True},  # otherwise a limit: it raises
 )
 class LinearMeetsAutocastInForwardOnly(Function):
     """forward runs under autocast, backward does not: bfloat16 grad_output times float32 weight."""

@@ -1,13 +1,40 @@
-"""``manualprop.verify`` on functions with a planted defect and on right ones (``planted``)."""
+"""``manualprop.verify`` on functions with a planted defect and on right ones (``planted``).
+
+Two rows for each probe run always, all of them under ``--full``.
+"""
+
+import re
+from collections import Counter
 
 import pytest
 import torch
 from planted import CONTROLS, DEFECTS, Call, Control, Defect
 
-AT_KINKS = {c.name for c in CONTROLS if c.name.endswith(("_at_ties", "_at_zero", "_at_its_bounds"))}
+from manualprop.verify import Report, check
+
+AT_KINKS = ("_at_ties", "_at_zero", "_at_its_bounds")
+COMPILED = {"compile", "poisoned_backward"}  # seconds each
 
 
-@pytest.mark.parametrize("defect", [pytest.param(d, id=d.name) for d in DEFECTS])
+def rows(table):
+    """All rows; but for two of each probe they are slow."""
+    seen = Counter()
+    for row in table:
+        first = row.probes[0] if isinstance(row, Defect) else row.tempts[0]
+        seen[first] += 1
+        slow = seen[first] > 2 or first in COMPILED or "time_limit" in row.options
+        yield pytest.param(row, id=row.name, marks=[pytest.mark.slow] if slow else [])
+
+
+def checked(row: Defect | Control, **options) -> Report:
+    call = row.make()
+    return check(call.fn, *call.args, kwargs=call.kwargs, **row.options, **options)
+
+
+# ---------------------------------------------------------------- the tables themselves
+
+
+@pytest.mark.parametrize("defect", rows(DEFECTS))
 def test_a_planted_defect_is_one(defect: Defect) -> None:
     """By hand.  The gradients differ from those of the right function; or agree, and the defect shows elsewhere."""
     assert defect.shows is not None or defect.truth is not None
@@ -21,13 +48,13 @@ def test_a_planted_defect_is_one(defect: Defect) -> None:
         assert defect.shows(defect.make())
 
 
-@pytest.mark.parametrize("control", [pytest.param(c, id=c.name) for c in CONTROLS])
+@pytest.mark.parametrize("control", rows(CONTROLS))
 def test_a_control_is_right(control: Control) -> None:
     """By gradcheck, but at a kink, where it asks too much, and where another gradient is declared."""
     call = control.make()
     wanted = call.wanted()
     assert wanted
-    if control.name in AT_KINKS or "first_order" in control.options.get("declare", {}):
+    if control.name.endswith(AT_KINKS) or "first_order" in control.options.get("declare", {}):
         assert all(g.isfinite().all() for g in call.gradients())
         return
 
@@ -37,3 +64,43 @@ def test_a_control_is_right(control: Control) -> None:
             return tuple(y for y in call() if y.is_floating_point() and y.requires_grad)
 
     assert torch.autograd.gradcheck(outputs, wanted, fast_mode=True, rtol=1e-5, atol=1e-6)
+
+
+def test_the_tables_are_wide() -> None:
+    assert len(DEFECTS) >= 150
+    assert len(CONTROLS) >= 120
+    names = [row.name for row in (*DEFECTS, *CONTROLS)]
+    assert len(names) == len(set(names))
+
+
+# ---------------------------------------------------------------- the checker
+
+
+@pytest.mark.parametrize("defect", rows(DEFECTS))
+def test_a_defect_is_found_by_the_right_probe_and_explained(defect: Defect) -> None:
+    right = defect.probes[0]
+    report = checked(
+        defect, only=None if right == "call" else right
+    )  # a call that fails comes before any probe
+    found = [o for o in report.findings if o.probe == right]
+    assert found, f"{right} finds nothing:\n{report}"
+    said = f"{found[0].diagnosis} {found[0].evidence}"
+    assert defect.says is None or re.search(defect.says, said), f"expected {defect.says!r}: {said}"
+
+
+@pytest.mark.parametrize("control", rows(CONTROLS))
+def test_a_control_raises_no_finding_where_it_is_likeliest(control: Control) -> None:
+    checked(control, only=control.tempts).assert_passed()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("control", [pytest.param(c, id=c.name) for c in CONTROLS])
+def test_a_control_raises_no_finding_at_all(control: Control) -> None:
+    checked(control, level="full").assert_passed()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("defect", [pytest.param(d, id=d.name) for d in DEFECTS])
+def test_a_defect_is_found_by_a_whole_check(defect: Defect) -> None:
+    report = checked(defect, level="deep" if defect.probes[0] == "third_order" else "full")
+    assert {o.probe for o in report.findings} & set(defect.probes), str(report)

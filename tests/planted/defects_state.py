@@ -693,27 +693,6 @@ class LayerWhoseShiftIsNotTrained(nn.Module):
         return (self.linear(x) + self.shift.data).sigmoid()
 
 
-@defect(
-    "checkpointing",
-    "repeat",
-    "interleaving",
-    "random_state",
-    args=lambda r: (r(5, 4),),
-    shows=lambda call: checkpointed(call),
-)
-class StochasticDepthByACounter(nn.Module):
-    """Every second call is the identity, so the recomputation of a checkpoint is another function."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-        self.calls = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return x + self.linear(x) if self.calls % 2 else x * 1.0
-
-
 def checkpointed(call: Call) -> bool:
     """Does checkpointing change the gradient, or fail?"""
     from torch.utils.checkpoint import checkpoint

@@ -290,7 +290,7 @@ class ChunkedLinearCrossEntropyOverItsInput(Function):
     "retain_graph",
     "repeat",
     args=lambda r: (r(5, 4), r(3, 4), r.index(3, 5)),
-    says="overwritten|stale",
+    says="overwritten|stale|second backward",
     truth=lambda x, w, t: 3 * F.cross_entropy(x @ w.T, t),
     shows=second_backward_differs,
 )
@@ -590,13 +590,13 @@ class SigmoidFocalLoss(Function):
 
 @control("first_order", "second_order", "sizes", args=lambda r: (r(3, 3), r(3)))
 class FixedPoint(Function):
-    """y = tanh(W y / 8 + x), by iteration; backward solves (I - J^T) u = g, as the implicit function theorem says."""
+    """y = tanh(W y / 4 n + x), by iteration; backward solves (I - J^T) u = g, as the implicit function theorem says."""
 
     @staticmethod
     def forward(ctx, weight, x):
         y = torch.zeros_like(x)
         for _ in range(60):
-            y = torch.tanh(weight @ y / 8 + x)
+            y = torch.tanh(weight @ y / (4 * len(y)) + x)
         ctx.save_for_backward(weight, y)
         return y
 
@@ -606,8 +606,8 @@ class FixedPoint(Function):
         weight, y = ctx.saved_tensors
         slope = 1 - y * y
         eye = torch.eye(len(y), dtype=y.dtype)
-        u = torch.linalg.solve(eye - (slope[:, None] * weight / 8).T, g) * slope
-        return torch.outer(u, y) / 8, u
+        u = torch.linalg.solve(eye - (slope[:, None] * weight / (4 * len(y))).T, g) * slope
+        return torch.outer(u, y) / (4 * len(y)), u
 
 
 @defect(
@@ -630,13 +630,13 @@ class FixedPointOfOneStep(Function):
     def backward(ctx, g):
         _, y = ctx.saved_tensors
         u = g * (1 - y * y)
-        return torch.outer(u, y) / 8, u
+        return torch.outer(u, y) / (4 * len(y)), u
 
 
 def _iterated(weight: Tensor, x: Tensor) -> Tensor:
     y = torch.zeros_like(x)
     for _ in range(60):
-        y = torch.tanh(weight @ y / 8 + x)
+        y = torch.tanh(weight @ y / (4 * len(y)) + x)
     return y
 
 

@@ -18,12 +18,13 @@ COMPILED = {"compile", "poisoned_backward"}  # seconds each
 
 def rows(table):
     """All rows; but for two of each probe they are slow."""
-    seen = Counter()
+    seen, found = Counter(), []
     for row in table:
         first = row.probes[0] if isinstance(row, Defect) else row.tempts[0]
         seen[first] += 1
         slow = seen[first] > 2 or first in COMPILED or "time_limit" in row.options
-        yield pytest.param(row, id=row.name, marks=[pytest.mark.slow] if slow else [])
+        found.append(pytest.param(row, id=row.name, marks=[pytest.mark.slow] if slow else []))
+    return found
 
 
 def checked(row: Defect | Control, **options) -> Report:

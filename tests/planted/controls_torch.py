@@ -154,9 +154,6 @@ enter(
     "checkpointing",
 )
 enter(
-    "torch_rrelu", lambda x: F.rrelu(x, training=True), lambda r: (r(6, 5),), "random_state", "repeat", "ties"
-)
-enter(
     "torch_in_place_chain",
     lambda x: (x * 2).add_(1).relu_(),
     lambda r: (r(4, 5),),

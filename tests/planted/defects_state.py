@@ -520,6 +520,7 @@ class SiluKeepsThreeTensorsForOne(Function):
 
 @defect(
     "saved_tensor_hooks",
+    "checkpointing",
     args=lambda r: (r(4, 3),),
     truth=torch.tanh,
     shows=lambda call: hooked(call),
@@ -712,6 +713,7 @@ _GRAD_MODE: list[bool] = [True]
 
 @defect(
     "checkpointing",
+    "repeat",
     args=lambda r: (r(5, 4),),
     truth=lambda x: x.exp() * x,
     shows=checkpointed,

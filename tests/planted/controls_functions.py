@@ -361,7 +361,7 @@ class GroupNorm(Function):
     @staticmethod
     def backward(ctx, g):
         x, weight = ctx.saved_tensors
-        grouped = (x.shape[0], 2, -1)
+        grouped = (x.shape[0], 2, x.shape[1:].numel() // 2)
         rows = x.reshape(grouped)
         rstd = (rows.var(-1, unbiased=False, keepdim=True) + 1e-5).rsqrt()
         z = (rows - rows.mean(-1, keepdim=True)) * rstd

@@ -288,13 +288,6 @@ module(
     "requires_grad_subsets",
 )
 module(
-    "module_weight_norm",
-    lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)),
-    lambda r: (r(5, 4),),
-    "first_order",
-    "mutation",
-)
-module(
     "module_transformer_layer",
     lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.1, batch_first=True),
     lambda r: (r(2, 3, 4),),

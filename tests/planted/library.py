@@ -831,3 +831,14 @@ def torch_rrelu_under_saved_tensor_hooks(x: Tensor) -> Tensor:
     with torch.random.fork_rng():
         torch.manual_seed(3)
         return F.rrelu(x, training=True)
+
+
+@defect(
+    "second_order",
+    "forward_over_reverse",
+    args=lambda r: (r(3, 4), r.positive(3, 1)),
+    shows=lambda call: not torch.autograd.gradgradcheck(call.fn, call.args, raise_exception=False),
+)
+def torch_weight_norm_twice(v: Tensor, scale: Tensor) -> Tensor:
+    """The double backward of ``torch.nn.utils.parametrizations.weight_norm`` on the CPU."""
+    return torch._weight_norm(v, scale, 0)

@@ -30,7 +30,7 @@ def test_packing_and_back(count: int) -> None:
     k = torch.randint(2, (count,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     bits = pack(k)
     assert bits.numel() == (count + 7) // 8 and bits.dtype == torch.uint8
-    assert torch.equal(unpack(bits, k.shape), k.bool())
+    assert torch.equal(unpack(bits, k.shape), k)
 
 
 def test_transforms_pack_the_same_bits() -> None:
@@ -38,7 +38,7 @@ def test_transforms_pack_the_same_bits() -> None:
     k = torch.randint(2, (3, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     expected = torch.stack([pack(row) for row in k])
     assert torch.equal(torch.vmap(pack)(k), expected)
-    assert torch.equal(torch.vmap(lambda b: unpack(b, torch.Size([20])))(expected), k.bool())
+    assert torch.equal(torch.vmap(lambda b: unpack(b, torch.Size([20])))(expected), k)
     compiled = torch.compile(pack, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(k[0]), expected[0])
 
@@ -52,6 +52,23 @@ def test_bits_come_back_in_the_order_of_memory(change: Callable[[Tensor], Tensor
     k = change(torch.randint(2, (2, 3, 4, 5), dtype=torch.uint8))
     back = kept(ctx, keep_bits(ctx, k), torch.float32, 0.5)
     assert torch.equal(back, 2 * k.float()) and back.stride() == k.stride()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own, on import
+@pytest.mark.parametrize("layer", [ours.Dropout(0.5), ours.AlphaDropout(0.5), ours.PackedReLU()], ids=repr)
+def test_a_bit_in_eager_mode_a_byte_compiled(layer: torch.nn.Module) -> None:
+    """Compiled kernels read bytes; torch's own, compiled, keep one for each element too."""
+    x = torch.randn(16, 24, requires_grad=True)
+    for run, bytes_kept in (
+        (layer, x.numel() // 8),
+        (torch.compile(layer, fullgraph=True, backend="aot_eager_decomp_partition"), x.numel()),
+    ):
+        sizes: list[int] = []
+        with saved_tensors_hooks(lambda t, s=sizes: s.append(t.untyped_storage().nbytes()) or t, lambda t: t):
+            y = run(x)
+        assert sum(sizes) == bytes_kept
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        assert torch.equal(dx != 0, y != y.flatten().mode().values)  # half of the outputs are one number
 
 
 # ----- the rules -----

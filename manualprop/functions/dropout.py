@@ -29,7 +29,7 @@ class Dropout(Rule):
     Shape
         k is like x; where whole channels are dropped it is (N, C, 1, ...) and broadcasts.
     Memory
-        k as bits, 1/8 byte per element: torch keeps k / q, 4 in float32.
+        k as bits, 1/8 byte per element, compiled as bytes: torch keeps k / q, 4 in float32, compiled 1 too.
     Accuracy
         Exact but for the rounding of 1 / q.
     Reference
@@ -38,7 +38,7 @@ class Dropout(Rule):
 
     @staticmethod
     def forward(x: Tensor, k: Tensor, q: float) -> Tensor:
-        return x * k.to(x.dtype).div_(q)
+        return scaled(x, k.to(x.dtype).div_(q))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
@@ -48,13 +48,12 @@ class Dropout(Rule):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         (bits,) = ctx.saved_tensors
-        return g * kept(ctx, bits, g.dtype, ctx.q), None, None
+        return scaled(g, kept(ctx, bits, g.dtype, ctx.q)), None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
         (bits,) = ctx.saved_tensors
-        dy: Tensor = dx * kept(ctx, bits, dx.dtype, ctx.q)
-        return dy
+        return scaled(dx, kept(ctx, bits, dx.dtype, ctx.q))
 
 
 class ReLUDropout(Rule):
@@ -120,7 +119,7 @@ class AlphaDropout(Rule):
     Shape
         k is like x; where whole channels are dropped it is (N, C, 1, ...) and broadcasts.
     Memory
-        k as bits, 1/8 byte per element: torch keeps a k, 4 in float32.
+        k as bits, 1/8 byte per element, compiled as bytes: torch keeps a k, 4 in float32.
     Accuracy
         Exact but for the rounding of a and of the offset.
     Reference
@@ -131,7 +130,7 @@ class AlphaDropout(Rule):
     def forward(x: Tensor, k: Tensor, a: float, p: float, s: float) -> Tensor:
         k = k.to(x.dtype)
         offset = (k - 1).mul_(a * s).add_(a * s * p)
-        return (x * k.mul_(a)).add_(offset)
+        return scaled(x, k.mul_(a)).add_(offset)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -141,17 +140,21 @@ class AlphaDropout(Rule):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (bits,) = ctx.saved_tensors
-        return g * kept(ctx, bits, g.dtype, 1 / ctx.a), None, None, None, None
+        return scaled(g, kept(ctx, bits, g.dtype, 1 / ctx.a)), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
         (bits,) = ctx.saved_tensors
-        dy: Tensor = dx * kept(ctx, bits, dx.dtype, 1 / ctx.a)
-        return dy
+        return scaled(dx, kept(ctx, bits, dx.dtype, 1 / ctx.a))
+
+
+def scaled(x: Tensor, k: Tensor) -> Tensor:
+    """x k, a fresh tensor; ``k``, a fresh one too, is overwritten unless it broadcasts."""
+    return times(k, x) if k.shape == x.shape else x * k
 
 
 def save_bits(ctx: Any, k: Tensor) -> None:
-    """Save ``k`` for backward and for forward mode, eight elements to a byte."""
+    """Save ``k`` for backward and for forward mode, as :func:`keep_bits` keeps it."""
     bits = keep_bits(ctx, k)
     ctx.save_for_backward(bits)
     ctx.save_for_forward(bits)

@@ -13,6 +13,7 @@ from torch import Tensor
 import manualprop
 from manualprop import functional as F
 from manualprop.functions import _kernels
+from manualprop.functions.fused import ACTIVATIONS, activated_and_through, through
 
 # The compiler loads parts of torch that torch itself has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -165,3 +166,15 @@ def test_threads_share_the_kernels() -> None:
             thread.join()
     for i in range(4):
         torch.testing.assert_close(found[i], expected)
+
+
+@pytest.mark.parametrize("backend", _kernels.BACKENDS)
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "mish", "relu", "silu", "tanh"])
+def test_value_and_gradient_at_once(name: str, backend: str) -> None:
+    u, g = points(7, 9), points(7, 9) + 1
+    h = ACTIVATIONS[name].f(u)
+    manualprop.kernels(backend)
+    with torch.no_grad():
+        du = through(name, g, u, h)
+        mine, product = activated_and_through(name, g.clone(), u)
+    torch.testing.assert_close((mine, product), (h, du))

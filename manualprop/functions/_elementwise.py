@@ -30,6 +30,7 @@ class Elementwise(Rule):
 
     - ``f(x, *p)``    the function.
     - ``df(s, *p)``   f'(x), written in the saved tensor ``s``; a fresh tensor, which may be overwritten.
+      Of a rule that blocks of layers use and that saves x, ``df(x, y)`` writes y = f(x) into ``y`` by the way.
     - ``ddf(s, *p)``  d df / d s; hence f''(x) is ``ddf`` if ``s`` is x, and ``ddf * df`` if ``s`` is y.
       Left out where f is piecewise linear: then f'' = 0.
     - ``saves``       what ``s`` is: ``"input"`` or ``"output"``.
@@ -138,6 +139,7 @@ class Chain(Rule):
 
     product: ClassVar[Callable[..., Tensor]]
     product_over: ClassVar[Callable[..., Tensor]]  # the same, written over g where that saves a tensor
+    with_value: ClassVar[Callable[..., Tensor]]  # the same, and the value into one more tensor
 
 
 def _chain(rule: type[Elementwise]) -> type[Chain]:
@@ -158,6 +160,12 @@ def _chain(rule: type[Elementwise]) -> type[Chain]:
         if s.numel() < _kernels.SMALLEST and s.dtype not in HALF:
             return g.mul_(df(s, *p))
         return by_parts(formula, p, g, s, out=g)  # in blocks: without a tensor for the slope
+
+    def value_and_product(y: Tensor, g: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.mul(df(x, y), g, out=out)
+
+    def with_value(y: Tensor, g: Tensor, x: Tensor) -> Tensor:
+        return by_parts(value_and_product, (), y, g, x, out=g)
 
     def curvature(g: Tensor, s: Tensor, t: Tensor, *p: float) -> Tensor:
         if ddf is None:
@@ -189,7 +197,7 @@ def _chain(rule: type[Elementwise]) -> type[Chain]:
         first, *rest = (term for term in terms if term is not None)
         return sum(rest, first)
 
-    methods = (product, product_over, forward, setup_context, backward, jvp)
+    methods = (product, product_over, with_value, forward, setup_context, backward, jvp)
     cls: type[Chain] = type(
         f"{rule.__name__}Chain",
         (Chain,),

@@ -15,7 +15,7 @@ Formula = Callable[..., Tensor]
 
 BACKENDS = ("eager", "inductor")
 # Elements from which a way pays, measured: a block takes 10 us of Python, a compiled kernel 70 us to start.
-LARGE = 2**20
+LARGE = 2**18
 LARGE_COMPILED = 2**18
 SMALLEST = min(LARGE, LARGE_COMPILED)  # below, there is nothing to choose
 BLOCK = 2**16  # elements of a block, for each thread: it and its temporaries stay in a core's cache
@@ -79,7 +79,11 @@ def by_parts(
     if count < (LARGE_COMPILED if kernel else LARGE) or (flat := flattened(*tensors)) is None:
         return formula(*tensors, *p) if out is None else formula(*tensors, *p, out=out)
     if kernel:
-        return _compiled(formula, p, flat, torch.empty_like(last))
+        if out is None:
+            return _compiled(formula, p, flat, torch.empty_like(last))
+        over = next(i for i, t in enumerate(tensors) if t is out)
+        _compiled(formula, p, flat, flat[over], over)
+        return out
     block = BLOCK * torch.get_num_threads()
     if not blocks or not last.is_cpu or count < 2 * block:
         return formula(*tensors, *p) if out is None else formula(*tensors, *p, out=out)
@@ -143,22 +147,28 @@ def _views(like: Tensor, *tensors: Tensor) -> list[Tensor] | None:
 _made: dict[tuple[object, ...], Callable[..., None]] = {}
 
 
-def _compiled(formula: Formula, p: tuple[float, ...], flat: list[Tensor], out: Tensor) -> Tensor:
-    """``formula`` on one-dimensional tensors, into ``out``, in one kernel for all sizes."""
-    key = (formula, p, out.dtype, out.device, torch.is_inference_mode_enabled())
+def _compiled(
+    formula: Formula, p: tuple[float, ...], flat: list[Tensor], out: Tensor, over: int | None = None
+) -> Tensor:
+    """``formula`` on one-dimensional tensors, into ``out``, number ``over`` of them, in one kernel for all sizes."""
+    key = (formula, p, over, out.dtype, out.device, torch.is_inference_mode_enabled())
     kernel = _made.get(key)
-    target = out.as_strided((out.numel(),), (1,))
+    arguments = flat if over is not None else [out.as_strided((out.numel(),), (1,)), *flat]
     with torch.no_grad():
         if kernel is not None:
-            kernel(target, *flat)
+            kernel(*arguments)
         else:
-            _made[key] = _first_use(_compile(formula, p), target, *flat)
+            _made[key] = _first_use(_compile(formula, p, over), *arguments)
     return out
 
 
-def _compile(formula: Formula, p: tuple[float, ...]) -> Callable[..., None]:
-    def kernel(out: Tensor, *tensors: Tensor) -> None:
-        out.copy_(formula(*tensors, *p))
+def _compile(formula: Formula, p: tuple[float, ...], over: int | None) -> Callable[..., None]:
+    def kernel(*arguments: Tensor) -> None:
+        if over is None:
+            out, *tensors = arguments
+            out.copy_(formula(*tensors, *p))
+        else:
+            arguments[over].copy_(formula(*arguments, *p))
 
     # Rules share this function's code, and Dynamo would count their kernels as recompilations of one.
     apart = {"isolate_recompiles": True}

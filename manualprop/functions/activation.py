@@ -468,8 +468,10 @@ class SiLU(Elementwise):
         return F.silu(x)
 
     @staticmethod
-    def df(x: Tensor) -> Tensor:
+    def df(x: Tensor, y: Tensor | None = None) -> Tensor:
         s = torch.sigmoid(x)
+        if y is not None:
+            torch.mul(x, s, out=y)
         ds = torch.addcmul(s, s, s, value=-1)  # s (1 - s)
         return torch.addcmul(s, x, ds)  # s + x s (1 - s)
 
@@ -501,8 +503,10 @@ class Mish(Elementwise):
         return F.mish(x)
 
     @staticmethod
-    def df(x: Tensor) -> Tensor:
+    def df(x: Tensor, y: Tensor | None = None) -> Tensor:
         w = torch.tanh(F.softplus(x))
+        if y is not None:
+            torch.mul(x, w, out=y)
         dw = one_minus(w, w).mul_(torch.sigmoid(x))
         return dw.mul_(x).add_(w)  # w + x w'
 
@@ -727,11 +731,14 @@ class GELU(Elementwise):
         return F.gelu(x)
 
     @staticmethod
-    def df(x: Tensor) -> Tensor:
+    def df(x: Tensor, y: Tensor | None = None) -> Tensor:
         e = (x * x).mul_(-0.5).exp_()  # phi = e / sqrt(2 pi)
         z = x * -math.sqrt(0.5)
-        c = 1 - torch.erf(z) if torch.compiler.is_compiling() else z.erfc_()  # Phi = c / 2
-        return torch.addcmul(c, x, e, value=math.sqrt(2 / math.pi)).mul_(0.5)  # Phi + x phi
+        c = 1 - torch.erf(z) if torch.compiler.is_compiling() else z.erfc_()
+        Phi = c.mul_(0.5)
+        if y is not None:
+            torch.mul(x, Phi, out=y)
+        return torch.addcmul(Phi, x, e, value=math.sqrt(0.5 / math.pi))  # Phi + x phi
 
     @staticmethod
     def ddf(x: Tensor) -> Tensor:
@@ -762,11 +769,13 @@ class GELUTanh(Elementwise):
         return F.gelu(x, approximate="tanh")
 
     @staticmethod
-    def df(x: Tensor) -> Tensor:
+    def df(x: Tensor, y: Tensor | None = None) -> Tensor:
         k, c = GELU_K, GELU_C
         x3 = (x * x).mul_(x)
         u2 = torch.add(x, x3, alpha=c).mul_(k)  # k (x + c x^3)
         s, r = torch.sigmoid(u2), torch.sigmoid(-u2)  # r = 1 - s
+        if y is not None:
+            torch.mul(x, s, out=y)
         return torch.addcmul(s, r.mul_(s), u2.add_(x3, alpha=2 * k * c))  # s + s (1 - s) k (x + 3 c x^3)
 
     @staticmethod

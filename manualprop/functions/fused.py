@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manualprop.functions._elementwise import Chain, Elementwise
-from manualprop.functions._rule import Rule, times
+from manualprop.functions._kernels import flattened
+from manualprop.functions._rule import HALF, Rule, times
 from manualprop.functions.activation import GELU, GELUTanh, Mish, ReLU, SiLU, Tanh
 from manualprop.functions.linear import Linear
 from manualprop.functions.packed import keep_bits, kept
@@ -35,11 +36,14 @@ class Activation(NamedTuple):
     chain: type[Chain]
     f: Callable[[Tensor], Tensor]
     product: Callable[[Tensor, Tensor], Tensor]  # g f', not recorded
+    with_value: Callable[[Tensor, Tensor, Tensor], Tensor]  # the same over g, and h into the first argument
     from_output: bool  # whether f' is written in h, not in u
 
 
 ACTIVATIONS = {
-    name: Activation(rule, rule.chain, rule.f, rule.chain.product, rule.saves == "output")
+    name: Activation(
+        rule, rule.chain, rule.f, rule.chain.product, rule.chain.with_value, rule.saves == "output"
+    )
     for name, rule in {
         "gelu": GELU,
         "gelu_tanh": GELUTanh,
@@ -66,6 +70,19 @@ def through(activation: str, g: Tensor, u: Tensor, h: Tensor | None) -> Tensor:
         s = activated(activation, u) if h is None else h
     product: Tensor = a.chain.apply(g, s) if torch.is_grad_enabled() else a.product(g, s)
     return product
+
+
+def activated_and_through(activation: str, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """h = f(u) and g f'(u), where g = dL/dh is a fresh tensor: it may be overwritten.
+
+    Where nobody records it, the two share their exponential: h is then f(u) but for the last bits.
+    """
+    a = ACTIVATIONS[activation]
+    if a.from_output or u.dtype in HALF or torch.is_grad_enabled() or flattened(g, u) is None:
+        h = activated(activation, u)
+        return h, through(activation, g, u, h)
+    h = torch.empty_like(u)
+    return h, a.with_value(h, g, u)
 
 
 def tangent(activation: str, du: Tensor, u: Tensor, h: Tensor) -> Tensor:
@@ -137,7 +154,7 @@ class ActivationLinear(Rule):
         u, 4 bytes per element in float32, and k as bits, 1/8 byte.  The rules one after the other keep u and d, 8
         bytes and 1/8; torch 8 bytes, with dropout 12.
     Accuracy
-        That of its parts: h comes out as it did in forward.
+        That of its parts, but for the last bits of h, which comes out of backward along with f'(u).
     """
 
     @staticmethod
@@ -191,7 +208,7 @@ class MLP(Rule):
         x, the parameters, and k as bits: 0 or 1/8 byte per hidden element, at the price of one product more in
         backward.  :class:`Linear` followed by :class:`ActivationLinear` keeps u too: 4 bytes in float32.
     Accuracy
-        That of its parts: u and h come out as they did in forward.
+        As :class:`ActivationLinear`: u comes out as it did in forward.
     """
 
     @staticmethod
@@ -263,13 +280,18 @@ def gradients(
     activation: str, g: Tensor, u: Tensor, W: Tensor, mask: Tensor | None, needs_u: bool, needs_W: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """du and dW of y = d W^T with d = mask f(u); under autocast u may be in a higher precision than W."""
-    h = activated(activation, u) if needs_W else None
-    du = dW = None
+    h = du = dW = None
     if needs_u:
         dd = Linear.input_gradient(g, W).to(u.dtype)  # (N, O) (O, H) -> (N, H)
-        du = through(activation, dd if mask is None else times(dd, mask), u, h)
-    if h is not None:
-        dW = Linear.weight_gradient(g, masked(h, mask).to(g.dtype))  # (O, N) (N, H) -> (O, H)
+        dh = dd if mask is None else times(dd, mask)
+        if needs_W:
+            h, du = activated_and_through(activation, dh, u)
+        else:
+            du = through(activation, dh, u, None)
+    if needs_W:
+        h = activated(activation, u) if h is None else h
+        d = masked(h, mask) if mask is None or torch.is_grad_enabled() else times(h, mask)
+        dW = Linear.weight_gradient(g, d.to(g.dtype))  # (O, N) (N, H) -> (O, H)
     return du, dW
 
 

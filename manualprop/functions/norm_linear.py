@@ -3,7 +3,7 @@ r"""Hand-derived rules of a normalisation followed by a linear layer.
 Symbols
     x   input                        g        dL/dy, the gradient that arrives
     m   mean over a row              gm, gr   dL/dm and dL/dr: None, unless a second derivative is taken
-    r   1 / sqrt(variance + eps)     P        g^T z
+    r   1 / sqrt(variance + eps)     P, v     g^T z and g W
     z   r (x - m), normalised        u        dL/dz
     n   w z + c, weighted            W, b     weight and bias of the linear layer; b may be None
     y   output                       w, c     weight and bias of the normalisation, each may be None
@@ -18,8 +18,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
-from manualprop.functions._rule import HALF, Rule, in_full_precision, times
+from manualprop.functions._rule import HALF, Rule, in_full_precision, plain_eager, times
 from manualprop.functions.fused import linear_tangent
 from manualprop.functions.linear import Linear, rows
 from manualprop.functions.norm import (
@@ -37,14 +38,13 @@ from manualprop.functions.norm import (
 class LayerNormLinear(Rule):
     r"""$y = n W^\top + b$ with $n = w z + c$ and $z = r (x - m)$, of which $x$, $m$ and $r$ are kept
 
-    Derivation, with P = g^T z
+    Derivation, with P = g^T z and v = g W
         dL/db_o  = sum_n g_no                                      :class:`Linear`, with n for x
         dL/dW_oi = sum_n g_no n_ni = P_oi w_i + db_o c_i           n = w z + c
-        dL/dw_i  = sum_no g_no W_oi z_ni = sum_o W_oi P_oi         :class:`LayerNorm`, with g W for g
+        dL/dw_i  = sum_no g_no W_oi z_ni = sum_n v_ni z_ni         :class:`LayerNorm`, with v for g
         dL/dc_i  = sum_no g_no W_oi = sum_o db_o W_oi
-        u_ni     = sum_o g_no W_oi w_i                             so u = g (W w): w goes into the smaller factor
-        dL/dx_i  = r (u_i - c1 - z_i c2) + gm / I - gr r^2 z_i / I
-        c1 = sum_i u_i / I,  c2 = sum_i u_i z_i / I
+        dL/dx_i  = r (u_i - c1 - z_i c2) + gm / I - gr r^2 z_i / I with u = v w
+        c1 = sum_i v_i w_i / I,  c2 = sum_i v_i z_i w_i / I        so v z serves c2 and dw
         dz, dm, dr as :class:`LayerNorm`,  dn = w dz + z dw + dc   forward mode
         dy = dn W^T + n dW^T + db
     Second order
@@ -82,13 +82,16 @@ class LayerNormLinear(Rule):
         needs_x, needs_w, needs_c, needs_W, needs_b, _ = ctx.needs_input_grad
         z, column = normalised(x, m, r), r.reshape(-1, 1)
         g = arriving(g, z, W)
-        dw, dc, dW, db = weight_gradients(g, z, w, c, W, needs_w, needs_c, needs_W, needs_b)
-        dx = None
+        dc, dW, db = linear_gradients(g, z, w, c, W, needs_c, needs_W, needs_b)
+        dx = dw = None
+        if needs_x or needs_w:
+            v, vz = slopes(g, z, W)
+            dw = None if w is None or not needs_w else vz.sum(0).to(w.dtype)  # (N, I) -> (I,)
         if needs_x:
-            u = slope(g, w, W)
-            c1, c2 = u.mean(1, keepdim=True), (u * z).mean(1, keepdim=True)  # (N, I) -> (N, 1)
+            full_w = None if w is None else in_full_precision(w)
+            c1, c2 = weighted_mean(v, full_w), weighted_mean(vz, full_w)  # (N, I) -> (N, 1)
             rest = through_statistics(gm, gr, z, column, z.shape[1])
-            dx = times(minus(input_slope(u, None, z, c2), c1), column)
+            dx = times(minus(input_slope(v, full_w, z, c2), c1), column)
             dx = plus(dx, rest).to(x.dtype).view(x.shape)
         return dx, dw, dc, dW, db, None
 
@@ -114,10 +117,9 @@ class RMSNormLinear(Rule):
 
     Derivation, as :class:`LayerNormLinear` without the mean
         dL/db_o  = sum_n g_no
-        dL/dW_oi = P_oi w_i,  dL/dw_i = sum_o W_oi P_oi            P = g^T z
-        u = g (W w)
-        dL/dx_i  = r (u_i - z_i c2) - gr r^2 z_i / I               :class:`RMSNorm`, with g W for g
-        c2 = sum_i u_i z_i / I
+        dL/dW_oi = P_oi w_i,  dL/dw_i = sum_n v_ni z_ni            P = g^T z,  v = g W
+        dL/dx_i  = r (v_i w_i - z_i c2) - gr r^2 z_i / I           :class:`RMSNorm`, with v for g
+        c2 = sum_i v_i z_i w_i / I
         dr = -r^2 mean(z dx),  dz = r (dx - z mean(z dx))          forward mode
         dn = w dz + z dw,  dy = dn W^T + n dW^T + db
     Second order
@@ -154,13 +156,16 @@ class RMSNormLinear(Rule):
         needs_x, needs_w, needs_W, needs_b, _ = ctx.needs_input_grad
         z, column = normalised(x, None, r), r.reshape(-1, 1)
         g = arriving(g, z, W)
-        dw, _, dW, db = weight_gradients(g, z, w, None, W, needs_w, False, needs_W, needs_b)
-        dx = None
+        _, dW, db = linear_gradients(g, z, w, None, W, False, needs_W, needs_b)
+        dx = dw = None
+        if needs_x or needs_w:
+            v, vz = slopes(g, z, W)
+            dw = None if w is None or not needs_w else vz.sum(0).to(w.dtype)  # (N, I) -> (I,)
         if needs_x:
-            u = slope(g, w, W)
-            c2 = (u * z).mean(1, keepdim=True)  # (N, I) -> (N, 1)
+            full_w = None if w is None else in_full_precision(w)
+            c2 = weighted_mean(vz, full_w)  # (N, I) -> (N, 1)
             rest = through_statistics(None, gr, z, column, z.shape[1])
-            dx = plus(times(input_slope(u, None, z, c2), column), rest).to(x.dtype).view(x.shape)
+            dx = plus(times(input_slope(v, full_w, z, c2), column), rest).to(x.dtype).view(x.shape)
         return dx, dw, dW, db, None
 
     @staticmethod
@@ -190,41 +195,42 @@ def arriving(g: Tensor | None, z: Tensor, W: Tensor) -> Tensor:
     return z.new_zeros(z.shape[0], W.shape[0], dtype=W.dtype) if g is None else rows(g)
 
 
-def slope(g: Tensor, w: Tensor | None, W: Tensor) -> Tensor:
-    """u = g (W w), a fresh tensor in full precision."""
-    Ww = (
-        W if w is None else (in_full_precision(W) * in_full_precision(w)).to(W.dtype)
-    )  # (O, I) (I,) -> (O, I)
-    return in_full_precision(Linear.input_gradient(g, Ww))  # (N, O) (O, I) -> (N, I)
+def slopes(g: Tensor, z: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+    """v = g W and v z, fresh tensors in full precision."""
+    v = in_full_precision(Linear.input_gradient(g, W))  # (N, O) (O, I) -> (N, I)
+    return v, v * z
 
 
-def weight_gradients(
+def weighted_mean(a: Tensor, w: Tensor | None) -> Tensor:
+    """sum_i a_ni w_i / I, (N, I) -> (N, 1)."""
+    return a.mean(1, keepdim=True) if w is None else (a.matmul(w) / a.shape[1]).unsqueeze(1)
+
+
+def linear_gradients(
     g: Tensor,
     z: Tensor,
     w: Tensor | None,
     c: Tensor | None,
     W: Tensor,
-    needs_w: bool,
     needs_c: bool,
     needs_W: bool,
     needs_b: bool,
 ) -> tuple[Tensor | None, ...]:
-    """dw, dc, dW and db; None where they are not needed."""
-    dw = dc = dW = db = None
-    full_W = in_full_precision(W)
+    """dc, dW and db; None where they are not needed."""
+    dc = dW = db = None
     if needs_b or needs_c or (needs_W and c is not None):
         db = Linear.bias_gradient(in_full_precision(g))  # (N, O) -> (O,)
     if db is not None and c is not None and needs_c:
-        dc = db.matmul(full_W).to(c.dtype)  # (O,) (O, I) -> (I,)
-    if needs_w or needs_W:
+        dc = db.matmul(in_full_precision(W)).to(c.dtype)  # (O,) (O, I) -> (I,)
+    if needs_W:
         P = in_full_precision(Linear.weight_gradient(g, z.to(W.dtype)))  # (O, N) (N, I) -> (O, I)
-        dw = (P * full_W).sum(0).to(w.dtype) if w is not None and needs_w else None  # (O, I) -> (I,)
-        if needs_W:
-            dW = P if w is None else P * in_full_precision(w)
-            if db is not None and c is not None:
-                dW = dW + db.unsqueeze(1) * in_full_precision(c)  # (O, 1) (I,) -> (O, I)
-            dW = dW.to(W.dtype)
-    return dw, dc, dW, None if db is None or not needs_b else db.to(W.dtype)
+        dW = P if w is None else times(P, in_full_precision(w))
+        if db is not None and c is not None:
+            recorded = torch.is_grad_enabled() or not plain_eager()
+            add = torch.addcmul if recorded or is_legacy_batchedtensor(db) else Tensor.addcmul_
+            dW = add(dW, db.unsqueeze(1), in_full_precision(c))  # (O, 1) (I,) -> (O, I)
+        dW = dW.to(W.dtype)
+    return dc, dW, None if db is None or not needs_b else db.to(W.dtype)
 
 
 def weighted_tangent(

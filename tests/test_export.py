@@ -110,7 +110,8 @@ NOT_WARNED = pytest.mark.filterwarnings(
 )
 def test_scripting_is_refused(ours: type[nn.Module]) -> None:
     """Loudly: TorchScript knows no autograd.Function."""
-    with pytest.raises((torch.jit.frontend.NotSupportedError, RuntimeError, TypeError)):
+    # OSError: it finds no source of the options of torch's own linear cross-entropy.
+    with pytest.raises((torch.jit.frontend.NotSupportedError, RuntimeError, TypeError, OSError)):
         torch.jit.script(make(ours))
 
 

@@ -250,3 +250,31 @@ def test_every_function_takes_every_compiled_route(name: str, route: str) -> Non
         eager = FORWARD["func.jvp"]
     torch._dynamo.reset()
     torch.testing.assert_close((COMPILED | COMPILED_SECOND)[route](f, rest[i]), eager(f, rest[i]))
+
+
+SEVERAL = [c for c in CASES if not c.random and len(c.differentiable(c.made())) > 1]
+
+
+@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")  # torch's huber, prelu
+@pytest.mark.parametrize("case", [pytest.param(c, id=str(c)) for c in SEVERAL])
+def test_frozen_arguments_under_vmap(case: Case) -> None:
+    """One argument batched, one alone requiring a gradient: what is saved for backward and for forward differs."""
+    arguments = case.made()
+    places = case.differentiable(arguments)
+    for batched in places:
+        stacked = torch.stack([arguments[batched].detach(), arguments[batched].detach()])
+        for wanted in places:
+            leaves = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
+            leaves[batched] = stacked
+            leaf = leaves[wanted].requires_grad_()
+
+            def f(x: Tensor, leaves: list[Any] = leaves, batched: int = batched) -> Tensor:
+                y: Tensor = case(*leaves[:batched], x, *leaves[batched + 1 :])
+                return y
+
+            mapped, one_by_one = torch.vmap(f)(leaves[batched]), torch.stack([f(x) for x in leaves[batched]])
+            if one_by_one.requires_grad:
+                grads = [
+                    torch.autograd.grad(y.sum(), leaf, allow_unused=True)[0] for y in (mapped, one_by_one)
+                ]
+                torch.testing.assert_close(*grads)

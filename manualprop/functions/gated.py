@@ -106,7 +106,7 @@ class RReLU(Rule):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1], output)
-        ctx.save_for_forward(inputs[1])
+        ctx.save_for_forward(inputs[1], output)  # as for backward: vmap has one list of axes for both
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
@@ -115,7 +115,7 @@ class RReLU(Rule):
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, _: None) -> Tensor:
-        (n,) = ctx.saved_tensors
+        n, _ = ctx.saved_tensors
         dy: Tensor = dx * n
         return dy
 

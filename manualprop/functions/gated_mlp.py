@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualprop.functions._rule import Rule, times
+from manualprop.functions._rule import Rule, times, transforms_active
 from manualprop.functions.fused import (
     ACTIVATIONS,
     activated,
@@ -62,10 +62,11 @@ class GatedLinear(Rule):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         a, c, V, _, ctx.activation = inputs
         needs_a, needs_c, needs_V, *_ = ctx.needs_input_grad
+        both = transforms_active()  # as in Linear
         ctx.save_for_backward(
-            a if needs_a or needs_c or needs_V else None,
-            c if needs_a or needs_V else None,
-            V if needs_a or needs_c else None,
+            a if needs_a or needs_c or needs_V or both else None,
+            c if needs_a or needs_V or both else None,
+            V if needs_a or needs_c or both else None,
         )
         ctx.save_for_forward(a, c, V)
 

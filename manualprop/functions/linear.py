@@ -43,7 +43,9 @@ class Linear(Rule):
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
         x, W, _ = inputs
         needs_x, needs_W, _ = ctx.needs_input_grad
-        ctx.save_for_backward(x if needs_W else None, W if needs_x else None)
+        # vmap has one list of axes for what either of these saves: a tensor that one lacks has an axis all the same.
+        both = transforms_active()
+        ctx.save_for_backward(x if needs_W or both else None, W if needs_x or both else None)
         ctx.save_for_forward(x, W)
 
     @staticmethod

@@ -105,7 +105,7 @@ class PackedReLU(Rule):
         y, nothing = output
         bits = keep_bits(ctx, y.bool().to(torch.uint8))  # y.ne(0) takes six times as long
         ctx.save_for_backward(bits, nothing)
-        ctx.save_for_forward(bits)
+        ctx.save_for_forward(bits, nothing)  # as many as for backward: vmap asks for one list of axes
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Tensor) -> Tensor:
@@ -114,5 +114,5 @@ class PackedReLU(Rule):
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor) -> tuple[Tensor, Tensor]:
-        (bits,) = ctx.saved_tensors
+        bits, _ = ctx.saved_tensors
         return times(kept(ctx, bits, dx.dtype), dx), dx.new_empty(0)

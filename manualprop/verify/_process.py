@@ -21,7 +21,7 @@ import torch
 
 from manualprop.verify._case import Case
 from manualprop.verify._probe import Probe
-from manualprop.verify._report import Outcome, finding
+from manualprop.verify._report import Outcome, finding, skipped
 from manualprop.verify._subject import BadUse
 
 # Importing these in a child would cost every child anew.
@@ -74,6 +74,11 @@ def outcomes(case: Case, probes: Sequence[Probe], time_limit: float) -> Iterator
                     outcome = dataclasses.replace(outcome, probe=probe.name)
                     rest = rest[done:]
                     yield outcome
+                    if probe.name == "first_order" and child.pid > 0:  # it hangs, and so would all the others
+                        yield from (
+                            dataclasses.replace(skipped("first_order hangs"), probe=p.name) for p in rest
+                        )
+                        return
                     break
                 yield outcome
             else:

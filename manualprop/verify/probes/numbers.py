@@ -117,15 +117,18 @@ def _in_dtype(lowered: Lowered, y: Sequence[Tensor], dtype: torch.dtype) -> str:
         return ""  # beyond the range of the dtype already in forward: nothing is promised
     forward = max((_relative(a, b) for a, b in zip(y, expected_y, strict=True)), default=0.0)
     # Random ones, and ones: a sum of many of the same sign stands still where it is rounded at each addition.
-    for cotangents in (high.cotangents_for(expected_y), [torch.ones_like(t) for t in expected_y]):
+    for steady in (False, True):
+        cotangents = [torch.ones_like(t) for t in expected_y] if steady else high.cotangents_for(expected_y)
         v = [c.to(a.dtype) if a.requires_grad else None for a, c in zip(y, cotangents, strict=True)]
-        evidence = _off(lowered, v, forward, dtype)
+        evidence = _off(lowered, v, forward, dtype, steady)
         if evidence:
             return evidence
     return ""
 
 
-def _off(lowered: Lowered, v: Sequence[Tensor | None], forward: float, dtype: torch.dtype) -> str:
+def _off(
+    lowered: Lowered, v: Sequence[Tensor | None], forward: float, dtype: torch.dtype, steady: bool
+) -> str:
     """How far the gradients for ``v`` are off, or nothing; ``forward`` is the relative error of the outputs."""
     low, high = lowered
     eps = torch.finfo(dtype).eps
@@ -139,7 +142,8 @@ def _off(lowered: Lowered, v: Sequence[Tensor | None], forward: float, dtype: to
         return f"forward accepts it, backward raises {message(error)}"
     expected = high.gradients(cotangents=exact)
     slack = _allowed(high, exact, expected, eps)
-    largest = max(sizes(expected))
+    # What cancels is as rough as its terms, and these are as large as what arrives.
+    largest = max([*sizes(expected), *sizes(high.plain), *sizes(exact)])
     for name, a, b, moved in zip(low.names, found, expected, slack, strict=True):
         if a is None or b is None or not b.numel() or not torch.isfinite(b).all():
             continue
@@ -148,7 +152,7 @@ def _off(lowered: Lowered, v: Sequence[Tensor | None], forward: float, dtype: to
             continue
         if not torch.isfinite(a).all():
             return f"the gradient of {name} is not finite, in float64 it is at most {scale:.4g}"
-        scale = max(scale, 0.01 * largest)  # one that cancels to nothing is as rough as what cancels
+        scale = max(scale, largest if steady else 0.01 * largest)
         allowed = max(ROUNDINGS[dtype] * eps, 8 * forward) * scale + 8 * moved + torch.finfo(dtype).tiny
         off = (a.double() - b).abs()
         if bool((off > allowed).any()):
@@ -383,8 +387,8 @@ def ties(s: Subject) -> Outcome:
             if not all(torch.isfinite(y).all() for y in s(*s.at(points))):
                 continue
             around = _around(s, points)
-            if max(sizes([g for near in around for g in near])) > 1e6 * (1 + max(sizes(s.plain))):
-                continue  # a pole, as of the inverse of a matrix with two equal rows
+            if max(sizes([g for near in around for g in near])) > 1e4 * (1 + max(sizes(s.plain))):
+                continue  # a pole, as of the inverse of a matrix with two equal rows, or nearly one
             here = s.gradients(points)
         except Exception:  # not defined there, and it says so
             continue

@@ -316,9 +316,10 @@ def zero_size(s: Subject) -> Outcome:
         if said is not None:
             return finding(f"{called} = 0: {said}", "only for size 0")
         tested.append(called)
-    if refused:
-        return limit(refused[0], works=tested)
-    return passed(f"empty along {', '.join(tested)}") if tested else skipped("no size can be changed")
+    if tested:
+        also = f"; refused: {refused[0]}" if refused else ""
+        return passed(f"empty along {', '.join(tested)}{also}", works=tested)
+    return limit(refused[0]) if refused else skipped("no size can be changed")
 
 
 def _wrong_for_nothing(s: Subject) -> str | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from manualprop.functions._elementwise import indicator
 from manualprop.functions._rule import Rule, flat, times
-from manualprop.functions.packed import keep_bits, kept
+from manualprop.functions.packed import keep_bits, kept_bytes, scaled
 
 
 class Dropout(Rule):
@@ -38,7 +38,7 @@ class Dropout(Rule):
 
     @staticmethod
     def forward(x: Tensor, k: Tensor, q: float) -> Tensor:
-        return scaled(x, k.to(x.dtype).div_(q))
+        return scaled(x, k, q)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
@@ -48,12 +48,12 @@ class Dropout(Rule):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         (bits,) = ctx.saved_tensors
-        return scaled(g, kept(ctx, bits, g.dtype, ctx.q)), None, None
+        return scaled(g, kept_bytes(ctx, bits), ctx.q), None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
         (bits,) = ctx.saved_tensors
-        return scaled(dx, kept(ctx, bits, dx.dtype, ctx.q))
+        return scaled(dx, kept_bytes(ctx, bits), ctx.q)
 
 
 class ReLUDropout(Rule):
@@ -130,7 +130,7 @@ class AlphaDropout(Rule):
     def forward(x: Tensor, k: Tensor, a: float, p: float, s: float) -> Tensor:
         k = k.to(x.dtype)
         offset = (k - 1).mul_(a * s).add_(a * s * p)
-        return scaled(x, k.mul_(a)).add_(offset)
+        return (x * k.mul_(a)).add_(offset)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -140,17 +140,12 @@ class AlphaDropout(Rule):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (bits,) = ctx.saved_tensors
-        return scaled(g, kept(ctx, bits, g.dtype, 1 / ctx.a)), None, None, None, None
+        return scaled(g, kept_bytes(ctx, bits), 1 / ctx.a), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
         (bits,) = ctx.saved_tensors
-        return scaled(dx, kept(ctx, bits, dx.dtype, 1 / ctx.a))
-
-
-def scaled(x: Tensor, k: Tensor) -> Tensor:
-    """x k, a fresh tensor; ``k``, a fresh one too, is overwritten unless it broadcasts."""
-    return times(k, x) if k.shape == x.shape else x * k
+        return scaled(dx, kept_bytes(ctx, bits), 1 / ctx.a)
 
 
 def save_bits(ctx: Any, k: Tensor) -> None:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manualprop.functions import _kernels
+from manualprop.functions._kernels import by_parts
 from manualprop.functions._rule import Rule, flat, plain_eager, times, transforms_active
 
 # Byte i of a 64-bit integer is 0 or 1.  Times GATHER, bit i of them all stands in the highest byte; a byte times
@@ -59,13 +61,31 @@ def keep_bits(ctx: Any, k: Tensor) -> Tensor:
     return pack(k)
 
 
+def kept_bytes(ctx: Any, bits: Tensor) -> Tensor:
+    """What :func:`keep_bits` kept."""
+    if not ctx.packed:
+        return bits
+    k = unpack(bits, ctx.k_shape)
+    return k.permute(0, 3, 1, 2) if ctx.channels_last else k
+
+
 def kept(ctx: Any, bits: Tensor, dtype: torch.dtype, q: float = 1.0) -> Tensor:
     """1 / q where the bit is set, else 0: a fresh tensor."""
-    if not ctx.packed:
-        return bits.to(dtype).div_(q)
-    k = unpack(bits, ctx.k_shape).to(dtype)
-    k = k if q == 1 else k.div_(q)
-    return k.permute(0, 3, 1, 2) if ctx.channels_last else k
+    return kept_bytes(ctx, bits).to(dtype).div_(q)
+
+
+def scaled(x: Tensor, k: Tensor, q: float = 1.0) -> Tensor:
+    """x k / q, a fresh tensor; ``k`` are bytes and may broadcast."""
+    if k.shape != x.shape:
+        return x * k.to(x.dtype).div_(q)
+    if torch.is_grad_enabled() or x.numel() < _kernels.SMALLEST:
+        return _scaled(k, x, q)
+    return by_parts(_scaled, (q,), k, x)
+
+
+def _scaled(k: Tensor, x: Tensor, q: float, out: Tensor | None = None) -> Tensor:
+    factor = k.to(x.dtype) if out is None else out.copy_(k)
+    return times(factor if q == 1 else factor.div_(q), x)
 
 
 def _as_integers(t: Tensor) -> bool:
@@ -103,16 +123,16 @@ class PackedReLU(Rule):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
         y, nothing = output
-        bits = keep_bits(ctx, y.bool().to(torch.uint8))  # y.ne(0) takes six times as long
+        bits = keep_bits(ctx, y.bool())  # y.ne(0) takes six times as long
         ctx.save_for_backward(bits, nothing)
         ctx.save_for_forward(bits, nothing)  # as many as for backward: vmap asks for one list of axes
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Tensor) -> Tensor:
         bits, nothing = ctx.saved_tensors
-        return flat(times(kept(ctx, bits, g.dtype), g), nothing)
+        return flat(scaled(g, kept_bytes(ctx, bits)), nothing)
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor) -> tuple[Tensor, Tensor]:
         bits, _ = ctx.saved_tensors
-        return times(kept(ctx, bits, dx.dtype), dx), dx.new_empty(0)
+        return scaled(dx, kept_bytes(ctx, bits)), dx.new_empty(0)

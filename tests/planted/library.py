@@ -16,7 +16,7 @@ from planted._table import Call, control, defect
 from planted.defects_arguments import as_contiguous, differs
 from planted.defects_numbers import gradient_at, off
 from planted.defects_routes import wrong_second
-from planted.defects_state import changes, edited, hooked, lives_on, second_backward_differs
+from planted.defects_state import changes, edited, lives_on, second_backward_differs
 
 # ---------------------------------------------------------------- activations kept small
 
@@ -817,20 +817,6 @@ def torch_median_of_an_expanded_input(x: Tensor) -> Tensor:
 def _expanded_twice(call: Call) -> tuple[Tensor, Tensor]:
     x = call.args[0].detach()[:1].expand(4, 5)
     return x, x.contiguous()
-
-
-@defect(
-    "checkpointing",
-    "saved_tensor_hooks",
-    "repeat",
-    args=lambda r: (r(6, 5),),
-    shows=lambda call: hooked(call),
-)
-def torch_rrelu_under_saved_tensor_hooks(x: Tensor) -> Tensor:
-    """Saves its noise before writing it: what a hook copies is uninitialised."""
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        return F.rrelu(x, training=True)
 
 
 @defect(

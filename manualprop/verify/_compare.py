@@ -75,7 +75,7 @@ def compare(s: Subject, hand: Hand | None = None, only: int | None = None) -> li
 
 def _flags(s: Subject) -> Tensor:
     """(M,): 1 for the entries of outputs that have a gradient, 0 for those that say they have none."""
-    flags = zip(s.outputs, s.differentiable, strict=True)
+    flags = zip(s.outputs, s.recorded, strict=True)
     return _numeric.flat([torch.full(y.shape, float(used)) for y, used in flags])
 
 
@@ -183,8 +183,8 @@ class _Derived(Subject):
         self.base, self.case, self.dtype = base, base.case, base.dtype
         self.points, self.names, self.whole = list(points), list(names), whole
 
-    @property
-    def differentiable(self) -> list[bool]:
+    @functools.cached_property
+    def recorded(self) -> list[bool]:
         return [True] * len(self.outputs)  # a gradient that does not require grad is a defect, no declaration
 
 

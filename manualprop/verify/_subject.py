@@ -226,12 +226,11 @@ class Subject:
         return [y.detach() for y in self(*self.at())]
 
     @property
-    def differentiable(self) -> list[bool]:
-        """Which outputs require grad.  The others are declared to have none, if there are such beside them."""
-        return [y.requires_grad for y in self(*self.at())]
+    def cotangents(self) -> list[Tensor]:
+        return [c.clone() for c in self._drawn]  # fresh each time: a backward may write into what it is given
 
     @functools.cached_property
-    def cotangents(self) -> list[Tensor]:
+    def _drawn(self) -> list[Tensor]:
         return self.cotangents_for(self.outputs)
 
     @functools.cached_property
@@ -308,7 +307,7 @@ class Subject:
             through: a dtype that this is rounded to before.
         """
         other = object.__new__(Subject)
-        forgotten = ("outputs", "cotangents", "plain", "noise", "precision")
+        forgotten = ("outputs", "_drawn", "plain", "noise", "precision")
         other.__dict__.update({k: v for k, v in self.__dict__.items() if k not in forgotten})
         other.points = list(points)
         other._points = [p._replace(tensor=t) for p, t in zip(self._points, points, strict=True)]

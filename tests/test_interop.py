@@ -7,7 +7,7 @@ import copy
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -27,6 +27,13 @@ pytestmark = [
     # Opacus runs layers in float64 under a float64 autocast.
     pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype:UserWarning"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def backend_flags_may_be_set() -> Iterator[None]:
+    """Opacus sets cudnn's for an embedding; torch's own test utilities, once another test has loaded them, forbid it."""
+    with torch.backends.__allow_nonbracketed_mutation():
+        yield
 
 
 def mixed() -> nn.Sequential:

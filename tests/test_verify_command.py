@@ -93,6 +93,11 @@ def test_discovers_cases_and_makes_up_inputs_for_the_rest(module: str) -> None:
     assert (root.args[0] > 0).all()
 
 
+def test_inputs_for_variable_arguments() -> None:
+    (found,) = discover("manualprop.functions:Tanh")  # forward(x, *parameters)
+    assert found.guessed == "x float32[4, 5]"
+
+
 def test_of_a_file_and_of_one_name(module: str) -> None:
     (found,) = discover(f"{module}.py:SCALES.three")
     assert found.case is not None

@@ -192,9 +192,13 @@ def _tensors_and_others(forward: Callable[..., Any]) -> list[inspect.Parameter] 
         return None
     if parameters and parameters[0].name in ("ctx", "self"):
         parameters = parameters[1:]
-    if any(p.kind in (p.VAR_POSITIONAL, p.KEYWORD_ONLY) and p.default is p.empty for p in parameters):
+    if any(p.kind == p.KEYWORD_ONLY and p.default is p.empty for p in parameters):
         return None
-    return [p for p in parameters if p.default is p.empty]
+    several = [p for p in parameters if p.kind == p.VAR_POSITIONAL]
+    needed = [
+        p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    return needed or several  # of `*inputs` alone, one
 
 
 def _first_accepted(fn: Callable[..., Any], parameters: Sequence[inspect.Parameter], seed: int) -> int | None:

@@ -116,11 +116,11 @@ def in_rows(formula: Formula, dim: int, *tensors: Tensor) -> Tensor:
 
 def flattened(*tensors: Tensor) -> list[Tensor] | None:
     """One-dimensional views of ordinary tensors in one order of their elements; None where there are none."""
+    if not plain_eager() or any(map(_is_extraordinary, tensors)):  # first: vmap cannot be asked for a layout
+        return None
     last = tensors[-1]
     dense = last.is_contiguous() or last.is_contiguous(memory_format=torch.channels_last)
-    if not dense or not plain_eager() or any(map(_is_extraordinary, tensors)):
-        return None
-    return _views(last, *tensors)
+    return _views(last, *tensors) if dense else None
 
 
 def _is_extraordinary(t: Tensor) -> bool:

@@ -35,6 +35,8 @@ Destinations = Mapping[Parameter, Destination]
 
 add_weight_gradient = rules.Linear.add_weight_gradient
 
+THIN = 8  # the smaller side of a weight, at most, of which BLAS may not add up the whole product first
+
 
 class Collect(Destination):
     """Adds gradients up: over micro-batches, or over the places where a tied weight stands."""
@@ -69,11 +71,14 @@ class Descend(Destination):
     With the gradient G, negated for ``maximize``, and the weight decay d, momentum m and dampening p:
         d W + G -> G;   B <- m B + (1 - p) G;   G + m B (Nesterov), or B -> D;   W <- W - lr D
     Without momentum D = G, and the update is one product:  W <- (1 - lr d) W - lr g^T x.
+    A thin W takes its gradient as a whole: for such a one BLAS may have a kernel (MKL has, on AMD processors) that
+    adds each example's part to W by itself, where a small learning rate leaves nothing of it after rounding.
     """
 
     def __init__(self, parameter: Parameter, group: Mapping[str, Any], states: dict[Any, Any]) -> None:
         super().__init__(parameter)
         self.group, self.states, self.key = group, states, parameter
+        self.is_thin = min(parameter.shape, default=0) <= THIN
 
     @property
     def buffer(self) -> Tensor | None:
@@ -108,6 +113,9 @@ class Descend(Destination):
 
     def take_weight(self, g_t: Tensor, x: Tensor) -> None:
         group = self.group
+        if self.is_thin:
+            super().take_weight(g_t, x)
+            return
         if group["momentum"]:
             self._take_weight_with_momentum(g_t, x)
             return

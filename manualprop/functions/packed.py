@@ -16,32 +16,27 @@ from manualprop.functions import _kernels
 from manualprop.functions._kernels import by_parts
 from manualprop.functions._rule import Rule, flat, plain_eager, times, transforms_active
 
-# Byte i of a 64-bit integer is 0 or 1.  Times GATHER, bit i of them all stands in the highest byte; a byte times
-# SPREAD stands in every byte of the integer, where SELECT leaves bit i of byte i.  That is at most 128, and with
-# CARRY = 127 added it is at least 128 unless it was 0: the highest bit of each byte tells.
-GATHER, SPREAD, SELECT = 0x0102040810204080, 0x0101010101010101, 0x8040201008040201 - 2**64
-CARRY = 0x7F7F7F7F7F7F7F7F
+# Eight planes of equal length, one after the other: bit i of byte j is number j of plane i.  So a whole plane is
+# shifted at once, eight bytes of it as one integer: they are 0 or 1, and a shift by up to 7 stays in its byte.
+PLANES = 8
+LOWEST = 0x0101010101010101  # the lowest bit of each of eight bytes
 
 
 def pack(k: Tensor) -> Tensor:
-    """The elements of ``k``, bytes that are 0 or 1, eight to a byte, in the order of their indices."""
+    """The elements of ``k``, bytes that are 0 or 1, eight to a byte."""
     k = k.reshape(-1)
-    if k.numel() % 8:
-        k = F.pad(k, (0, -k.numel() % 8))
-    if _as_integers(k):
-        return (k.view(torch.int64) * GATHER).bitwise_right_shift_(56).to(torch.uint8)
-    return (k.view(k.numel() // 8, 8) * _powers(k)).sum(1, dtype=torch.uint8)  # (n, 8) (8,) -> (n,)
+    if k.numel() % PLANES:
+        k = F.pad(k, (0, -k.numel() % PLANES))
+    planes = _as_integers(k.view(PLANES, k.numel() // PLANES))
+    return (planes << _shifts(planes)).sum(0, dtype=planes.dtype).view(torch.uint8)  # (8, n) -> (n,)
 
 
 def unpack(bits: Tensor, shape: torch.Size) -> Tensor:
     """What :func:`pack` packed."""
-    if _as_integers(bits):
-        spread = (bits.to(torch.int64) * SPREAD).bitwise_and_(SELECT)
-        k = spread.add_(CARRY).bitwise_right_shift_(7).bitwise_and_(SPREAD).view(torch.uint8)
-    else:
-        powers = bits.unsqueeze(1) & _powers(bits)  # (n, 1) (8,) -> (n, 8)
-        k = powers.ne(0).to(torch.uint8).view(bits.numel() * 8)
-    return k[: shape.numel()].view(shape)
+    integers = _as_integers(bits)
+    planes = integers >> _shifts(integers)  # (n,) (8, 1) -> (8, n)
+    planes &= LOWEST if planes.dtype == torch.int64 else 1
+    return planes.view(torch.uint8).view(PLANES * bits.numel())[: shape.numel()].view(shape)
 
 
 def keep_bits(ctx: Any, k: Tensor) -> Tensor:
@@ -88,13 +83,15 @@ def _scaled(k: Tensor, x: Tensor, q: float, out: Tensor | None = None) -> Tensor
     return times(factor if q == 1 else factor.div_(q), x)
 
 
-def _as_integers(t: Tensor) -> bool:
-    """Whether eight bytes may be read as one integer: neither transforms nor fake tensors can."""
-    return plain_eager() and type(t) is Tensor and t.storage_offset() % 8 == 0
+def _as_integers(k: Tensor) -> Tensor:
+    """Eight bytes read as one integer, or the bytes where that cannot be: in transforms, and of fake tensors."""
+    whole = k.numel() > 0 and k.shape[-1] % 8 == 0 and k.storage_offset() % 8 == 0
+    return k.view(torch.int64) if whole and plain_eager() and type(k) is Tensor else k
 
 
-def _powers(like: Tensor) -> Tensor:
-    return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=like.device)
+def _shifts(like: Tensor) -> Tensor:
+    """0 to 7, as a column."""
+    return torch.arange(PLANES, dtype=like.dtype, device=like.device).view(PLANES, 1)
 
 
 class PackedReLU(Rule):
@@ -123,7 +120,7 @@ class PackedReLU(Rule):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
         y, nothing = output
-        bits = keep_bits(ctx, y.bool())  # y.ne(0) takes six times as long
+        bits = keep_bits(ctx, y.bool().view(torch.uint8))  # y.ne(0) takes six times as long
         ctx.save_for_backward(bits, nothing)
         ctx.save_for_forward(bits, nothing)  # as many as for backward: vmap asks for one list of axes
 

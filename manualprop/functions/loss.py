@@ -95,6 +95,7 @@ class SmoothL1(ElementwiseLoss):
               = sign(x - t)          else                          piecewise linear
               = (x - t) / beta, clamped to [-1, 1]                 the two in one
         dl/dt = -dl/dx
+        l = c (x - t - beta c / 2) with c = dl/dx                  either piece: how compiled kernels make both at once
         d2l/dx2 = 1[|x - t| < beta] / beta
     Kinks
         d2l/dx2 = 0 at |x - t| = beta, as in PyTorch; dl/dx is continuous.
@@ -112,6 +113,9 @@ class SmoothL1(ElementwiseLoss):
 
     @staticmethod
     def f(x: Tensor, t: Tensor, beta: float) -> Tensor:
+        if torch.compiler.is_compiling():
+            c = SmoothL1.output_gradient(x, t, beta)
+            return c * (x - t - c * (beta / 2))
         return F.smooth_l1_loss(x, t, reduction="none", beta=beta)
 
     @staticmethod
@@ -136,6 +140,7 @@ class Huber(ElementwiseLoss):
               = delta sign(x - t)    else                          piecewise linear
               = x - t, clamped to [-delta, delta]                  the two in one
         dl/dt = -dl/dx
+        l = c (x - t - c / 2) with c = dl/dx                       either piece: how compiled kernels make both at once
         d2l/dx2 = 1[|x - t| < delta]
     Kinks
         d2l/dx2 = 0 at |x - t| = delta, as in PyTorch; dl/dx is continuous.
@@ -153,6 +158,9 @@ class Huber(ElementwiseLoss):
 
     @staticmethod
     def f(x: Tensor, t: Tensor, delta: float) -> Tensor:
+        if torch.compiler.is_compiling():
+            c = Huber.output_gradient(x, t, delta)
+            return c * (x - t - c / 2)
         return F.huber_loss(x, t, reduction="none", delta=delta)
 
     @staticmethod

@@ -313,10 +313,11 @@ class CosineEmbedding(Rule):
     @staticmethod
     def weights(a: Tensor, b: Tensor, t: Tensor, m: float) -> tuple[Tensor, Tensor, Tensor]:
         """p, q and q', one number for each example: dl/da = p b - q a and dl/db = p a - q' b."""
-        # As ATen's forward has it, so that a compiler takes these numbers from there.
-        A, B = ((v * v).sum(-1) + COSINE_EPS for v in (a, b))
+        # As ATen's forward has it, to the number of the axis, so that a compiler takes these numbers from there.
+        last = a.dim() - 1
+        A, B = ((v * v).sum(last) + COSINE_EPS for v in (a, b))
         root = (A * B).sqrt()
-        c = (a * b).sum(-1) / root
+        c = (a * b).sum(last) / root
         slope = t.eq(-1).logical_and(c.ge(m)).to(a.dtype) - t.eq(1).to(a.dtype)  # dl/dc
         return slope / root, slope * c / A, slope * c / B
 

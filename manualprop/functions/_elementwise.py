@@ -10,6 +10,7 @@ Symbols
     p   parameters: Python numbers, never differentiated
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
@@ -20,16 +21,13 @@ from manualprop.functions import _kernels
 from manualprop.functions._kernels import by_parts
 from manualprop.functions._rule import HALF, Rule, at_every_level, in_full_precision, plain_eager, times
 
-ZERO = torch.zeros(
-    (), dtype=torch.float64, device="cpu"
-)  # without axes: compared in the other tensor's dtype
-
 
 class Elementwise(Rule):
     """Base of all rules ``y = f(x)``.  A subclass states the mathematics and nothing else.
 
     - ``f(x, *p)``    the function.
     - ``df(s, *p)``   f'(x), written in the saved tensor ``s``; a fresh tensor, which may be overwritten.
+      With a parameter ``out``, it may be written into that tensor, if there is one.
       Of a rule that blocks of layers use and that saves x, ``df(x, y)`` writes y = f(x) into ``y`` by the way.
     - ``ddf(s, *p)``  d df / d s; hence f''(x) is ``ddf`` if ``s`` is x, and ``ddf * df`` if ``s`` is y.
       Left out where f is piecewise linear: then f'' = 0.
@@ -77,61 +75,59 @@ class Elementwise(Rule):
             setattr(cls, method.__name__, staticmethod(method))
 
 
-def indicator(compare: Callable[..., Tensor], s: Tensor, bound: float, overwrite: bool = False) -> Tensor:
-    """1 where ``compare(s, bound)`` holds, else 0, in the dtype of ``s``: a fresh tensor, or ``s`` overwritten.
+def indicator(compare: Callable[..., Tensor], s: Tensor, bound: float, out: Tensor | None = None) -> Tensor:
+    """1 where ``compare(s, bound)`` holds, else 0, in the dtype of ``s``: a fresh tensor, or ``out``, which may be ``s``.
 
     ATen compares a whole vector at a time only into a tensor of the same dtype: by way of booleans, a ReLU's
     backward takes 4 to 7 times as long.  ``vmap`` has no rule for ``out=``.
     """
     if not plain_eager():
         return compare(s, bound).to(s.dtype)
-    out = s if overwrite else torch.empty_like(s)
-    return compare(s, _bound(bound) if _takes_constants(s) else bound, out=out)
+    return compare(s, constant(bound, s), out=torch.empty_like(s) if out is None else out)
 
 
-def inside(y: Tensor, a: float, b: float) -> Tensor:
+def inside(y: Tensor, a: float, b: float, out: Tensor | None = None) -> Tensor:
     """1 where ``y``, which stays within its bounds ``a`` and ``b``, is neither of them; else 0, in the dtype of ``y``."""
     if not plain_eager():
         return ((y != a) & (y != b)).to(y.dtype)  # inductor keeps it as one mask of bytes
-    if a == -b:
-        return indicator(torch.ne, y.abs(), b, overwrite=True)
-    if (a, b) == (0, 1):  # the two are integers, nothing between them is
-        return indicator(torch.ne, y.frac(), 0, overwrite=True)
-    if a == 0 and b >= 1:  # never rounded to 0 between them: b - y is b where y is tiny
-        return indicator(torch.ne, (b - y).mul_(y), 0, overwrite=True)
-    return indicator(torch.ne, y, a).mul_(indicator(torch.ne, y, b))
+    up = torch.threshold(y, a, b, out=out)  # y = a becomes b, too
+    return indicator(torch.ne, up, b, up)
 
 
-def _takes_constants(s: Tensor) -> bool:
-    """Whether ``s`` mixes with a constant of :func:`_bound`: a fake or distributed tensor does not.
+_constants: dict[tuple[float, torch.dtype], Tensor] = {}
 
-    Against a tensor without axes, the constant would decide the dtype.
+
+def constant(value: float, like: Tensor) -> Tensor | float:
+    """``value`` as a tensor without axes in the dtype of ``like``, made once, where such a one may stand for it.
+
+    ATen makes one of every number that it is given, which takes as long as the work on a small layer.
     """
-    return type(s) is Tensor and s.dim() > 0
-
-
-_bounds: dict[float, Tensor] = {}
-
-
-def _bound(value: float) -> Tensor:
-    """``value`` as a tensor without axes, made once: making one takes longer than comparing a small layer."""
-    found = _bounds.get(value)
+    if (
+        type(like) is not Tensor or not plain_eager()
+    ):  # a fake or distributed tensor mixes with its kind alone
+        return value
+    found = _constants.get((value, like.dtype))
     if found is None:
-        found = torch.tensor(value, dtype=torch.float64, device="cpu")
-        if type(found) is Tensor:  # no fake one, which would outlive its mode
-            _bounds[value] = found
+        with torch.inference_mode(False):  # it outlives the mode
+            found = torch.tensor(value, dtype=like.dtype, device="cpu")
+        if type(found) is not Tensor:  # made within somebody's fake mode, which it would outlive
+            return value
+        _constants[value, like.dtype] = found
     return found
 
 
-_ones = {dtype: torch.ones((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
+def affine(a: float, b: float, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """``a + b x``, a fresh tensor or ``out``, which may be ``x``: one pass over the memory."""
+    offset = constant(a, x)
+    return torch.add(offset, x, alpha=b, out=out) if isinstance(offset, Tensor) else x * b + a
 
 
-def one_minus(a: Tensor, b: Tensor) -> Tensor:
-    """``1 - a * b``, a fresh tensor: one pass over the memory, and one rounding where the processor can."""
-    one = _ones.get(a.dtype)
-    if one is None or type(a) is not Tensor or type(b) is not Tensor or not (a.is_cpu and plain_eager()):
-        return 1 - a * b
-    return torch.addcmul(one, a, b, value=-1)
+def one_minus(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """``1 - a * b``, a fresh tensor or ``out``: one pass over the memory, and one rounding where the processor can."""
+    one = constant(1, a)
+    if not (isinstance(one, Tensor) and type(b) is Tensor and a.is_cpu):
+        return 1 - a * b if out is None else torch.sub(1, a * b, out=out)
+    return torch.addcmul(one, a, b, value=-1, out=out)
 
 
 class Chain(Rule):
@@ -144,12 +140,16 @@ class Chain(Rule):
 
 def _chain(rule: type[Elementwise]) -> type[Chain]:
     df, ddf, exact_slope, blocks = rule.df, rule.ddf, rule.exact_slope, not rule.one_step
+    takes_out = "out" in inspect.signature(df).parameters
 
     def formula(g: Tensor, s: Tensor, *p: float, out: Tensor | None = None) -> Tensor:
         if s.dtype in HALF and not exact_slope:
             dx = g.float() * df(s.float(), *p)
             return dx.to(g.dtype) if out is None else out.copy_(dx)
-        return times(df(s, *p), g) if out is None else torch.mul(df(s, *p), g, out=out)
+        if out is None:
+            return times(df(s, *p), g)
+        slope = df(s, *p, out=out) if takes_out and out is not g else df(s, *p)
+        return torch.mul(slope, g, out=out)
 
     def product(g: Tensor, s: Tensor, *p: float) -> Tensor:
         if s.numel() < _kernels.SMALLEST:

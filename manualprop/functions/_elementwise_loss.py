@@ -98,8 +98,10 @@ def _slope(rule: type[ElementwiseLoss], i: int, partial: Callable[..., Tensor]) 
 
     def part(g: Tensor, *inputs: Any, out: Tensor | None = None) -> Tensor:
         *rest, x = inputs[:count]
-        result = formula(g, x, *rest, *inputs[count:])
-        return result if out is None else out.copy_(result)
+        if out is None:
+            return formula(g, x, *rest, *inputs[count:])
+        full = map(in_full_precision, (x, *rest))
+        return torch.mul(partial(*full, *inputs[count:]), g, out=out)
 
     def product(g: Tensor, *inputs: Any) -> Tensor:
         x, *rest = inputs[:count]

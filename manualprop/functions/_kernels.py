@@ -18,7 +18,7 @@ BACKENDS = ("eager", "inductor")
 LARGE = 2**18
 LARGE_COMPILED = 2**18
 SMALLEST = min(LARGE, LARGE_COMPILED)  # below, there is nothing to choose
-BLOCK = 2**16  # elements of a block, for each thread: it and its temporaries stay in a core's cache
+BLOCK = 2**17  # elements of a block, for each thread: it and its temporaries stay in a core's cache
 
 # One for the process, not for the thread: the backward of a CUDA tensor runs in a thread of autograd's own.
 _backend = "eager"

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualprop.functions._elementwise import Elementwise, indicator, inside, one_minus
+from manualprop.functions._elementwise import Elementwise, affine, constant, indicator, inside, one_minus
 
 # Constants stand outside of the classes: compiled autograd cannot read an attribute of a Function.
 
@@ -49,8 +49,8 @@ class ReLU(Elementwise):
         return torch.relu(x)
 
     @staticmethod
-    def df(y: Tensor) -> Tensor:
-        return indicator(torch.ne, y, 0)
+    def df(y: Tensor, out: Tensor | None = None) -> Tensor:
+        return indicator(torch.ne, y, 0, out)
 
 
 class ReLU6(Elementwise):
@@ -75,8 +75,8 @@ class ReLU6(Elementwise):
         return F.relu6(x)
 
     @staticmethod
-    def df(y: Tensor) -> Tensor:
-        return inside(y, 0, 6)
+    def df(y: Tensor, out: Tensor | None = None) -> Tensor:
+        return inside(y, 0, 6, out)
 
 
 class Hardtanh(Elementwise):
@@ -101,8 +101,8 @@ class Hardtanh(Elementwise):
         return F.hardtanh(x, a, b)
 
     @staticmethod
-    def df(y: Tensor, a: float, b: float) -> Tensor:
-        return inside(y, a, b)
+    def df(y: Tensor, a: float, b: float, out: Tensor | None = None) -> Tensor:
+        return inside(y, a, b, out)
 
 
 class LeakyReLU(Elementwise):
@@ -127,8 +127,8 @@ class LeakyReLU(Elementwise):
         return F.leaky_relu(x, a)
 
     @staticmethod
-    def df(y: Tensor, a: float) -> Tensor:
-        positive = indicator(torch.gt, y, 0)
+    def df(y: Tensor, a: float, out: Tensor | None = None) -> Tensor:
+        positive = indicator(torch.gt, y, 0, out)
         return positive.clamp_min_(a) if a <= 1 else positive.mul_(1 - a).add_(a)
 
 
@@ -151,8 +151,8 @@ class LeakyReLUFromInput(Elementwise):
         return F.leaky_relu(x, a)
 
     @staticmethod
-    def df(x: Tensor, a: float) -> Tensor:
-        return indicator(torch.gt, x, 0).mul_(1 - a).add_(a)
+    def df(x: Tensor, a: float, out: Tensor | None = None) -> Tensor:
+        return indicator(torch.gt, x, 0, out).mul_(1 - a).add_(a)
 
 
 class Threshold(Elementwise):
@@ -176,8 +176,9 @@ class Threshold(Elementwise):
         return torch.threshold(x, c, w)
 
     @staticmethod
-    def df(x: Tensor, c: float, w: float) -> Tensor:
-        return indicator(torch.ne, x.clamp(min=c), c, overwrite=True)
+    def df(x: Tensor, c: float, w: float, out: Tensor | None = None) -> Tensor:
+        above = torch.clamp(x, min=c, out=out)
+        return indicator(torch.ne, above, c, above)
 
 
 class Hardsigmoid(Elementwise):
@@ -201,8 +202,8 @@ class Hardsigmoid(Elementwise):
         return F.hardsigmoid(x)
 
     @staticmethod
-    def df(y: Tensor) -> Tensor:
-        return inside(y, 0, 1).div_(6)
+    def df(y: Tensor, out: Tensor | None = None) -> Tensor:
+        return inside(y, 0, 1, out).mul_(1 / 6)
 
 
 class Hardshrink(Elementwise):
@@ -229,8 +230,10 @@ class Hardshrink(Elementwise):
         return F.hardshrink(x, lambd)
 
     @staticmethod
-    def df(y: Tensor, lambd: float) -> Tensor:
-        return torch.ones_like(y) if lambd < 0 else indicator(torch.ne, y, 0)
+    def df(y: Tensor, lambd: float, out: Tensor | None = None) -> Tensor:
+        if lambd < 0:
+            return torch.ones_like(y) if out is None else out.fill_(1)
+        return indicator(torch.ne, y, 0, out)
 
 
 class Softshrink(Elementwise):
@@ -256,8 +259,8 @@ class Softshrink(Elementwise):
         return F.softshrink(x, lambd)
 
     @staticmethod
-    def df(y: Tensor, lambd: float) -> Tensor:
-        return indicator(torch.ne, y, 0)
+    def df(y: Tensor, lambd: float, out: Tensor | None = None) -> Tensor:
+        return indicator(torch.ne, y, 0, out)
 
 
 # ----- piecewise quadratic -----
@@ -287,10 +290,10 @@ class Hardswish(Elementwise):
         return F.hardswish(x)
 
     @staticmethod
-    def df(x: Tensor) -> Tensor:
-        z = torch.threshold(x, -3, -1.5)  # x <= -3 becomes -3/2
+    def df(x: Tensor, out: Tensor | None = None) -> Tensor:
+        z = torch.threshold(x, -3, -1.5, out=out)  # x <= -3 becomes -3/2
         minus_z = torch.threshold_(z.neg_(), -3, -1.5)  # x >= 3 becomes 3/2
-        return torch.rsub(minus_z, 0.5, alpha=1 / 3)
+        return affine(0.5, -1 / 3, minus_z, minus_z)
 
     @staticmethod
     def ddf(x: Tensor) -> Tensor:
@@ -321,8 +324,8 @@ class Sigmoid(Elementwise):
         return torch.sigmoid(x)
 
     @staticmethod
-    def df(y: Tensor) -> Tensor:
-        return torch.addcmul(y, y, y, value=-1)  # y - y^2
+    def df(y: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.addcmul(y, y, y, value=-1, out=out)  # y - y^2
 
     @staticmethod
     def ddf(y: Tensor) -> Tensor:
@@ -350,8 +353,8 @@ class Tanh(Elementwise):
         return torch.tanh(x)
 
     @staticmethod
-    def df(y: Tensor) -> Tensor:
-        return one_minus(y, y)
+    def df(y: Tensor, out: Tensor | None = None) -> Tensor:
+        return one_minus(y, y, out)
 
     @staticmethod
     def ddf(y: Tensor) -> Tensor:
@@ -378,8 +381,8 @@ class LogSigmoid(Elementwise):
         return F.logsigmoid(x)
 
     @staticmethod
-    def df(y: Tensor) -> Tensor:
-        return torch.expm1(y).neg_()
+    def df(y: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.expm1(y, out=out).neg_()
 
     @staticmethod
     def ddf(y: Tensor) -> Tensor:
@@ -408,8 +411,8 @@ class Softplus(Elementwise):
         return F.softplus(x, beta, theta)
 
     @staticmethod
-    def df(y: Tensor, beta: float, theta: float) -> Tensor:
-        slope = torch.expm1(y * -beta).neg_()
+    def df(y: Tensor, beta: float, theta: float, out: Tensor | None = None) -> Tensor:
+        slope = torch.mul(y, -beta, out=out).expm1_().neg_()
         if theta > -math.log(torch.finfo(y.dtype).eps / 4):  # there e^{-beta y} is lost against 1 anyway
             return slope
         return torch.where(y * beta > theta, torch.ones_like(y), slope)
@@ -469,12 +472,12 @@ class SiLU(Elementwise):
         return F.silu(x)
 
     @staticmethod
-    def df(x: Tensor, y: Tensor | None = None) -> Tensor:
-        s = torch.sigmoid(x)
+    def df(x: Tensor, y: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        s = torch.sigmoid(x, out=out)
         if y is not None:
             torch.mul(x, s, out=y)
         ds = torch.addcmul(s, s, s, value=-1)  # s (1 - s)
-        return torch.addcmul(s, x, ds)  # s + x s (1 - s)
+        return torch.addcmul(s, x, ds, out=out)  # s + x s (1 - s)
 
     @staticmethod
     def ddf(x: Tensor) -> Tensor:
@@ -536,8 +539,8 @@ class Tanhshrink(Elementwise):
         return x - torch.tanh(x)
 
     @staticmethod
-    def df(x: Tensor) -> Tensor:
-        return torch.tanh(x).pow_(2)
+    def df(x: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.tanh(x, out=out).pow_(2)
 
     @staticmethod
     def ddf(x: Tensor) -> Tensor:
@@ -567,8 +570,8 @@ class Softsign(Elementwise):
         return x / x.abs().add_(1)
 
     @staticmethod
-    def df(y: Tensor) -> Tensor:
-        return y.abs().neg_().add_(1).pow_(2)
+    def df(y: Tensor, out: Tensor | None = None) -> Tensor:
+        return affine(1, -1, torch.abs(y, out=out), out).pow_(2)
 
     @staticmethod
     def ddf(y: Tensor) -> Tensor:
@@ -603,8 +606,8 @@ class ELU(Elementwise):
         return F.elu(x, alpha)
 
     @staticmethod
-    def df(y: Tensor, alpha: float) -> Tensor:
-        slope = y.clamp(max=0).add_(alpha)
+    def df(y: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
+        slope = torch.clamp(y, max=0, out=out).add_(constant(alpha, y))
         return slope if alpha == 1 else slope.add_(indicator(torch.gt, y, 0), alpha=1 - alpha)
 
     @staticmethod
@@ -666,8 +669,8 @@ class SELU(Elementwise):
         return torch.selu(x)
 
     @staticmethod
-    def df(y: Tensor) -> Tensor:
-        slope = y.clamp(max=0).add_(SELU_LAMBDA * SELU_ALPHA)
+    def df(y: Tensor, out: Tensor | None = None) -> Tensor:
+        slope = torch.clamp(y, max=0, out=out).add_(constant(SELU_LAMBDA * SELU_ALPHA, y))
         return slope.add_(indicator(torch.gt, y, 0), alpha=SELU_LAMBDA * (1 - SELU_ALPHA))
 
     @staticmethod
@@ -700,8 +703,8 @@ class CELU(Elementwise):
         return F.celu(x, alpha)
 
     @staticmethod
-    def df(y: Tensor, alpha: float) -> Tensor:
-        return y.clamp(max=0).div_(alpha).add_(1)
+    def df(y: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
+        return torch.clamp(y, max=0, out=out).div_(alpha).add_(1)
 
     @staticmethod
     def ddf(y: Tensor, alpha: float) -> Tensor:
@@ -732,14 +735,16 @@ class GELU(Elementwise):
         return F.gelu(x)
 
     @staticmethod
-    def df(x: Tensor, y: Tensor | None = None) -> Tensor:
-        e = (x * x).mul_(-0.5).exp_()  # phi = e / sqrt(2 pi)
+    def df(x: Tensor, y: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        e = (
+            torch.mul(x, x, out=out).mul_(-0.5 / math.log(2)).exp2_()
+        )  # e^{-x^2 / 2}, so that phi = e / sqrt(2 pi)
         z = x * -math.sqrt(0.5)
         c = 1 - torch.erf(z) if torch.compiler.is_compiling() else z.erfc_()
-        Phi = c.mul_(0.5)
+        Phi = c.mul_(constant(0.5, c))
         if y is not None:
             torch.mul(x, Phi, out=y)
-        return torch.addcmul(Phi, x, e, value=math.sqrt(0.5 / math.pi))  # Phi + x phi
+        return torch.addcmul(Phi, x, e, value=math.sqrt(0.5 / math.pi), out=out)  # Phi + x phi
 
     @staticmethod
     def ddf(x: Tensor) -> Tensor:
@@ -771,15 +776,15 @@ class GELUTanh(Elementwise):
         return F.gelu(x, approximate="tanh")
 
     @staticmethod
-    def df(x: Tensor, y: Tensor | None = None) -> Tensor:
+    def df(x: Tensor, y: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         k, c = GELU_K, GELU_C
-        x3 = (x * x).mul_(x)
-        u2 = torch.add(x, x3, alpha=c).mul_(k)  # k (x + c x^3)
+        x3 = torch.mul(x, x, out=out).mul_(x)
+        u2 = torch.add(x, x3, alpha=c).mul_(constant(k, x))  # k (x + c x^3)
         s, r = torch.sigmoid(u2), torch.sigmoid(-u2)  # r = 1 - s
         if y is not None:
             torch.mul(x, s, out=y)
         w = u2.add_(x3, alpha=2 * k * c).clamp(-GELU_FAR, GELU_FAR)  # k (x + 3 c x^3)
-        return torch.addcmul(s, r.mul_(s), w)  # s + s (1 - s) k (x + 3 c x^3)
+        return torch.addcmul(s, r.mul_(s), w, out=out)  # s + s (1 - s) k (x + 3 c x^3)
 
     @staticmethod
     def ddf(x: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class PReLU(Rule):
     Memory
         x, as torch.
     Accuracy
-        W + (1 - W) is 1 to a relative eps |W|.
+        Exact.
     Reference
         He et al., 2015, https://arxiv.org/abs/1502.01852
     """
@@ -76,7 +76,8 @@ class PReLU(Rule):
     def _slope(x: Tensor, W: Tensor) -> Tensor:
         """dy/dx, a fresh tensor."""
         w = channelwise(in_full_precision(W), x)
-        return times(indicator(torch.gt, x.detach(), 0), 1 - w) + w
+        positive = indicator(torch.gt, x.detach(), 0)
+        return torch.lerp(w, torch.ones_like(w), positive)  # w + (1 - w) 1[x > 0], and just 1 or w
 
 
 class RReLU(Rule):

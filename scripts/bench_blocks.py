@@ -221,7 +221,7 @@ def section(size: Size, results: Results, command: str) -> str:
     flags = [miss for row in results.values() for miss in row.misses]
     return "\n\n".join(
         [
-            f"## Fused blocks at {size}",
+            f"## Fused blocks at {size}: {benchmarking.processor()}",
             "Rows x width x hidden width. Time of forward and backward, float32, over that of the same layers of "
             "torch.nn in eager mode; in brackets the target, where there is one; `!` marks a miss. `eager` and "
             "`kernels` are ours, `torch.compile` is torch's composition, compiled. Memory is what backward keeps beside "

@@ -143,7 +143,7 @@ def section(found: dict[Cell, dict[str, Measured]], command: str) -> str:
     rows = [row for cell, measured in found.items() for row in table_rows(cell, measured)]
     return "\n\n".join(
         [
-            "## Linear layer and cross-entropy in one",
+            f"## Linear layer and cross-entropy in one: {benchmarking.processor()}",
             "Forward and backward, float32, gradients of input and weight; the candidates take turns, a ratio is the "
             "median over the rounds. In brackets the target; `!` marks a miss. The peak is what a step adds to the "
             "process at most, the gradients included.",

@@ -308,7 +308,7 @@ def section(results: Results, command: str) -> str:
     count = sum(len(cells) for cells in results.values())
     return "\n\n".join(
         [
-            "## Layers",
+            f"## Layers: {benchmarking.processor()}",
             "Our time / torch.nn's, forward and backward, float32; in brackets the target, where there is one; "
             '`!` marks a miss. `kernels` is eager training with `manualprop.kernels("inductor")` at 2048x3072. '
             "Freed memory stays mapped for both (`mallopt`), so no page faults are counted. "

@@ -116,7 +116,8 @@ def make(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
 def lifted(graph: GraphModule) -> list[Tensor]:
     """Turn the tensors that a graph holds (weights, buffers) into inputs, and return them.
 
-    A tensor that is changed in place has to be an input, and the same memory has to be the same input.
+    A tensor that is changed in place has to be an input, and the same memory has to be the same input: the graph
+    lets go of what it held, which the compiler would take for one more.
     """
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     found: dict[Any, tuple[Any, Tensor]] = {}
@@ -130,6 +131,8 @@ def lifted(graph: GraphModule) -> list[Tensor]:
             inputs[-1].meta = dict(node.meta)
         node.replace_all_uses_with(found[key][0])
         graph.graph.erase_node(node)
+    for name in {node_name for node_name, _ in [*graph.named_parameters(), *graph.named_buffers()]}:
+        delattr(graph, name)
     for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):
         node.replace_all_uses_with(node.args[0])
         graph.graph.erase_node(node)

@@ -21,6 +21,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from manualprop._backprop._criterion import Criterion, Repeated
+from manualprop._backprop._descend_op import Updates
 from manualprop._backprop._destinations import Collect, Descend, Destinations, Factors, Guarded
 from manualprop._backprop._graph import Body, Graphs, Hyperparameters, with_tensors
 from manualprop._backprop._stages import Added, Affine, Backward, Chained, Forward, build, flat
@@ -50,10 +51,11 @@ class Backprop:
         loss: of :mod:`manualprop.nn`, called on (output, target), with reduction "mean" or "sum".
         descent: of :mod:`manualprop.descent`: the update, and for Batch the size of the micro-batches.
         optimizer: the descent's, where it has been made already; it is made anew otherwise.
-        compile: run forward pass, loss and backward pass as one graph, compiled by torch's inductor on the first step
-            of each shape of the input (tens of seconds).  It ends where the update starts, which stays folded into
-            the product that makes the gradient (or is the optimizer's own), so that a scheduler compiles nothing
-            anew.  It pays for many or large elementwise layers.  Random layers draw other numbers than without.
+        compile: run the step as one graph, compiled by torch's inductor on the first step of each shape of the input
+            (tens of seconds).  It calls the update, which stays folded into the product that makes the gradient and
+            reads its hyperparameters then, so that a scheduler compiles nothing anew; an optimizer that asks for
+            gradients makes its own step after the graph.  It pays for many or large elementwise layers.  Random
+            layers draw other numbers than without.
         capture: replay the step as a CUDA graph: for small networks on a GPU, where starting the kernels takes longer
             than their work.  It needs a CUDA device, the model, the inputs and the targets on it, and one graph's
             memory for each shape of the input.  May be combined with ``compile``.
@@ -114,7 +116,7 @@ class Backprop:
         self._folds = type(self.optimizer) is SGD and not clips and not self._hooks
         states = self.optimizer.state
         self._descend = {p: Descend(p, groups[p], states) for p in self._learning} if self._folds else {}
-        self._methods: list[tuple[str, int]] = []
+        self._updates = Updates(self._descend)
         self._micro = self.descent.micro_batch_size if isinstance(self.descent, Batch) else None
         self._by_update = self.lr_scheduler is not None and self.descent.lr_scheduler_interval == "update"
         self._is_plain = self._folds and not self._ties and self._graphs is None and self._micro is None
@@ -159,7 +161,7 @@ class Backprop:
         if self._ties:
             return self._collect_and_update(x, target)
         if self._graphs is not None and self._graphs.compile:
-            return self._run_factors(x, target)
+            return self._run_compiled(x, target)
         with torch.inference_mode():
             loss, _ = self._propagate(x, target)
         self._forget()
@@ -313,28 +315,22 @@ class Backprop:
             update.commit(finite)
         return loss, output
 
-    def _run_factors(self, x: Tensor, target: Tensor) -> float:
-        """One step, by a graph of forward and backward pass: it ends where the update is folded into a product.
-
-        Inside of the graph a product cannot be written into the weight, and the weights would be copied to and fro.
-        """
+    def _run_compiled(self, x: Tensor, target: Tensor) -> float:
+        """One step, by a compiled graph, which ends with the update folded into the products."""
         with torch.no_grad():
-            found, self.output, *factors = self._graph(self._factors, None, [x, target])
-            loss = self._finite(found)
-            given = iter(factors)
-            for destination, (method, count) in zip(self._descend.values(), self._methods, strict=True):
-                getattr(destination, method)(*[next(given) for _ in range(count)])
-        return loss
+            found, self.output = self._graph(self._descending, None, [x, target])
+        return self._finite(found)
 
-    def _factors(self, x: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-        """Loss, output, and what the gradients are made of; how, is noted aside."""
+    def _descending(self, x: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        """Loss and output; what the gradients are made of goes into the update."""
         to = {p: Factors(p) for p in self._learning}
         with self._sending(to):
             output = self.stage.forward(x)
             loss, _, g = self.criterion(output, target)
             self.stage.backward(g)
-        self._methods = [(factors.method, len(factors.made)) for factors in to.values()]
-        return loss, output, *[made for factors in to.values() for made in factors.made]
+        made = [factor for factors in to.values() for factor in factors.made]
+        self._updates.record(made, [factors.method for factors in to.values()], loss)
+        return loss, output
 
     def _gradients(self, x: Tensor, target: Tensor, divide: bool = True) -> tuple[Tensor, ...]:
         """Loss, divisor, output, and the gradient of every parameter that learns."""

@@ -90,16 +90,17 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]]
     "t5": (t5, text, 58, {"T5LayerNorm"}),
 }
 NAMES = pytest.mark.parametrize("name", MODELS)
+FUSE = pytest.mark.parametrize("fuse", [False, True])
 
 
 def made(
-    name: str, dtype: torch.dtype = torch.float64, swapped: bool = False
+    name: str, dtype: torch.dtype = torch.float64, swapped: bool = False, fuse: bool = False
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     torch.manual_seed(0)
     model = MODELS[name][0]().to(dtype).train()
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in MODELS[name][1]().items()}
     if swapped:
-        manualprop.swap(model)
+        manualprop.swap(model, fuse=fuse)
     return model, inputs
 
 
@@ -115,10 +116,10 @@ def step(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, d
     )
 
 
-def assert_same_step(name: str, **options: Any) -> None:
+def assert_same_step(name: str, fuse: bool, **options: Any) -> None:
     found = []
     for swapped in (False, True):
-        model, inputs = made(name, swapped=swapped)
+        model, inputs = made(name, swapped=swapped, fuse=fuse)
         if options:
             model.gradient_checkpointing_enable(**options)  # type: ignore[operator]
         found.append(step(model, inputs))
@@ -135,17 +136,40 @@ def test_what_is_swapped_and_what_is_left(name: str) -> None:
     assert [type(m) for m in manualprop.unswap(model).model.modules()] == before
 
 
+# {name: (how many are fused, and into what)}
+FUSED = {
+    "bert": (2, "FusedBertLayer: intermediate.intermediate_act_fn+output.dense"),
+    "gpt2": (0, ""),  # its layers are Conv1D, which have no twin
+    "llama": (2, "FusedLlamaMLP: act_fn+down_proj"),
+    "vit": (2, "FusedViTMLP: activation_fn+fc2"),
+    "t5": (4, "FusedT5DenseActDense: act+dropout+wo"),
+}
+
+
 @NAMES
-def test_outputs_and_gradients(name: str) -> None:
-    assert_same_step(name)
+def test_what_is_fused_and_taken_apart_again(name: str) -> None:
+    model, _ = made(name)
+    before = [type(module) for module in model.modules()]
+    rows = manualprop.swap(model, fuse=True).rows
+    count, after = FUSED[name]
+    fused = [row.after for row in rows if (row.after or "").startswith("Fused")]
+    assert fused == [after] * count
+    assert [type(m) for m in manualprop.unswap(model).model.modules()] == before
+
+
+@FUSE
+@NAMES
+def test_outputs_and_gradients(name: str, fuse: bool) -> None:
+    assert_same_step(name, fuse)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@FUSE
 @NAMES
-def test_the_check_agrees(name: str, dtype: torch.dtype, mode: str) -> None:
+def test_the_check_agrees(name: str, fuse: bool, dtype: torch.dtype, mode: str) -> None:
     model, inputs = made(name, dtype)
-    check = manualprop.swap(getattr(model, mode)(), check=inputs).check
+    check = manualprop.swap(getattr(model, mode)(), check=inputs, fuse=fuse).check
     # How much of FACTOR is used; a step beyond this is a change to look into.
     assert check is not None and check.ratio < 0.6, check
 
@@ -173,14 +197,15 @@ def test_the_check_names_the_wrong_layer(name: str, planted: str, monkeypatch: p
     assert [type(module) for module in model.modules()] == before
 
 
+@FUSE
 @NAMES
-def test_twenty_steps_of_training(name: str) -> None:
+def test_twenty_steps_of_training(name: str, fuse: bool) -> None:
     losses: dict[bool, list[float]] = {}
     for swapped in (False, True):
         model, inputs = made(name)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         if swapped:
-            manualprop.swap(model)
+            manualprop.swap(model, fuse=fuse)
         torch.manual_seed(1)
         losses[swapped] = []
         for _ in range(20):
@@ -193,34 +218,37 @@ def test_twenty_steps_of_training(name: str) -> None:
     assert losses[True][-1] < losses[True][0]
 
 
+@FUSE
 @NAMES
-def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
+def test_saved_and_loaded(name: str, fuse: bool, tmp_path: Path) -> None:
     """A swapped model writes what a plain one writes, to the byte, and a plain class loads it; then it swaps again."""
     plain, inputs = made(name, torch.float32)
-    swapped = manualprop.swap(copy.deepcopy(plain)).model
+    swapped = manualprop.swap(copy.deepcopy(plain), fuse=fuse).model
     plain.save_pretrained(tmp_path / "plain")
     swapped.save_pretrained(tmp_path / "swapped")
     for file in ("config.json", "model.safetensors"):
         assert (tmp_path / "plain" / file).read_bytes() == (tmp_path / "swapped" / file).read_bytes(), file
     loaded = type(plain).from_pretrained(tmp_path / "swapped")
     assert not any(type(module) in TWINS.values() for module in loaded.modules())
-    manualprop.swap(loaded)
+    manualprop.swap(loaded, fuse=fuse)
     torch.testing.assert_close(loaded(**inputs).logits, swapped.eval()(**inputs).logits, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
+@FUSE
 @NAMES
-def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
-    assert_same_step(name, gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+def test_gradient_checkpointing(name: str, fuse: bool, reentrant: bool) -> None:
+    assert_same_step(name, fuse, gradient_checkpointing_kwargs={"use_reentrant": reentrant})
 
 
+@FUSE
 @NAMES
-def test_autocast_to_bfloat16(name: str) -> None:
+def test_autocast_to_bfloat16(name: str, fuse: bool) -> None:
     """Training in mixed precision, each as far from float64 as the other; the check runs under it too."""
     exact = step(*made(name, torch.float64))
     errors = []
     for swapped in (False, True):
-        model, inputs = made(name, torch.float32, swapped)
+        model, inputs = made(name, torch.float32, swapped, fuse)
         with torch.autocast("cpu", torch.bfloat16):
             logits, loss, gradients = step(model, inputs)
         errors.append(
@@ -236,11 +264,12 @@ def test_autocast_to_bfloat16(name: str) -> None:
     assert 0 < total[1] < 1.2 * total[0]
     model, inputs = made(name, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        assert manualprop.swap(model, check=inputs).check is not None
+        assert manualprop.swap(model, check=inputs, fuse=fuse).check is not None
 
 
+@FUSE
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
-def test_generate(name: str) -> None:
+def test_generate(name: str, fuse: bool) -> None:
     """Greedy, by beams, and sampled: the same tokens, with and without a cache."""
     ways = [
         {"do_sample": False},
@@ -250,7 +279,7 @@ def test_generate(name: str) -> None:
     ]
     found = []
     for swapped in (False, True):
-        model, inputs = made(name, swapped=swapped)
+        model, inputs = made(name, swapped=swapped, fuse=fuse)
         model.eval()
         tokens = []
         for way in ways:

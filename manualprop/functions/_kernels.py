@@ -100,18 +100,26 @@ def in_rows(formula: Formula, dim: int, *tensors: Tensor) -> Tensor:
     ``formula`` takes ``out=``, a tensor for its result, if given, and may not mix rows: places of the axes before ``dim``.
     """
     last = tensors[-1]
-    if last.numel() < LARGE or not plain_eager():
-        return formula(*tensors, dim)
-    block = BLOCK * torch.get_num_threads()
-    in_order = last.is_cpu and last.is_contiguous() and flattened(*tensors) is not None
-    if last.numel() < 2 * block or not in_order:
+    if last.numel() < LARGE or not last.is_contiguous() or flattened(*tensors) is None:
         return formula(*tensors, dim)
     dim %= last.dim()
     out, shape = torch.empty_like(last), (last.shape[:dim].numel(), last.shape[dim], -1)
-    count = max(block * shape[0] // last.numel(), 1)
-    for piece, *pieces in zip(*(t.reshape(shape).split(count) for t in (out, *tensors)), strict=True):
+    rows = [t.reshape(shape) for t in (out, *tensors)]
+    count = rows_of_a_block(*rows)
+    if count == shape[0]:
+        return formula(*tensors, dim)
+    for piece, *pieces in zip(*(t.split(count) for t in rows), strict=True):
         formula(*pieces, 1, out=piece)
     return out
+
+
+def rows_of_a_block(*tensors: Tensor) -> int:
+    """How many rows of tensors (N, ...) of one shape a block has: all of them, unless they are large."""
+    last = tensors[-1]
+    count, block = last.numel(), BLOCK * torch.get_num_threads()
+    if count < max(LARGE, 2 * block) or not plain_eager() or any(map(_is_extraordinary, tensors)):
+        return last.shape[0]
+    return max(block * last.shape[0] // count, 1) if last.is_cpu else last.shape[0]
 
 
 def flattened(*tensors: Tensor) -> list[Tensor] | None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
+from manualprop.functions._kernels import rows_of_a_block
 from manualprop.functions._rule import (
     HALF,
     Rule,
@@ -32,6 +33,8 @@ from manualprop.functions._rule import (
     times,
     transforms_active,
 )
+
+FEW = 2**11  # rows that a product may add one after the other; a sum adds by halves, which rounds less
 
 
 class LayerNorm(Rule):
@@ -44,8 +47,10 @@ class LayerNorm(Rule):
                   = r (1[d = i] - 1 / D - z_d z_i / D)             since x_d - m = z_d / r
         dL/dx_i   = sum_d u_d dz_d/dx_i + gm dm/dx_i + gr dr/dx_i  chain rule, u = g W
                   = r (u_i - c1 - z_i c2) + gm / D - gr r^2 z_i / D
-        c1 = sum_d u_d / D,  c2 = sum_d u_d z_d / D
-        dL/dW_d = sum_n g_nd z_nd,  dL/db_d = sum_n g_nd           y is linear in W and b
+                  = r (u_i - c1 - c_i k) + ...                     with z = r c, c = x - m
+        c1 = sum_d u_d / D,  c2 = sum_d u_d z_d / D,  k = r c2 = r^2 sum_d u_d c_d / D
+        dL/dW_d = sum_n g_nd z_nd = sum_n r_n g_nd c_nd            y is linear in W and b
+        dL/db_d = sum_n g_nd
         dm = mean(dx),  dr = -r^2 mean(z dx)                       forward mode
         dz = r (dx - dm - z mean(z dx)),  dy = W dz + z dW + db
     Second order
@@ -83,42 +88,77 @@ class LayerNorm(Rule):
     def backward(
         ctx: Any, g: Tensor | None, gm: Tensor | None, gr: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        needs_x, needs_W, needs_b, *_ = ctx.needs_input_grad
-        x, W, m, r = ctx.saved_tensors
-        z, w, r = LayerNorm._rows(x, W, m, r, ctx.D)
-        g = like(z, g)
-        gz = g * z  # (N, D)
-        dx = dW = db = None
-        if needs_x:
-            sum_u, sum_uz = weighted_sum(g, w), weighted_sum(gz, w)  # (N, D) (D,) -> (N, 1)
-            rest = through_statistics(gm, gr, z, r, ctx.D)
-            dx = times(minus(input_slope(g, w, z, sum_uz / ctx.D), sum_u / ctx.D), r)
-            dx = plus(dx, rest).to(x.dtype).view(x.shape)
-        if needs_W:
-            dW = gz.sum(0).to(W.dtype).view(ctx.shape)  # (N, D) -> (D,)
-        if needs_b:
-            db = g.sum(0).to(ctx.b_dtype).view(ctx.shape)
+        needs, (x, W, m, r) = ctx.needs_input_grad[:3], ctx.saved_tensors
+        x_rows, w, r = LayerNorm._rows(x, W, r, ctx.D)
+        inputs = like(x_rows, g), x_rows, m.reshape(-1, 1), r
+        dx, dW, db = LayerNorm.gradients_in_blocks(*inputs, w, needs)
+        if dx is not None:
+            if gm is not None or gr is not None:
+                dx = plus(dx, through_statistics(gm, gr, r * (x_rows - inputs[2]), r, ctx.D))
+            dx = dx.to(x.dtype).view(x.shape)
+        dW = None if dW is None else dW.to(W.dtype).view(ctx.shape)
+        db = None if db is None else db.to(ctx.b_dtype).view(ctx.shape)
         return dx, dW, db, None, None
+
+    @staticmethod
+    def gradients_in_blocks(
+        g: Tensor, x: Tensor, m: Tensor, r: Tensor, w: Tensor | None, needs: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        """:meth:`gradients` of some rows at a time, if there are many: what it makes on its way stays in the cache."""
+        n = rows_of_a_block(g, x)
+        if torch.is_grad_enabled() or n == x.shape[0]:
+            return LayerNorm.gradients(g, x, m, r, w, needs)
+        dx, parts = torch.empty_like(x), []
+        for some_g, some_x, some_m, some_r, out in zip(*(t.split(n) for t in (g, x, m, r, dx)), strict=True):
+            parts.append(LayerNorm.gradients(some_g, some_x, some_m, some_r, w, needs, out)[1:])
+        dW, db = (None if part[0] is None else torch.stack(part).sum(0) for part in zip(*parts, strict=True))
+        return dx if needs[0] else None, dW, db
+
+    @staticmethod
+    def gradients(
+        g: Tensor,
+        x: Tensor,
+        m: Tensor,
+        r: Tensor,
+        w: Tensor | None,
+        needs: Sequence[bool],
+        out: Tensor | None = None,
+    ) -> tuple[Tensor | None, ...]:
+        """dL/dx of rows (N, D), into ``out`` if given, and their parts of dL/dW and dL/db, but for gm and gr."""
+        c, D = x - m, x.shape[1]
+        gc = g * c
+        dx = dW = db = None
+        needs_x, needs_W, needs_b = needs
+        if needs_x:
+            minus_c1, k = weighted_sum(g, w) / -D, weighted_sum(gc, w) * (r * r / D)  # (N, D) (D,) -> (N, 1)
+            if torch.is_grad_enabled() or not plain_eager() or is_legacy_batchedtensor(g):
+                dx = r * ((g if w is None else g * w) + minus_c1 - c * k)
+            else:
+                dx = torch.add(g, minus_c1, out=out) if w is None else torch.addcmul(minus_c1, g, w, out=out)
+                dx = dx.addcmul_(c, k, value=-1).mul_(r)
+        if needs_W:
+            dW = column_sum(gc, r)  # (N, D) (N, 1) -> (D,)
+        if needs_b:
+            db = g.sum(0)
+        return dx, dW, db
 
     @staticmethod
     def jvp(
         ctx: Any, dx: Tensor | None, dW: Tensor | None, db: Tensor | None, *_: None
     ) -> tuple[Tensor, ...]:
         x, W, m, r = ctx.saved_tensors
-        z, w, r = LayerNorm._rows(x, W, m, r, ctx.D)
+        rows, w, r = LayerNorm._rows(x, W, r, ctx.D)
+        z = (rows - m.reshape(-1, 1)) * r
         dW, db = (None if t is None else in_full_precision(t).reshape(-1) for t in (dW, db))
         dz, dm, dr = tangents(like(z, dx), z, r, (1,))
         dy = affine_tangent(z, dz, w, dW, db)
         return dy.to(x.dtype).view(x.shape), dm.view(m.shape), dr.view(m.shape)
 
     @staticmethod
-    def _rows(
-        x: Tensor, W: Tensor | None, m: Tensor, r: Tensor, D: int
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """z (N, D), W (D,) and r (N, 1), in full precision."""
-        x = in_full_precision(x).reshape(m.numel(), D)
-        z = times(x - m.reshape(-1, 1), r.reshape(-1, 1))
-        return z, None if W is None else in_full_precision(W).reshape(-1), r.reshape(-1, 1)
+    def _rows(x: Tensor, W: Tensor | None, r: Tensor, D: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        """x (N, D), W (D,) and r (N, 1), in full precision."""
+        rows = in_full_precision(x).reshape(r.numel(), D)
+        return rows, None if W is None else in_full_precision(W).reshape(-1), r.reshape(-1, 1)
 
 
 class RMSNorm(Rule):
@@ -476,6 +516,13 @@ def weighted_sum(rows: Tensor, W: Tensor | None) -> Tensor:
     if torch.compiler.is_compiling():  # a compiler fuses sums with what is around them, but no products
         return (rows * W).sum(1, keepdim=True)
     return rows.matmul(W.unsqueeze(1))  # (N, D) (D, 1) -> (N, 1)
+
+
+def column_sum(rows: Tensor, r: Tensor) -> Tensor:
+    """sum_n r_n rows_nd of rows (N, D) and a column r."""
+    if rows.shape[0] > FEW or not plain_eager() or torch.is_grad_enabled() or is_legacy_batchedtensor(rows):
+        return (rows * r).sum(0)
+    return rows.t().mv(r.squeeze(1))  # (D, N) (N,) -> (D,)
 
 
 def like(z: Tensor, t: Tensor | None) -> Tensor:

@@ -224,7 +224,8 @@ def section(size: Size, results: Results, command: str) -> str:
             f"## Fused blocks at {size}: {benchmarking.processor()}",
             "Rows x width x hidden width. Time of forward and backward, float32, over that of the same layers of "
             "torch.nn in eager mode; in brackets the target, where there is one; `!` marks a miss. `eager` and "
-            "`kernels` are ours, `torch.compile` is torch's composition, compiled. Memory is what backward keeps beside "
+            "`kernels` are ours, `torch.compile` is torch's composition, compiled. Freed memory stays mapped for all "
+            "(`mallopt`), so no page faults are counted. Memory is what backward keeps beside "
             "the parameters and the input; a `!` marks more than torch.compile keeps or, for an MLP, more than half of "
             "what eager torch keeps (MLPs of ReLU or Tanh without dropout excepted: torch keeps one tensor there).",
             f"`{command}`  \n{benchmarking.machine()}",
@@ -260,6 +261,7 @@ def main(argv: list[str]) -> int:
         print(f"bench_blocks.py: --only {arguments.only!r} finds no block. There are: {', '.join(BLOCKS)}")
         return 2
     torch.set_num_threads(arguments.threads)
+    benchmarking.keep_freed_memory()
     quick = arguments.quick
     sizes = SIZES[:1] if quick else [s for s in SIZES if arguments.size in (None, str(s))]
     for size in sizes:

@@ -6,8 +6,6 @@ Run it as `python3 scripts/run.py bench layers`. A cell that misses its target i
 
 import argparse
 import copy
-import ctypes
-import platform
 import re
 import shlex
 import sys
@@ -175,18 +173,6 @@ class Refused(NamedTuple):
         return self.ours and not self.torchs
 
 
-def keep_freed_memory() -> None:
-    """Tell glibc to keep what is freed, so that it is not left to chance who finds the pages of a tensor mapped.
-
-    By default it returns 50 MB of free memory at the top of the heap to the system, which is just two of the large
-    tensors: the same layer then took 0.8 or 1.7 times as long as torch's, by what had been measured before it.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            libc.mallopt(option, 2**30)
-
-
 class Settings(NamedTuple):
     rounds: int
     seconds: float
@@ -351,7 +337,7 @@ def main(argv: list[str]) -> int:
         print(f"bench_layers.py: --only {arguments.only!r} finds no layer. There are: {', '.join(LAYERS)}")
         return 2
     torch.set_num_threads(arguments.threads)
-    keep_freed_memory()
+    benchmarking.keep_freed_memory()
     quick = arguments.quick
     settings = Settings(
         3 if quick else arguments.rounds, 0.002 if quick else 0.02, (512, 512) if quick else BIG, not quick

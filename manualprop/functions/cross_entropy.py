@@ -64,21 +64,27 @@ class CrossEntropy(Rule):
             m = target_mass(x, t, w, ctx.ignore_index, ctx.e)
             dx = CrossEntropyGradient.apply(g, x, m, dim)
         else:
-            dx = CrossEntropy.output_gradient(x, t, w, ctx.ignore_index, ctx.e)
-            dx = times(dx, g.unsqueeze(dim)).to(x.dtype)
+            dx = CrossEntropy.output_gradient(x, t, w, ctx.ignore_index, ctx.e, g).to(x.dtype)
         return dx, None, None, None, None
 
     @staticmethod
-    def output_gradient(x: Tensor, t: Tensor, w: Tensor | None, ignore_index: int, e: float) -> Tensor:
-        """dl/dx = M p - m: the gradient of the loss with respect to the network's output, for each example."""
+    def output_gradient(
+        x: Tensor, t: Tensor, w: Tensor | None, ignore_index: int, e: float, g: Tensor | None = None
+    ) -> Tensor:
+        """dl/dx = M p - m: the gradient of the loss with respect to the network's output, for each example.
+
+        With ``g``, dL/dl, it is dL/dx = g M p - g m.
+        """
         dim = class_dim(x)
-        slope = torch.softmax(in_full_precision(x), dim)
+        slope, g = torch.softmax(in_full_precision(x), dim), None if g is None else g.unsqueeze(dim)
         if w is not None or e != 0:
             m = target_mass(x, t, w, ignore_index, e)
-            return slope.mul_(m.sum(dim, keepdim=True)).sub_(m)
+            slope.mul_(m.sum(dim, keepdim=True)).sub_(m)
+            return slope if g is None else times(slope, g)
         counted = t.ne(ignore_index).unsqueeze(dim)  # the mass is 1 on the target, 0 where it is ignored
         index, M = t.unsqueeze(dim).where(counted, 0), counted.to(slope.dtype)
-        return CrossEntropy.minus_target(slope.mul_(M), index, -M)
+        gM = M if g is None else times(M, g)
+        return CrossEntropy.minus_target(times(slope, gM), index, -gM)
 
     @staticmethod
     def minus_target(Mp: Tensor, index: Tensor, minus_M: Tensor) -> Tensor:

@@ -53,6 +53,19 @@ def test_blocks_change_nothing(case: Case, dtype: torch.dtype, monkeypatch: pyte
     torch.testing.assert_close(in_blocks, gradient(case, x, g))
 
 
+@pytest.mark.parametrize("theta, kept", [(17, "x"), (20, "x"), (20.0, "x"), (38, "y")])
+def test_softplus_keeps_the_output_where_its_threshold_is_lost_in_rounding(theta: float, kept: str) -> None:
+    """At the threshold itself the output is beyond it, and the slope was 1: wrong by 2e-9 in float64."""
+    x = torch.tensor([float(theta)], dtype=torch.float64)
+    torch.testing.assert_close(
+        gradient(lambda z: F.softplus(z, threshold=theta), x), x.sigmoid(), rtol=1e-15, atol=0
+    )
+    for dtype, keeps in ((torch.float64, kept), (torch.float32, "y" if theta >= 20 else "x")):
+        y = F.softplus(x.to(dtype).requires_grad_(), threshold=theta)
+        name = "SoftplusBackward" if keeps == "y" else "SoftplusFromInputBackward"
+        assert type(y.grad_fn).__name__ == name
+
+
 @pytest.mark.parametrize("name", ["softmax", "log_softmax"])
 @pytest.mark.parametrize("dim", [0, 1, 2, -1])
 def test_rows_in_blocks_change_nothing(name: str, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:

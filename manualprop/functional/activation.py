@@ -91,14 +91,15 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
-    """Like :func:`torch.nn.functional.softplus`, by :class:`manualprop.functions.Softplus`.
+    """Like :func:`torch.nn.functional.softplus`, by :class:`manualprop.functions.Softplus` or ``SoftplusFromInput``.
 
     Raises:
         ValueError: if ``beta`` is not positive; torch returns inf or a concave function there.
     """
     if not beta > 0:
         raise ValueError(f"softplus: beta must be positive. Got beta={beta}.")
-    rule = rules.Softplus if threshold >= 20 else rules.SoftplusFromInput
+    from_output = threshold >= (38 if input.dtype == torch.float64 else 20)
+    rule = rules.Softplus if from_output else rules.SoftplusFromInput
     return _activate(rule, input, beta, threshold)
 
 

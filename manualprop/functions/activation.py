@@ -392,14 +392,18 @@ class LogSigmoid(Elementwise):
 class Softplus(Elementwise):
     r"""$y = \log(1 + e^{\beta x}) / \beta$ for $\beta x \le \theta$, else $y = x$, with $\beta > 0$, $\theta \ge 20$
 
+    In float64 $\theta \ge 38$.
+
     Derivation
         y' = e^{beta x} / (1 + e^{beta x})          chain rule
-           = 1 - e^{-beta y}                        since e^{beta y} = 1 + e^{beta x};  1 beyond the threshold
+           = 1 - e^{-beta y}                        since e^{beta y} = 1 + e^{beta x}
+           = 1 beyond the threshold                 to rounding, the same: e^-theta is lost against 1
         d y' / d y = beta e^{-beta y}               0 beyond the threshold
     Kinks
         At beta x = theta the value jumps by log(1 + e^-theta) / beta: at most 2e-9 / beta.
     Memory
-        y, which the next layer keeps anyway.
+        y, which the next layer keeps anyway.  A smaller theta is for :class:`SoftplusFromInput`: an output just above
+        it comes from either side, and the two slopes differ.
     Accuracy
         1 - e^{-beta y} is taken as -expm1(-beta y): right to the last bits even where y -> 0.
     """
@@ -412,10 +416,7 @@ class Softplus(Elementwise):
 
     @staticmethod
     def df(y: Tensor, beta: float, theta: float, out: Tensor | None = None) -> Tensor:
-        slope = torch.mul(y, -beta, out=out).expm1_().neg_()
-        if theta > -math.log(torch.finfo(y.dtype).eps / 4):  # there e^{-beta y} is lost against 1 anyway
-            return slope
-        return torch.where(y * beta > theta, torch.ones_like(y), slope)
+        return torch.mul(y, -beta, out=out).expm1_().neg_()
 
     @staticmethod
     def ddf(y: Tensor, beta: float, theta: float) -> Tensor:

@@ -23,7 +23,7 @@ from manualprop._backprop._destinations import Destinations
 from manualprop.functions import Elementwise
 from manualprop.functions._kernels import SMALLEST
 from manualprop.functions._rule import HALF
-from manualprop.functions.linear import rows
+from manualprop.functions.linear import FEW, rows
 
 Forward = Callable[[Tensor], Tensor]
 Backward = Callable[[Tensor], "Tensor | None"]
@@ -76,10 +76,6 @@ class Stage:
 multiply_and_add, multiply_and_add_into = rules.Linear.forward, rules.Linear.forward_into
 input_gradient, bias_gradient = rules.Linear.input_gradient, rules.Linear.bias_gradient
 bias_gradient_of_few = rules.Linear.bias_gradient_of_few
-
-FEW = (
-    2**11
-)  # rows whose gradients may be added one after the other; more are added by halves, which rounds less
 
 
 class Affine(Stage):

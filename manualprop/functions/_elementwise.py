@@ -11,6 +11,7 @@ Symbols
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +21,8 @@ from torch import Tensor
 from manualprop.functions import _kernels
 from manualprop.functions._kernels import by_parts
 from manualprop.functions._rule import HALF, Rule, at_every_level, in_full_precision, plain_eager, times
+
+LOG2_E = 1 / math.log(2)  # e^x = 2^(x log2 e): exp2 works on vectors everywhere, exp only where MKL does
 
 
 class Elementwise(Rule):
@@ -102,9 +105,7 @@ def constant(value: float, like: Tensor) -> Tensor | float:
 
     ATen makes one of every number that it is given, which takes as long as the work on a small layer.
     """
-    if (
-        type(like) is not Tensor or not plain_eager()
-    ):  # a fake or distributed tensor mixes with its kind alone
+    if type(like) is not Tensor or not plain_eager():  # a fake or distributed one mixes with its kind alone
         return value
     found = _constants.get((value, like.dtype))
     if found is None:

@@ -14,7 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualprop.functions._elementwise import Elementwise, affine, constant, indicator, inside, one_minus
+from manualprop.functions._elementwise import (
+    LOG2_E,
+    Elementwise,
+    affine,
+    constant,
+    indicator,
+    inside,
+    one_minus,
+)
 
 # Constants stand outside of the classes: compiled autograd cannot read an attribute of a Function.
 
@@ -737,9 +745,7 @@ class GELU(Elementwise):
 
     @staticmethod
     def df(x: Tensor, y: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        e = (
-            torch.mul(x, x, out=out).mul_(-0.5 / math.log(2)).exp2_()
-        )  # e^{-x^2 / 2}, so that phi = e / sqrt(2 pi)
+        e = torch.mul(x, x, out=out).mul_(-0.5 * LOG2_E).exp2_()  # e^{-x^2 / 2} = sqrt(2 pi) phi
         z = x * -math.sqrt(0.5)
         c = 1 - torch.erf(z) if torch.compiler.is_compiling() else z.erfc_()
         Phi = c.mul_(constant(0.5, c))
@@ -779,12 +785,12 @@ class GELUTanh(Elementwise):
     @staticmethod
     def df(x: Tensor, y: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         k, c = GELU_K, GELU_C
-        x3 = torch.mul(x, x, out=out).mul_(x)
-        u2 = torch.add(x, x3, alpha=c).mul_(constant(k, x))  # k (x + c x^3)
-        s, r = torch.sigmoid(u2), torch.sigmoid(-u2)  # r = 1 - s
+        x2, kx = torch.mul(x, x, out=out), x * constant(k, x)
+        u2 = torch.addcmul(kx, kx, x2, value=c)  # k (x + c x^3)
+        s, r = torch.sigmoid(u2), u2.neg_().sigmoid_()  # r = 1 - s
         if y is not None:
             torch.mul(x, s, out=y)
-        w = u2.add_(x3, alpha=2 * k * c).clamp(-GELU_FAR, GELU_FAR)  # k (x + 3 c x^3)
+        w = torch.addcmul(kx, kx, x2, value=3 * c).clamp(-GELU_FAR, GELU_FAR)  # k (x + 3 c x^3)
         return torch.addcmul(s, r.mul_(s), w, out=out)  # s + s (1 - s) k (x + 3 c x^3)
 
     @staticmethod

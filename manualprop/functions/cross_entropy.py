@@ -73,7 +73,7 @@ class CrossEntropy(Rule):
     ) -> Tensor:
         """dl/dx = M p - m: the gradient of the loss with respect to the network's output, for each example.
 
-        With ``g``, dL/dl, it is dL/dx = g M p - g m.
+        With ``g``, dL/dl, which is 0 where the target is ignored, it is dL/dx = g M p - g m.
         """
         dim = class_dim(x)
         slope, g = torch.softmax(in_full_precision(x), dim), None if g is None else g.unsqueeze(dim)
@@ -83,8 +83,10 @@ class CrossEntropy(Rule):
             return slope if g is None else times(slope, g)
         counted = t.ne(ignore_index).unsqueeze(dim)  # the mass is 1 on the target, 0 where it is ignored
         index, M = t.unsqueeze(dim).where(counted, 0), counted.to(slope.dtype)
-        gM = M if g is None else times(M, g)
-        return CrossEntropy.minus_target(times(slope, gM), index, -gM)
+        if g is not None and plain_eager():  # a pass over the classes less; a compiler has none to spare
+            return CrossEntropy.minus_target(times(slope, g), index, -g)
+        b = CrossEntropy.minus_target(slope.mul_(M), index, -M)
+        return b if g is None else times(b, g)
 
     @staticmethod
     def minus_target(Mp: Tensor, index: Tensor, minus_M: Tensor) -> Tensor:
@@ -253,7 +255,7 @@ class NLL(Rule):
         if (
             torch.compiler.is_compiling()
         ):  # a comparison with the index, where inductor would scatter value by value
-            dx = constant_zeros(x).scatter(dim, index, 1) * dx
+            dx = constant_zeros(x).scatter(dim, index, 1.0) * dx
         else:
             dx = scattered(constant_zeros(x), dim, index, dx)
         return dx, None, None, None

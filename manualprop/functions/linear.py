@@ -13,6 +13,8 @@ from torch import Tensor
 
 from manualprop.functions._rule import Rule, transforms_active
 
+FEW = 2**11  # rows that a product may add one after the other; a sum adds more by halves, which rounds less
+
 
 class Linear(Rule):
     r"""$y = x W^\top + b$, that is $y_{no} = \sum_i x_{ni} W_{oi} + b_o$

@@ -33,8 +33,7 @@ from manualprop.functions._rule import (
     times,
     transforms_active,
 )
-
-FEW = 2**11  # rows that a product may add one after the other; a sum adds by halves, which rounds less
+from manualprop.functions.linear import FEW
 
 
 class LayerNorm(Rule):

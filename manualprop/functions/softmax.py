@@ -7,17 +7,15 @@ Symbols
     <a, b> = sum_k a_k b_k, kept as an axis of length 1
 """
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
+from manualprop.functions._elementwise import LOG2_E
 from manualprop.functions._kernels import in_rows
 from manualprop.functions._rule import HALF, Rule, in_full_precision, plain_eager
-
-LOG2_E = 1 / math.log(2)
 
 
 def dot(a: Tensor, b: Tensor, dim: int) -> Tensor:
@@ -201,7 +199,7 @@ def log_softmax_gradient(g: Tensor, y: Tensor, dim: int) -> Tensor:
 
 def _log_softmax_gradient(g: Tensor, y: Tensor, dim: int, out: Tensor | None = None) -> Tensor:
     if y.dtype not in HALF and plain_eager() and not is_legacy_batchedtensor(g):
-        p = torch.mul(y, LOG2_E, out=out).exp2_()  # e^y, by a kernel of vectors on every processor
+        p = torch.mul(y, LOG2_E, out=out).exp2_()  # e^y
         return torch.addcmul(g, p, g.sum(dim, True), value=-1, out=p)
     full_g, p = in_full_precision(g), in_full_precision(y).exp()
     b = (full_g - p * full_g.sum(dim, True)).to(y.dtype)

@@ -74,6 +74,29 @@ def test_rows_in_blocks_change_nothing(name: str, dim: int, monkeypatch: pytest.
     torch.testing.assert_close(in_blocks, gradient(lambda z: getattr(torch, name)(z, dim), x, g))
 
 
+@pytest.mark.parametrize(
+    "wanted", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
+)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("g", ["full", "expanded"])
+def test_a_layer_norm_in_blocks_of_rows(affine: bool, g: str, wanted: tuple[bool, ...]) -> None:
+    """dx block by block, dW and db added up over the blocks: as in one, for every subset."""
+    leaves = [
+        t.requires_grad_(w) for t, w in zip((points(9, 4), points(4), points(4) + 1), wanted, strict=True)
+    ]
+    leaves, wanted = (leaves, wanted) if affine else (leaves[:1], wanted[:1])
+    arriving = points(9, 4) + 1 if g == "full" else torch.tensor(0.7, dtype=torch.float64).expand(9, 4)
+    asked = [t for t in leaves if t.requires_grad]
+    if not asked:
+        return
+    found, expected = (
+        torch.autograd.grad(module.layer_norm(leaves[0], (4,), *leaves[1:]), asked, arriving)
+        for module in (F, torch.nn.functional)
+    )
+    assert _kernels.rows_of_a_block(arriving, leaves[0].detach()) < 9, "not in blocks"
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("backend", _kernels.BACKENDS)
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "expanded gradient", "offset"])
 def test_layouts(backend: str, layout: str) -> None:
@@ -127,13 +150,28 @@ def test_transforms_and_the_compiler_run_the_plain_formula() -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("backend", _kernels.BACKENDS)
-@pytest.mark.parametrize("name", ["softmax", "log_softmax", "silu", "selu", "gelu"])
-def test_compiled_autograd_traces_a_large_backward(name: str, backend: str) -> None:
-    x, dim = points(4, 5), {"dim": -1} if "softmax" in name else {}
-    expected = gradient(lambda z: getattr(F, name)(z, **dim), x)
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        ("softmax", [-1]),
+        ("log_softmax", [-1]),
+        ("layer_norm", [(5,)]),
+        ("silu", []),
+        ("selu", []),
+        ("gelu", []),
+    ],
+)
+def test_compiled_autograd_traces_a_large_backward(name: str, arguments: list[Any], backend: str) -> None:
+    x, weights = points(4, 5), torch.arange(5, dtype=torch.float64)
+
+    def function(z: Tensor) -> Tensor:
+        y: Tensor = getattr(F, name)(z, *arguments) * weights  # a norm's gradients add up to 0 otherwise
+        return y
+
+    expected = gradient(function, x)
     torch._dynamo.reset()
     with manualprop.kernels(backend):
-        torch.testing.assert_close(compiled_autograd(lambda z: getattr(F, name)(z, **dim), x), expected)
+        torch.testing.assert_close(compiled_autograd(function, x), expected)
 
 
 def test_the_switch_is_a_function_and_a_context() -> None:

@@ -116,10 +116,11 @@ def in_rows(formula: Formula, dim: int, *tensors: Tensor) -> Tensor:
 def rows_of_a_block(*tensors: Tensor) -> int:
     """How many rows of tensors (N, ...) of one shape a block has: all of them, unless they are large."""
     last = tensors[-1]
-    count, block = last.numel(), BLOCK * torch.get_num_threads()
-    if count < max(LARGE, 2 * block) or not plain_eager() or any(map(_is_extraordinary, tensors)):
-        return last.shape[0]
-    return max(block * last.shape[0] // count, 1) if last.is_cpu else last.shape[0]
+    N, count = last.shape[0], last.numel()
+    if not plain_eager() or count < LARGE or not last.is_cpu or any(map(_is_extraordinary, tensors)):
+        return N
+    block = BLOCK * torch.get_num_threads()  # which Dynamo cannot trace: only here
+    return N if count < 2 * block else max(block * N // count, 1)
 
 
 def flattened(*tensors: Tensor) -> list[Tensor] | None:

@@ -183,3 +183,13 @@ def test_channels_last_is_kept() -> None:
     )
     for y in (F.batch_norm(x, None, None, training=True), F.group_norm(x, 2)):
         assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_row_of_one_element_has_no_gradient() -> None:
+    """It is its own mean: nothing of the rounding of g W may be left, which 1 / sqrt(eps) would magnify."""
+    x, W, b, g = (torch.rand(50, generator=torch.Generator().manual_seed(k)) for k in range(4))
+    for w, c, s in zip(W, b, g, strict=True):
+        z = x.view(-1, 1).clone().requires_grad_()
+        y = F.layer_norm(z, (1,), w.view(1), c.view(1))
+        (dx,) = torch.autograd.grad(y, z, s.expand(50, 1))
+        assert not dx.any()

@@ -133,7 +133,8 @@ class LayerNorm(Rule):
             if torch.is_grad_enabled() or not plain_eager() or is_legacy_batchedtensor(g):
                 dx = r * ((g if w is None else g * w) + minus_c1 - c * k)
             else:
-                dx = torch.add(g, minus_c1, out=out) if w is None else torch.addcmul(minus_c1, g, w, out=out)
+                # Not addcmul(-c1, g, w): of a row of one element, the rounding of the product would be left.
+                dx = torch.add(g, minus_c1, out=out) if w is None else torch.mul(g, w, out=out).add_(minus_c1)
                 dx = dx.addcmul_(c, k, value=-1).mul_(r)
         if needs_W:
             dW = column_sum(gc, r)  # (N, D) (N, 1) -> (D,)

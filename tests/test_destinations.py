@@ -26,6 +26,7 @@ def test_a_small_learning_rate_loses_no_example(shape: tuple[int, int], momentum
         descend.take_weight(torch.ones(shape[0], rows), torch.ones(rows, shape[1]))
     moved = (start - weight.detach().double()) / (half_a_unit / 2 * rows)
     expected = 1.0 + momentum
+    # The weight moves by 128 units of its last place, and is rounded to one: hence 1 %.
     torch.testing.assert_close(moved, torch.full(shape, expected, dtype=torch.float64), rtol=1e-2, atol=0)
 
 

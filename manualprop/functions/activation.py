@@ -239,9 +239,7 @@ class Hardshrink(Elementwise):
 
     @staticmethod
     def df(y: Tensor, lambd: float, out: Tensor | None = None) -> Tensor:
-        if lambd < 0:
-            return torch.ones_like(y) if out is None else out.fill_(1)
-        return indicator(torch.ne, y, 0, out)
+        return indicator(torch.ne, y, 0, out) if lambd >= 0 else torch.ones_like(y)
 
 
 class Softshrink(Elementwise):
@@ -398,9 +396,7 @@ class LogSigmoid(Elementwise):
 
 
 class Softplus(Elementwise):
-    r"""$y = \log(1 + e^{\beta x}) / \beta$ for $\beta x \le \theta$, else $y = x$, with $\beta > 0$, $\theta \ge 20$
-
-    In float64 $\theta \ge 38$.
+    r"""$y = \log(1 + e^{\beta x}) / \beta$ for $\beta x \le \theta$, else $y = x$, $\beta > 0$, $\theta \ge 20$ (float64: 38)
 
     Derivation
         y' = e^{beta x} / (1 + e^{beta x})          chain rule
@@ -408,10 +404,10 @@ class Softplus(Elementwise):
            = 1 beyond the threshold                 to rounding, the same: e^-theta is lost against 1
         d y' / d y = beta e^{-beta y}               0 beyond the threshold
     Kinks
-        At beta x = theta the value jumps by log(1 + e^-theta) / beta: at most 2e-9 / beta.
+        At beta x = theta the value jumps by log(1 + e^-theta) / beta: at most 2e-9 / beta.  With a smaller
+        theta the slope jumps too, and it takes :class:`SoftplusFromInput`.
     Memory
-        y, which the next layer keeps anyway.  A smaller theta is for :class:`SoftplusFromInput`: an output just above
-        it comes from either side, and the two slopes differ.
+        y, which the next layer keeps anyway.
     Accuracy
         1 - e^{-beta y} is taken as -expm1(-beta y): right to the last bits even where y -> 0.
     """

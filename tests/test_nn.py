@@ -223,3 +223,14 @@ def test_a_gradient_of_a_nested_tensor_is_refused_by_any_other_layer(layer: nn.M
 def jagged() -> torch.Tensor:
     rows = [torch.linspace(-2, 2, 8).view(2, 4), torch.linspace(-1, 3, 12).view(3, 4)]
     return torch.nested.nested_tensor(rows, layout=torch.jagged, requires_grad=True)
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.3, 1e6, -1e6])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_threshold_is_not_rounded_to_half_precision(threshold: float, dtype: torch.dtype) -> None:
+    """torch compares with the number given: the half-precision number next to 0.3 is above it, that next to 0.1 below."""
+    found = []
+    for module in (manualprop.functional, torch.nn.functional):
+        x = torch.tensor([threshold, 0.0, 1.0, -1.0]).clamp(-6e4, 6e4).to(dtype).requires_grad_()
+        found.append(torch.autograd.grad(module.threshold(x, threshold, 2.0).sum(), x)[0])
+    assert torch.equal(*found)

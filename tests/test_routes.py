@@ -15,6 +15,7 @@ from routes import (
     REVERSE,
     SECOND,
     Route,
+    compiled,
     direction,
     forward_of_reverse,
     nested_forward,
@@ -278,3 +279,30 @@ def test_frozen_arguments_under_vmap(case: Case) -> None:
                     torch.autograd.grad(y.sum(), leaf, allow_unused=True)[0] for y in (mapped, one_by_one)
                 ]
                 torch.testing.assert_close(*grads)
+
+
+BY_ANOTHER_FORMULA = (
+    "huber_loss",
+    "smooth_l1_loss",
+)  # whose value, too, is taken another way in compiled code
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(c, id=str(c), marks=[] if c.name in BY_ANOTHER_FORMULA else [pytest.mark.slow])
+        for c in CASES
+        if not c.random and not c.kwargs.get("inplace")
+    ],
+)
+def test_compiled_value_and_gradients_are_the_eager_ones(case: Case) -> None:
+    found = []
+    torch._dynamo.reset()
+    for function in (compiled(case), case):
+        arguments = case.made()
+        y = function(*arguments)
+        asked = [arguments[i] for i in case.differentiable(arguments)]
+        g = torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view(y.shape)
+        found.append((y.detach(), torch.autograd.grad(y, asked, g) if asked else ()))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-13)

@@ -7,6 +7,7 @@ operation that changes its arguments is called by the graph as it is: the update
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -39,7 +40,7 @@ class Updates:
 
 
 _known: WeakValueDictionary[int, Updates] = WeakValueDictionary()
-_numbers = iter(range(2**62))
+_numbers = itertools.count()
 
 
 @functools.cache

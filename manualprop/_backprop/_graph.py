@@ -131,7 +131,8 @@ def lifted(graph: GraphModule) -> list[Tensor]:
             inputs[-1].meta = dict(node.meta)
         node.replace_all_uses_with(found[key][0])
         graph.graph.erase_node(node)
-    for name in {node_name for node_name, _ in [*graph.named_parameters(), *graph.named_buffers()]}:
+    held = [*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)]
+    for name, _ in held:
         delattr(graph, name)
     for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):
         node.replace_all_uses_with(node.args[0])

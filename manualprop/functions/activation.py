@@ -174,10 +174,8 @@ class Threshold(Elementwise):
     Memory
         x: an output of w may come from either side.
     Accuracy
-        Exact.
+        Exact: half precision is compared in float32, as c is not rounded to it in the forward pass either.
     """
-
-    exact_slope = True
 
     @staticmethod
     def f(x: Tensor, c: float, w: float) -> Tensor:

@@ -68,6 +68,11 @@ def labels(n: int, c: int) -> Tensor:
     return torch.randint(c, (n, c)).index_fill(1, torch.tensor([3]), -1)
 
 
+def pixels(n: int, c: int) -> tuple[Tensor, ...]:
+    """Images of sixteen channels, and a class for each of their pixels."""
+    return (*image(16, 2)(n, c), torch.randint(16, (n * c // 256, 4, 4)))
+
+
 def three(n: int, c: int) -> tuple[Tensor, ...]:
     return (*x(n, c), *x(n, c), *x(n, c))
 
@@ -117,10 +122,15 @@ LAYERS: dict[str, Layer] = PIECEWISE | EXPONENTIAL | {
     "BCEWithLogitsLoss": loss(nn.BCEWithLogitsLoss, lambda n, c: (torch.rand(n, c),)),
     "BCELoss":      Layer(lambda n, c: nn.BCELoss(), lambda n, c: (*probability(n, c), torch.rand(n, c)), None, 1.3),
     "CrossEntropyLoss": loss(nn.CrossEntropyLoss, lambda n, c: (torch.randint(c, (n,)),)),
+    "CrossEntropyLoss(weights)": Layer(lambda n, c: nn.CrossEntropyLoss(torch.rand(c)), lambda n, c: (*x(n, c), torch.randint(c, (n,))), None, 1.3),
+    "CrossEntropyLoss(smoothing)": loss(lambda: nn.CrossEntropyLoss(label_smoothing=0.1), lambda n, c: (torch.randint(c, (n,)),)),
+    "CrossEntropyLoss(probabilities)": loss(nn.CrossEntropyLoss, lambda n, c: (torch.rand(n, c).softmax(1),)),
+    "CrossEntropyLoss2d": Layer(lambda n, c: nn.CrossEntropyLoss(), pixels, None, 1.3),
+    "CrossEntropyLoss2d(weights)": Layer(lambda n, c: nn.CrossEntropyLoss(torch.rand(16)), pixels, None, 1.3),
     # Its time and its memory are `bench head`'s.
     "LinearCrossEntropyLoss": Layer(lambda n, c: nn.LinearCrossEntropyLoss(c, 1000), lambda n, c: (*x(n, c), torch.randint(1000, (n,)))),
     "NLLLoss":      loss(nn.NLLLoss, lambda n, c: (torch.randint(c, (n,)),)),
-    "NLLLoss2d":    Layer(lambda n, c: nn.NLLLoss(), lambda n, c: (*image(16, 2)(n, c), torch.randint(16, (n * c // 256, 4, 4))), None, 1.3),
+    "NLLLoss2d":    Layer(lambda n, c: nn.NLLLoss(), pixels, None, 1.3),
     "HingeEmbeddingLoss": loss(nn.HingeEmbeddingLoss, lambda n, c: (signs(n, c),)),
     "SoftMarginLoss": loss(nn.SoftMarginLoss, lambda n, c: (signs(n, c),)),
     "MultiLabelSoftMarginLoss": loss(nn.MultiLabelSoftMarginLoss, lambda n, c: (torch.randint(2, (n, c)).float(),)),

@@ -38,6 +38,9 @@ class ElementwiseLoss(Rule):
     """
 
     partials: ClassVar[tuple[str | None, ...]] = ("output_gradient", "target_gradient")
+    # Whether output_gradient takes ``g``, too, and returns g dl/dx with no dl/dx on the way.  The compiler would keep
+    # that for backward: a tensor more to write, where x and t are alive anyway.
+    takes_g: ClassVar[bool] = False
     f: ClassVar[Callable[..., Tensor]]
     curvature: ClassVar[Callable[..., Curvature]]
 
@@ -94,6 +97,8 @@ def _slope(rule: type[ElementwiseLoss], i: int, partial: Callable[..., Tensor]) 
     count, curvature = len(rule.partials), rule.curvature
 
     def formula(g: Tensor, *inputs: Any) -> Tensor:
+        if rule.takes_g and i == 0 and torch.compiler.is_compiling():
+            return partial(*map(in_full_precision, inputs[:count]), *inputs[count:], g)
         return times(partial(*map(in_full_precision, inputs[:count]), *inputs[count:]), g)
 
     def part(g: Tensor, *inputs: Any, out: Tensor | None = None) -> Tensor:

@@ -49,6 +49,11 @@ def in_full_precision(x: Tensor) -> Tensor:
     return x.float() if x.dtype in HALF else x
 
 
+def full_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of :func:`in_full_precision`."""
+    return torch.float32 if x.dtype in HALF else x.dtype
+
+
 # ----- forward mode -----
 
 

@@ -11,6 +11,7 @@ Half precision
     The losses of half-precision predictions are computed and returned in float32: the reduction rounds once.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -19,8 +20,11 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
 from manualprop.functions._elementwise_loss import Curvature, ElementwiseLoss, minus
-from manualprop.functions._rule import Rule, in_full_precision, plain_eager, times, transforms_active
+from manualprop.functions._kernels import flattened, rows_of_a_block
+from manualprop.functions._rule import HALF, Rule, full_dtype, in_full_precision, plain_eager, times, transforms_active
 from manualprop.functions.softmax import dot
+
+MANY = 2**15  # numbers from which finding their places in memory pays, measured
 
 
 class CrossEntropy(Rule):
@@ -47,7 +51,19 @@ class CrossEntropy(Rule):
 
     @staticmethod
     def forward(x: Tensor, t: Tensor, w: Tensor | None, ignore_index: int, e: float) -> Tensor:
-        return F.cross_entropy(in_full_precision(x), t, lifted(w, x), None, ignore_index, None, "none", e)
+        lift = x.dtype in HALF and t.shape == shape_of_targets(x)
+        n = rows_of_a_block(t, x) if lift else len(x)
+        if n == len(x):
+            return CrossEntropy._losses(x, t, w, ignore_index, e)
+        pieces = zip(x.split(n), t.split(n), strict=True)
+        return torch.cat([CrossEntropy._losses(*piece, w, ignore_index, e) for piece in pieces])
+
+    @staticmethod
+    def _losses(x: Tensor, t: Tensor, w: Tensor | None, ignore_index: int, e: float) -> Tensor:
+        x, w = in_full_precision(x), lifted(w, x)
+        if e == 0 and NLL._picks(x, t, w):
+            return NLL.forward(torch.log_softmax(x, 1), t, w, ignore_index)
+        return F.cross_entropy(x, t, w, None, ignore_index, None, "none", e)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -59,34 +75,79 @@ class CrossEntropy(Rule):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, t, w = ctx.saved_tensors
         dim = class_dim(x)
-        g = g.where(t.ne(ctx.ignore_index), 0)  # infinite where a mean is over ignored targets alone
+        index, counted = NLL.classes(x, t, ctx.ignore_index)
+        g = g.where(counted.squeeze(dim), 0)  # infinite where a mean is over ignored targets alone
         if torch.is_grad_enabled() or transforms_active():
             m = target_mass(x, t, w, ctx.ignore_index, ctx.e)
             dx = CrossEntropyGradient.apply(g, x, m, dim)
         else:
-            dx = CrossEntropy.output_gradient(x, t, w, ctx.ignore_index, ctx.e, g).to(x.dtype)
+            dx = CrossEntropy._gradient(x, w, index, counted, ctx.e, g.unsqueeze(dim))
         return dx, None, None, None, None
 
     @staticmethod
-    def output_gradient(
-        x: Tensor, t: Tensor, w: Tensor | None, ignore_index: int, e: float, g: Tensor | None = None
+    def _gradient(
+        x: Tensor, w: Tensor | None, index: Tensor, counted: Tensor, e: float, g: Tensor
     ) -> Tensor:
-        """dl/dx = M p - m: the gradient of the loss with respect to the network's output, for each example.
+        """dL/dx = g M p - g m, where g is 0 for an ignored target; some rows at a time if many are to be lifted."""
+        if torch.compiler.is_compiling():  # which multiplies by g on the way; what comes before it could keep
+            b = CrossEntropy._difference(x, w, *CrossEntropy._masses(x, w, index, counted, e))
+            return times(b, g).to(x.dtype)
+        masses = CrossEntropy._masses(x, w, index, g, e)
+        n = rows_of_a_block(g, index, x) if x.dtype in HALF and x.dim() > 1 else len(x)
+        if n == len(x):
+            return CrossEntropy._difference(x, w, *masses).to(x.dtype)
+        dx = torch.empty_like(x)
+        pieces = [itertools.repeat(None) if s is None else s.split(n) for s in (dx, x, *masses)]
+        for out, some_x, *some in zip(*pieces):
+            out.copy_(CrossEntropy._difference(some_x, w, *some))
+        return dx
 
-        With ``g``, dL/dl, which is 0 where the target is ignored, it is dL/dx = g M p - g m.
+    @staticmethod
+    def output_gradient(x: Tensor, t: Tensor, w: Tensor | None, ignore_index: int, e: float) -> Tensor:
+        """dl/dx = M p - m: the gradient of the loss with respect to the network's output, for each example."""
+        index, counted = NLL.classes(x, t, ignore_index)
+        return CrossEntropy._difference(x, w, *CrossEntropy._masses(x, w, index, counted, e))
+
+    @staticmethod
+    def _masses(
+        x: Tensor, w: Tensor | None, index: Tensor, one: Tensor, e: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The target; and what M p - m has of p, of onehot(t) and, with label smoothing, of w, if ``one`` is the unit.
+
+        All (N, 1, ...): ``one`` is 1 where the target counts and 0 where it is ignored, or g in place of 1.
         """
-        dim = class_dim(x)
-        slope, g = torch.softmax(in_full_precision(x), dim), None if g is None else g.unsqueeze(dim)
-        if w is not None or e != 0:
-            m = target_mass(x, t, w, ignore_index, e)
-            slope.mul_(m.sum(dim, keepdim=True)).sub_(m)
-            return slope if g is None else times(slope, g)
-        counted = t.ne(ignore_index).unsqueeze(dim)  # the mass is 1 on the target, 0 where it is ignored
-        index, M = t.unsqueeze(dim).where(counted, 0), counted.to(slope.dtype)
-        if g is not None and plain_eager():  # a pass over the classes less; a compiler has none to spare
-            return CrossEntropy.minus_target(times(slope, g), index, -g)
-        b = CrossEntropy.minus_target(slope.mul_(M), index, -M)
-        return b if g is None else times(b, g)
+        one, w, C = one.to(full_dtype(x)), lifted(w, x), x.shape[class_dim(x)]
+        m_t = one if w is None else one * CrossEntropy._weight(x, w, index)
+        if e == 0:
+            return index, m_t, m_t, None
+        m_t, share = m_t * (1 - e), one * (e / C)
+        return index, m_t + share * (C if w is None else w.sum()), m_t, share
+
+    @staticmethod
+    def _weight(x: Tensor, w: Tensor, index: Tensor) -> Tensor:
+        """w_t."""
+        if torch.compiler.is_compiling() and x.dim() > 2:
+            # A sum over the classes is kept for all of them, where inductor would look w_t up for each.
+            return (CrossEntropy._onehot(x, index) * along_classes(w, x)).sum(1, keepdim=True)
+        return w[index]
+
+    @staticmethod
+    def _onehot(x: Tensor, index: Tensor) -> Tensor:
+        """1[c = t] (N, C, ...), by a scattering that inductor makes a comparison."""
+        return torch.zeros_like(x, dtype=full_dtype(x)).scatter(class_dim(x), index, 1.0)
+
+    @staticmethod
+    def _difference(
+        x: Tensor, w: Tensor | None, index: Tensor, M: Tensor, m_t: Tensor, share: Tensor | None
+    ) -> Tensor:
+        """M p - m with m = m_t onehot(t) + share w, where t is ``index``."""
+        b = times(torch.softmax(in_full_precision(x), class_dim(x)), M)
+        if share is not None:
+            b = minus(b, share if w is None else share * along_classes(lifted(w, x), x))
+        if torch.compiler.is_compiling() and x.dim() > 2:
+            # a comparison with the index, where inductor would add value by value
+            return b - CrossEntropy._onehot(x, index) * m_t
+        return CrossEntropy.minus_target(b, index, -m_t)
 
     @staticmethod
     def minus_target(Mp: Tensor, index: Tensor, minus_M: Tensor) -> Tensor:
@@ -238,6 +299,12 @@ class NLL(Rule):
 
     @staticmethod
     def forward(x: Tensor, t: Tensor, w: Tensor | None, ignore_index: int) -> Tensor:
+        if NLL._picks(x, t, w):
+            index, counted = NLL.classes(x, t, ignore_index)
+            x_t = at_classes(x, index)
+            if x_t is not None:
+                x_t = in_full_precision(x_t) if w is None else in_full_precision(x_t) * in_full_precision(w)[index]
+                return x_t.neg_().where(counted, 0).squeeze(1)
         return F.nll_loss(in_full_precision(x), t, lifted(w, x), None, ignore_index, None, "none")
 
     @staticmethod
@@ -250,31 +317,53 @@ class NLL(Rule):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, t, w = ctx.saved_tensors
         dim = class_dim(x)
-        index, weight = NLL.class_and_weight(x, t, w, ctx.ignore_index)
-        dx = (-g.unsqueeze(dim) * weight).to(x.dtype)  # (N, 1, ...)
-        if (
-            torch.compiler.is_compiling()
-        ):  # a comparison with the index, where inductor would scatter value by value
-            dx = constant_zeros(x).scatter(dim, index, 1.0) * dx
+        index, counted = NLL.classes(x, t, ctx.ignore_index)
+        gw = g.unsqueeze(dim) if w is None else g.unsqueeze(dim) * w[index]
+        gw = gw.where(counted, 0).to(x.dtype)  # (N, 1, ...); g is infinite where a mean is over ignored targets alone
+        if torch.compiler.is_compiling():
+            # a comparison with the index, where inductor would scatter value by value
+            dx = constant_zeros(x).scatter(dim, index, -1.0) * gw
         else:
-            dx = scattered(constant_zeros(x), dim, index, dx)
+            dx = scattered(constant_zeros(x), dim, index, -gw)
         return dx, None, None, None
-
-    @staticmethod
-    def class_and_weight(x: Tensor, t: Tensor, w: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
-        """t with the class axis, (N, 1, ...), and w_t; both 0 where the target is ignored."""
-        index = t.unsqueeze(class_dim(x))
-        counted = index.ne(ignore_index)
-        index = index.where(counted, 0)
-        weight = counted.to(in_full_precision(x).dtype)
-        return index, weight if w is None else weight * w[index]
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
         x, t, w = ctx.saved_tensors
         dim = class_dim(x)
-        index, weight = NLL.class_and_weight(x, t, w, ctx.ignore_index)
-        return (-weight * dx.gather(dim, index)).squeeze(dim)
+        index, counted = NLL.classes(x, t, ctx.ignore_index)
+        dl = -in_full_precision(dx).gather(dim, index) if w is None else -w[index] * dx.gather(dim, index)
+        return dl.where(counted, 0).squeeze(dim)
+
+    @staticmethod
+    def classes(x: Tensor, t: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+        """t with the class axis, (N, 1, ...), 0 where it is ignored; and where it is not."""
+        index = t.unsqueeze(class_dim(x))
+        counted = index.ne(ignore_index)
+        return index.where(counted, 0), counted
+
+    @staticmethod
+    def class_and_weight(x: Tensor, t: Tensor, w: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
+        """t with the class axis, (N, 1, ...), and w_t; both 0 where the target is ignored."""
+        index, counted = NLL.classes(x, t, ignore_index)
+        weight = counted.to(full_dtype(x))
+        return index, weight if w is None else weight * w[index]
+
+    @staticmethod
+    def _picks(x: Tensor, t: Tensor, w: Tensor | None) -> bool:
+        """Whether the numbers at the targets are better picked by their places in memory: x (N, C, ...) is large, and
+        has further axes or would have to be lifted as a whole.  Not where ATen has to say what is wrong with t or w.
+        """
+        return (
+            (x.dim() > 2 or (x.dim() == 2 and x.dtype in HALF))
+            and x.numel() >= MANY
+            and x.is_cpu
+            and t.dtype == torch.int64
+            and t.shape == shape_of_targets(x)
+            and (w is None or (w.shape == x.shape[1:2] and w.dtype == x.dtype))
+            and flattened(x) is not None
+            and flattened(t) is not None
+        )
 
 
 class BCE(ElementwiseLoss):
@@ -302,13 +391,15 @@ class BCE(ElementwiseLoss):
         1 - x has lost what distinguishes x from 1: prefer :class:`BCEWithLogits`.
     """
 
+    takes_g = True
+
     @staticmethod
     def f(x: Tensor, t: Tensor) -> Tensor:
         return F.binary_cross_entropy(x, t, reduction="none")
 
     @staticmethod
-    def output_gradient(x: Tensor, t: Tensor) -> Tensor:
-        return (x - t).div_(BCE.q(x))
+    def output_gradient(x: Tensor, t: Tensor, g: Tensor | None = None) -> Tensor:
+        return (x - t if g is None else g * (x - t)).div_(BCE.q(x))
 
     @staticmethod
     def target_gradient(x: Tensor, t: Tensor) -> Tensor:
@@ -415,6 +506,16 @@ def class_dim(x: Tensor) -> int:
     return 0 if x.dim() == 1 else 1
 
 
+def shape_of_targets(x: Tensor) -> torch.Size:
+    """That of class numbers for x: (N, ...)."""
+    return x.shape[: class_dim(x)] + x.shape[class_dim(x) + 1 :]
+
+
+def along_classes(w: Tensor, x: Tensor) -> Tensor:
+    """``w`` (C,) so that it broadcasts over ``x`` (N, C, ...) or (C,)."""
+    return w.view(-1, *(1,) * (x.dim() - 1 - class_dim(x)))
+
+
 def lifted(w: Tensor | None, x: Tensor) -> Tensor | None:
     """Class weights in full precision, if they are of x's dtype; if not, torch has its say on the mismatch."""
     return in_full_precision(w) if w is not None and w.dtype == x.dtype else w
@@ -423,7 +524,7 @@ def lifted(w: Tensor | None, x: Tensor) -> Tensor | None:
 def target_mass(x: Tensor, t: Tensor, w: Tensor | None, ignore_index: int, e: float) -> Tensor:
     """m, the mass that class indices ``t`` put on each class: (N, C, ...)."""
     dim, classes = class_dim(x), x.shape[class_dim(x)]
-    dtype = in_full_precision(x).dtype
+    dtype = full_dtype(x)
     counted = t.ne(ignore_index).unsqueeze(dim)
     index = t.unsqueeze(dim).where(counted, 0)
     w = x.new_ones(classes, dtype=dtype) if w is None else w.to(dtype)
@@ -441,8 +542,32 @@ def constant_zeros(x: Tensor) -> Tensor:
     return x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0)
 
 
+def at_classes(x: Tensor, index: Tensor) -> Tensor | None:
+    """``x`` (N, C, ...) at class numbers (N, 1, ...), a fresh tensor like these; None if one is out of range.
+
+    x must be dense.  ATen's gather takes four times as long along an axis that is not the last.
+    """
+    lowest, highest = index.aminmax()
+    if lowest < 0 or highest >= x.shape[1]:
+        return None
+    (numbers,) = flattened(x) or [x]
+    return numbers.index_select(0, places(x, index)).view(index.shape)
+
+
+def places(x: Tensor, index: Tensor) -> Tensor:
+    """Where in memory a dense ``x`` (N, C, ...) has its numbers at the classes (N, 1, ...), one after the other."""
+    N, C, L = x.shape[0], x.shape[1], x.shape[2:].numel()
+    along_c, along_l = (L, 1) if x.is_contiguous() else (1, C)
+    starts = torch.arange(0, x.numel(), C * L).view(N, 1) + torch.arange(0, L * along_l, along_l)  # (N, L)
+    return starts.add_(index.reshape(N, L), alpha=along_c).view(-1)
+
+
 def scattered(fresh: Tensor, dim: int, index: Tensor, values: Tensor) -> Tensor:
     """``fresh`` with ``values`` at ``index``, in place unless it is recorded, or ``vmap`` batches the index alone."""
     if torch.is_grad_enabled() or not plain_eager() or is_legacy_batchedtensor(values):
         return fresh.scatter(dim, index, values)
+    one_each = dim == 1 and index.shape[1] == 1
+    if one_each and fresh.is_cpu and fresh.dtype in HALF and (numbers := flattened(fresh)) is not None:
+        numbers[0].index_copy_(0, places(fresh, index), values.reshape(-1))  # ATen's scatter lifts and lowers it all
+        return fresh
     return fresh.scatter_(dim, index, values)

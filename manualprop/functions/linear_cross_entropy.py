@@ -26,7 +26,7 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
-from manualprop.functions._rule import Rule, in_full_precision, plain_eager, times, transforms_active
+from manualprop.functions._rule import Rule, full_dtype, in_full_precision, plain_eager, times, transforms_active
 from manualprop.functions.cross_entropy import NLL, target_mass
 from manualprop.functions.linear import Linear
 
@@ -167,7 +167,7 @@ class LinearCrossEntropyGradient(Rule):
     ) -> tuple[Tensor, ...]:
         in_place = may_overwrite(g, ga, x, W, t)
         sums = Sums(W, needs, in_place)
-        rounded = a.to(in_full_precision(x).dtype)
+        rounded = a.to(full_dtype(x))
         correction = (rounded - a).exp().to(rounded.dtype)  # exp(z - a) = exp(z - rounded) exp(rounded - a)
         for chunk, z in chunks(x, W, b, rows, in_place):
             for n, y in blocks(chunk, z, in_place):
@@ -324,7 +324,7 @@ def chunks(
     N, W2, b2 = x.shape[0], flat_weight(W), None if b is None else b.reshape(-1)
     room = None
     if in_place:  # fresh memory costs a page fault every 4 KB, a tenth of the time
-        room = x.new_empty(min(rows, N), W2.shape[0], dtype=in_full_precision(x).dtype)
+        room = x.new_empty(min(rows, N), W2.shape[0], dtype=full_dtype(x))
     for begin in range(0, max(N, 1), rows):
         n = slice(begin, min(begin + rows, N))
         z = logits(x[n], W2, b2, None if room is None else room[: n.stop - n.start])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from manualprop.functions._elementwise import indicator
 from manualprop.functions._elementwise_loss import Curvature, ElementwiseLoss
-from manualprop.functions._rule import Rule, flat, in_full_precision, plain_eager
+from manualprop.functions._rule import Rule, flat, in_full_precision, plain_eager, times
 from manualprop.functions.cross_entropy import constant_zeros, lifted, scattered
 
 
@@ -77,13 +77,15 @@ class SoftMargin(ElementwiseLoss):
         l = -log sigmoid(t x) never overflows; torch's is inf, and its derivative NaN, for -t x > 88 in float32.
     """
 
+    takes_g = True
+
     @staticmethod
     def f(x: Tensor, t: Tensor) -> Tensor:
         return F.logsigmoid(x * t).neg_()
 
     @staticmethod
-    def output_gradient(x: Tensor, t: Tensor) -> Tensor:
-        return (x * t).neg_().sigmoid_().mul_(t).neg_()
+    def output_gradient(x: Tensor, t: Tensor, g: Tensor | None = None) -> Tensor:
+        return times((x * t).neg_().sigmoid_(), t if g is None else g * t).neg_()
 
     @staticmethod
     def target_gradient(x: Tensor, t: Tensor) -> Tensor:

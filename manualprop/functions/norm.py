@@ -290,10 +290,11 @@ class GroupNorm(Rule):
         sum_g, sum_gz = g.sum(3, keepdim=True), (g * z).sum(3, keepdim=True)  # (N, G, K, L) -> (N, G, K, 1)
         dx = dW = db = None
         if needs_x:
-            sum_u, sum_uz = ((s if w is None else s * w).sum(2, keepdim=True) for s in (sum_g, sum_gz))
             n = z.shape[2:].numel()
             rest = through_statistics(gm, gr, z, r, n)
-            dx = times(minus(input_slope(g, w, z, sum_uz / n), sum_u / n), r)
+            sums = torch.stack((sum_g, sum_gz))  # (2, N, G, K, 1)
+            rc = (sums if w is None else sums * w).sum(3, keepdim=True) * (r / n)
+            dx = minus(input_slope(g, r if w is None else r * w, z, rc[1]), rc[0])
             dx = plus(dx, rest).to(x.dtype).view(x.shape)
         if needs_W:
             dW = sum_gz.sum(0).view(-1).to(W.dtype)  # (N, G, K, 1) -> (C,)

@@ -233,6 +233,66 @@ def test_large_tensors_are_small_ones_in_blocks(name: str, dtype: torch.dtype) -
     torch.testing.assert_close(whole, torch.stack(rows))
 
 
+ROOM = 2**18  # numbers for two blocks of one thread: what is larger runs by other ways
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "nll_loss"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", ["rows", "images", "channels last"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_large_class_losses_are_torchs(name: str, dtype: torch.dtype, size: str, weighted: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shape = (
+        (2 * torch.get_num_threads() + 2, ROOM)
+        if size == "rows"
+        else (4096 * torch.get_num_threads(), 8, 4, 4)
+    )
+    x = torch.randn(shape, generator=generator).to(dtype)
+    t = torch.randint(shape[1], (shape[0], *shape[2:]), generator=generator)
+    t.view(-1)[::3] = 1  # ignored
+    options: dict[str, Any] = {"ignore_index": 1}
+    w = torch.rand(shape[1], generator=generator).to(dtype) if weighted else None
+    if size == "channels last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    # Torch, in float64: in half precision it rounds log p before it picks from it, and fails on channels that are last.
+    found = []
+    for module, z, v in ((F, x, w), (torch_F, x.double().contiguous(), None if w is None else w.double())):
+        z = z.clone().requires_grad_()
+        losses = getattr(module, name)(z, t, weight=v, reduction="none", **options)
+        g = torch.linspace(0.5, 1.5, t.numel()).view(t.shape)
+        found.append((losses.detach(), *torch.autograd.grad(losses, z, g.to(losses.dtype))))
+    (ours, dx), (torchs, torchs_dx) = found
+    assert dx.dtype == dtype
+    close = {"rtol": 4 * torch.finfo(dtype).eps, "atol": torch.finfo(dtype).eps}
+    torch.testing.assert_close(ours, torchs.to(ours.dtype), **close)
+    torch.testing.assert_close(dx, torchs_dx.to(dtype), **close)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "nll_loss"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrong", [-1, 8])
+def test_wrong_classes_of_large_images_raise_torchs_error(name: str, dtype: torch.dtype, wrong: int) -> None:
+    t = torch.zeros(4096, 4, 4).long()
+    t[17, 1, 2] = wrong
+    for module in (torch_F, F):
+        with pytest.raises(IndexError, match=f"Target {wrong} is out of bounds"):
+            getattr(module, name)(torch.randn(4096, 8, 4, 4).to(dtype), t)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "nll_loss"])
+@pytest.mark.parametrize("weight", [None, torch.tensor([0.5, 2.0, 1.0])])
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 3, 4)])
+def test_a_batch_of_ignored_targets_alone_has_gradient_0(
+    name: str, weight: Tensor | None, shape: tuple[int, ...]
+) -> None:
+    x = torch.randn(shape, requires_grad=True)
+    t = torch.full(shape[:1] * (len(shape) > 1) + shape[2:], -100)
+    for module in (torch_F, F):
+        loss = getattr(module, name)(x, t, weight=weight)
+        assert loss.isnan()  # a mean of nothing
+        assert not torch.autograd.grad(loss, x)[0].any()
+
+
 @pytest.mark.parametrize("name", ["l1_loss", "mse_loss", "huber_loss", "nll_loss", "kl_div"])
 def test_empty_batches(name: str) -> None:
     x = torch.empty(0, 3, requires_grad=True)

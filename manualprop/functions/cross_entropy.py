@@ -21,7 +21,15 @@ from torch._C._functorch import is_legacy_batchedtensor
 
 from manualprop.functions._elementwise_loss import Curvature, ElementwiseLoss, minus
 from manualprop.functions._kernels import flattened, rows_of_a_block
-from manualprop.functions._rule import HALF, Rule, full_dtype, in_full_precision, plain_eager, times, transforms_active
+from manualprop.functions._rule import (
+    HALF,
+    Rule,
+    full_dtype,
+    in_full_precision,
+    plain_eager,
+    times,
+    transforms_active,
+)
 from manualprop.functions.softmax import dot
 
 MANY = 2**15  # numbers from which finding their places in memory pays, measured
@@ -85,9 +93,7 @@ class CrossEntropy(Rule):
         return dx, None, None, None, None
 
     @staticmethod
-    def _gradient(
-        x: Tensor, w: Tensor | None, index: Tensor, counted: Tensor, e: float, g: Tensor
-    ) -> Tensor:
+    def _gradient(x: Tensor, w: Tensor | None, index: Tensor, counted: Tensor, e: float, g: Tensor) -> Tensor:
         """dL/dx = g M p - g m, where g is 0 for an ignored target; some rows at a time if many are to be lifted."""
         if torch.compiler.is_compiling():  # which multiplies by g on the way; what comes before it could keep
             b = CrossEntropy._difference(x, w, *CrossEntropy._masses(x, w, index, counted, e))
@@ -98,7 +104,7 @@ class CrossEntropy(Rule):
             return CrossEntropy._difference(x, w, *masses).to(x.dtype)
         dx = torch.empty_like(x)
         pieces = [itertools.repeat(None) if s is None else s.split(n) for s in (dx, x, *masses)]
-        for out, some_x, *some in zip(*pieces):
+        for out, some_x, *some in zip(*pieces, strict=False):
             out.copy_(CrossEntropy._difference(some_x, w, *some))
         return dx
 
@@ -143,7 +149,7 @@ class CrossEntropy(Rule):
         """M p - m with m = m_t onehot(t) + share w, where t is ``index``."""
         b = times(torch.softmax(in_full_precision(x), class_dim(x)), M)
         if share is not None:
-            b = minus(b, share if w is None else share * along_classes(lifted(w, x), x))
+            b = minus(b, share if w is None else share * along_classes(in_full_precision(w), x))
         if torch.compiler.is_compiling() and x.dim() > 2:
             # a comparison with the index, where inductor would add value by value
             return b - CrossEntropy._onehot(x, index) * m_t
@@ -303,7 +309,11 @@ class NLL(Rule):
             index, counted = NLL.classes(x, t, ignore_index)
             x_t = at_classes(x, index)
             if x_t is not None:
-                x_t = in_full_precision(x_t) if w is None else in_full_precision(x_t) * in_full_precision(w)[index]
+                x_t = (
+                    in_full_precision(x_t)
+                    if w is None
+                    else in_full_precision(x_t) * in_full_precision(w)[index]
+                )
                 return x_t.neg_().where(counted, 0).squeeze(1)
         return F.nll_loss(in_full_precision(x), t, lifted(w, x), None, ignore_index, None, "none")
 
@@ -319,7 +329,9 @@ class NLL(Rule):
         dim = class_dim(x)
         index, counted = NLL.classes(x, t, ctx.ignore_index)
         gw = g.unsqueeze(dim) if w is None else g.unsqueeze(dim) * w[index]
-        gw = gw.where(counted, 0).to(x.dtype)  # (N, 1, ...); g is infinite where a mean is over ignored targets alone
+        gw = gw.where(counted, 0).to(
+            x.dtype
+        )  # (N, 1, ...); g is infinite where a mean is over ignored targets alone
         if torch.compiler.is_compiling():
             # a comparison with the index, where inductor would scatter value by value
             dx = constant_zeros(x).scatter(dim, index, -1.0) * gw
@@ -568,6 +580,8 @@ def scattered(fresh: Tensor, dim: int, index: Tensor, values: Tensor) -> Tensor:
         return fresh.scatter(dim, index, values)
     one_each = dim == 1 and index.shape[1] == 1
     if one_each and fresh.is_cpu and fresh.dtype in HALF and (numbers := flattened(fresh)) is not None:
-        numbers[0].index_copy_(0, places(fresh, index), values.reshape(-1))  # ATen's scatter lifts and lowers it all
+        numbers[0].index_copy_(
+            0, places(fresh, index), values.reshape(-1)
+        )  # ATen's scatter lifts and lowers it all
         return fresh
     return fresh.scatter_(dim, index, values)

@@ -26,7 +26,14 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
-from manualprop.functions._rule import Rule, full_dtype, in_full_precision, plain_eager, times, transforms_active
+from manualprop.functions._rule import (
+    Rule,
+    full_dtype,
+    in_full_precision,
+    plain_eager,
+    times,
+    transforms_active,
+)
 from manualprop.functions.cross_entropy import NLL, target_mass
 from manualprop.functions.linear import Linear
 

@@ -124,8 +124,9 @@ CASES = [
     ),
     *rows(
         "cross_entropy",
-        lambda: (real(2, 4, 3), classes(2, 3)),
+        lambda: (real(2, 4, 3), ignoring(classes(2, 3), 2)),
         {"label_smoothing": 0.1},
+        {"weight": weights(), "ignore_index": 2},
         keeps=(0, 1),
         keeps_new=FLOATS,
         label="K-dimensional",

@@ -193,3 +193,44 @@ def test_a_row_of_one_element_has_no_gradient() -> None:
         y = F.layer_norm(z, (1,), w.view(1), c.view(1))
         (dx,) = torch.autograd.grad(y, z, s.expand(50, 1))
         assert not dx.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.filterwarnings("ignore")  # of torch, about itself, when it compiles
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"])
+def test_large_inputs_in_each_precision(name: str, compiled: bool, affine: bool, dtype: torch.dtype) -> None:
+    """Within their rounding of float64: blocks of rows, and statistics that ATen returns in half precision."""
+    rows = 2 * torch.get_num_threads()
+    shape = (rows, 16, 2**13)  # two blocks of 2^17 numbers for each thread, where there are blocks
+    generator = torch.Generator().manual_seed(0)
+    C = shape[-1] if name in ("layer_norm", "rms_norm") else shape[1]
+    x = (torch.randn(shape, generator=generator) + 1).to(dtype)
+    parameters = [
+        torch.rand(C, generator=generator).to(dtype) + 0.5 for _ in range(affine * (2 - (name == "rms_norm")))
+    ]
+    g = torch.randn(shape, generator=generator)
+    fixed: dict[str, tuple[Any, ...]] = {"layer_norm": ((C,),), "rms_norm": ((C,),), "group_norm": (4,)}
+
+    def run(module: Any, tensors: list[Tensor], compiled: bool) -> tuple[Tensor, ...]:
+        x, *parameters = (t.detach().requires_grad_() for t in tensors)
+        named = dict(zip(("weight", "bias"), parameters, strict=False))
+        training = {"training": True} if name == "batch_norm" else {}
+        arguments = (None, None) if name == "batch_norm" else fixed.get(name, ())
+
+        def f(x: Tensor, named: dict[str, Tensor]) -> Tensor:
+            y: Tensor = getattr(module, name)(x, *arguments, **named, **training)
+            return y
+
+        y = (torch.compile(f, fullgraph=True) if compiled else f)(x, named)
+        return y, *torch.autograd.grad(y, [x, *parameters], g.to(y.dtype))
+
+    torch._dynamo.reset()
+    ours = run(F, [x, *parameters], compiled)
+    exact = run(nn.functional, [t.double() for t in (x, *parameters)], False)
+    eps = torch.finfo(dtype).eps
+    for a, b in zip(ours, exact, strict=True):
+        assert a.dtype == dtype
+        # dW and db are sums of 2^17 numbers and more: their error is measured by the size of these sums.
+        torch.testing.assert_close(a.double(), b, rtol=2 * eps, atol=16 * eps * b.abs().max().item())

@@ -69,10 +69,13 @@ class LayerNorm(Rule):
     def forward(
         x: Tensor, W: Tensor | None, b: Tensor | None, axes: int, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, m, r = torch.native_layer_norm(x, x.shape[-axes:], W, b, eps)
-        if m.dtype in HALF:
+        shape = x.shape[-axes:]
+        if x.dtype not in HALF:
+            return torch.native_layer_norm(x, shape, W, b, eps)
+        if torch.compiler.is_compiling():  # whose layer norm returns the mean in half precision
             m, r = statistics(x, range(-axes, 0), eps)
-        return y, m, r
+            return affine((x.float() - m) * r, W, b).to(x.dtype), m, r
+        return torch.native_layer_norm(x, shape, *lifted(x, shape, W, b), eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -88,12 +91,12 @@ class LayerNorm(Rule):
         ctx: Any, g: Tensor | None, gm: Tensor | None, gr: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         needs, (x, W, m, r) = ctx.needs_input_grad[:3], ctx.saved_tensors
-        x_rows, w, r = LayerNorm._rows(x, W, r, ctx.D)
-        inputs = like(x_rows, g), x_rows, m.reshape(-1, 1), r
-        dx, dW, db = LayerNorm.gradients_in_blocks(*inputs, w, needs)
+        x_rows, m, r, w = LayerNorm._rows(x, m, r, W, ctx.D)
+        g = torch.zeros_like(x_rows) if g is None else g.reshape(x_rows.shape)
+        dx, dW, db = LayerNorm.gradients_in_blocks(g, x_rows, m, r, w, needs)
         if dx is not None:
             if gm is not None or gr is not None:
-                dx = plus(dx, through_statistics(gm, gr, r * (x_rows - inputs[2]), r, ctx.D))
+                dx = plus(dx, through_statistics(gm, gr, r * (in_full_precision(x_rows) - m), r, ctx.D))
             dx = dx.to(x.dtype).view(x.shape)
         dW = None if dW is None else dW.to(W.dtype).view(ctx.shape)
         db = None if db is None else db.to(ctx.b_dtype).view(ctx.shape)
@@ -106,10 +109,16 @@ class LayerNorm(Rule):
         """:meth:`gradients` of some rows at a time, if there are many: what it makes on its way stays in the cache."""
         n = rows_of_a_block(g, x)
         if torch.is_grad_enabled() or n == x.shape[0]:
-            return LayerNorm.gradients(g, x, m, r, w, needs)
+            return LayerNorm.gradients(in_full_precision(g), in_full_precision(x), m, r, w, needs)
         dx, parts = torch.empty_like(x), []
         for some_g, some_x, some_m, some_r, out in zip(*(t.split(n) for t in (g, x, m, r, dx)), strict=True):
-            parts.append(LayerNorm.gradients(some_g, some_x, some_m, some_r, w, needs, out)[1:])
+            full = in_full_precision(some_g), in_full_precision(some_x)
+            some_dx, *part = LayerNorm.gradients(
+                *full, some_m, some_r, w, needs, out if x.dtype not in HALF else None
+            )
+            parts.append(part)
+            if some_dx is not None and some_dx is not out:
+                out.copy_(some_dx)
         dW, db = (None if part[0] is None else torch.stack(part).sum(0) for part in zip(*parts, strict=True))
         return dx if needs[0] else None, dW, db
 
@@ -147,18 +156,20 @@ class LayerNorm(Rule):
         ctx: Any, dx: Tensor | None, dW: Tensor | None, db: Tensor | None, *_: None
     ) -> tuple[Tensor, ...]:
         x, W, m, r = ctx.saved_tensors
-        rows, w, r = LayerNorm._rows(x, W, r, ctx.D)
-        z = (rows - m.reshape(-1, 1)) * r
+        rows, m_rows, r, w = LayerNorm._rows(x, m, r, W, ctx.D)
+        z = (in_full_precision(rows) - m_rows) * r
         dW, db = (None if t is None else in_full_precision(t).reshape(-1) for t in (dW, db))
         dz, dm, dr = tangents(like(z, dx), z, r, (1,))
         dy = affine_tangent(z, dz, w, dW, db)
         return dy.to(x.dtype).view(x.shape), dm.view(m.shape), dr.view(m.shape)
 
     @staticmethod
-    def _rows(x: Tensor, W: Tensor | None, r: Tensor, D: int) -> tuple[Tensor, Tensor | None, Tensor]:
-        """x (N, D), W (D,) and r (N, 1), in full precision."""
-        rows = in_full_precision(x).reshape(r.numel(), D)
-        return rows, None if W is None else in_full_precision(W).reshape(-1), r.reshape(-1, 1)
+    def _rows(
+        x: Tensor, m: Tensor, r: Tensor, W: Tensor | None, D: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """x (N, D), m and r (N, 1), and W (D,) in full precision."""
+        w = None if W is None else in_full_precision(W).reshape(-1)
+        return x.reshape(r.numel(), D), m.reshape(-1, 1), r.reshape(-1, 1), w
 
 
 class RMSNorm(Rule):
@@ -265,6 +276,14 @@ class GroupNorm(Rule):
         x: Tensor, W: Tensor | None, b: Tensor | None, G: int, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         N, C, L = x.shape[0], x.shape[1], x.shape[2:].numel()
+        if (
+            x.dtype in HALF and torch.compiler.is_compiling()
+        ):  # whose group norm returns the mean in half precision
+            m, r = (s.reshape(N, G) for s in statistics(x.reshape(N, G, C // G * L), (2,), eps))
+            z, w, _ = GroupNorm._groups(x, W, m, r)
+            y = affine(z, w, None if b is None else b.view(G, -1, 1))
+            return y.to(x.dtype).view(x.shape), m, r
+        W, b = lifted(x, (C,), W, b)
         W, b = (None if t is None else t.contiguous() for t in (W, b))
         y, m, r = torch.native_group_norm(dense(x), W, b, N, C, L, G, eps)
         if m.dtype in HALF:
@@ -360,8 +379,10 @@ class BatchNorm(Rule):
         fast = torch.backends.cudnn.enabled
         running = (running_mean, running_var)
         y, m, r, *_ = torch._batch_norm_impl_index(x, W, b, *running, True, momentum, eps, fast)
-        if m.dtype in HALF or x.numel() == 0:
+        if x.numel() == 0:
             m, r = statistics(x, all_but_channels(x), eps)
+        elif m.dtype in HALF:
+            m, r = BatchNorm._statistics(x, eps)
         return y, m.reshape(-1), r.reshape(-1)
 
     @staticmethod
@@ -404,6 +425,17 @@ class BatchNorm(Rule):
         dz, dm, dr = tangents(like(z, dx), z, r, all_but_channels(x))
         dy = affine_tangent(z, dz, w, dW, db)
         return dy.to(x.dtype).view(x.shape), dm.view(-1), dr.view(-1)
+
+    @staticmethod
+    def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """m and r of x in half precision, in full precision."""
+        if not plain_eager() or not x.is_cpu or is_legacy_batchedtensor(x):
+            return statistics(x, all_but_channels(x), eps)
+        unused = x.new_zeros(
+            x.shape[1], dtype=torch.float32
+        )  # running statistics, whose dtype the others get
+        m, variance = torch.batch_norm_update_stats(x, unused, unused, 0.0)
+        return m, inverse_root(variance, eps)
 
     @staticmethod
     def _channels(x: Tensor, W: Tensor | None, m: Tensor, r: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -503,6 +535,12 @@ def affine_tangent(z: Tensor, dz: Tensor, W: Tensor | None, dW: Tensor | None, d
     return dy if db is None else dy + db
 
 
+def affine(z: Tensor, W: Tensor | None, b: Tensor | None) -> Tensor:
+    """W z + b."""
+    y = z if W is None else z * W
+    return y if b is None else y + b
+
+
 def minus(fresh: Tensor, other: Tensor) -> Tensor:
     """``fresh - other``, written into ``fresh`` unless ``vmap`` may have batched ``other`` alone."""
     if plain_eager() and not is_legacy_batchedtensor(other):
@@ -547,6 +585,19 @@ def statistics(x: Tensor, dims: Sequence[int], eps: float) -> tuple[Tensor, Tens
         return mean, mean
     variance, mean = torch.var_mean(in_full_precision(x), tuple(dims), correction=0, keepdim=True)
     return mean, inverse_root(variance, eps)
+
+
+def lifted(
+    x: Tensor, shape: Sequence[int], W: Tensor | None, b: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """W, of that shape, and b for ATen: in full precision if x is in half on the CPU, since m and r then are so, too.
+
+    Its arithmetic is in full precision in any case.
+    """
+    if x.dtype not in HALF or not x.is_cpu:
+        return W, b
+    W = torch.ones(shape) if W is None else in_full_precision(W)
+    return W, None if b is None else in_full_precision(b)
 
 
 def inverse_root(variance: Tensor, eps: float) -> Tensor:

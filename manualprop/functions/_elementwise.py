@@ -145,7 +145,7 @@ def _chain(rule: type[Elementwise]) -> type[Chain]:
 
     def formula(g: Tensor, s: Tensor, *p: float, out: Tensor | None = None) -> Tensor:
         if s.dtype in HALF and not exact_slope:
-            dx = g.float() * df(s.float(), *p)
+            dx = times(df(s.float(), *p), g.float())
             return dx.to(g.dtype) if out is None else out.copy_(dx)
         if out is None:
             return times(df(s, *p), g)

@@ -16,7 +16,7 @@ Statistics
     is computed twice.  In half precision the statistics are float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -91,36 +91,12 @@ class LayerNorm(Rule):
         ctx: Any, g: Tensor | None, gm: Tensor | None, gr: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         needs, (x, W, m, r) = ctx.needs_input_grad[:3], ctx.saved_tensors
-        x_rows, m, r, w = LayerNorm._rows(x, m, r, W, ctx.D)
-        g = torch.zeros_like(x_rows) if g is None else g.reshape(x_rows.shape)
-        dx, dW, db = LayerNorm.gradients_in_blocks(g, x_rows, m, r, w, needs)
-        if dx is not None:
-            if gm is not None or gr is not None:
-                dx = plus(dx, through_statistics(gm, gr, r * (in_full_precision(x_rows) - m), r, ctx.D))
-            dx = dx.to(x.dtype).view(x.shape)
+        rows = LayerNorm._rows(x, m, r, W, ctx.D)
+        dx, dW, db = row_gradients(LayerNorm.gradients, g, gm, gr, *rows, needs)
+        dx = None if dx is None else dx.to(x.dtype).view(x.shape)
         dW = None if dW is None else dW.to(W.dtype).view(ctx.shape)
         db = None if db is None else db.to(ctx.b_dtype).view(ctx.shape)
         return dx, dW, db, None, None
-
-    @staticmethod
-    def gradients_in_blocks(
-        g: Tensor, x: Tensor, m: Tensor, r: Tensor, w: Tensor | None, needs: Sequence[bool]
-    ) -> tuple[Tensor | None, ...]:
-        """:meth:`gradients` of some rows at a time, if there are many: what it makes on its way stays in the cache."""
-        n = rows_of_a_block(g, x)
-        if torch.is_grad_enabled() or n == x.shape[0]:
-            return LayerNorm.gradients(in_full_precision(g), in_full_precision(x), m, r, w, needs)
-        dx, parts = torch.empty_like(x), []
-        for some_g, some_x, some_m, some_r, out in zip(*(t.split(n) for t in (g, x, m, r, dx)), strict=True):
-            full = in_full_precision(some_g), in_full_precision(some_x)
-            some_dx, *part = LayerNorm.gradients(
-                *full, some_m, some_r, w, needs, out if x.dtype not in HALF else None
-            )
-            parts.append(part)
-            if some_dx is not None and some_dx is not out:
-                out.copy_(some_dx)
-        dW, db = (None if part[0] is None else torch.stack(part).sum(0) for part in zip(*parts, strict=True))
-        return dx if needs[0] else None, dW, db
 
     @staticmethod
     def gradients(
@@ -253,8 +229,9 @@ class GroupNorm(Rule):
     r"""$y_c = W_c z_c + b_c$, where $z$ is normalised as in :class:`LayerNorm` over the channels of a group
 
     Derivation, for one example and one group, with n = K L elements
-        dL/dx_i = r (u_i - c1 - z_i c2) + gm / n - gr r^2 z_i / n  as :class:`LayerNorm`, u = g W
-        c1 = sum u / n,  c2 = sum u z / n
+        dL/dx_i = r (u_i - c1 - c_i k) + gm / n - gr r^2 z_i / n   as :class:`LayerNorm`, u = g W, z = r c, c = x - m
+                = r W g_i - r c1 - c_i r k + ...
+        c1 = sum u / n,  k = r sum u z / n
         sum u   = sum_c W_c sum_l g_cl                             W is constant within a channel: only the sums
         sum u z = sum_c W_c sum_l g_cl z_cl                        of a channel are weighted
         dL/dW_c = sum_nl g_ncl z_ncl,  dL/db_c = sum_nl g_ncl      the same sums, over the batch
@@ -280,8 +257,8 @@ class GroupNorm(Rule):
             x.dtype in HALF and torch.compiler.is_compiling()
         ):  # whose group norm returns the mean in half precision
             m, r = (s.reshape(N, G) for s in statistics(x.reshape(N, G, C // G * L), (2,), eps))
-            z, w, _ = GroupNorm._groups(x, W, m, r)
-            y = affine(z, w, None if b is None else b.view(G, -1, 1))
+            groups, mean, root, w = GroupNorm._groups(x, m, r, W)
+            y = affine((groups.float() - mean) * root, w, None if b is None else b.view(G, -1, 1))
             return y.to(x.dtype).view(x.shape), m, r
         W, b = lifted(x, (C,), W, b)
         W, b = (None if t is None else t.contiguous() for t in (W, b))
@@ -302,43 +279,70 @@ class GroupNorm(Rule):
     def backward(
         ctx: Any, g: Tensor | None, gm: Tensor | None, gr: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        needs_x, needs_W, needs_b, *_ = ctx.needs_input_grad
-        x, W, m, r = ctx.saved_tensors
-        z, w, r = GroupNorm._groups(x, W, m, r)
-        g = like(z, g)
-        sum_g, sum_gz = g.sum(3, keepdim=True), (g * z).sum(3, keepdim=True)  # (N, G, K, L) -> (N, G, K, 1)
-        dx = dW = db = None
-        if needs_x:
-            n = z.shape[2:].numel()
-            rest = through_statistics(gm, gr, z, r, n)
-            sums = torch.stack((sum_g, sum_gz))  # (2, N, G, K, 1)
-            rc = (sums if w is None else sums * w).sum(3, keepdim=True) * (r / n)
-            dx = minus(input_slope(g, r if w is None else r * w, z, rc[1]), rc[0])
-            dx = plus(dx, rest).to(x.dtype).view(x.shape)
-        if needs_W:
-            dW = sum_gz.sum(0).view(-1).to(W.dtype)  # (N, G, K, 1) -> (C,)
-        if needs_b:
-            db = sum_g.sum(0).view(-1).to(ctx.b_dtype)
+        needs, (x, W, m, r) = ctx.needs_input_grad[:3], ctx.saved_tensors
+        groups = GroupNorm._groups(x, m, r, W)
+        dx, dW, db = row_gradients(GroupNorm.gradients, g, gm, gr, *groups, needs)
+        dx = None if dx is None else dx.to(x.dtype).view(x.shape)
+        dW = None if dW is None else dW.to(W.dtype).view(-1)
+        db = None if db is None else db.to(ctx.b_dtype).view(-1)
         return dx, dW, db, None, None
+
+    @staticmethod
+    def gradients(
+        g: Tensor,
+        x: Tensor,
+        m: Tensor,
+        r: Tensor,
+        w: Tensor | None,
+        needs: Sequence[bool],
+        out: Tensor | None = None,
+    ) -> tuple[Tensor | None, ...]:
+        """dL/dx of groups (N, G, K, L), into ``out`` if given, and their parts of dL/dW and dL/db, but for gm and gr."""
+        c, n = x - m, x.shape[2:].numel()
+        sum_g = g.sum(3, keepdim=True)  # (N, G, K, L) -> (N, G, K, 1)
+        if torch.compiler.is_compiling():  # to which a factor within the sum costs nothing
+            sum_gz = (g * (c * r)).sum(3, keepdim=True)
+        else:
+            sum_gz = (g * c).sum(3, keepdim=True) * r
+        dx = dW = db = None
+        needs_x, needs_W, needs_b = needs
+        if needs_x:
+            sums = torch.stack(
+                (sum_g, sum_gz)
+            )  # used twice: a compiler makes it once, not anew for every element
+            rc = (sums if w is None else sums * w).sum(3, keepdim=True) * (r / n)  # (2, N, G, 1, 1)
+            rc1, rk, rw = rc[0], rc[1] * r, r if w is None else r * w
+            if torch.is_grad_enabled() or not plain_eager() or is_legacy_batchedtensor(g):
+                dx = g * rw - c * rk - rc1
+            else:
+                dx = torch.mul(g, rw, out=out).addcmul_(c, rk, value=-1).sub_(rc1)
+        if needs_W:
+            dW = sum_gz.sum(0)  # (N, G, K, 1) -> (G, K, 1)
+        if needs_b:
+            db = sum_g.sum(0)
+        return dx, dW, db
 
     @staticmethod
     def jvp(
         ctx: Any, dx: Tensor | None, dW: Tensor | None, db: Tensor | None, *_: None
     ) -> tuple[Tensor, ...]:
         x, W, m, r = ctx.saved_tensors
-        z, w, r = GroupNorm._groups(x, W, m, r)
+        groups, mean, r, w = GroupNorm._groups(x, m, r, W)
+        z = (in_full_precision(groups) - mean) * r
         dW, db = (None if t is None else in_full_precision(t).view(ctx.G, -1, 1) for t in (dW, db))
         dz, dm, dr = tangents(like(z, dx), z, r, (2, 3))
         dy = affine_tangent(z, dz, w, dW, db)
         return dy.to(x.dtype).view(x.shape), dm.view(m.shape), dr.view(m.shape)
 
     @staticmethod
-    def _groups(x: Tensor, W: Tensor | None, m: Tensor, r: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """z (N, G, K, L), W (G, K, 1) and r (N, G, 1, 1), in full precision."""
+    def _groups(
+        x: Tensor, m: Tensor, r: Tensor, W: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """x (N, G, K, L), m and r (N, G, 1, 1), and W (G, K, 1) in full precision."""
         N, G = m.shape
-        m, r = m[..., None, None], r[..., None, None]
-        z = times(in_full_precision(x).reshape(N, G, x.shape[1] // G, x.shape[2:].numel()) - m, r)
-        return z, None if W is None else in_full_precision(W).view(G, -1, 1), r
+        groups = x.reshape(N, G, x.shape[1] // G, x.shape[2:].numel())
+        w = None if W is None else in_full_precision(W).view(G, -1, 1)
+        return groups, m[..., None, None], r[..., None, None], w
 
 
 class BatchNorm(Rule):
@@ -503,6 +507,41 @@ class BatchNormEvaluation(Rule):
 
 
 # ----- what the rules share -----
+
+
+def row_gradients(
+    gradients: Callable[..., tuple[Tensor | None, ...]],
+    g: Tensor | None,
+    gm: Tensor | None,
+    gr: Tensor | None,
+    x: Tensor,
+    m: Tensor,
+    r: Tensor,
+    w: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """dL/dx, dL/dW and dL/db of the rows x, each with its mean m and its r; ``gradients`` leaves out gm and gr.
+
+    Some rows at a time, if there are many: what it makes on its way stays in the cache.
+    """
+    g = torch.zeros_like(x) if g is None else g.reshape(x.shape)
+    count = rows_of_a_block(g, x)
+    if torch.is_grad_enabled() or count == x.shape[0]:
+        dx, dW, db = gradients(in_full_precision(g), in_full_precision(x), m, r, w, needs)
+    else:
+        made, parts = torch.empty_like(x), []
+        for some_g, some_x, *some, out in zip(*(t.split(count) for t in (g, x, m, r, made)), strict=True):
+            full = in_full_precision(some_g), in_full_precision(some_x)
+            some_dx, *part = gradients(*full, *some, w, needs, None if x.dtype in HALF else out)
+            parts.append(part)
+            if some_dx is not None and some_dx is not out:
+                out.copy_(some_dx)
+        dx = made if needs[0] else None
+        dW, db = (None if part[0] is None else torch.stack(part).sum(0) for part in zip(*parts, strict=True))
+    if dx is not None and (gm is not None or gr is not None):
+        n = x.shape[1:].numel() // m.shape[1:].numel()  # elements of a mean
+        dx = plus(dx, through_statistics(gm, gr, r * (in_full_precision(x) - m), r, n))
+    return dx, dW, db
 
 
 def input_slope(g: Tensor, W: Tensor | None, z: Tensor, c2: Tensor) -> Tensor:

@@ -23,11 +23,12 @@ import torch.nn.functional as torch_F
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
+# The pages are made from the tests' tables.
 sys.path[:0] = [
     str(ROOT),
     str(ROOT / "tests"),
     str(ROOT / "scripts"),
-]  # the pages are made from the tests' tables
+]
 
 from benchmarking import markdown_table, progress  # noqa: E402
 from cases import CASES, Case  # noqa: E402
@@ -263,9 +264,8 @@ class Probe(NamedTuple):
 
 
 def probe(case: Case) -> Probe:
-    case = dataclasses.replace(
-        case, random=False
-    )  # seeded before the route: inside of it, vmap and Dynamo refuse
+    # Seeded before the route: inside of it, vmap and Dynamo refuse.
+    case = dataclasses.replace(case, random=False)
     arguments = case.made()
     i = case.differentiable(arguments)[0]
     rest = [a.detach() if isinstance(a, Tensor) else a for a in arguments]

@@ -383,7 +383,9 @@ TABLE = {
     "test": Command(
         test, "tests", "run the tests with pytest; --full adds the slow ones (330 MB more to install)"
     ),
-    "bench": Command(bench, "scripts/bench_*.py", "run one benchmark: bench NAME"),
+    "bench": Command(
+        bench, "scripts/bench_*.py", "run one benchmark: bench NAME; NAME is " + " or ".join(benchmarks())
+    ),
     "docs": Command(docs, "scripts/build_docs.py", "build the documentation"),
     "lint": Command(lint, "pyproject.toml", "ruff check, ruff format, mypy; --fix repairs what it can"),
 }
@@ -484,7 +486,13 @@ def run(name: str, arguments: list[str]) -> int:
 def main(argv: list[str]) -> int:
     # As an exception, so that each `finally` ends its child.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    helps = ("-h", "--help")
+    # bench and lint have nothing behind them that could answer.
+    if (
+        not argv
+        or argv[0] in (*helps, "help")
+        or (argv[0] in ("bench", "lint") and argv[1:2] and argv[1] in helps)
+    ):
         print(usage(), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     try:

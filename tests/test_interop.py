@@ -78,9 +78,8 @@ def test_opacus_takes_the_very_sampler_of_the_twin(monkeypatch: pytest.MonkeyPat
     assert manualprop.interop.register_opacus() == classes
     samplers = GradSampleModule.GRAD_SAMPLERS
     assert all(samplers[c] is samplers[c.__bases__[0]] for c in classes)
-    monkeypatch.setattr(
-        functorch, "ft_compute_per_sample_gradient", None
-    )  # the slow way: it must not be taken
+    # The slow way: it must not be taken.
+    monkeypatch.setattr(functorch, "ft_compute_per_sample_gradient", None)
     expected = expected_samples(mixed())
     for mode in ("hooks", "functorch"):
         if mode == "functorch":

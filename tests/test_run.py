@@ -444,9 +444,11 @@ def test_wrong_command_costs_no_set_up(tree, arguments, message):
     assert not (tree.root / ".venv").exists()
 
 
-def test_help_lists_what_this_checkout_can_do(tree):
-    status, out, _ = tree.run("--help")
+@pytest.mark.parametrize("arguments", [["--help"], ["help"], ["bench", "--help"], ["lint", "-h"]])
+def test_help_lists_what_this_checkout_can_do(tree, arguments):
+    status, out, _ = tree.run(*arguments)
     assert status == 0
+    assert "bench NAME; NAME is echo" in out
     assert re.findall(r"^  (\w+)", out, re.M) == ["bench", "lint"]
     assert "MANUALPROP_TORCH_INDEX" in out
     status, out, err = tree.run()

@@ -466,9 +466,8 @@ def test_history_drops_rows_that_the_checkpoint_does_not_know() -> None:
     descent = DESCENTS[2]
     run("killed", descent, max_epochs=2)
     path = RunDirectory("killed").history
-    path.write_text(
-        path.read_text() + "3,15,9.9,0.1,0,0,0,0\n"
-    )  # written, but killed before the checkpoint was
+    # Written, but killed before the checkpoint was.
+    path.write_text(path.read_text() + "3,15,9.9,0.1,0,0,0,0\n")
     run("killed", descent, resume=True, max_epochs=3)
     with path.open() as file:
         rows = list(csv.DictReader(file))

@@ -80,9 +80,8 @@ def test_the_tables_are_wide() -> None:
 @pytest.mark.parametrize("defect", rows(DEFECTS))
 def test_a_defect_is_found_by_the_right_probe_and_explained(defect: Defect) -> None:
     right = defect.probes[0]
-    report = checked(
-        defect, only=None if right == "call" else right
-    )  # a call that fails comes before any probe
+    # A call that fails comes before any probe.
+    report = checked(defect, only=None if right == "call" else right)
     found = [o for o in report.findings if o.probe == right]
     assert found, f"{right} finds nothing:\n{report}"
     said = f"{found[0].diagnosis} {found[0].evidence}"

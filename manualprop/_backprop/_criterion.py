@@ -23,9 +23,8 @@ from manualprop.functions._rule import HALF
 
 MEAN, SUM = 1, 2  # ATen's numbers of the reductions
 
-nll_loss: Any = (
-    torch._C._nn.nll_loss_nd
-)  # what torch.nn.functional.nll_loss calls; its stub names other types
+# What torch.nn.functional.nll_loss calls; its stub names other types.
+nll_loss: Any = torch._C._nn.nll_loss_nd
 minus_target = rules.CrossEntropy.minus_target
 
 # (loss, gradient), from (output, target)
@@ -197,9 +196,8 @@ class Criterion:
         kept = self._minus_ones
         if kept.shape[0] != p.shape[0] or kept.dtype != p.dtype:
             kept = self._minus_ones = torch.full((len(p), 1), -1.0, dtype=p.dtype)
-            self._count = torch.tensor(
-                len(p), dtype=p.dtype
-            )  # as a tensor: a number would become one each time
+            # As a tensor: a number would become one each time.
+            self._count = torch.tensor(len(p), dtype=p.dtype)
         return kept
 
 

@@ -30,9 +30,8 @@ from manualprop.descent import Batch, Descent, check_splittable, is_sum
 
 Collected = Mapping[Parameter, Collect]
 
-KEPT = (
-    2**20
-)  # elements kept from step to step, at most; with more, making tensors is nothing beside the work on them
+# Elements kept from step to step, at most; with more, making tensors is nothing beside the work on them.
+KEPT = 2**20
 
 
 class Backprop:
@@ -184,9 +183,8 @@ class Backprop:
         if self._groups is not self.optimizer.param_groups or self._has_hooks() is not self._hooks:
             self._plan()
         for parameter, learns, memory in self._seen:
-            if (
-                parameter.requires_grad is not learns or parameter.data_ptr() != memory
-            ):  # model.double() moves it
+            if parameter.requires_grad is not learns or parameter.data_ptr() != memory:
+                # model.double() moves it
                 return self._plan()
 
     def _has_hooks(self) -> bool:

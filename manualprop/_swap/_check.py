@@ -145,10 +145,11 @@ def _refusal(model: nn.Module, changes: Sequence[Change], inputs: Any, compariso
             "with torch's generators only, and keep no state beside the buffers."
         )
     order = _in_execution_order(model, changes, inputs)
+    # Swapping the first `agree` layers changes nothing, the first `differ` does.
     agree, differ = (
         0,
         len(order),
-    )  # swapping the first `agree` layers changes nothing, the first `differ` does
+    )
     while differ - agree > 1:
         middle = (agree + differ) // 2
         _, wrong = comparison.of(order[:middle])

@@ -24,11 +24,12 @@ from manualprop.nn.fusing import (
 )
 from manualprop.nn.linear import Linear
 
+# Of BERT and its kin, of torch's transformer, of an MLP.
 METHODS = (
     "feed_forward_chunk",
     "_ff_block",
     "forward",
-)  # of BERT and its kin, of torch's transformer, of an MLP
+)
 PROGRAM = "_manualprop_program"
 CALLED = {*FUNCTIONS, operator.add, operator.mul, torch.add, torch.mul}
 FOREIGN = "transformers.activations"  # classes of their own for the same functions
@@ -49,9 +50,8 @@ class Program(NamedTuple):
 
     steps: tuple[Step, ...]
     sites: tuple[tuple[int, ...], ...]
-    through: tuple[
-        tuple[str, type[nn.Module]], ...
-    ]  # modules that hold layers, whose forward the steps stand for
+    # Modules that hold layers, whose forward the steps stand for.
+    through: tuple[tuple[str, type[nn.Module]], ...]
 
 
 class Fusion(NamedTuple):

@@ -170,9 +170,8 @@ def _judged(
     if after is None:
         reason = no_twin(module)
         foreign = classes is TORCHS and not isinstance(module, tuple(TORCHS))  # nothing to take back
-        within = (
-            ".parametrizations." in f".{path}."
-        )  # a part of the parametrized layer, which has its own row
+        # A part of the parametrized layer, which has its own row.
+        within = ".parametrizations." in f".{path}."
         if reason is None or foreign or within:
             return None, None
         return Row(path, before, None, reason), None

@@ -189,15 +189,13 @@ def _compile(formula: Formula, p: tuple[float, ...], over: int | None) -> Callab
 
 def _first_use(kernel: Callable[..., None], *arguments: Tensor) -> Callable[..., None]:
     try:
-        for (
-            t
-        ) in arguments:  # the size alone: dynamic=True would take a formula's constants for variables, too
+        for t in arguments:
+            # The size alone: dynamic=True would take a formula's constants for variables, too.
             torch._dynamo.maybe_mark_dynamic(t, 0)
         kernel(*arguments)
     except Exception as error:
-        reason = " ".join(
-            str(error).partition("\n\n")[0].split()
-        )  # what follows is advice on debugging Dynamo
+        # What follows the first paragraph is advice on debugging Dynamo.
+        reason = " ".join(str(error).partition("\n\n")[0].split())
         raise RuntimeError(
             f"kernels: inductor could not compile a kernel for {arguments[0].device.type}. "
             "It needs a C++ compiler (g++ or clang++) on the CPU and Triton on a GPU; "

@@ -329,9 +329,8 @@ class NLL(Rule):
         dim = class_dim(x)
         index, counted = NLL.classes(x, t, ctx.ignore_index)
         gw = g.unsqueeze(dim) if w is None else g.unsqueeze(dim) * w[index]
-        gw = gw.where(counted, 0).to(
-            x.dtype
-        )  # (N, 1, ...); g is infinite where a mean is over ignored targets alone
+        # (N, 1, ...); g is infinite where a mean is over ignored targets alone.
+        gw = gw.where(counted, 0).to(x.dtype)
         if torch.compiler.is_compiling():
             # a comparison with the index, where inductor would scatter value by value
             dx = constant_zeros(x).scatter(dim, index, -1.0) * gw
@@ -580,8 +579,7 @@ def scattered(fresh: Tensor, dim: int, index: Tensor, values: Tensor) -> Tensor:
         return fresh.scatter(dim, index, values)
     one_each = dim == 1 and index.shape[1] == 1
     if one_each and fresh.is_cpu and fresh.dtype in HALF and (numbers := flattened(fresh)) is not None:
-        numbers[0].index_copy_(
-            0, places(fresh, index), values.reshape(-1)
-        )  # ATen's scatter lifts and lowers it all
+        # ATen's scatter lifts and lowers it all.
+        numbers[0].index_copy_(0, places(fresh, index), values.reshape(-1))
         return fresh
     return fresh.scatter_(dim, index, values)

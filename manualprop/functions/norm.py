@@ -72,7 +72,7 @@ class LayerNorm(Rule):
         shape = x.shape[-axes:]
         if x.dtype not in HALF:
             return torch.native_layer_norm(x, shape, W, b, eps)
-        if torch.compiler.is_compiling():  # whose layer norm returns the mean in half precision
+        if torch.compiler.is_compiling():  # inductor's returns the mean in half precision
             m, r = statistics(x, range(-axes, 0), eps)
             return affine((x.float() - m) * r, W, b).to(x.dtype), m, r
         return torch.native_layer_norm(x, shape, *lifted(x, shape, W, b), eps)
@@ -253,9 +253,8 @@ class GroupNorm(Rule):
         x: Tensor, W: Tensor | None, b: Tensor | None, G: int, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         N, C, L = x.shape[0], x.shape[1], x.shape[2:].numel()
-        if (
-            x.dtype in HALF and torch.compiler.is_compiling()
-        ):  # whose group norm returns the mean in half precision
+        if x.dtype in HALF and torch.compiler.is_compiling():
+            # inductor's group norm returns the mean in half precision
             m, r = (s.reshape(N, G) for s in statistics(x.reshape(N, G, C // G * L), (2,), eps))
             groups, mean, root, w = GroupNorm._groups(x, m, r, W)
             y = affine((groups.float() - mean) * root, w, None if b is None else b.view(G, -1, 1))
@@ -307,9 +306,8 @@ class GroupNorm(Rule):
         dx = dW = db = None
         needs_x, needs_W, needs_b = needs
         if needs_x:
-            sums = torch.stack(
-                (sum_g, sum_gz)
-            )  # used twice: a compiler makes it once, not anew for every element
+            # Used twice: a compiler makes it once, not anew for every element.
+            sums = torch.stack((sum_g, sum_gz))
             rc = (sums if w is None else sums * w).sum(3, keepdim=True) * (r / n)  # (2, N, G, 1, 1)
             rc1, rk, rw = rc[0], rc[1] * r, r if w is None else r * w
             if torch.is_grad_enabled() or not plain_eager() or is_legacy_batchedtensor(g):
@@ -435,9 +433,8 @@ class BatchNorm(Rule):
         """m and r of x in half precision, in full precision."""
         if not plain_eager() or not x.is_cpu or is_legacy_batchedtensor(x):
             return statistics(x, all_but_channels(x), eps)
-        unused = x.new_zeros(
-            x.shape[1], dtype=torch.float32
-        )  # running statistics, whose dtype the others get
+        # Running statistics, whose dtype the others get.
+        unused = x.new_zeros(x.shape[1], dtype=torch.float32)
         m, variance = torch.batch_norm_update_stats(x, unused, unused, 0.0)
         return m, inverse_root(variance, eps)
 

@@ -147,9 +147,8 @@ class NLLLoss(nn.NLLLoss):
 
 
 with warnings.catch_warnings():
-    warnings.simplefilter(
-        "ignore", FutureWarning
-    )  # torch warns where its class is subclassed; ours, where used
+    # Torch warns where its class is subclassed; ours, where used.
+    warnings.simplefilter("ignore", FutureWarning)
 
     class NLLLoss2d(nn.NLLLoss2d):
         """``torch.nn.NLLLoss2d`` (deprecated in favour of ``NLLLoss``) by :class:`manualprop.functions.NLL`."""

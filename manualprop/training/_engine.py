@@ -113,9 +113,8 @@ class TapeFree(Engine):
         except FloatingPointError:
             self._refuse(self.backprop, target)
             raise
-        self._made.increment_by(
-            1
-        )  # as LightningOptimizer.step does, which a folded update does not go through
+        # As LightningOptimizer.step does, which a folded update does not go through.
+        self._made.increment_by(1)
         return loss, self.backprop.output
 
     def updates(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[float, Tensor]]:

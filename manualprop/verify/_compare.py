@@ -136,9 +136,8 @@ def _one(s: Subject, i: int, v: Tensor, d: Tensor, hand: Tensor) -> Comparison:
     evaluates = [_only(s, i, row) for row in d]
     empty = torch.zeros(v.shape[1], 0, dtype=torch.float64)
     columns = [_numeric.derivative(e, s.noise, dtype) for e in evaluates]
-    numeric = v @ (
-        torch.stack([c.value for c in columns], 1) if columns else empty
-    )  # (V, M) (M, D) -> (V, D)
+    # (V, M) (M, D) -> (V, D)
+    numeric = v @ (torch.stack([c.value for c in columns], 1) if columns else empty)
     doubt = v.abs() @ (torch.stack([c.error for c in columns], 1) if columns else empty)
     finite = numeric[torch.isfinite(numeric)].abs()
     scale = finite.max().item() if finite.numel() else 0.0

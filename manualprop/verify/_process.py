@@ -176,9 +176,8 @@ def _work(case: Case, probes: Sequence[Probe], connection: Connection) -> None:
 
         faulthandler.disable()  # a crash is told by the parent, and not by pages of traceback as well
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C, and stops the child
-        torch.set_num_threads(
-            1
-        )  # the threads of the parent's pool do not exist here: a parallel region hangs
+        # The threads of the parent's pool do not exist here: a parallel region hangs.
+        torch.set_num_threads(1)
         torch.set_grad_enabled(True)
         try:
             subject = prepared(case)

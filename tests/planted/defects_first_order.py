@@ -730,9 +730,8 @@ class LinearRecurrenceLosesInitialState(Function):
     def backward(ctx, g):
         s = g.shape[1]
         t = torch.arange(s, dtype=g.dtype)
-        decay = torch.where(
-            t[:, None] >= t, 0.5 ** (t[:, None] - t).clamp(min=0), 0.0
-        )  # (S, S): of x_j in h_i
+        # (S, S): of x_j in h_i.
+        decay = torch.where(t[:, None] >= t, 0.5 ** (t[:, None] - t).clamp(min=0), 0.0)
         dx = torch.einsum("ij,nic->njc", decay, g)
         return dx, dx[:, 0]
 

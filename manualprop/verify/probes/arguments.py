@@ -171,9 +171,8 @@ def _laid_out_inputs(s: Subject) -> Iterator[tuple[str, Subject, list[Tensor], S
     for i, point in enumerate(s.points):
         parameter = isinstance(s._points[i].slot, str)
         for layout in _real_layouts(point, s._points[i].complex):
-            if (
-                parameter and layout.name == "strided"
-            ):  # parameters come transposed, or as parts of one buffer
+            if parameter and layout.name == "strided":
+                # Parameters come transposed, or as parts of one buffer.
                 continue
             yield layout.name, s, _replaced(s.points, i, layout.view), s
         for expanded in () if parameter or s._points[i].complex else list(expansions(point))[1:]:

@@ -214,10 +214,11 @@ ROUTES: dict[str, Route] = {
     "jacfwd": _jacfwd,
 }
 FORWARD = ("func.jvp", "jacfwd")
+# Held against their own values without the poison: tangents, or bfloat16's.
 OF_THEIR_OWN = (
     *FORWARD,
     "autocast",
-)  # held against their own values without the poison: tangents, or bfloat16's
+)
 # What must work in eager mode for a bypass to count.
 EAGER = {"compile(func.grad)": "func.grad", "compile(vmap(grad))": "vmap(grad)"}
 FOR_EVERY_FUNCTION = "training of an exported module"  # torch differentiates what it exported: the forward

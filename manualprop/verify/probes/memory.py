@@ -51,9 +51,8 @@ def inplace_edit(s: Subject) -> Outcome:
             continue
         try:
             found = call.backward(s.cotangents)
-        except (
-            Exception
-        ):  # torch's, that a saved tensor was modified; or what follows from it in the checked code
+        except Exception:
+            # Torch's, that a saved tensor was modified; or what follows from it in the checked code.
             heard.append(name)
             continue
         text = differs(found, s.plain, gradients_named(s), exactness(s))

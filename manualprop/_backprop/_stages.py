@@ -158,7 +158,7 @@ class Affine(Stage):
 
 # The same function, written over its argument, of activations that are written in their output.
 IN_PLACE: Mapping[type[Elementwise], Callable[[Tensor], Tensor]] = {
-    rules.ReLU: torch.relu_,
+    rules.ReLU: lambda x: torch.threshold_(x, 0, 0),
     rules.Sigmoid: torch.sigmoid_,
     rules.Tanh: torch.tanh_,
 }
@@ -202,7 +202,10 @@ class Activation(Stage):
         def backward(g: Tensor) -> Tensor:
             return g.mul_(df(s))  # the chain rule, as in chain.product_over
 
-        return forward, backward
+        def over(g: Tensor) -> Tensor:
+            return self.rule.chain.product_over(g, s, *self.p)
+
+        return forward, backward if self.rule.slope is None else over
 
     def _of_one(self, formula: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
         p = self.p

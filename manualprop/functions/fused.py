@@ -24,9 +24,10 @@ from torch import Tensor
 from manualprop.functions._elementwise import Chain, Elementwise
 from manualprop.functions._kernels import flattened
 from manualprop.functions._rule import HALF, Rule, times, transforms_active
-from manualprop.functions.activation import GELU, GELUTanh, Mish, ReLU, SiLU, Tanh
+from manualprop.functions.activation import GELU, GELUTanh, Mish, SiLU, Tanh
 from manualprop.functions.linear import Linear
 from manualprop.functions.packed import keep_bits, kept
+from manualprop.functions.piecewise import ReLU
 
 
 class Activation(NamedTuple):

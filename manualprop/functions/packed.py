@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manualprop.functions import _kernels
+from manualprop.functions._elementwise import BITS, chosen
 from manualprop.functions._kernels import by_parts
 from manualprop.functions._rule import Rule, flat, plain_eager, times, transforms_active
 
@@ -80,7 +81,21 @@ def scaled(x: Tensor, k: Tensor, q: float = 1.0) -> Tensor:
 
 def _scaled(k: Tensor, x: Tensor, q: float, out: Tensor | None = None) -> Tensor:
     factor = k.to(x.dtype) if out is None else out.copy_(k)
-    return times(factor if q == 1 else factor.div_(q), x)
+    return times(factor.div_(q), x)
+
+
+def chosen_by_bytes(k: Tensor, g: Tensor) -> Tensor:
+    """``g`` where the bytes ``k`` are 1, else 0, whatever g is there: as :func:`chosen`."""
+    if torch.is_grad_enabled() or g.numel() < _kernels.SMALLEST:
+        return _chosen_by_bytes(k, g)
+    return by_parts(_chosen_by_bytes, (), k, g)
+
+
+def _chosen_by_bytes(k: Tensor, g: Tensor, out: Tensor | None = None) -> Tensor:
+    if torch.is_grad_enabled() or not (g.is_cpu and type(g) is Tensor and plain_eager()):
+        return g.masked_fill(k == 0, 0)
+    k = k.to(BITS[g.itemsize]) if out is None else out.view(BITS[g.itemsize]).copy_(k)
+    return chosen(g, k, out)
 
 
 def _as_integers(k: Tensor) -> Tensor:
@@ -99,7 +114,7 @@ class PackedReLU(Rule):
 
     Derivation
         y' = 1[y /= 0]                              as :class:`ReLU`
-        dL/dx = g 1[y /= 0]                         chain rule
+        dL/dx = g 1[y /= 0]                         chain rule; chosen, as in :class:`ReLU`, not multiplied
         dy = dx 1[y /= 0]                           forward mode
     Kinks
         y'(0) = 0, as in PyTorch.
@@ -127,9 +142,9 @@ class PackedReLU(Rule):
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Tensor) -> Tensor:
         bits, nothing = ctx.saved_tensors
-        return flat(scaled(g, kept_bytes(ctx, bits)), nothing)
+        return flat(chosen_by_bytes(kept_bytes(ctx, bits), g), nothing)
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor) -> tuple[Tensor, Tensor]:
         bits, _ = ctx.saved_tensors
-        return scaled(dx, kept_bytes(ctx, bits)), dx.new_empty(0)
+        return chosen_by_bytes(kept_bytes(ctx, bits), dx), dx.new_empty(0)

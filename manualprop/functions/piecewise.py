@@ -1,0 +1,293 @@
+r"""Hand-derived rules of the activations that are made of straight pieces, or of one parabola between two.
+
+Symbols
+    x   input        g   dL/dy, the gradient that arrives
+    y   output       1[...]   1 where the condition holds, else 0
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from manualprop.functions._elementwise import Elementwise, affine, differs, indicator, inside
+from manualprop.functions._rule import HALF, plain_eager
+
+# ----- piecewise linear: the second derivative is 0 -----
+
+
+class ReLU(Elementwise):
+    r"""$y = \max(x, 0)$
+
+    Derivation
+        y' = 1 for x > 0, else 0                    piecewise linear
+           = 1[y /= 0]                              since y = x > 0, or y = 0
+        dL/dx = g where y /= 0, else 0              chosen: 0 times an infinite g would be NaN
+    Kinks
+        y'(0) = 0, as in PyTorch: the subgradient with the least norm.
+    Memory
+        y, which the next layer keeps anyway.
+    Accuracy
+        Exact.
+    """
+
+    saves = "output"
+    one_step = True
+    slope = 1.0
+
+    @staticmethod
+    def f(x: Tensor) -> Tensor:
+        # torch.relu returns -0 for -0, whose bits are not those of 0: see differs.
+        by_bits = type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu and plain_eager()
+        return torch.threshold(x, 0, 0) if by_bits else torch.relu(x)
+
+    @staticmethod
+    def df(y: Tensor, out: Tensor | None = None) -> Tensor:
+        return differs(y, 0, out)
+
+
+class ReLU6(Elementwise):
+    r"""$y = \min(\max(x, 0), 6)$
+
+    Derivation
+        y' = 1 for 0 < x < 6, else 0                piecewise linear
+           = 1[y /= 0] 1[y /= 6]                    since y = x strictly between, else y = 0 or y = 6
+    Kinks
+        y'(0) = y'(6) = 0, as in PyTorch.
+    Memory
+        y, which the next layer keeps anyway.
+    Accuracy
+        Exact.
+    """
+
+    saves = "output"
+    slope = 1.0
+
+    @staticmethod
+    def f(x: Tensor) -> Tensor:
+        return F.relu6(x)
+
+    @staticmethod
+    def df(y: Tensor, out: Tensor | None = None) -> Tensor:
+        return inside(y, 0, 6, out)
+
+
+class Hardtanh(Elementwise):
+    r"""$y = \min(\max(x, a), b)$ with bounds $a \le b$
+
+    Derivation
+        y' = 1 for a < x < b, else 0                piecewise linear
+           = 1[y /= a] 1[y /= b]                    since y = x strictly between, else y = a or y = b
+    Kinks
+        y'(a) = y'(b) = 0, as in PyTorch.
+    Memory
+        y, which the next layer keeps anyway.
+    Accuracy
+        Exact, but for an x that half precision cannot tell from a bound: it counts as the bound.
+    """
+
+    saves = "output"
+    slope = 1.0
+
+    @staticmethod
+    def f(x: Tensor, a: float, b: float) -> Tensor:
+        return F.hardtanh(x, a, b)
+
+    @staticmethod
+    def df(y: Tensor, a: float, b: float, out: Tensor | None = None) -> Tensor:
+        return inside(y, a, b, out)
+
+
+class LeakyReLU(Elementwise):
+    r"""$y = x$ for $x > 0$, else $a x$, with a slope $a \ge 0$
+
+    Derivation
+        y' = 1 for x > 0, else a                    piecewise linear
+           = a + (1 - a) 1[y > 0]                   y > 0 exactly where x > 0, because a >= 0
+           = max(1[y > 0], a) for a <= 1
+    Kinks
+        y'(0) = a, as in PyTorch.
+    Memory
+        y, which the next layer keeps anyway.
+    Accuracy
+        Exact for a <= 2; beyond, a + (1 - a) is 1 to a relative eps a.
+    """
+
+    saves = "output"
+
+    @staticmethod
+    def f(x: Tensor, a: float) -> Tensor:
+        return F.leaky_relu(x, a)
+
+    @staticmethod
+    def df(y: Tensor, a: float, out: Tensor | None = None) -> Tensor:
+        positive = indicator(torch.gt, y, 0, out)
+        return positive.clamp_min_(a) if a <= 1 else positive.mul_(1 - a).add_(a)
+
+
+class LeakyReLUFromInput(Elementwise):
+    r"""$y = x$ for $x > 0$, else $a x$, with any slope $a$
+
+    Derivation
+        y' = 1 for x > 0, else a                    piecewise linear
+           = a + (1 - a) 1[x > 0]
+    Kinks
+        y'(0) = a, as in PyTorch.
+    Memory
+        x: with a < 0 the sign of y no longer tells the sign of x.
+    Accuracy
+        Exact for -1 <= a <= 2; beyond, a + (1 - a) is 1 to a relative eps |a|.
+    """
+
+    @staticmethod
+    def f(x: Tensor, a: float) -> Tensor:
+        return F.leaky_relu(x, a)
+
+    @staticmethod
+    def df(x: Tensor, a: float, out: Tensor | None = None) -> Tensor:
+        return indicator(torch.gt, x, 0, out).mul_(1 - a).add_(a)
+
+
+class Threshold(Elementwise):
+    r"""$y = x$ for $x > c$, else the value $w$
+
+    Derivation
+        y' = 1 for x > c, else 0                    piecewise constant slope
+           = 1[max(x, c) /= c]                      so that a NaN passes its gradient on, as in PyTorch
+    Kinks
+        y'(c) = 0, as in PyTorch.  y jumps there unless w = c.
+    Memory
+        x: an output of w may come from either side.
+    Accuracy
+        Exact: half precision is compared in float32, as c is not rounded to it in the forward pass either.
+    """
+
+    slope = 1.0
+
+    @staticmethod
+    def f(x: Tensor, c: float, w: float) -> Tensor:
+        return torch.threshold(x, c, w)
+
+    @staticmethod
+    def df(x: Tensor, c: float, w: float, out: Tensor | None = None) -> Tensor:
+        if x.dtype in HALF:
+            x, out = x.float(), None
+        above = torch.clamp(x, min=c, out=out)
+        return differs(above if c != 0 else above.add_(0), c, above)  # -0 becomes 0
+
+
+class Hardsigmoid(Elementwise):
+    r"""$y = \min(\max(x + 3, 0), 6) / 6$
+
+    Derivation
+        y' = 1/6 for -3 < x < 3, else 0             piecewise linear
+           = 1[y /= 0] 1[y /= 1] / 6                since y is strictly between 0 and 1 there, else 0 or 1
+    Kinks
+        y'(-3) = y'(3) = 0, as in PyTorch.
+    Memory
+        y, which the next layer keeps anyway.
+    Accuracy
+        Exact, but for an x so close to 3 that x + 3 rounds to 6: it counts as 3.
+    """
+
+    saves = "output"
+    slope = 1 / 6
+
+    @staticmethod
+    def f(x: Tensor) -> Tensor:
+        return F.hardsigmoid(x)
+
+    @staticmethod
+    def df(y: Tensor, out: Tensor | None = None) -> Tensor:
+        return inside(y, 0, 1, out)
+
+
+class Hardshrink(Elementwise):
+    r"""$y = x$ for $|x| > \lambda$, else 0
+
+    Derivation
+        y' = 1 for |x| > lambda, else 0             piecewise linear
+           = 1[y /= 0]                              since |y| = |x| > lambda >= 0, or y = 0
+        y' = 1 everywhere for lambda < 0            where y = x
+    Kinks
+        y'(-lambda) = y'(lambda) = 0, as in PyTorch.
+    Memory
+        y, which the next layer keeps anyway.
+    Accuracy
+        Exact.
+    """
+
+    saves = "output"
+    one_step = True
+    slope = 1.0
+
+    @staticmethod
+    def f(x: Tensor, lambd: float) -> Tensor:
+        return F.hardshrink(x, lambd)
+
+    @staticmethod
+    def df(y: Tensor, lambd: float, out: Tensor | None = None) -> Tensor:
+        return differs(y if lambd >= 0 else torch.ones_like(y), 0, out)
+
+
+class Softshrink(Elementwise):
+    r"""$y = x - \lambda \operatorname{sign} x$ for $|x| > \lambda$, else 0, with $\lambda \ge 0$
+
+    Derivation
+        y' = 1 for |x| > lambda, else 0             piecewise linear
+           = 1[y /= 0]                              a difference of two unequal floats is never rounded to 0
+    Kinks
+        y'(-lambda) = y'(lambda) = 0, as in PyTorch.
+    Memory
+        y, which the next layer keeps anyway.
+    Accuracy
+        Exact.
+    """
+
+    saves = "output"
+    slope = 1.0
+
+    @staticmethod
+    def f(x: Tensor, lambd: float) -> Tensor:
+        return F.softshrink(x, lambd)
+
+    @staticmethod
+    def df(y: Tensor, lambd: float, out: Tensor | None = None) -> Tensor:
+        y = torch.add(y, 0, out=out)  # -0 becomes 0
+        return differs(y, 0, y)
+
+
+# ----- piecewise quadratic -----
+
+
+class Hardswish(Elementwise):
+    r"""$y = x \min(\max(x + 3, 0), 6) / 6$
+
+    Derivation
+        y  = x h with h = min(max(x + 3, 0), 6) / 6, whose slope is 1/6 for -3 < x < 3, else 0
+        y' = h + x h'                               product rule
+           = 1/2 + x/3 for -3 < x < 3               0 below, 1 above
+           = (3/2 + z) / 3                          with z = x inside, -3/2 below and 3/2 above
+        y'' = 2 h' = 1/3      for -3 < x < 3, else 0
+    Kinks
+        y'(-3) = 0 and y'(3) = 1, as in PyTorch: the slopes of the outer pieces.
+    Memory
+        x.
+    Accuracy
+        The relative error of y' grows near its zero x = -3/2, as that of any difference.
+    Reference
+        Howard et al., 2019, https://arxiv.org/abs/1905.02244
+    """
+
+    @staticmethod
+    def f(x: Tensor) -> Tensor:
+        return F.hardswish(x)
+
+    @staticmethod
+    def df(x: Tensor, out: Tensor | None = None) -> Tensor:
+        z = torch.threshold(x, -3, -1.5, out=out)  # x <= -3 becomes -3/2
+        minus_z = torch.threshold_(z.neg_(), -3, -1.5)  # x >= 3 becomes 3/2
+        return affine(1.5, -1, minus_z, minus_z).mul_(1 / 3)
+
+    @staticmethod
+    def ddf(x: Tensor) -> Tensor:
+        return ((x > -3) & (x < 3)).to(x.dtype) / 3

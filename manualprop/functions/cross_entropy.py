@@ -343,7 +343,8 @@ class NLL(Rule):
         x, t, w = ctx.saved_tensors
         dim = class_dim(x)
         index, counted = NLL.classes(x, t, ctx.ignore_index)
-        dl = -in_full_precision(dx).gather(dim, index) if w is None else -w[index] * dx.gather(dim, index)
+        dx_t = in_full_precision(dx.gather(dim, index))
+        dl = -dx_t if w is None else -w[index] * dx_t
         return dl.where(counted, 0).squeeze(dim)
 
     @staticmethod

@@ -94,10 +94,10 @@ class Slope(Rule):
 
 def _slope(rule: type[ElementwiseLoss], i: int, partial: Callable[..., Tensor]) -> type[Slope]:
     """The rule of ``g dl/d(argument i)``."""
-    count, curvature = len(rule.partials), rule.curvature
+    count, curvature, takes_g = len(rule.partials), rule.curvature, rule.takes_g and i == 0
 
     def formula(g: Tensor, *inputs: Any) -> Tensor:
-        if rule.takes_g and i == 0 and torch.compiler.is_compiling():
+        if takes_g and torch.compiler.is_compiling():
             return partial(*map(in_full_precision, inputs[:count]), *inputs[count:], g)
         return times(partial(*map(in_full_precision, inputs[:count]), *inputs[count:]), g)
 

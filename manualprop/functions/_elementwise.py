@@ -185,7 +185,11 @@ def _chain(rule: type[Elementwise]) -> type[Chain]:
         if height is not None:
             k = df(s, *p) if out is None or out is g else df(s, *p, out=out)
             dx = chosen(g, k, out)
-            return dx if height == 1 else dx.mul_(height)
+            if height == 1:
+                return dx
+            return dx.mul_(
+                height if dx.dtype in HALF else constant(height, dx)
+            )  # which half precision would round
         if s.dtype in HALF:
             dx = times(df(s.float(), *p), g.float())
             return dx.to(g.dtype) if out is None else out.copy_(dx)

@@ -299,7 +299,9 @@ class GroupNorm(Rule):
         """dL/dx of groups (N, G, K, L), into ``out`` if given, and their parts of dL/dW and dL/db, but for gm and gr."""
         c, n = x - m, x.shape[2:].numel()
         sum_g = g.sum(3, keepdim=True)  # (N, G, K, L) -> (N, G, K, 1)
-        if torch.compiler.is_compiling() or not x.numel():  # to a compiler, a factor within the sum costs nothing
+        if (
+            torch.compiler.is_compiling() or not x.numel()
+        ):  # to a compiler, a factor within the sum costs nothing
             sum_gz = (g * (c * r)).sum(3, keepdim=True)
         else:
             sum_gz = (g * c).sum(3, keepdim=True) * r

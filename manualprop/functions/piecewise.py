@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualprop.functions._elementwise import Elementwise, affine, differs, indicator, inside
+from manualprop.functions._elementwise import Elementwise, affine, constant, differs, indicator, inside
 from manualprop.functions._rule import HALF, plain_eager
 
 # ----- piecewise linear: the second derivative is 0 -----
@@ -286,7 +286,7 @@ class Hardswish(Elementwise):
     def df(x: Tensor, out: Tensor | None = None) -> Tensor:
         z = torch.threshold(x, -3, -1.5, out=out)  # x <= -3 becomes -3/2
         minus_z = torch.threshold_(z.neg_(), -3, -1.5)  # x >= 3 becomes 3/2
-        return affine(1.5, -1, minus_z, minus_z).mul_(1 / 3)
+        return affine(1.5, -1, minus_z, minus_z).mul_(constant(1 / 3, x))
 
     @staticmethod
     def ddf(x: Tensor) -> Tensor:

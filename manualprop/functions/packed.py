@@ -92,6 +92,9 @@ def chosen_by_bytes(k: Tensor, g: Tensor) -> Tensor:
 
 
 def _chosen_by_bytes(k: Tensor, g: Tensor, out: Tensor | None = None) -> Tensor:
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        # inductor compares bytes one by one, but makes integers of a whole vector of them.
+        return (k.to(BITS[g.itemsize]) * g.view(BITS[g.itemsize])).view(g.dtype)
     if torch.is_grad_enabled() or not (g.is_cpu and type(g) is Tensor and plain_eager()):
         return g.masked_fill(k == 0, 0)
     k = k.to(BITS[g.itemsize]) if out is None else out.view(BITS[g.itemsize]).copy_(k)

@@ -3,8 +3,11 @@
 from collections.abc import Callable
 
 import pytest
-from cases import CASES, Case
+from cases import CASES, IN_PLACE, Case
 from properties import ELEMENTWISE_PROPERTIES, PROPERTIES
+
+
+ROWS = CASES + IN_PLACE
 
 
 def pairs(properties: tuple[Callable[[Case], None], ...], cases: list[Case]) -> list[object]:
@@ -16,14 +19,12 @@ def pairs(properties: tuple[Callable[[Case], None], ...], cases: list[Case]) -> 
     ]
 
 
-@pytest.mark.parametrize(("holds", "case"), pairs(PROPERTIES, CASES))
+@pytest.mark.parametrize(("holds", "case"), pairs(PROPERTIES, ROWS))
 def test_contract(holds: Callable[[Case], None], case: Case) -> None:
     holds(case)
 
 
-@pytest.mark.parametrize(
-    ("holds", "case"), pairs(ELEMENTWISE_PROPERTIES, [c for c in CASES if c.elementwise])
-)
+@pytest.mark.parametrize(("holds", "case"), pairs(ELEMENTWISE_PROPERTIES, [c for c in ROWS if c.elementwise]))
 def test_elementwise_contract(holds: Callable[[Case], None], case: Case) -> None:
     holds(case)
 
@@ -40,7 +41,7 @@ def test_exceptions_name_properties() -> None:
     [
         pytest.param(p, c, id=f"{p.__name__}-{c}")
         for p in (*PROPERTIES, *ELEMENTWISE_PROPERTIES)
-        for c in CASES
+        for c in ROWS
         if p.__name__ in c.except_for
     ],
 )

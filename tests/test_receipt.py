@@ -12,7 +12,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from cases import CASES, Case
+from cases import CASES, IN_PLACE, Case
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -234,7 +234,7 @@ def test_misuse() -> None:
 # ----- every rule -----
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, id=str(c)) for c in CASES])
+@pytest.mark.parametrize("case", [pytest.param(c, id=str(c)) for c in CASES + IN_PLACE])
 def test_every_row_keeps_what_it_declares(case: Case) -> None:
     """No argument but the declared ones; the output only where declared; of all else, at most ``keeps_new``."""
     arguments = case.made()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case, real
+from cases import CASES, IN_PLACE, Case, real
 from routes import (
     COMPILED,
     COMPILED_SECOND,
@@ -53,7 +53,7 @@ X = torch.linspace(-0.9, 0.8, 12, dtype=torch.float64).reshape(4, 3)
 W, B = real(3, 3, seed=1, grad=False), real(3, seed=2, grad=False)
 TARGETS = torch.tensor([0, 2, 1, 1])
 
-# One rule of each form: saved output, saved input, several inputs, rows, a loss.
+# One rule of each form: saved output, saved input, several inputs, rows, losses, in place with either saved.
 FORMS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "Tanh": ("tanh", F.tanh),
     "GELU": ("gelu", F.gelu),
@@ -64,8 +64,13 @@ FORMS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
         "linear_cross_entropy",
         lambda x: F.linear_cross_entropy(x, W, TARGETS, reduction="none"),
     ),
+    "ReLU": ("relu", lambda x: F.relu(x * 1, inplace=True)),
+    "SiLU": ("silu", lambda x: F.silu(x * 1, inplace=True)),
     "MSE": ("mse_loss", lambda x: F.mse_loss(x, X.flip(0), reduction="none")),
 }
+
+
+QUICK = ("Linear", "SiLU", "Tanh")
 
 
 def assert_tripled(route: Route, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +97,7 @@ looks_at_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tens
 
 
 @looks_at_grad
-@pytest.mark.parametrize("name", ["Tanh", "Linear"])
+@pytest.mark.parametrize("name", QUICK)
 @pytest.mark.parametrize("route", COMPILED)
 def test_compiled_routes_run_the_hand_rule(route: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_tripled(COMPILED[route], name, monkeypatch)
@@ -100,7 +105,7 @@ def test_compiled_routes_run_the_hand_rule(route: str, name: str, monkeypatch: p
 
 @looks_at_grad
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(FORMS) - {"Tanh", "Linear"}))
+@pytest.mark.parametrize("name", sorted(set(FORMS) - set(QUICK)))
 @pytest.mark.parametrize("route", COMPILED)
 def test_compiled_routes_run_every_form(route: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_tripled(COMPILED[route], name, monkeypatch)
@@ -153,7 +158,7 @@ def first_wanted(case: Case) -> tuple[int, tuple[Any, ...]]:
     return case.differentiable(arguments)[0], arguments
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, id=str(c)) for c in CASES if not c.random])
+@pytest.mark.parametrize("case", [pytest.param(c, id=str(c)) for c in CASES + IN_PLACE if not c.random])
 def test_every_row_takes_the_eager_routes(case: Case) -> None:
     """All reverse routes agree with backward, all forward ones with each other, on every row."""
     i, arguments = first_wanted(case)
@@ -193,7 +198,11 @@ def nested_agrees(case: Case) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(c, id=str(c)) for c in CASES if not c.random and "first_derivative" not in c.except_for],
+    [
+        pytest.param(c, id=str(c))
+        for c in CASES + IN_PLACE
+        if not c.random and "first_derivative" not in c.except_for
+    ],
 )
 def test_every_row_nests_forward_mode(case: Case) -> None:
     nested_agrees(case)
@@ -215,7 +224,9 @@ def test_nested_forward_mode_would_be_wrong_without_care(monkeypatch: pytest.Mon
         nested_agrees(next(c for c in CASES if c.name == "mse_loss"))
 
 
-ONE_ROW_PER_FUNCTION = {c.name: c for c in reversed(CASES) if not c.random}
+ONE_ROW_PER_FUNCTION = {c.name: c for c in reversed(CASES) if not c.random} | {
+    f"{c.name} in place": c for c in reversed(IN_PLACE) if not c.random
+}
 
 
 @pytest.mark.parametrize("name", ONE_ROW_PER_FUNCTION)
@@ -296,8 +307,8 @@ BY_ANOTHER_FORMULA = (  # whose value or gradient is taken another way in compil
     "case",
     [
         pytest.param(c, id=str(c), marks=[] if c.name in BY_ANOTHER_FORMULA else [pytest.mark.slow])
-        for c in CASES
-        if not c.random and not c.kwargs.get("inplace")
+        for c in CASES + IN_PLACE
+        if not c.random
     ],
 )
 def test_compiled_value_and_gradients_are_the_eager_ones(case: Case) -> None:

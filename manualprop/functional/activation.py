@@ -9,6 +9,7 @@ from torch import Tensor
 from manualprop import functions as rules
 from manualprop.functional._checks import refuse_complex
 from manualprop.functions import Elementwise
+from manualprop.functions._in_place import write_over
 
 
 def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
@@ -132,12 +133,10 @@ def _activate(rule: type[Elementwise], input: Tensor, *p: float, inplace: bool =
     refuse_complex(rule.__name__, input)
     if isinstance(input, Tensor) and input.is_nested and input.layout is torch.jagged and not inplace:
         return _of_values(rule, input, *p)
-    if not inplace:
-        output: Tensor = rule.apply(input, *p)
-        return output
-    # What the rule saves must survive the overwriting: an output is a tensor of its own, an input is not.
-    kept = input.clone() if rule.saves == "input" else input
-    return input.copy_(rule.apply(kept, *p))
+    if inplace:
+        return write_over(rule, input, *p)
+    output: Tensor = rule.apply(input, *p)
+    return output
 
 
 def _of_values(rule: type[Elementwise], jagged: Any, *p: float) -> Tensor:

@@ -5,12 +5,14 @@ On the CPU the same seed drops the same elements as in torch: the numbers are dr
 
 import math
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from manualprop import functions as rules
-from manualprop.functions._rule import transforms_active
+from manualprop.functions._in_place import write_over
+from manualprop.functions._rule import Rule, transforms_active
 from manualprop.functions.activation import SELU
 
 SATURATED = SELU.LAMBDA * SELU.ALPHA  # SELU falls to its negative
@@ -84,15 +86,19 @@ def _dropout(
         return input
     if input.is_complex() and p != 1:
         raise NotImplementedError(f"dropout: inputs must be real, or p 0 or 1. Got {input.dtype} and p={p}.")
-    output: Tensor
+    rule: type[Rule] = rules.Dropout
+    given: tuple[Any, ...]
     if p == 1:
-        output = rules.Dropout.apply(input, input.new_zeros((), dtype=torch.uint8), 1.0)
+        given = input.new_zeros((), dtype=torch.uint8), 1.0
     elif alpha:
         a = 1 / math.sqrt((SATURATED**2 * p + 1) * (1 - p))
-        output = rules.AlphaDropout.apply(input, _kept(input, p, channels, batched), a, p, SATURATED)
+        rule, given = rules.AlphaDropout, (_kept(input, p, channels, batched), a, p, SATURATED)
     else:
-        output = rules.Dropout.apply(input, _kept(input, p, channels, batched), 1 - p)
-    return input.copy_(output) if inplace else output
+        given = _kept(input, p, channels, batched), 1 - p
+    if inplace:
+        return write_over(rule, input, *given)
+    output: Tensor = rule.apply(input, *given)
+    return output
 
 
 def _kept(input: Tensor, p: float, channels: bool, batched: bool) -> Tensor:

@@ -13,6 +13,7 @@ from manualprop.functional import activation as activations
 from manualprop.functional._checks import refuse_complex
 from manualprop.functional.dropout import _check_probability, _kept
 from manualprop.functional.linear import _autocast_low, linear
+from manualprop.functions._in_place import write_over
 from manualprop.functions.fused import ACTIVATIONS
 
 KEEP = ("pre-activation", "input")
@@ -217,8 +218,10 @@ def packed_relu(input: Tensor, inplace: bool = False) -> Tensor:
     This one is for where it does not: before a sum, a pooling by the mean, a layer whose weights are frozen.
     """
     refuse_complex("packed_relu", input)
+    if inplace:
+        return write_over(rules.PackedReLU, input)
     output: Tensor = rules.PackedReLU.apply(input)[0]
-    return input.copy_(output) if inplace else output
+    return output
 
 
 def layer_norm_linear(

@@ -9,6 +9,7 @@ from manualprop import functions as rules
 from manualprop.functional._checks import refuse_complex
 from manualprop.functional.activation import leaky_relu
 from manualprop.functional.linear import _autocast_low
+from manualprop.functions._in_place import write_over
 
 
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
@@ -43,8 +44,10 @@ def rrelu(
         return leaky_relu(input, (lower + upper) / 2, inplace)
     slopes = torch.empty_like(input, memory_format=torch.contiguous_format)
     torch.ops.aten.rrelu_with_noise(input.detach(), slopes, lower, upper, True)  # draws for x <= 0, else 1
+    if inplace:
+        return write_over(rules.RReLU, input, slopes)
     output: Tensor = rules.RReLU.apply(input, slopes)
-    return input.copy_(output) if inplace else output
+    return output
 
 
 def glu(input: Tensor, dim: int = -1) -> Tensor:

@@ -116,6 +116,11 @@ def recording(recorder: Callable[[type["Rule"], tuple[Any, ...]], Any]) -> Itera
         _local.recorder = outer
 
 
+def is_recorded() -> bool:
+    """Whether :func:`recording` encloses this call."""
+    return _local.recorder is not None
+
+
 class Rule(Function):
     """Base of every hand-derived rule: a :class:`torch.autograd.Function` that no transform bypasses.
 

@@ -1,8 +1,9 @@
 """One row of the table that every test is derived from."""
 
+import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -60,10 +61,16 @@ class Case:
         if self.random:
             torch.manual_seed(5)
         kwargs = {k: _like(v, arguments) for k, v in self.kwargs.items()}
+        if kwargs.get("inplace"):  # what is overwritten must not be a leaf
+            arguments = (arguments[0].clone(), *arguments[1:])
         count = len(arguments) - len(self.by_name)
         return function(
             *arguments[:count], **dict(zip(self.by_name, arguments[count:], strict=True)), **kwargs
         )
+
+    @property
+    def can_be_in_place(self) -> bool:
+        return "inplace" in inspect.signature(getattr(F, self.name)).parameters
 
     def made(self, dtype: torch.dtype = torch.float64, grad: bool = True) -> tuple[Any, ...]:
         """Fresh arguments whose floating tensors have the given dtype."""
@@ -72,6 +79,20 @@ class Case:
     def differentiable(self, arguments: tuple[Any, ...]) -> list[int]:
         """The positions of the arguments that require a gradient."""
         return [i for i, a in enumerate(arguments) if isinstance(a, Tensor) and a.requires_grad]
+
+
+def in_place(case: Case) -> Case:
+    """The row of the in-place form; its reference is torch's ordinary one, as torch refuses some gradients in place."""
+    torchs = case.reference or getattr(torch_F, case.name)
+    (x, *_) = case.made()
+    keeps_input = 0 in case.keeps  # which is overwritten: in place, a copy is kept
+    return replace(
+        case,
+        kwargs=case.kwargs | {"inplace": True},
+        reference=lambda *arguments, inplace, **kwargs: torchs(*arguments, **kwargs),
+        keeps=tuple(place for place in case.keeps if place != 0),
+        keeps_new=case.keeps_new + (x.nbytes if keeps_input else 0),
+    )
 
 
 def real(

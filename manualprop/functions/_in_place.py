@@ -1,0 +1,60 @@
+"""A rule that writes y over x and keeps no more than that one tensor of them, made of any rule of one tensor."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manualprop.functions._rule import Rule, is_recorded, plain_eager
+
+
+def write_over(rule: type[Rule], x: Tensor, *p: Any) -> Tensor:
+    """``x``, after y = f(x) was written into it.
+
+    A rule that needs y in backward finds it in ``x``; for one that needs x, as for torch's, x is copied first.
+    """
+    if not plain_eager() or is_recorded():
+        return x.copy_(_first(rule.apply(x.clone(), *p)))  # the compiler drops the copy
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x.copy_(_first(rule.apply(x, *p)))
+    if x.is_leaf or (x._base is not None and x._base.is_leaf):
+        return x.copy_(x)  # which torch refuses
+    source = x.clone() if getattr(rule, "saves", "output") == "input" else x
+    output: Tensor = _in_place(rule).apply(x, source, *p)
+    return output
+
+
+@functools.cache
+def _in_place(rule: type[Rule]) -> type[Rule]:
+    """f(source) written over x, which is ``source`` or what it is a copy of.
+
+    For eager code: ``vmap`` and the compiler know no rule that writes over its input.
+    """
+
+    def forward(ctx: Any, x: Tensor, source: Tensor, *p: Any) -> Tensor:
+        y, *others = _several(rule.forward(source, *p))
+        x.data.copy_(y)  # mark_dirty counts the version up
+        ctx.mark_dirty(x)
+        rule.setup_context(ctx, (source, *p), (x, *others) if others else x)
+        ctx.others = [None] * len(others)
+        return x
+
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        dx, *rest = _several(rule.backward(ctx, g, *ctx.others))
+        return dx, None, *rest  # for x: of a view, torch takes the first one alone
+
+    def jvp(ctx: Any, t: Tensor, _: Tensor, *rest: None) -> Tensor:
+        return t.copy_(_first(rule.jvp(ctx, t, *rest)))
+
+    methods = {method.__name__: staticmethod(method) for method in (forward, backward, jvp)}
+    return type(f"{rule.__name__}InPlace", (Rule,), methods | {"__module__": rule.__module__})
+
+
+def _several(made: Any) -> tuple[Any, ...]:
+    return made if isinstance(made, tuple) else (made,)
+
+
+def _first(made: Any) -> Tensor:
+    first: Tensor = _several(made)[0]
+    return first

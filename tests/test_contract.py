@@ -6,7 +6,6 @@ import pytest
 from cases import CASES, IN_PLACE, Case
 from properties import ELEMENTWISE_PROPERTIES, PROPERTIES
 
-
 ROWS = CASES + IN_PLACE
 
 

@@ -8,6 +8,7 @@ import inspect
 
 import torch
 
+from manualprop.functional._offer import offered as _offered
 from manualprop.functional.activation import celu as celu
 from manualprop.functional.activation import elu as elu
 from manualprop.functional.activation import gelu as gelu
@@ -82,7 +83,9 @@ from manualprop.functional.norm import instance_norm as instance_norm
 from manualprop.functional.norm import layer_norm as layer_norm
 from manualprop.functional.norm import rms_norm as rms_norm
 
-# ``torch.fx.symbolic_trace`` records a call of any of these as one node, as it does for torch.nn.functional: it
-# does not look inside, where shapes are compared.
-for _name in [name for name, function in globals().items() if inspect.isfunction(function)]:
-    torch.fx.wrap(_name)
+for _name, _function in [(name, f) for name, f in globals().items() if inspect.isfunction(f)]:
+    if not _name.startswith("_"):
+        globals()[_name] = _offered(_function)
+        # ``torch.fx.symbolic_trace`` records a call of any of these as one node, as it does for torch.nn.functional: it
+        # does not look inside, where shapes are compared.
+        torch.fx.wrap(_name)

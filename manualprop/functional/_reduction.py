@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction
 
+from manualprop.functional._offer import OFFERING
 from manualprop.functions._rule import HALF
 
 
@@ -65,7 +66,7 @@ def warn_of_broadcasting(input: Tensor, target: Tensor) -> None:
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
             "This will likely lead to incorrect results due to broadcasting. "
             "Please ensure they have the same size.",
-            stacklevel=3,
+            stacklevel=3 + OFFERING,
         )
 
 

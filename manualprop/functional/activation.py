@@ -8,6 +8,7 @@ from torch import Tensor
 
 from manualprop import functions as rules
 from manualprop.functional._checks import refuse_complex
+from manualprop.functional._offer import OFFERING
 from manualprop.functions import Elementwise
 from manualprop.functions._in_place import write_over
 
@@ -177,6 +178,6 @@ def _implicit_dim(name: str, input: Tensor, stacklevel: int) -> int:
     warnings.warn(
         f"Implicit dimension choice for {name} has been deprecated. "
         "Change the call to include dim=X as an argument.",
-        stacklevel=stacklevel,
+        stacklevel=stacklevel + OFFERING,
     )
     return 0 if input.dim() in (0, 1, 3) else 1

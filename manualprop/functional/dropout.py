@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from manualprop import functions as rules
+from manualprop.functional._offer import OFFERING
 from manualprop.functions._in_place import write_over
 from manualprop.functions._rule import Rule, transforms_active
 from manualprop.functions.activation import SELU
@@ -45,7 +46,7 @@ def dropout2d(input: Tensor, p: float = 0.5, training: bool = True, inplace: boo
             "dropout2d: Received a 3D input to dropout2d and assuming that channel-wise 1D dropout behavior is "
             "desired - input is interpreted as shape (N, C, L), where C is the channel dim. To maintain the 1D "
             "channel-wise dropout behavior, please switch to using dropout1d instead.",
-            stacklevel=2,
+            stacklevel=2 + OFFERING,
         )
     return _dropout(input, p, training, inplace, channels=True)
 
@@ -125,5 +126,5 @@ def _warn_of_dimensions(name: str, input: Tensor, space: str, expected: str) -> 
         "a future release. To retain the behavior and silence this warning, please use dropout instead. Note that "
         f"{name} exists to provide channel-wise dropout on inputs with {space}, a channel dimension, and an "
         f"optional batch dimension (i.e. {expected} inputs).",
-        stacklevel=3,
+        stacklevel=3 + OFFERING,
     )

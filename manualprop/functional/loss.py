@@ -7,6 +7,7 @@ from torch import Tensor
 
 from manualprop import functions as rules
 from manualprop.functional._checks import refuse_complex
+from manualprop.functional._offer import OFFERING
 from manualprop.functional._reduction import (
     alike,
     legacy_reduction,
@@ -223,7 +224,7 @@ def kl_div(
             "reduction: 'mean' divides the total loss by both the batch size and the support size."
             "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
             "'mean' will be changed to behave the same as 'batchmean' in the next major release.",
-            stacklevel=2,
+            stacklevel=2 + OFFERING,
         )
     reduction = legacy_reduction(size_average, reduce, "sum" if batchmean else reduction)
     rule = rules.KLDivLogTarget if log_target else rules.KLDiv

@@ -21,7 +21,7 @@ def write_over(rule: type[Rule], x: Tensor, *p: Any) -> Tensor:
     if x.is_leaf or (x._base is not None and x._base.is_leaf):
         return x.copy_(x)  # which torch refuses
     source = x.clone() if getattr(rule, "saves", "output") == "input" else x
-    output: Tensor = _in_place(rule).apply(x, source, *p)
+    output: Tensor = _in_place(rule).apply(x, (source,), *p)
     return output
 
 
@@ -29,10 +29,12 @@ def write_over(rule: type[Rule], x: Tensor, *p: Any) -> Tensor:
 def _in_place(rule: type[Rule]) -> type[Rule]:
     """f(source) written over x, which is ``source`` or what it is a copy of.
 
-    For eager code: ``vmap`` and the compiler know no rule that writes over its input.
+    For eager code: ``vmap`` and the compiler know no rule that writes over its input.  ``source`` comes in a tuple: the
+    gradient is that of x alone, and second derivatives reach x through the history of what is saved.
     """
 
-    def forward(ctx: Any, x: Tensor, source: Tensor, *p: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, sources: tuple[Tensor], *p: Any) -> Tensor:
+        (source,) = sources
         y, *others = _several(rule.forward(source, *p))
         x.data.copy_(y)  # mark_dirty counts the version up
         ctx.mark_dirty(x)
@@ -42,9 +44,9 @@ def _in_place(rule: type[Rule]) -> type[Rule]:
 
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         dx, *rest = _several(rule.backward(ctx, g, *ctx.others))
-        return dx, None, *rest  # for x: of a view, torch takes the first one alone
+        return dx, None, *rest
 
-    def jvp(ctx: Any, t: Tensor, _: Tensor, *rest: None) -> Tensor:
+    def jvp(ctx: Any, t: Tensor, _: None, *rest: None) -> Tensor:
         return t.copy_(_first(rule.jvp(ctx, t, *rest)))
 
     methods = {method.__name__: staticmethod(method) for method in (forward, backward, jvp)}

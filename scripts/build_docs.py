@@ -73,6 +73,7 @@ EXACT = {
     "mish":        Exact(lambda x: x * mpmath.tanh(_softplus(x))),
     "relu":        Exact(lambda x: max(x, mpf(0)), (0,)),
     "relu6":       Exact(lambda x: min(max(x, mpf(0)), mpf(6)), (0, 6)),
+    "relu_squared": Exact(lambda x: max(x, mpf(0)) ** 2, (0,)),
     "selu":        Exact(lambda x: mpf(SELU_LAMBDA) * (x if x > 0 else mpf(SELU_ALPHA) * mpmath.expm1(x)), (0,)),
     "sigmoid":     Exact(_sigmoid),
     "silu":        Exact(lambda x: x * _sigmoid(x)),
@@ -111,6 +112,8 @@ def points(name: str, dtype: torch.dtype) -> Tensor:
 def call(module: Any, name: str) -> Callable[[Tensor], Tensor]:
     if name == "gelu (tanh)":
         return functools.partial(module.gelu, approximate="tanh")
+    if name == "relu_squared" and module is torch_F:
+        return lambda x: torch.relu(x).square()
     return getattr(module, name)  # type: ignore[no-any-return]
 
 

@@ -114,6 +114,26 @@ def test_inplace_is_torchs(cls: type[nn.Module]) -> None:
             make(kind, inplace=True)(torch.ones(shape, requires_grad=True))
 
 
+def test_relu_squared() -> None:
+    """Ours alone: torch has no such layer."""
+    layer, written_over = manualprop.nn.ReLUSquared(), manualprop.nn.ReLUSquared(inplace=True)
+    assert repr(layer) == "ReLUSquared()" and repr(written_over) == "ReLUSquared(inplace=True)"
+    for clone in (copy.deepcopy(written_over), pickle.loads(pickle.dumps(written_over))):
+        assert type(clone) is manualprop.nn.ReLUSquared and clone.inplace
+    x = torch.linspace(-2, 3, 6, requires_grad=True)
+    hidden = x * 1
+    assert torch.equal(layer(x), x.relu().square()) and written_over(hidden) is hidden
+    torch.testing.assert_close(torch.autograd.grad(hidden.sum(), x)[0], 2 * x.relu())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_relu_squared_where_its_square_leaves_the_precision(dtype: torch.dtype) -> None:
+    x = torch.tensor([1e-4, 300.0], dtype=dtype, requires_grad=True)
+    (slope,) = torch.autograd.grad(manualprop.functional.relu_squared(x).sum(), x, create_graph=True)
+    torch.testing.assert_close(slope, 2 * x)
+    assert torch.autograd.grad(slope.sum(), x)[0].tolist() == [2, 2]
+
+
 def torch_model() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "functions": set(),
     "functional": {"functions"},
     "nn": {"functional"},
-    "_swap": {"nn", "functional"},
+    "_swap": {"nn", "functional", "_receipt"},
     "interop": {"_swap"},
     "descent": set(),
     "verify": set(),

@@ -629,3 +629,51 @@ def test_what_cannot_be_checked_is_refused_and_left(
     with pytest.raises(kind, match=text):
         manualprop.swap(built, check=inputs)
     assert classes(built) == before
+
+
+def test_a_layer_without_a_twin_confuses_nothing() -> None:
+    """Its base is torch.nn.Module: neither that nor another subclass of it has a twin for it."""
+
+    class Foreign(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2
+
+    assert nn.Module not in TWINS and manualprop.nn.ReLUSquared not in TWINS.values()
+    model = nn.Sequential(nn.Linear(3, 3), manualprop.nn.ReLUSquared(), Foreign(), nn.Module())
+    report = manualprop.swap(model, fuse=True)
+    kinds = [manualprop.nn.Linear, manualprop.nn.ReLUSquared, Foreign, nn.Module]
+    assert [type(layer) for layer in model] == kinds
+    assert {row.path: row.reason for row in report.left} == {
+        "1": "already manualprop's", "2": "no hand-derived twin", "3": "no hand-derived twin",
+    }  # fmt: skip
+    manualprop.unswap(model)
+    assert [type(layer) for layer in model] == [nn.Linear, *kinds[1:]]
+
+
+class Shared(nn.Module):
+    """A layer and an activation read one tensor: torch's activation keeps it, which costs nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.act = nn.Linear(4, 8), nn.Linear(8, 8), nn.Softplus(threshold=40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        y: Tensor = self.second(hidden) + self.act(hidden)
+        return y
+
+
+def test_the_check_names_the_layer_that_keeps_more() -> None:
+    x = torch.randn(5, 4)
+    check = manualprop.swap(Shared(), check=x).check
+    assert check is not None and check.keeps_more == {"act": 5 * 8 * 4}
+    assert check.kept.after.kept - check.kept.before.kept == 5 * 8 * 4
+    assert "Kept for backward: 160 B before, 320 B after. More is kept at act +160 B:" in str(check)
+
+
+def test_the_check_says_what_is_saved() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Softsign(), nn.Linear(8, 2))
+    check = manualprop.swap(model, check=torch.randn(5, 4)).check
+    assert check is not None and check.keeps_more == {}
+    assert str(check).endswith("Kept for backward: 480 B before, 160 B after.")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from manualprop._swap._changes import Change, apply, revert
 from manualprop._swap._report import Check
-from manualprop._swap._run import as_call, is_floating, run
+from manualprop._swap._run import as_call, is_floating, kept, run
 from manualprop._swap._twins import TWINS, title
 from manualprop.nn import dropout
 
@@ -34,8 +34,10 @@ def prove(model: nn.Module, changes: Sequence[Change], inputs: Any) -> Check:
     except BaseException:
         revert(changes)
         raise
+    before = kept(model, inputs)
     apply(changes)
-    return Check(len(comparison.exact), closest.name, closest.ratio, tuple(c.path for c in others))
+    both = before.beside(kept(model, inputs))
+    return Check(len(comparison.exact), closest.name, closest.ratio, both, tuple(c.path for c in others))
 
 
 class Difference(NamedTuple):

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as torch_F
 from torch import Tensor, fx, nn
 
 from manualprop import functional as F
 from manualprop._swap._twins import CONTAINERS
+from manualprop.functional.fused import ACTIVATIONS, _activate
 from manualprop.nn import norm
 from manualprop.nn._heard import is_heard
 from manualprop.nn.fusing import (
@@ -33,7 +33,6 @@ METHODS = (
 PROGRAM = "_manualprop_program"
 CALLED = {*FUNCTIONS, operator.add, operator.mul, torch.add, torch.mul}
 FOREIGN = "transformers.activations"  # classes of their own for the same functions
-ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "mish", "relu", "tanh")
 
 
 class Step(NamedTuple):
@@ -195,11 +194,9 @@ def _foreign_name(part: nn.Module) -> str | None:
     x = torch.cat([torch.linspace(-20, 20, 161), torch.tensor([-1e4, -1e2, 1e2, 1e4])]).double()
     with torch.no_grad():
         y = part(x)
-    for name in ACTIVATIONS:
-        approximate = {"approximate": "tanh"} if name == "gelu_tanh" else {}
-        function = getattr(torch_F, name.removesuffix("_tanh"))
-        if torch.allclose(y, function(x, **approximate), rtol=1e-12, atol=1e-14):
-            return name
+        for name in ACTIVATIONS:
+            if torch.allclose(y, _activate(x, name), rtol=1e-12, atol=1e-14):
+                return name
     return None
 
 

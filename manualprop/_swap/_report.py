@@ -6,6 +6,8 @@ from typing import Generic, NamedTuple, TypeVar
 
 from torch import nn
 
+from manualprop._receipt import ROOT, Comparison, _size
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -22,17 +24,34 @@ class Row(NamedTuple):
 
 
 class Check(NamedTuple):
-    """How the comparison came out: the tensors compared, and the one that came closest to its limit."""
+    """How the comparison came out: the tensors compared, the one that came closest to its limit, and the bytes kept."""
 
     tensors: int
     closest: str
     ratio: float  # its difference as a part of what was allowed: 1 would have been refused
+    kept: Comparison  # what one forward pass keeps for backward, before and after
     not_compared: tuple[str, ...] = ()  # paths of layers that draw other random numbers than torch's
+
+    @property
+    def keeps_more(self) -> dict[str, int]:
+        """{path: bytes} of the layers that keep more than before, where the whole model does."""
+        if self.kept.after.kept <= self.kept.before.kept:
+            return {}
+        grown = {path: after.kept - before.kept for path, (before, after) in self.kept.pairs().items()}
+        return {path: size for path, size in grown.items() if size > 0}
 
     def __str__(self) -> str:
         said = (
             f"Checked {self.tensors} tensors: {self.closest} came closest, at {self.ratio:.2g} of its limit."
         )
+        said += (
+            f" Kept for backward: {_size(self.kept.before.kept)} before, {_size(self.kept.after.kept)} after."
+        )
+        if self.keeps_more:
+            more = ", ".join(f"{path or ROOT} +{_size(size)}" for path, size in self.keeps_more.items())
+            said += (
+                f" More is kept at {more}: each keeps its output, and something else keeps its input anyway."
+            )
         if self.not_compared:
             said += f" Not compared, since they draw other random numbers: {', '.join(self.not_compared)}."
         return said

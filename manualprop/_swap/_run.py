@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
+
+from manualprop._receipt import Receipt, receipt
 
 Named = dict[str, Tensor]
 
@@ -23,13 +26,7 @@ def run(model: nn.Module, inputs: Any, dtype: torch.dtype | None) -> Named:
         inputs: a tensor, positional arguments, or keyword arguments; not written to.
         dtype: of all floating tensors, also those that the model makes itself.  None: as the model has it.
     """
-    parameters = {
-        name: nn.Parameter(_copy(p, dtype), p.requires_grad)
-        for name, p in model.named_parameters(remove_duplicate=False)
-    }
-    buffers = {name: _copy(b, dtype) for name, b in model.named_buffers(remove_duplicate=False)}
-    _tie(model.named_parameters(remove_duplicate=False), parameters)
-    _tie(model.named_buffers(remove_duplicate=False), buffers)
+    parameters, buffers = _copies(model, dtype)
     leaves: list[Tensor] = []
 
     def leaf(value: Any) -> Any:
@@ -41,11 +38,10 @@ def run(model: nn.Module, inputs: Any, dtype: torch.dtype | None) -> Named:
         leaves.append(value.requires_grad_())
         return value.clone()  # the model may write to what it is given; a leaf it may not
 
-    step, values = _Step(model), {f"model.{name}": t for name, t in (parameters | buffers).items()}
     everywhere = nullcontext() if dtype is None else _In(dtype)
     with left_as_found(model), torch.enable_grad(), everywhere:
         positional, keywords = tree_map(leaf, as_call(inputs))
-        named: Named = functional_call(step, values, positional, keywords)
+        named: Named = functional_call(_Step(model), _within(parameters | buffers), positional, keywords)
     for number, value in enumerate(leaves):
         named[f"gradient of floating input {number}"] = _gradient(value)
     for name, value in parameters.items():
@@ -54,6 +50,22 @@ def run(model: nn.Module, inputs: Any, dtype: torch.dtype | None) -> Named:
     for name, value in buffers.items():
         named[f"buffer {name}"] = value
     return named
+
+
+def kept(model: nn.Module, inputs: Any) -> Receipt:
+    """The receipt of one forward pass, which leaves no trace either."""
+
+    def copied(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+
+    parameters, buffers = _copies(model, None)
+    with left_as_found(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the model says it in other runs
+        positional, keywords = tree_map(copied, as_call(inputs))
+        report: Receipt = functional_call(
+            _Measured(model), _within(parameters | buffers), positional, keywords
+        )
+    return report
 
 
 def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -77,6 +89,32 @@ class _Step(nn.Module):
         if loss.requires_grad:
             loss.backward()
         return {name: y.detach() for name, y in named.items()} | {"loss": loss.detach()}
+
+
+class _Measured(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *positional: Any, **keywords: Any) -> Receipt:
+        return receipt(self.model, *positional, **keywords)
+
+
+def _copies(model: nn.Module, dtype: torch.dtype | None) -> tuple[dict[str, nn.Parameter], Named]:
+    """Copies of the parameters and of the buffers, by all their names."""
+    parameters = {
+        name: nn.Parameter(_copy(p, dtype), p.requires_grad)
+        for name, p in model.named_parameters(remove_duplicate=False)
+    }
+    buffers = {name: _copy(b, dtype) for name, b in model.named_buffers(remove_duplicate=False)}
+    _tie(model.named_parameters(remove_duplicate=False), parameters)
+    _tie(model.named_buffers(remove_duplicate=False), buffers)
+    return parameters, buffers
+
+
+def _within(values: Mapping[str, Tensor]) -> Named:
+    """The names in a module that holds the model as ``model``."""
+    return {f"model.{name}": value for name, value in values.items()}
 
 
 def _tensors(name: str, output: Any) -> Iterator[tuple[str, Tensor]]:

@@ -12,7 +12,10 @@ from manualprop.nn import activation, dropout, embedding, gated, linear, loss, n
 
 
 def _twins() -> dict[type[nn.Module], type[nn.Module]]:
-    """{torch class: ours}, read off the base classes, so that no table can disagree with them."""
+    """{torch class: ours}, read off the base classes, so that no table can disagree with them.
+
+    A layer of ours without a twin has no layer of torch's for its base, but ``torch.nn.Module``.
+    """
     classes = [
         c
         for family in (activation, dropout, embedding, gated, linear, loss, norm)
@@ -20,7 +23,7 @@ def _twins() -> dict[type[nn.Module], type[nn.Module]]:
         if isinstance(c, type)
     ]
     ours = [c for c in classes if issubclass(c, nn.Module) and c.__module__.startswith("manualprop.")]
-    return {c.__bases__[0]: c for c in ours}
+    return {c.__bases__[0]: c for c in ours if c.__bases__[0] is not nn.Module}
 
 
 TWINS = _twins()

@@ -22,6 +22,7 @@ from manualprop.functional.activation import logsigmoid as logsigmoid
 from manualprop.functional.activation import mish as mish
 from manualprop.functional.activation import relu as relu
 from manualprop.functional.activation import relu6 as relu6
+from manualprop.functional.activation import relu_squared as relu_squared
 from manualprop.functional.activation import selu as selu
 from manualprop.functional.activation import sigmoid as sigmoid
 from manualprop.functional.activation import silu as silu

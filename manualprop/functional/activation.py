@@ -77,6 +77,16 @@ def relu6(input: Tensor, inplace: bool = False) -> Tensor:
     return _activate(rules.ReLU6, input, inplace=inplace)
 
 
+def relu_squared(input: Tensor, inplace: bool = False) -> Tensor:
+    """``relu(input) ** 2``, by :class:`manualprop.functions.ReLUSquared`, in float16 by ``ReLUSquaredFromInput``.
+
+    Args:
+        inplace: whether the result is written over ``input``.
+    """
+    narrow = isinstance(input, Tensor) and input.dtype == torch.float16
+    return _activate(rules.ReLUSquaredFromInput if narrow else rules.ReLUSquared, input, inplace=inplace)
+
+
 def selu(input: Tensor, inplace: bool = False) -> Tensor:
     """Like :func:`torch.nn.functional.selu`, by :class:`manualprop.functions.SELU`."""
     return _activate(rules.SELU, input, inplace=inplace)

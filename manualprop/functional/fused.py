@@ -1,7 +1,7 @@
 """Blocks of layers as one function: the exact composition of their parts, with fewer bytes kept for backward.
 
-``activation`` is a name: ``"gelu"``, ``"gelu_tanh"``, ``"mish"``, ``"relu"``, ``"silu"`` or ``"tanh"``.  ``keep`` is
-``"pre-activation"`` or ``"input"``: with the latter nothing is kept for a hidden element, and the products that lead
+``activation`` is a name: ``"gelu"``, ``"gelu_tanh"``, ``"mish"``, ``"relu"``, ``"relu_squared"``, ``"silu"`` or
+``"tanh"``.  ``keep`` is ``"pre-activation"`` or ``"input"``: with the latter nothing is kept for a hidden element, and the products that lead
 to the activation are computed a second time in backward.  With the same seed dropout drops what it drops in the parts.
 """
 
@@ -14,7 +14,7 @@ from manualprop.functional._checks import refuse_complex
 from manualprop.functional.dropout import _check_probability, _kept
 from manualprop.functional.linear import _autocast_low, linear
 from manualprop.functions._in_place import write_over
-from manualprop.functions.fused import ACTIVATIONS
+from manualprop.functions.fused import ACTIVATIONS as ACTIVATIONS
 
 KEEP = ("pre-activation", "input")
 
@@ -31,7 +31,7 @@ def linear_activation(
     Args:
         activation: the name of f.
         keep: ``"pre-activation"`` applies the two rules one after the other, and no rule for both would keep less:
-            for an f that is differentiated from its output (ReLU, Tanh) that output, which the next layer keeps
+            for an f that is differentiated from its output (ReLU, its square, Tanh) that output, which the next layer keeps
             anyway, else the pre-activation.  ``"input"`` applies :class:`manualprop.functions.LinearActivation`.
 
     Shape:
@@ -59,8 +59,8 @@ def activation_linear(
 ) -> Tensor:
     """``linear(dropout(f(input), p, training), weight, bias)``, by :class:`manualprop.functions.ActivationLinear`.
 
-    An f that is differentiated from its output needs nothing but what the linear layer keeps anyway: ReLU and Tanh
-    without dropout, and ReLU with it, are the rules one after the other.
+    An f that is differentiated from its output needs nothing but what the linear layer keeps anyway: ReLU, its square
+    and Tanh without dropout, and ReLU with it, are the rules one after the other.
 
     Args:
         activation: the name of f.

@@ -72,6 +72,8 @@ from manualprop.functions.piecewise import LeakyReLU as LeakyReLU
 from manualprop.functions.piecewise import LeakyReLUFromInput as LeakyReLUFromInput
 from manualprop.functions.piecewise import ReLU as ReLU
 from manualprop.functions.piecewise import ReLU6 as ReLU6
+from manualprop.functions.piecewise import ReLUSquared as ReLUSquared
+from manualprop.functions.piecewise import ReLUSquaredFromInput as ReLUSquaredFromInput
 from manualprop.functions.piecewise import Softshrink as Softshrink
 from manualprop.functions.piecewise import Threshold as Threshold
 from manualprop.functions.softmax import LogSoftmax as LogSoftmax

@@ -27,7 +27,7 @@ from manualprop.functions._rule import HALF, Rule, times, transforms_active
 from manualprop.functions.activation import GELU, GELUTanh, Mish, SiLU, Tanh
 from manualprop.functions.linear import Linear
 from manualprop.functions.packed import keep_bits, kept
-from manualprop.functions.piecewise import ReLU
+from manualprop.functions.piecewise import ReLU, ReLUSquared
 
 
 class Activation(NamedTuple):
@@ -50,6 +50,7 @@ ACTIVATIONS = {
         "gelu_tanh": GELUTanh,
         "mish": Mish,
         "relu": ReLU,
+        "relu_squared": ReLUSquared,
         "silu": SiLU,
         "tanh": Tanh,
     }.items()

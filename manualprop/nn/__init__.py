@@ -28,6 +28,7 @@ from manualprop.nn.activation import LogSoftmax as LogSoftmax
 from manualprop.nn.activation import Mish as Mish
 from manualprop.nn.activation import ReLU as ReLU
 from manualprop.nn.activation import ReLU6 as ReLU6
+from manualprop.nn.activation import ReLUSquared as ReLUSquared
 from manualprop.nn.activation import Sigmoid as Sigmoid
 from manualprop.nn.activation import SiLU as SiLU
 from manualprop.nn.activation import Softmax as Softmax

@@ -1,4 +1,4 @@
-"""Activations: each subclasses its torch twin and replaces ``forward`` only."""
+"""Activations: each subclasses its torch twin, where there is one, and replaces ``forward`` only."""
 
 from torch import Tensor, nn
 
@@ -94,6 +94,29 @@ class ReLU6(nn.ReLU6):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.relu6(input, self.inplace)
+
+
+class ReLUSquared(nn.Module):
+    """The square of ReLU, by :func:`manualprop.functional.relu_squared`; torch.nn has no such layer.
+
+    Args:
+        inplace: whether the result is written over the input.
+
+    Shape:
+        any -> the same
+    """
+
+    __constants__ = ("inplace",)
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+        self.inplace = inplace
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.relu_squared(input, self.inplace)
+
+    def extra_repr(self) -> str:
+        return "inplace=True" if self.inplace else ""
 
 
 class SELU(nn.SELU):

@@ -13,17 +13,18 @@ from torch import Tensor, nn
 
 from manualprop import functional as F
 from manualprop.nn._heard import is_heard
-from manualprop.nn.activation import GELU, Mish, ReLU, SiLU, Tanh
+from manualprop.nn.activation import GELU, Mish, ReLU, ReLUSquared, SiLU, Tanh
 from manualprop.nn.dropout import Dropout
 from manualprop.nn.linear import Linear
 from manualprop.nn.norm import LayerNorm, RMSNorm
 
-ACTIVATIONS = {Mish: "mish", ReLU: "relu", SiLU: "silu", Tanh: "tanh"}
+ACTIVATIONS = {Mish: "mish", ReLU: "relu", ReLUSquared: "relu_squared", SiLU: "silu", Tanh: "tanh"}
 FUNCTIONS = {
     torch_F.gelu: "gelu", torch_F.mish: "mish", torch_F.relu: "relu", torch_F.silu: "silu", torch_F.tanh: "tanh",
     torch.relu: "relu", torch.tanh: "tanh",
 }  # fmt: skip
-KEPT_ANYWAY = ("relu", "tanh")  # differentiated from the output, which a linear layer after it keeps
+# Ours are differentiated from the output, which a linear layer after it keeps.
+KEPT_ANYWAY = ("relu", "relu_squared", "tanh")
 
 # A layer, or an activation as a function, or its name.
 Part = nn.Module | Callable[[Tensor], Tensor] | str
@@ -68,7 +69,8 @@ def _activation(parts: Sequence[Part]) -> Match | None:
     after = 1 if dropout is None else 2
     p, training = (dropout.p, dropout.training) if isinstance(dropout, Dropout) else (0.0, False)
     linear = parts[after] if len(parts) > after else None
-    if isinstance(linear, Linear) and is_plain(linear, Linear) and (dropout or name not in KEPT_ANYWAY):
+    keeps_less = dropout or name not in KEPT_ANYWAY or isinstance(parts[0], str)
+    if isinstance(linear, Linear) and is_plain(linear, Linear) and keeps_less:
         return Match(
             after + 1, lambda x: F.activation_linear(x, linear.weight, linear.bias, name, p, training)
         )

@@ -1,5 +1,7 @@
 """Rows of the activations."""
 
+from torch import Tensor
+
 from cases._case import Case, real
 from manualprop.functions import SELU
 
@@ -7,6 +9,10 @@ from manualprop.functions import SELU
 def x() -> tuple[object, ...]:
     """Points clear of every kink below."""
     return (real(3, 5, low=-3.31, high=3.73),)
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    return x.relu().square()
 
 
 def row(name: str, keeps: str = "input", **fields: object) -> Case:
@@ -41,6 +47,7 @@ CASES = [
     row("mish"),
     row("relu",        "output", kinks={0.0: 0.0}),
     row("relu6",       "output", kinks={0.0: 0.0, 6.0: 0.0}),
+    row("relu_squared", "output", kinks={0.0: 0.0}, reference=relu_squared),
     row("selu",        "output", kinks={0.0: SELU.LAMBDA * SELU.ALPHA}),
     row("sigmoid",     "output"),
     row("silu"),

@@ -12,6 +12,8 @@ from cases._case import Case, real
 def f(activation: str, u: Tensor) -> Tensor:
     if activation == "gelu_tanh":
         return torch_F.gelu(u, approximate="tanh")
+    if activation == "relu_squared":
+        return torch.relu(u).square()
     if activation in ("relu", "tanh"):
         return getattr(torch, activation)(u)  # type: ignore[no-any-return]
     return getattr(torch_F, activation)(u)  # type: ignore[no-any-return]
@@ -94,13 +96,13 @@ CASES = [
     row(linear_activation, lambda: (*x(6), *up()), keeps=(0, 1), keeps_new=HIDDEN),
     row(linear_activation, lambda: (*x(6), *up()), {"activation": "tanh"}, keeps=(0, 1, "output")),
     *[row(linear_activation, lambda: (*x(6), *up()), {"activation": a} | INPUT, keeps=(0, 1, 2))
-      for a in ("gelu", "gelu_tanh", "silu", "mish", "relu", "tanh")],
+      for a in ("gelu", "gelu_tanh", "silu", "mish", "relu", "relu_squared", "tanh")],
     row(linear_activation, lambda: (*x(2, 3), up()[0]), INPUT, keeps=(0, 1), label="no bias"),
     row(linear_activation, lambda: (*x(), *up()), INPUT, keeps=(0, 1, 2), label="one vector"),
     *[row(activation_linear, lambda: (real(6, 5), *down()), {"activation": a}, keeps=(0, 1))
       for a in ("gelu", "gelu_tanh", "silu", "mish")],
     *[row(activation_linear, lambda: (real(6, 5), *down()), {"activation": a}, keeps=(1,), keeps_new=HIDDEN)
-      for a in ("relu", "tanh")],
+      for a in ("relu", "relu_squared", "tanh")],
     *[row(activation_linear, lambda: (real(6, 5), *down()), {"activation": a, "p": 0.3}, keeps=(0, 1), keeps_new=BITS, random=True, except_for=STORED)
       for a in ("gelu", "silu", "tanh")],
     row(activation_linear, lambda: (real(6, 5), *down()), {"activation": "relu", "p": 0.3}, keeps=(1,), keeps_new=HIDDEN, random=True, except_for=STORED),
@@ -108,16 +110,16 @@ CASES = [
     row(activation_linear, lambda: (real(2, 3, 5), down()[0]), keeps=(0, 1), label="no bias"),
     row(activation_linear, lambda: (real(5), *down()), keeps=(0, 1), label="one vector"),
     *[row(mlp, lambda: (*x(6), *up(), *down()), {"activation": a}, keeps=(0, 1, 3), keeps_new=HIDDEN)
-      for a in ("gelu", "gelu_tanh", "silu", "mish", "relu", "tanh")],
+      for a in ("gelu", "gelu_tanh", "silu", "mish", "relu", "relu_squared", "tanh")],
     *[row(mlp, lambda: (*x(6), *up(), *down()), {"activation": a} | INPUT, keeps=(0, 1, 2, 3))
-      for a in ("gelu", "gelu_tanh", "silu", "mish", "relu", "tanh")],
+      for a in ("gelu", "gelu_tanh", "silu", "mish", "relu", "relu_squared", "tanh")],
     *[row(mlp, lambda: (*x(6), *up(), *down()), {"activation": a, "p": 0.3}, keeps=(0, 1, 3), keeps_new=HIDDEN + BITS, random=True)
       for a in ("gelu", "relu", "tanh")],
     row(mlp, lambda: (*x(6), *up(), *down()), {"p": 0.3} | INPUT, keeps=(0, 1, 2, 3), keeps_new=BITS, random=True),
     row(mlp, lambda: (*x(6), *up(), *down()), {"p": 1.0} | INPUT, keeps=(0, 1, 2, 3), keeps_new=1, random=True),
     row(mlp, lambda: (*x(2, 3), up()[0], None, down()[0], None), INPUT, keeps=(0, 1, 3), label="no biases"),
     *[row(gated_linear, lambda: (real(6, 5), real(6, 5, seed=7), *down()), {"activation": a}, keeps=(0, 1, 2))
-      for a in ("silu", "gelu", "relu", "tanh")],
+      for a in ("silu", "gelu", "relu", "relu_squared", "tanh")],
     row(gated_linear, lambda: (real(5), real(5, seed=7), down()[0]), keeps=(0, 1, 2), label="no bias, one vector"),
     *[row(gated_mlp, lambda: (*x(6), up()[0], up(8)[0], down()[0]), {"activation": a}, keeps=(0, 1, 2, 3), keeps_new=2 * HIDDEN)
       for a in ("silu", "gelu", "relu")],

@@ -5,9 +5,11 @@ They are installed by `scripts/run.py test --full` alone: 330 MB, and seconds to
 
 import copy
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,6 +92,56 @@ def test_opacus_takes_the_very_sampler_of_the_twin(monkeypatch: pytest.MonkeyPat
     batch_normed = manualprop.swap(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))).model
     assert not ModuleValidator.is_valid(batch_normed)
     assert type(ModuleValidator.fix(batch_normed)[1]) is nn.GroupNorm
+
+
+def test_opacus_takes_expanded_weights_through_our_layers() -> None:
+    def model() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Embedding(9, 6), nn.LayerNorm(6), nn.Linear(6, 8), nn.GELU(), nn.Flatten(),
+            nn.Linear(32, 8), nn.GroupNorm(2, 8), nn.Tanh(), nn.Linear(8, 3),
+        ).double()  # fmt: skip
+
+    found = grad_samples(manualprop.swap(model()).model, "ew")
+    torch.testing.assert_close(found, grad_samples(model(), "ew"), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(found, expected_samples(model()), rtol=1e-10, atol=1e-14)
+
+
+PLUGIN = """
+import hypothesis, torch
+import opacus.grad_sample
+import manualprop
+from manualprop._swap import TWINS
+
+manualprop.interop.register_opacus()
+for ours in TWINS.values():
+    setattr(torch.nn, ours.__name__, ours)
+hypothesis.settings.register_profile("few", max_examples=12, deadline=None)
+hypothesis.settings.load_profile("few")
+"""
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "linear", "layer_norm", "group_norm", "instance_norm1d", "instance_norm2d", "instance_norm3d",
+        "embedding", "rms_norm", "dp_multihead_attention",
+    ],
+)  # fmt: skip
+def test_opacus_own_tests_pass_with_our_layers(layer: str, tmp_path: Path) -> None:
+    """Its tests of per-sample gradients, in the modes hooks, functorch and ew, with our classes in the place of torch's."""
+    import opacus
+
+    (tmp_path / "ours_for_torchs.py").write_text(PLUGIN)
+    tests = Path(opacus.__file__).parent / "tests" / "grad_samples" / f"{layer}_test.py"
+    environment = _environment()
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), environment["PYTHONPATH"]])
+    words = ["-m", "pytest", "-q", "-p", "ours_for_torchs", "-p", "no:cacheprovider", "-W", "ignore"]
+    done = subprocess.run(
+        [sys.executable, *words, "--rootdir", str(tmp_path), "-c", os.devnull, str(tests)],
+        capture_output=True, text=True, check=False, env=environment, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout
 
 
 def test_opacus_ghost_clipping_takes_the_norms_of_the_twin() -> None:
@@ -207,8 +259,6 @@ except AttributeError as error:
 
 
 def _environment() -> dict[str, str]:
-    import os
-
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 

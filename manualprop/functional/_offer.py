@@ -27,12 +27,11 @@ def offered(ours: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(ours)
     def offering(*args: Any, **kwargs: Any) -> Any:
-        given = (*args, *kwargs.values()) if kwargs else args
-        if not has_torch_function(given):
+        if not (has_torch_function(args) or (kwargs and has_torch_function(tuple(kwargs.values())))):
             return ours(*args, **kwargs)
         # True also where a mode is active, and for a subclass that has the method of every subclass alone.
         enabled = torch._C._is_torch_function_enabled()
-        overriding = tuple(a for a in given if enabled and overrides(type(a)))
+        overriding = tuple(a for a in (*args, *kwargs.values()) if enabled and overrides(type(a)))
         if not overriding:
             return ours(*args, **kwargs)
         if torchs is None or any(isinstance(a, fx.Proxy) for a in overriding):  # a graph is to hold ours

@@ -90,7 +90,7 @@ def test_help_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--descent.learning_rate=-1"], "MiniBatch: learning_rate must be a positive number. Got learning_rate=-1.0."),
         (["--descent.optimizer=Adam"], "Got an optimizer and learning_rate=0.1, momentum=0.9"),
         (["--descent.batch_size=5000"], "Got batch_size=5000 and 1297 training examples"),
-        (["--model.model.sizes=[32,10]"], "the model takes 32 features per example. Got inputs of shape (32, 64)"),
+        (["--model.model.sizes=[32,10]"], "the model takes 32 features per example. Got inputs of shape (200, 64)"),
         (["--model.model.activation=Tonh"], "activation must be a class of manualprop.nn"),
         (["--model.engine=fast"], "model.engine must be one of 'tape-free', 'autograd', 'auto'. Got 'fast'."),
         (["--model.engine=tape-free", "--model.model.activation=torch.nn.Tanh"], "layer 'activation1' (Tanh) cannot be run without a tape: it is torch's"),

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manualprop._backprop import not_finite
 from manualprop.descent import Descent, MiniBatch, Stochastic, compares_elements, is_sum
-from manualprop.training._errors import InputTypeError, InputValueError
+from manualprop.training._errors import InputTypeError, InputValueError, UserError
 
 Examples = tuple[Tensor, Tensor]
 
@@ -76,21 +77,6 @@ def _pair(split: str, examples: Any) -> Examples:
     return examples[0], examples[1]
 
 
-def not_finite(tensor: Tensor) -> str:
-    """Return which entry is the first that is nan or infinite, and how many there are; "" where all are finite.
-
-    Args:
-        tensor: one example per row.
-    """
-    if not (tensor.is_floating_point() or tensor.is_complex()) or bool(tensor.isfinite().all()):
-        return ""
-    places = (~tensor.isfinite()).nonzero()
-    row, *column = places[0].tolist()
-    at = f"row {row}" + (f", column {', '.join(map(str, column))}" if column else "")
-    more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
-    return f"{tensor[tuple(places[0])].item()} in {at}{more}"
-
-
 class Fit:
     """Whether examples, model and loss fit together.
 
@@ -139,20 +125,10 @@ class Fit:
         self.check_inputs(x)
         self._check_place(x)
         with untouched(self.model, x), torch.no_grad():
-            output: Any = attempt(lambda: self.model(x), f"the model must take inputs {_described(x)}")
-            if not isinstance(output, Tensor):
-                raise InputTypeError(
-                    f"DescentModule: the model must return one tensor. Got {type(output).__name__}; wrap it in a "
-                    "module that returns the tensor to compare with the target."
-                )
+            output: Tensor = attempt(lambda: self.model(x), f"the model must take inputs {_described(x)}")
             self.check_targets(output, target, whole)
             what = f"the loss must take an output {_described(output)} and targets {_described(target)}"
-            value: Any = attempt(lambda: self.loss(output, target), what)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise InputValueError(
-                f"DescentModule: the loss must be one number. Got {got}; return its mean or its sum."
-            )
+            one_number(attempt(lambda: self.loss(output, target), what))
         return output
 
     def _check_place(self, x: Tensor) -> None:
@@ -261,6 +237,23 @@ def all_ignored(count: int, ignored: int, descent: Descent) -> InputValueError:
     )
 
 
+def one_number(value: Any) -> Tensor:
+    """Return the loss of an update, which must be one number.
+
+    Args:
+        value: what a loss has returned.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise InputValueError(
+            f"DescentModule: the loss must be one number. Got {got}; return its mean or its sum."
+        )
+    return value
+
+
 def attempt(call: Callable[[], Any], what: str) -> Any:
     """Return what a model or a loss returns, and say in one line what it does not take.
 
@@ -270,6 +263,8 @@ def attempt(call: Callable[[], Any], what: str) -> Any:
     """
     try:
         return call()
+    except UserError:
+        raise
     except _MISFITS as error:
         reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
         raise InputValueError(

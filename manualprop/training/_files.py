@@ -75,7 +75,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
         """Write a checkpoint; see `write_whole`. A path that is an address elsewhere is left to Lightning."""
         if storage_options is not None or not _is_local_file_protocol(path):

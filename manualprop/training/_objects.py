@@ -13,6 +13,7 @@ import inspect
 import io
 import itertools
 import pickle
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,13 +76,9 @@ def _made(name: str, data: Tensor | None) -> Any:
         with torch.serialization.safe_globals(_known()):
             thing = torch.load(io.BytesIO(data.numpy().tobytes()), weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, AttributeError, RuntimeError) as error:
-        named = [
-            word for word in str(error).replace("`", " ").split() if word.count(".") and word[0].isalpha()
-        ]
-        owner = next((word for word in named if not word.startswith(("torch.", "weights_only"))), "a class")
-        raise _to_be_given(
-            name, f"it is made of {owner.rstrip('.,')}, which is not one of torch's or ours"
-        ) from error
+        owner = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = owner[1] if owner else "a class"
+        raise _to_be_given(name, f"it is made of {what}, which is not one of torch's or ours") from error
     if isinstance(thing, nn.Module):
         for part in thing.modules():
             for tensors in (part._parameters, part._buffers):

@@ -6,7 +6,7 @@ import csv
 import io
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
@@ -95,7 +95,7 @@ class Record(Callback):
         self.changes += [f"from update {trainer.global_step} on: {change}" for change in changed]
         self._before = self.settings
         if changed:
-            pl_module.changes = changed  # which the module says
+            cast(Any, pl_module).changes = changed  # which the module says
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from manualprop.descent import Descent
@@ -176,7 +178,12 @@ class DescentCLI(LightningCLI):
                 f"every class of the configuration must find the packages that it needs. Got: {needed}; install what "
                 "is missing, or choose another class."
             ) from error
-        except (ValueError, TypeError, RuntimeError, LookupError, OSError) as error:
+        except OSError as error:
+            raise InputValueError(
+                f"every file that the configuration names must be there. Got {error.strerror or error}: "
+                f"{error.filename}; correct the path."
+            ) from error
+        except (ValueError, TypeError, RuntimeError, LookupError) as error:
             raise InputValueError(_usage.explain(error, _REPLACED)) from error
         for logger in self.trainer.loggers:
             if logger.log_dir and Path(logger.log_dir).exists():
@@ -210,7 +217,9 @@ class DescentCLI(LightningCLI):
             return callbacks
         self.history.path = run.history
         validates = (
-            getattr(self.datamodule, "val", True) is not None and trainer.get("limit_val_batches") != 0
+            getattr(self.datamodule, "val", True) is not None
+            and is_overridden("val_dataloader", self.datamodule)
+            and trainer.get("limit_val_batches") != 0
         )
         keepers = checkpoint_callbacks(run, "val_loss" if validates else "train_loss")
         return [Record(run, *self._recorded()), *callbacks, *keepers]
@@ -222,7 +231,7 @@ class DescentCLI(LightningCLI):
             config.pop(flag, None)
         text = self._subcommand_parsers["fit"].dump(config, skip_validation=True, skip_unset=False)
         settings = {
-            key.replace(".init_args", "").removesuffix(".class_path"): str(value)
+            key.replace(".init_args", "").removesuffix(".class_path"): _shown(value)
             for key, value in config.items()
             if key != "name"
         }
@@ -243,6 +252,11 @@ class DescentCLI(LightningCLI):
                 _say(self._interrupted(run))
                 raise SystemExit(130) from None
             raise
+        if self.trainer.num_training_batches == 0:
+            raise InputValueError(
+                "data must give at least one batch of training examples. Got none; look at the data, and at "
+                "trainer.limit_train_batches."
+            )
         if self.trainer.is_global_zero and self.history.rows and self.history.path is not None:
             if run.began:
                 plot_history(self.history.rows, run.plots / "history.png", run.name)
@@ -306,7 +320,7 @@ class DescentCLI(LightningCLI):
         path = {"best": run.best, "last": run.last}.get(wanted, Path(wanted))
         if not path.is_file():
             raise InputValueError(
-                f"There must be a checkpoint to evaluate. {path} does not exist; give the --name of a run that has "
+                f"There must be a checkpoint to evaluate. {path} {'is a directory' if path.is_dir() else 'does not exist'}; give the --name of a run that has "
                 "been trained, or the path of a checkpoint as --checkpoint."
             )
         return path
@@ -327,6 +341,17 @@ class DescentCLI(LightningCLI):
             f"{done}{last['epoch']:.0f} epochs, {last['update']:.0f} updates, {last['seconds']:.1f} s: {', '.join(metrics)}\n"
             f"best checkpoint: {run.best}\nhistory: {run.history}\nplot: {run.plots / 'history.png'}"
         )
+
+
+def _shown(value: Any) -> str:
+    """A value of the configuration, classes as they are called."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_shown, value))}]"
+    if not isinstance(value, Namespace) or "class_path" not in value:
+        return str(value)
+    given = value.get("init_args") or {}
+    options = ", ".join(f"{key}={option}" for key, option in given.items() if option is not None)
+    return f"{value.class_path.rpartition('.')[2]}({options})"
 
 
 def _logs(name: str) -> str:
@@ -404,7 +429,7 @@ def main(arguments: Sequence[str]) -> int:
     quieten()
     try:
         DescentCLI(_usage.with_saved_config(arguments))
-    except argparse.ArgumentError as error:
+    except (argparse.ArgumentError, UnicodeError) as error:
         text, status = _usage.explain(error, _REPLACED), 2
     except UserError as error:
         text, status = str(error), error.status

@@ -50,6 +50,11 @@ class Rows(Iterable[Examples]):
     def __len__(self) -> int:
         return -(-len(self.x) // self.size)
 
+    @property
+    def dataset(self) -> Tensor:
+        """What has one entry per example, which `Tuner.scale_batch_size` counts."""
+        return self.x
+
     def __iter__(self) -> Iterator[Examples]:
         for rows in torch.arange(len(self.x)).split(self.size):
             yield self.take(rows)

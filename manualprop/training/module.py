@@ -27,6 +27,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from manualprop._backprop import data_at_fault, not_finite
 from manualprop.descent import (
     Batch,
     Descent,
@@ -40,11 +41,10 @@ from manualprop.descent import (
 from manualprop.training import _objects, _resume
 from manualprop.training._checks import (
     Fit,
-    all_ignored,
     attempt,
     check_architecture,
     highest_loss,
-    not_finite,
+    one_number,
     untouched,
 )
 from manualprop.training._engine import Autograd, Engine, EngineName, TapeFree, obstacle, shortened
@@ -97,6 +97,8 @@ class DescentModule(LightningModule):
         _check_loss(model, loss, descent)
         self._sum = self._divisor = 0.0
         self._restored: dict[str, Any] | None = None
+        self._description: dict[str, Any] = {}  # for checkpoints, from one start of training to the next
+        self._said = ""
         self.rows_before = 0
         self._highest: float | None = None
         self._left_at = 0
@@ -119,7 +121,11 @@ class DescentModule(LightningModule):
     def forward(self, x: Tensor) -> Tensor:
         """Return the model's output."""
         output = self.model(x)
-        assert isinstance(output, Tensor)
+        if not isinstance(output, Tensor):
+            raise InputTypeError(
+                f"DescentModule: the model must return one tensor. Got {type(output).__name__}; wrap it in a module that "
+                "returns the tensor to compare with the target."
+            )
         return output
 
     # --- training -----------------------------------------------------------------------------------------------
@@ -129,7 +135,6 @@ class DescentModule(LightningModule):
         x, target = _examples(batch)
         if len(x) == 0 and self.trainer.world_size == 1:
             return None  # made before a resumed run was interrupted
-        self._latest = x, target
         self._fit.check_inputs(x)
         if self._check_due:
             self._check(x, target)
@@ -181,10 +186,10 @@ class DescentModule(LightningModule):
         total, divisor, output = self._engine.add(x, target)
         self._sum, self._divisor = self._sum + total, self._divisor + divisor
         if not isinstance(self.descent, Batch) or self.trainer.is_last_batch:
-            self._finish_pieces()
+            self._finish_pieces(x, target)
         return output
 
-    def _finish_pieces(self) -> None:
+    def _finish_pieces(self, x: Tensor, target: Tensor) -> None:
         sums = torch.tensor([self._sum, self._divisor], dtype=torch.float64, device=self.device)
         sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
         devices = self.trainer.world_size
@@ -193,7 +198,7 @@ class DescentModule(LightningModule):
                 parameter.grad.mul_(devices)  # the strategy averaged where the pieces must add up
         total, divisor = sums.tolist()
         loss = finish_gradient(self.parameters(), self.loss, total, divisor)
-        self.last_loss = self._finite(loss)
+        self.last_loss = self._finite(loss, x, target)
         self._watch([loss], int(divisor), self.trainer.global_step)
         for observe in self.observers:
             observe()
@@ -218,8 +223,10 @@ class DescentModule(LightningModule):
     def _take(self, engine: type[Engine], why: str | None = None) -> None:
         self._engine = engine(self, self._finite)
         self.engine_taken = "autograd" if engine is Autograd else "tape-free"
-        if self.engine == "auto":
-            rank_zero_info(f"engine: {self.engine_taken}" + (f", because {why}." if why else ""))
+        said = f"engine: {self.engine_taken}" + (f", because {why}." if why else "")
+        if self.engine == "auto" and said != self._said:  # Lightning's Tuner trains again and again
+            rank_zero_info(said)
+        self._said = said
 
     def _check(self, x: Tensor, target: Tensor) -> None:
         """Before the first update: refuse what does not fit together, and find out how high the loss may climb."""
@@ -256,40 +263,20 @@ class DescentModule(LightningModule):
 
     # --- divergence -----------------------------------------------------------------------------------------------
 
-    def _finite(self, loss: float) -> float:
+    def _finite(self, loss: float, x: Tensor, target: Tensor) -> float:
         if math.isfinite(loss):
             return loss
-        x, target = self._latest
-        place = self._not_finite(x, target)
-        if place:
-            raise NonFiniteLossError(
-                f"The data must be finite. Got {place}, at {self._update_not_made()}. Remove such rows, or put in a "
-                f"value. Last good checkpoint: {self._checkpoint()}."
-            )
-        if self.classifies and not target.is_floating_point():
-            ignored = target == self._ignored()
-            alone = isinstance(self.descent, Stochastic)  # then each example is an update
-            if bool(ignored.any() if alone else ignored.all()):
-                raise all_ignored(1 if alone else len(target), self._ignored(), self.descent)
         rate = self._rate()
+        advice = data_at_fault(x, target, self.loss)
         raise NonFiniteLossError(
-            f"The loss must stay finite. Got loss={loss} at {self._update_not_made()}, with learning rate {rate:g}. Try "
-            f"a learning rate of {rate / 10:g} or clip_gradient_norm=1.0. Last good checkpoint: {self._checkpoint()}."
+            f"The loss must stay finite. Got loss={loss} at update {self.trainer.global_step + 1} (epoch "
+            f"{self.trainer.current_epoch + 1}), which was not made, with learning rate {rate:g}. "
+            f"{advice or f'Try a learning rate of {min(rate / 10, 0.1):g} or clip_gradient_norm=1.0'}. Last good checkpoint: "
+            f"{self._checkpoint()}."
         )
-
-    def _not_finite(self, x: Tensor, target: Tensor) -> str:
-        for name, tensor in (("inputs", x), ("targets", target)):
-            place = not_finite(tensor)
-            if place:
-                return f"{place} of the {name} of a batch"
-        return ""
 
     def _rate(self) -> float:
         return float(self.trainer.optimizers[0].param_groups[0]["lr"])
-
-    def _update_not_made(self) -> str:
-        epoch = self.trainer.current_epoch + 1
-        return f"update {self.trainer.global_step + 1} (epoch {epoch}), which was not made"
 
     def _checkpoint(self) -> str:
         keeper: Any = self.trainer.checkpoint_callback
@@ -322,7 +309,7 @@ class DescentModule(LightningModule):
         raise DivergedError(
             f"The loss must stay between 0 and {self._highest:.3g}, a hundred times that of a network that has learnt "
             f"nothing. It left that range at update {left_at}, and epoch {self.trainer.current_epoch + 1} ends with "
-            f"train_loss={float(loss):.3g} and learning rate {rate:g}. Try a learning rate of {rate / 10:g} or "
+            f"train_loss={float(loss):.3g} and learning rate {rate:g}. Try a learning rate of {min(rate / 10, 0.1):g} or "
             f"clip_gradient_norm=1.0. Last good checkpoint: {self._checkpoint()}."
         )
 
@@ -352,12 +339,16 @@ class DescentModule(LightningModule):
 
     def on_train_end(self) -> None:
         """Let go of the engine, which need not be copied or pickled with the module."""
-        del self._engine, self._latest
+        del self._engine
         if self._stopped:  # by max_steps: the trainer may be asked to go on
             self.trainer.should_stop = self._stopped = False
 
     def configure_optimizers(self) -> Any:
         """Return the descent's optimizer, and its learning rate schedule if it has one."""
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            raise InputValueError(
+                "DescentModule: the model must have a parameter that requires a gradient. Got none; set requires_grad."
+            )
         optimizer: Optimizer = self.descent.make_optimizer(self.parameters())
         scheduler = self.descent.make_lr_scheduler(optimizer)
         return optimizer if scheduler is None else ([optimizer], [scheduler])
@@ -385,7 +376,8 @@ class DescentModule(LightningModule):
         output = self._output(x)
         if len(x):
             self._fit.check_targets(output, target, whole=False)
-        self._update_metrics(stage, output, target)
+        what = f"the loss must take an output of shape {tuple(output.shape)} and targets of shape {tuple(target.shape)}"
+        attempt(lambda: self._update_metrics(stage, output, target), what)
         self._log_metrics(stage)
 
     def _output(self, x: Tensor) -> Tensor:
@@ -426,9 +418,10 @@ class DescentModule(LightningModule):
         """Return the loss per example and its weight in the mean over all examples."""
         with torch.no_grad():
             try:
-                total, divisor = sum_and_denominator(self.loss, output, target)
+                check_splittable(self.loss)
             except TypeError:  # an unknown loss, which is taken as a mean over examples
-                return self.loss(output, target), float(len(output))
+                return one_number(self.loss(output, target)), float(len(output))
+            total, divisor = sum_and_denominator(self.loss, output, target)
         return (total / divisor, divisor) if divisor else (total, 0.0)
 
     # --- checks, and what a checkpoint holds ----------------------------------------------------------------------
@@ -447,6 +440,22 @@ class DescentModule(LightningModule):
             )
         self._check_devices(self.trainer.world_size)
 
+    def _check_monitors(self) -> None:
+        """Refuse to watch a value that is never logged, where all that log are known here."""
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        homes = [type(self).__module__, *(type(callback).__module__ for callback in callbacks)]
+        if not all(home.startswith(("lightning.", "manualprop.")) for home in homes):
+            return
+        stages = ["train_", *(["val_"] if sum(self.trainer.num_val_batches) else [])]
+        known = [stage + name for stage in stages for name in self.metrics["train_"]]  # type: ignore[union-attr]
+        watched = {type(callback).__name__: getattr(callback, "monitor", None) for callback in callbacks}
+        for name, value in watched.items():
+            if value is not None and value not in known:
+                raise InputValueError(
+                    f"{name} must watch a value that is logged in every epoch. Got monitor={value!r}; choose one of "
+                    f"{', '.join(sorted(known))}."
+                )
+
     def _check_devices(self, devices: int) -> None:
         if devices == 1:
             return
@@ -464,11 +473,14 @@ class DescentModule(LightningModule):
             checkpoint["random_state"]["cuda"] = torch.cuda.get_rng_state_all()
         loader = self.trainer.train_dataloader
         checkpoint["epoch_unfinished"] = self._epoch_unfinished()
-        checkpoint[_resume.KEY] = _resume.settings(self) | {
+        if not self._description:
+            self._description = _resume.settings(self) | {"objects": _objects.stored(self)}
+        checkpoint[_resume.KEY] = self._description | {
             "examples": len(loader.x) if isinstance(loader, TrainingRows) else None,
-            "rows": loader.rows_done() if checkpoint["epoch_unfinished"] else 0,
+            "rows": loader.rows_done()
+            if isinstance(loader, TrainingRows) and self._epoch_unfinished()
+            else 0,
             "highest_loss": self._highest,
-            "objects": _objects.stored(self),
         }
 
     def _epoch_unfinished(self) -> bool:
@@ -498,8 +510,9 @@ class DescentModule(LightningModule):
                 metric.reset()  # after Trainer.validate its state is an inference tensor, which training cannot change
         self._searching = searches_rate(self.trainer)
         self._check_trainer()
+        self._check_monitors()
         self._choose_engine()
-        self._check_due, self._left_at = True, 0
+        self._check_due, self._left_at, self._description = True, 0, {}
         per_update = self.descent.lr_scheduler is not None and self.descent.lr_scheduler_interval == "update"
         self._schedule_of_updates: Any = self.lr_schedulers() if per_update or self._searching else None
         restored, self._restored = self._restored, None
@@ -510,7 +523,7 @@ class DescentModule(LightningModule):
         if isinstance(loader, TrainingRows):
             _resume.check_examples(restored["examples"], len(loader.x))
         self.rows_before = restored["rows"]
-        if self.changes:
+        if self.changes and self.trainer.global_step:  # Lightning's Tuner goes back to update 0
             rank_zero_info(f"resumed at update {self.trainer.global_step} with {'; '.join(self.changes)}")
         self._restore_random_numbers(restored["random_state"])
 
@@ -524,7 +537,7 @@ class DescentModule(LightningModule):
             torch.cuda.set_rng_state_all(state["cuda"])
 
     @classmethod
-    def load_from_checkpoint(  # type: ignore[override]
+    def load_from_checkpoint(
         cls,
         checkpoint_path: Any,
         map_location: Any = None,
@@ -612,8 +625,11 @@ def _no_tape_free(why: str) -> InputTypeError:
 
 
 def _check_types(model: Any, loss: Any, descent: Any) -> None:
-    wanted = {"model": (model, nn.Module, "a module"), "loss": (loss, nn.Module, "a module")}
-    wanted["descent"] = (descent, Descent, "a descent of manualprop.descent")
+    wanted: dict[str, tuple[Any, type, str]] = {
+        "model": (model, nn.Module, "a module"),
+        "loss": (loss, nn.Module, "a module"),
+        "descent": (descent, Descent, "a descent of manualprop.descent"),
+    }
     for name, (value, kind, what) in wanted.items():
         if not isinstance(value, kind):
             got = f"the class {value.__name__}" if isinstance(value, type) else repr(value)

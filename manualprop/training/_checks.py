@@ -182,7 +182,7 @@ class Fit:
         if target.shape[1:] != output.shape[2:]:
             raise InputValueError(
                 f"DescentModule: {name} must be given one class number per example, of shape "
-                f"{('N', *output.shape[2:])}. Got targets of shape {tuple(target.shape)}; "
+                f"{_per_example(output[:, 0])}. Got targets of shape {tuple(target.shape)}; "
                 + (
                     "use target.squeeze(1)."
                     if target.dim() > 1 and target.shape[1] == 1

@@ -137,7 +137,7 @@ def check_examples(before: int | None, now: int) -> None:
 
 
 def _refuse_past(module: DescentModule, checkpoint: Mapping[str, Any]) -> None:
-    epochs = int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"])
+    epochs = int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
     limit = module.trainer.max_epochs
     if limit is not None and 0 <= limit < epochs:
         raise InputValueError(

@@ -100,6 +100,8 @@ def explain(error: Exception, replaced: Mapping[str, str]) -> str:
         _unknown_key,
         _unknown_option,
         _unknown_class,
+        _unreadable,
+        _restricted,
         _refused,
         _failed,
         _no_class,
@@ -217,6 +219,25 @@ def _refused(text: str, replaced: Mapping[str, str]) -> str:
         r"Errors:\n\s*- ((?!Expected|Problem with|Parser key|Type |Not a valid subclass).+)", text
     )
     return found[1] if found else ""
+
+
+def _restricted(text: str, replaced: Mapping[str, str]) -> str:
+    found = re.search(r"Not of type \w+: (?:(\S+) )?does not conform to restriction (.*)", text)
+    if found is None:
+        return ""
+    limits = (
+        found[2].replace("v", "").replace(">=", "at least ").replace("<=", "at most ").replace(">", "above ")
+    )
+    value = re.search(r"Got value: (.*)|Given value: (.*)", text)
+    got = found[1] or (value[1] or value[2] if value else "something else")
+    return f"{'.'.join(_key_path(text))} must be {limits.strip()}. Got {got}."
+
+
+def _unreadable(text: str, replaced: Mapping[str, str]) -> str:
+    found = re.search(r"\[Errno \d+\] (.*): '(.*)'", text)
+    if found is None:
+        return ""
+    return f"every file that the configuration names must be there. Got {found[1]}: {found[2]}; correct the path."
 
 
 def _no_class(text: str, replaced: Mapping[str, str]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
+from jsonargparse.typing import PositiveInt, restricted_number_type
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -54,6 +55,9 @@ _REPLACED = {
     "num_sanity_val_steps": "the data are checked before the first update",
     "model_registry": "checkpoints lie in the directory of the run",
 }
+# Numpy's generator takes no other seeds.
+Seed = restricted_number_type("Seed", int, [(">=", 0), ("<=", 2**32 - 1)])
+
 _TRAINER_DEFAULTS = {"logger": False, "enable_model_summary": False, "max_epochs": 20, "accelerator": "auto"}
 
 
@@ -111,12 +115,12 @@ class DescentCLI(LightningCLI):
         parser.add_argument(
             "--seed_everything",
             "--seed",
-            type=int,
+            type=Seed,
             default=0,
             help="Of the initial weights, dropout and the order.",
         )
         text = "CPU threads; 1 is quickest for small networks. Leave it out for torch's own choice."
-        parser.add_argument("--threads", type=int | None, default=None, help=text)
+        parser.add_argument("--threads", type=PositiveInt | None, default=None, help=text)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the descent, the module, the data and the trainer, in the order in which one looks for them."""
@@ -195,6 +199,11 @@ class DescentCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with the callbacks of a run added to the user's."""
         given: Any = self._get(self.config_init, "trainer")
+        if given.get("check_val_every_n_epoch") == 0:
+            raise InputValueError(
+                "trainer.check_val_every_n_epoch must be at least 1. Got 0; to leave validation out, set "
+                "trainer.limit_val_batches to 0."
+            )
         callbacks = given.get("callbacks") or []
         callbacks = [*(callbacks if isinstance(callbacks, list) else [callbacks]), *self._callbacks(given)]
         # One batch of validation first: what does not fit shows before anything is changed on disk.
@@ -252,7 +261,7 @@ class DescentCLI(LightningCLI):
                 _say(self._interrupted(run))
                 raise SystemExit(130) from None
             raise
-        if self.trainer.num_training_batches == 0:
+        if 0 in (self.trainer.num_training_batches, self.trainer.limit_train_batches):
             raise InputValueError(
                 "data must give at least one batch of training examples. Got none; look at the data, and at "
                 "trainer.limit_train_batches."
@@ -356,7 +365,7 @@ def _shown(value: Any) -> str:
 
 def _logs(name: str) -> str:
     """Where a logger writes: the directory of the run."""
-    return str(RunDirectory(name).path)
+    return str(Path("runs") / name)
 
 
 def _described(command: str, text: str) -> dict[str, Any]:
@@ -417,6 +426,14 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+def _raised_by_lightning(error: BaseException) -> bool:
+    """Whether an error is Lightning's refusal of what it was asked to do, and not a fault of what it calls."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("lightning.")
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run one of the commands.
 
@@ -434,6 +451,10 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         text, status = str(error), error.status
     except MisconfigurationException as error:  # Lightning's own word for a mistake in the configuration
+        text, status = " ".join(str(error).split()), 2
+    except (ValueError, TypeError, RuntimeError) as error:
+        if not _raised_by_lightning(error):
+            raise
         text, status = " ".join(str(error).split()), 2
     else:
         return 0

@@ -84,7 +84,8 @@ class TrainingRows(Rows):
             raise InputValueError(str(error)) from error
         portion = _portion(self.descent, n, module.trainer)
         super().__init__(examples, portion, module.global_rank, module.trainer.world_size)
-        self._first_update = self._first_row = 0
+        self._first_row = 0
+        self._first_update: int | None = None  # of this epoch, once it has begun
 
     def __iter__(self) -> Iterator[Examples]:
         # This body runs when the first batch of an epoch is asked for, after a checkpoint has been restored. What an
@@ -94,7 +95,7 @@ class TrainingRows(Rows):
         self._first_update, self._first_row = trainer.global_step, self.module.rows_before
         self.module.rows_before = 0
         skip = self._first_row
-        for rows in self._portions(trainer.current_epoch):
+        for rows in self._portions(self.module.epochs_made):
             yield self.take(rows[skip:])
             skip = max(0, skip - len(rows))
 
@@ -105,6 +106,8 @@ class TrainingRows(Rows):
 
     def rows_done(self) -> int:
         """Return the number of rows of this epoch that updates have been made of."""
+        if self._first_update is None:
+            return self.module.rows_before
         updates = self.module.trainer.global_step - self._first_update
         if not updates:
             return self._first_row

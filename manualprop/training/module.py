@@ -19,6 +19,7 @@ import torch
 from lightning.fabric.utilities.cloud_io import _load
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.saving import _load_from_checkpoint
+from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -90,7 +91,7 @@ class DescentModule(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         _check_types(model, loss, descent)
-        self.model, self.loss, self.descent, self.seed = model, loss, descent, seed
+        self.model, self.loss, self.descent, self.seed = model, loss, descent, int(seed)
         self.engine, self.engine_taken = _engine_name(engine), ""
         self.observers: list[Callable[[], object]] = []
         self.changes: list[str] = []
@@ -99,7 +100,7 @@ class DescentModule(LightningModule):
         self._restored: dict[str, Any] | None = None
         self._description: dict[str, Any] = {}  # for checkpoints, from one start of training to the next
         self._said = ""
-        self.rows_before = 0
+        self.rows_before = self.epochs_made = 0
         self._highest: float | None = None
         self._left_at = 0
         self._stopped = self._check_due = self._searching = False
@@ -319,6 +320,9 @@ class DescentModule(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Stop a run that has diverged; move the learning rate schedule on where it counts epochs."""
+        loader = self.trainer.train_dataloader
+        if isinstance(loader, TrainingRows) and loader.rows_done() == loader.rows_per_epoch():
+            self.epochs_made += 1
         if self._searching:
             return
         self._refuse_divergence()
@@ -447,9 +451,10 @@ class DescentModule(LightningModule):
         if not all(home.startswith(("lightning.", "manualprop.")) for home in homes):
             return
         stages = ["train_", *(["val_"] if sum(self.trainer.num_val_batches) else [])]
-        known = [stage + name for stage in stages for name in self.metrics["train_"]]  # type: ignore[union-attr]
-        watched = {type(callback).__name__: getattr(callback, "monitor", None) for callback in callbacks}
-        for name, value in watched.items():
+        names = ["loss", *(["accuracy"] if self.classifies else [])]
+        known = [stage + name for stage in stages for name in names]
+        for callback in callbacks:
+            name, value = type(callback).__name__, getattr(callback, "monitor", None)
             if value is not None and value not in known:
                 raise InputValueError(
                     f"{name} must watch a value that is logged in every epoch. Got monitor={value!r}; choose one of "
@@ -480,6 +485,7 @@ class DescentModule(LightningModule):
             "rows": loader.rows_done()
             if isinstance(loader, TrainingRows) and self._epoch_unfinished()
             else 0,
+            "epochs": self.epochs_made,
             "highest_loss": self._highest,
         }
 
@@ -498,10 +504,13 @@ class DescentModule(LightningModule):
         self.changes = _resume.take_up(self, checkpoint)
         self._restored = checkpoint[_resume.KEY] | {"random_state": checkpoint.get("random_state")}
         self._highest = self._restored["highest_loss"]
-        if checkpoint.get("epoch_unfinished"):  # Lightning counted it as whole
-            for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+        for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+            if checkpoint["epoch_unfinished"]:  # Lightning counted it as whole
                 for name in counts:
                     counts[name] -= name != "completed"
+            counts["completed"] = counts[
+                "processed"
+            ]  # which Lightning does where max_epochs is a limit, and only there
 
     def on_train_start(self) -> None:
         """Take up the optimizer that a checkpoint has filled, and the random numbers after all that draws some."""
@@ -517,12 +526,16 @@ class DescentModule(LightningModule):
         self._schedule_of_updates: Any = self.lr_schedulers() if per_update or self._searching else None
         restored, self._restored = self._restored, None
         if restored is None:
-            self._highest, self.rows_before, self.changes = None, 0, []
+            self._highest, self.rows_before, self.epochs_made, self.changes = None, 0, 0, []
             return
         loader = self.trainer.train_dataloader
         if isinstance(loader, TrainingRows):
             _resume.check_examples(restored["examples"], len(loader.x))
-        self.rows_before = restored["rows"]
+            if not restored["rows"]:
+                # With a limit on steps Lightning takes a whole epoch for one to go on with, and counts it again.
+                restarting: Any = _Loop.restarting
+                restarting.fset(self.trainer.fit_loop, False)
+        self.rows_before, self.epochs_made = restored["rows"], restored["epochs"]
         if self.changes and self.trainer.global_step:  # Lightning's Tuner goes back to update 0
             rank_zero_info(f"resumed at update {self.trainer.global_step} with {'; '.join(self.changes)}")
         self._restore_random_numbers(restored["random_state"])

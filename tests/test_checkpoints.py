@@ -24,7 +24,13 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 import manualprop
 from manualprop import _command
 from manualprop.descent import Batch, Descent, MiniBatch, Stochastic
-from manualprop.training import DescentModule, MultilayerPerceptron, TensorDataModule, UserError
+from manualprop.training import (
+    DescentModule,
+    MultilayerPerceptron,
+    TensorDataModule,
+    UserError,
+    WholeCheckpointIO,
+)
 from manualprop.training.callbacks import History, checkpoint_callbacks
 from manualprop.training.cli import quieten
 from manualprop.training.run_directory import RunDirectory
@@ -53,11 +59,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 # Trains, again and again, in processes that end themselves at one moment of writing: in the middle of the data, before
 # and after each of them is on the disk, before and after the renaming. Forked, so that torch is imported once.
 KILLED = """
-import os, random, signal, sys
+import csv, os, random, signal, sys, warnings
+sys.path.insert(0, sys.argv[1])
+warnings.simplefilter("ignore")
 import torch
-from manualprop import _command
-fit = ["fit", "--name=killed", "--trainer.enable_progress_bar=false"]
+from test_checkpoints import PLAIN, WholeCheckpointIO, RunDirectory, quieten, train
 torch.set_num_threads(1)
+quieten()
 
 def child(work):
     pid = os.fork()
@@ -65,9 +73,13 @@ def child(work):
         return os.waitpid(pid, 0)[1]
     code = 70
     try:
-        code = work()
+        work()
+        code = 0
     finally:
         os._exit(code)
+
+def go_on(epochs, resume=True):
+    train(PLAIN, resume=resume, plugins=[WholeCheckpointIO()], max_epochs=epochs)
 
 def killed_at(moment):
     left = moment
@@ -83,25 +95,24 @@ def killed_at(moment):
         return function
     for name in ("write", "fsync", "replace", "close"):
         setattr(os, name, count(getattr(os, name), name == "write"))
-    return _command.main([*fit, "--resume", "--trainer.max_epochs=1000"])
+    go_on(1000)
 
-def epochs():
-    import csv
-    return len(list(csv.DictReader(open("runs/killed/history.csv"))))
-
-first = ["fit", "--config", sys.argv[1], "--descent.batch_size=1000", "--trainer.max_epochs=1", *fit[1:]]
-assert child(lambda: _command.main(first)) == 0
-draw = random.Random(int(sys.argv[2]))
+assert child(lambda: go_on(1, resume=False)) == 0
+draw = random.Random(0)
 for _ in range(10):
     moment = draw.randint(1, 40)
     status = child(lambda: killed_at(moment))
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (moment, status)
     for name in ("last", "best"):
-        checkpoint = torch.load(f"runs/killed/checkpoints/{name}.ckpt", weights_only=True)
+        checkpoint = torch.load(f"runs/run/checkpoints/{name}.ckpt", weights_only=True)
         assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
-made = torch.load("runs/killed/checkpoints/last.ckpt", weights_only=True)["global_step"] // 2
-assert child(lambda: _command.main([*fit, "--resume", f"--trainer.max_epochs={made + 1}"])) == 0
-assert epochs() == made + 1, (epochs(), made)
+made = torch.load("runs/run/checkpoints/last.ckpt", weights_only=True)["global_step"] // 3
+assert child(lambda: go_on(made + 1)) == 0
+epochs = [int(row["epoch"]) for row in csv.DictReader(open("runs/run/history.csv"))]
+assert epochs == list(range(1, made + 2)), (epochs, made)
+run = RunDirectory("run")
+run.claim(resume=True)
+run.begin()
 left = [name for _, _, names in os.walk("runs") for name in names if "partial" in name]
 assert left == [], left
 """
@@ -109,10 +120,8 @@ assert left == [], left
 
 def test_killed_at_ten_moments_of_writing() -> None:
     """After each, both checkpoints can be read and training goes on; what was half written is gone in the end."""
-    seed = "0"
-    result = subprocess.run(
-        [sys.executable, "-c", KILLED, str(RECIPE), seed], capture_output=True, text=True, timeout=250
-    )
+    words = [sys.executable, "-c", KILLED, str(Path(__file__).parent)]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=250)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
 
 
@@ -362,7 +371,10 @@ def test_config_and_log_say_from_which_update_on(
         "    batch_size: 800",
     ):
         assert line in config
-    assert any(line.startswith("# from update 3 on: trainer.logger False -> CSVLogger(") for line in config)
+    assert any(
+        line.startswith("# from update 3 on: trainer.logger False -> lightning.pytorch.loggers.CSVLogger")
+        for line in config
+    )
     logs = list(Path("runs/digits-minibatch/lightning_logs").glob("version_*/metrics.csv"))
     assert len(logs) == 2  # each part of the run has its own
 

@@ -179,7 +179,16 @@ class TensorDataModule(LightningDataModule):
             if examples is not None:
                 check_examples(split, examples)
         self.train, self.val, self.test = train, val, test
-        self.evaluation_batch_size, self.batch_size = evaluation_batch_size, batch_size
+        self.evaluation_batch_size, self._batch_size = evaluation_batch_size, batch_size
+
+    @property
+    def batch_size(self) -> int:
+        """The examples of a training batch of any module but a `DescentModule`, which `Tuner` sets: all at most."""
+        return self._batch_size
+
+    @batch_size.setter
+    def batch_size(self, size: int) -> None:
+        self._batch_size = min(size, len(self.train[0]))
 
     def train_dataloader(self) -> TrainingRows | DataLoader[tuple[Tensor, ...]]:
         """Return the training examples as the module under training asks for them."""

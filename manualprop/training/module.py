@@ -233,16 +233,21 @@ class DescentModule(LightningModule):
         """Before the first update: refuse what does not fit together, and find out how high the loss may climb."""
         self._check_due = False
         rows = slice(0, 1 if isinstance(self.descent, Stochastic) else None)
-        whole = not self._comes_in_pieces()
-        output = self._fit.check(x[rows], target[rows], whole)
-        loaders = [self.trainer.train_dataloader, self.trainer.val_dataloaders]
-        for loader in (each for each in loaders if isinstance(each, Rows)):
-            self._fit.check_inputs(loader.x)
-            self._fit.check_targets(output, loader.target)
+        if len(x):  # several devices share a small update, and one may have none of it
+            whole = self.trainer.world_size == 1 and not self._comes_in_pieces()
+            output = self._fit.check(x[rows], target[rows], whole)
+            loaders = [self.trainer.train_dataloader, self.trainer.val_dataloaders]
+            for loader in (each for each in loaders if isinstance(each, Rows)):
+                self._fit.check_inputs(loader.x)
+                self._fit.check_targets(output, loader.target)
         if isinstance(self._engine, TapeFree):
             self._rehearse(x[rows], target[rows])
-        if self._highest is None and whole and not self._searching:
-            self._highest = self._highest_loss(x[:CHUNK], target[:CHUNK])
+        if self._highest is None and not self._searching:
+            highest = self._highest_loss(x[:CHUNK], target[:CHUNK]) if len(x) else None
+            agreed = self.trainer.strategy.reduce(
+                torch.tensor(highest or 0.0, device=self.device), reduce_op="max"
+            )
+            self._highest = float(agreed) or None
 
     def _highest_loss(self, x: Tensor, target: Tensor) -> float | None:
         with untouched(self.model, x), torch.no_grad():

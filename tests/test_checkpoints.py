@@ -29,7 +29,6 @@ from manualprop.training import (
     MultilayerPerceptron,
     TensorDataModule,
     UserError,
-    WholeCheckpointIO,
 )
 from manualprop.training.callbacks import History, checkpoint_callbacks
 from manualprop.training.cli import quieten
@@ -63,7 +62,8 @@ import csv, os, random, signal, sys, warnings
 sys.path.insert(0, sys.argv[1])
 warnings.simplefilter("ignore")
 import torch
-from test_checkpoints import PLAIN, WholeCheckpointIO, RunDirectory, quieten, train
+from manualprop.training import WholeCheckpointIO
+from test_checkpoints import PLAIN, RunDirectory, quieten, train
 torch.set_num_threads(1)
 quieten()
 

@@ -41,6 +41,7 @@ __all__ = [
     "MiniBatch",
     "Stochastic",
     "check_splittable",
+    "compares_elements",
     "denominator",
     "finish_gradient",
     "gradient",
@@ -292,9 +293,10 @@ class MiniBatch(Descent):
     def _check_batch_size(self, n: int) -> None:
         _check_count(self._name, n)
         if self.batch_size > n:
+            size = f"a batch_size up to {n}" if n > 1 else "batch_size=1"
             raise ValueError(
                 f"MiniBatch: batch_size must be at most the number of training examples. Got "
-                f"batch_size={self.batch_size} and {n} training examples; choose a batch_size up to {n}, or the "
+                f"batch_size={self.batch_size} and {n} training example{'s' if n > 1 else ''}; choose {size}, or the "
                 "descent Batch, which uses all of them in every update."
             )
 
@@ -434,6 +436,15 @@ def check_splittable(loss: Loss, model: nn.Module | None = None) -> None:
                 f"its piece. Got {type(module).__name__} at {path!r} in training mode. Use LayerNorm or GroupNorm, or "
                 "compute each update in one piece (micro_batch_size=None, one process)."
             )
+
+
+def compares_elements(loss: Loss) -> bool:
+    """Return whether a loss of torch.nn or manualprop.nn pairs output and target element by element.
+
+    Args:
+        loss: called on (output, target).
+    """
+    return _is_known(loss) and isinstance(loss, _MEAN_OVER_ELEMENTS)
 
 
 def _is_known(loss: Loss) -> bool:

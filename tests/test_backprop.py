@@ -624,6 +624,71 @@ def test_other_misuse_is_refused() -> None:
         step(torch.ones(1, 3), torch.ones(1, 2))
 
 
+class OwnForward(torch.nn.Module):
+    """A module of our layers, whose forward is its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return x + y
+
+
+def test_advice_fits_the_mistake() -> None:
+    model, plan = nn.Sequential(nn.Linear(2, 1)), descent.MiniBatch(learning_rate=0.1)
+    with pytest.raises(
+        TypeError, match=r"descent must be one of manualprop\.descent\. Got 0\.1; give .*MiniBatch\("
+    ):
+        Backprop(model, nn.MSELoss(), 0.1)  # type: ignore[arg-type]
+    text = r"\(OwnForward\) .*: its forward is Python code of its own.* write it as nn\.Sequential of its layers, with nn\.Residual"
+    with pytest.raises(TypeError, match=text):
+        Backprop(OwnForward(), nn.MSELoss(), plan)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("loss", [nn.MSELoss, nn.L1Loss, nn.HuberLoss])
+def test_a_target_that_would_be_broadcast_is_refused(loss: Callable[[], torch.nn.Module], steps: int) -> None:
+    """In the first step and, prepared for one shape, in a later one."""
+    model = nn.Sequential(nn.Linear(2, 1))
+    step = Backprop(model, loss(), descent.MiniBatch(learning_rate=0.1))
+    for _ in range(steps):
+        step(torch.ones(5, 2), torch.ones(5, 1))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"of one shape\. Got \(5, 1\) and \(5,\), which would be broadcast"):
+        step(torch.ones(5, 2), torch.ones(5))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+NOT_FINITE: dict[str, tuple[Callable[[Tensor, Tensor], object], str]] = {
+    "inputs": (lambda x, t: x[3].fill_(torch.nan), r"The inputs hold nan in row 3, column 0 \(and 1 more\)"),
+    "ignored": (lambda x, t: t.fill_(-100), r"Every target of the update is -100 \(ignore_index\), and a mean over none"),
+    "huge": (lambda x, t: x[:2].fill_(3e38), r"Try a smaller learning rate\."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("micro", [None, 2])
+@pytest.mark.parametrize("name", NOT_FINITE)
+def test_a_loss_that_is_not_finite_is_explained(name: str, micro: int | None, steps: int) -> None:
+    spoil, text = NOT_FINITE[name]
+    model = nn.Sequential(nn.Linear(2, 3))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[9.0, 9.0], [-9.0, -9.0], [0.0, 0.0]]))
+    plan = descent.Batch(learning_rate=0.1, micro_batch_size=micro)
+    step = Backprop(model, nn.CrossEntropyLoss(), plan)
+    x, t = torch.ones(4, 2), torch.tensor([0, 1, 2, 0])
+    for _ in range(steps):
+        step(x, t)
+    before = copy.deepcopy(model.state_dict())
+    spoil(x, t)
+    # In pieces, the rows are those of a piece.
+    with pytest.raises(FloatingPointError, match=text.replace("row 3", "row [13]")):
+        step(x, t)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
 def test_branches_of_different_shapes_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"Residual: what is added must have one shape. Got \(3, 2\) and \(3, 4\)"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,56 +78,249 @@ def test_help_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "torch.ao" not in shown
 
 
-@pytest.mark.parametrize(
-    ("words", "text"),
-    [
-        (["--descent.batch_sise=9"], "unknown option 'descent.batch_sise' of manualprop.descent.MiniBatch. Did you mean 'batch_size'?"),
-        (["--trainer.max_epoch=9"], "unknown key 'trainer.max_epoch'. Did you mean 'trainer.max_epochs'?"),
-        (["--trainer.gradient_clip_val=1"], "unknown key 'trainer.gradient_clip_val': use --descent.clip_gradient_norm"),
-        (["--descent=Minibatch"], "descent: unknown class 'Minibatch'. Did you mean 'MiniBatch'?"),
-        (["--model.loss=manualprop.nn.CrossEntropyLos"], "unknown class 'manualprop.nn.CrossEntropyLos'. Did you mean 'CrossEntropyLoss'?"),
-        (["--descent.batch_size=x"], "descent.batch_size must be of type int. Got 'x'."),
-        (["--trainer.max_epochs=many"], "trainer.max_epochs must be of type int or null. Got 'many'."),
-        (["--config=nosuch.yaml"], "the file given as --config must exist. Got "),
-        (["--descent.learning_rate=-1"], "MiniBatch: learning_rate must be a positive number. Got learning_rate=-1.0."),
-        (["--descent.optimizer=Adam"], "Got an optimizer and learning_rate=0.1, momentum=0.9"),
-        (["--descent.batch_size=5000"], "Got batch_size=5000 and 1297 training examples"),
-        (["--model.model.sizes=[32,10]"], "the model takes 32 features per example. Got inputs of shape (32, 64)"),
-        (["--model.model.activation=Tonh"], "activation must be a class of manualprop.nn"),
-        (["--model.engine=fast"], "model.engine must be one of 'tape-free', 'autograd', 'auto'. Got 'fast'."),
-        (["--model.engine=tape-free", "--model.model.activation=torch.nn.Tanh"], "layer 'activation1' (Tanh) cannot be run without a tape: it is torch's"),
-        (["--model.engine=tape-free", "--trainer.precision=bf16-mixed"], "Got precision='bf16-mixed'. Set engine='auto' or 'autograd'"),
-        (["--name=a/b"], "name must be a plain directory name"),
-        (["--overwrite", "--resume"], "Give --overwrite or --resume, not both"),
-        (["--resume"], "checkpoints/last.ckpt does not exist; start the run without --resume."),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
-)  # fmt: skip
-def test_mistakes_are_one_line(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert fit(*words) == 2
+MISTAKES: list[tuple[str, str]] = [
+    # keys and values
+    ("--descent.batch_sise=9", "unknown option 'descent.batch_sise' of manualprop.descent.MiniBatch. Did you mean 'batch_size'?"),
+    ("--trainer.max_epoch=9", "unknown key 'trainer.max_epoch'. Did you mean 'trainer.max_epochs'?"),
+    ("--trainer.gradient_clip_val=1", "unknown key 'trainer.gradient_clip_val': use --descent.clip_gradient_norm"),
+    ("--descent=Minibatch", "descent: unknown class 'Minibatch'. Did you mean 'MiniBatch'?"),
+    ("--model.loss=manualprop.nn.CrossEntropyLos", "unknown class 'manualprop.nn.CrossEntropyLos'. Did you mean 'CrossEntropyLoss'?"),
+    ("--descent.batch_size=x", "descent.batch_size must be of type int. Got 'x'."),
+    ("--trainer.max_epochs=many", "trainer.max_epochs must be of type int or null. Got 'many'."),
+    ("--trainer.max_epochs=-5", "`max_epochs` must be a non-negative integer or -1. You passed in -5."),
+    ("--trainer.limit_train_batches=0", "data must give at least one batch of training examples. Got none"),
+    ("--trainer.val_check_interval=1000", "`val_check_interval` (1000) must be less than or equal to the number of the training batches (41)"),
+    ("--trainer.check_val_every_n_epoch=0", "trainer.check_val_every_n_epoch must be at least 1. Got 0"),
+    ("--trainer.devices=-3", "should be an int > 0"),
+    ("--trainer.accelerator=gpu --trainer.devices=99", ""),
+    ("--trainer.strategy=nosuch", "invalid strategy name: `strategy='nosuch'`"),
+    ("--trainer.callbacks+=LearningRateMonitor", "Cannot use `LearningRateMonitor` callback with `Trainer` that has no logger."),
+    ("--trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor=val_los", "EarlyStopping must watch a value that is logged in every epoch. Got monitor='val_los'; choose one of train_accuracy, train_loss, val_accuracy, val_loss."),
+    ("--threads=0", "threads must be above 0. Got 0."),
+    ("--seed=-1", "seed_everything must be at least 0 and at most 4294967295. Got -1."),
+    ("--name=a/b", "name must be a plain directory name"),
+    ("--config=nosuch.yaml", "the file given as --config must exist. Got "),
+    ("--overwrite --resume", "Give --overwrite or --resume, not both"),
+    ("--resume", "checkpoints/last.ckpt does not exist; start the run without --resume."),
+    # descents
+    ("--descent.learning_rate=-1", "MiniBatch: learning_rate must be a positive number. Got learning_rate=-1.0."),
+    ("--descent.optimizer=Adam", "Got an optimizer and learning_rate=0.1, momentum=0.9"),
+    ("--descent.batch_size=5000", "Got batch_size=5000 and 1297 training examples"),
+    ("--descent.lr_scheduler=StepLR", "step_size"),
+    # models, losses, engines
+    ("--model.model.sizes=[32,10]", "the model takes 32 features per example. Got inputs of shape (200, 64)"),
+    ("--model.model.sizes=[64,7]", "class numbers must lie from 0 to 6, because the model has 7 outputs. Got 9 in row 5"),
+    ("--model.model.sizes=[64,a]", "model.model.sizes must be of type"),
+    ("--model.model.activation=Tonh", "activation must be a class of manualprop.nn"),
+    ("--model.engine=fast", "model.engine must be one of 'tape-free', 'autograd', 'auto'. Got 'fast'."),
+    ("--model.engine=tape-free --model.model.activation=torch.nn.Tanh", "layer 'activation1' (Tanh) cannot be run without a tape: it is torch's"),
+    ("--model.engine=tape-free --trainer.precision=bf16-mixed", "Got precision='bf16-mixed'. Set engine='auto' or 'autograd'"),
+    ("--model.model=mistaken.TwoOutputs", "the model must return one tensor. Got tuple"),
+    ("--model.model=mistaken.OneOutput", "CrossEntropyLoss must be given one output per class, of shape (examples, classes). Got an output of shape"),
+    ("--model.model=mistaken.Misshapen", "the model must take inputs of shape (200, 64). Got RuntimeError: shape '[3, 1000]' is invalid"),
+    ("--model.model=mistaken.Frozen", "the model must have a parameter that requires a gradient. Got none"),
+    ("--model.model=mistaken.NoParameters", "the model must have a parameter that requires a gradient. Got none"),
+    ("--model.loss=mistaken.ManyNumbers", "the loss must be one number. Got a tensor of shape (200,)"),
+    ("--model.loss=manualprop.nn.MSELoss", "MSELoss must be given an output and a target of one shape. Got (N, 10) and (N,), which would be broadcast"),
+    # data
+    ("--data=mistaken.FloatLabels", "must be class numbers, of dtype torch.int64. Got targets of shape (32,) and torch.float32; convert them with target.long()"),
+    ("--data=mistaken.Int32Labels", "must be class numbers, of dtype torch.int64. Got dtype=torch.int32"),
+    ("--data=mistaken.OneHot", "must be given one class number per example, of shape (N,). Got targets of shape (32, 10); for one-hot rows use target.argmax(dim=1)"),
+    ("--data=mistaken.Column", "Got targets of shape (32, 1); use target.squeeze(1)."),
+    ("--data=mistaken.FromOne", "class numbers must lie from 0 to 9, because the model has 10 outputs. Got 10 in row"),
+    ("--data=mistaken.Negative", "Got -1 in row 3; number the classes from 0 on"),
+    ("--data=mistaken.NumPy", "the inputs of train must be a tensor. Got numpy.ndarray; convert it with torch.as_tensor"),
+    ("--data=mistaken.Nan", "the inputs of train must be finite. Got nan in row 5, column 7; remove such rows"),
+    ("--data=mistaken.NanInValidation", "the inputs of val must be finite. Got nan in row 5, column 7"),
+    ("--data=mistaken.Ignored", "an update must see at least one target that is not ignored: a mean over none is nan. Got -100"),
+    ("--data=mistaken.Images", "Got inputs of shape (32, 8, 8); flatten them: put torch.nn.Flatten() before the first layer"),
+    ("--data=mistaken.Double", "model and inputs must be of one dtype. Got a model of torch.float32 and inputs of torch.float64"),
+    ("--data=mistaken.Integers", "the inputs of train must be floating point. Got dtype=torch.int64"),
+    ("--data=mistaken.Three", "train must be a pair of tensors (inputs, targets). Got tuple of 3."),
+    ("--data=mistaken.Shorter", "train must hold one target per input. Got 64 inputs and 60 targets."),
+    ("--data=mistaken.WideValidation", "the model takes 64 features per example. Got inputs of shape (64, 32)"),
+    ("--data=mistaken.LabelsOfValidation", "Got 10 in row"),
+    ("--data=mistaken.Loader", "must be class numbers, of dtype torch.int64. Got targets of shape (16,) and torch.float32"),
+    ("--data=mistaken.Dicts", "a batch must be a pair of tensors (inputs, targets). Got dict"),
+    ("--data=mistaken.EmptyLoader", "data must give at least one batch of training examples. Got none"),
+    ("--data=mistaken.NoFile", "every file that the configuration names must be there. Got No such file or directory: nosuch.pt"),
+    ("--data=lightning.pytorch.LightningDataModule", "`train_dataloader` must be implemented"),
+    # packages and places
+    ("--trainer.logger=TensorBoardLogger", "TensorBoardLogger: Neither `tensorboard` nor `tensorboardX` is available"),
+    ("--trainer.logger.save_dir=elsewhere", "trainer.logger"),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings("ignore:Total length of .* across ranks is zero:UserWarning")
+@pytest.mark.parametrize(("words", "text"), MISTAKES, ids=[words for words, _ in MISTAKES])
+def test_mistakes_are_one_line(words: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A refused command says in a line or two what to do, and leaves the disk as it was."""
+    assert fit("--trainer.max_epochs=1", *words.split()) == 2
     shown = capsys.readouterr().err
     assert text in shown
     assert "Traceback" not in shown
+    assert shown.startswith("manualprop fit: ")
     assert len(shown.splitlines()) <= 2
-    assert not Path("runs/digits-minibatch/history.csv").exists()
+    assert list(Path().iterdir()) == []
+
+
+def replaced(old: str, new: str) -> bytes:
+    return RECIPE.read_text().replace(old, new).encode()
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "text"),
+    ("recipe", "text"),
     [
-        ("batch_size", "batch_sise", "unknown option 'descent.batch_sise'"),
-        ("max_epochs", "max_epoch", "unknown key 'trainer.max_epoch'. Did you mean 'trainer.max_epochs'?"),
-        ("\ndata:", "\ndta:", "unknown key 'dta.class_path'. Did you mean 'data'?"),
-        ("    momentum", "   momentum", "Problems parsing config"),
-        ("[64, 64, 10]", "3", "model.model.sizes must be of type list. Got '3'."),
+        (replaced("batch_size", "batch_sise"), "unknown option 'descent.batch_sise'"),
+        (replaced("max_epochs", "max_epoch"), "unknown key 'trainer.max_epoch'. Did you mean 'trainer.max_epochs'?"),
+        (replaced("\ndata:", "\ndta:"), "unknown key 'dta.class_path'. Did you mean 'data'?"),
+        (replaced("    momentum", "   momentum"), "the file given as --config must be YAML. Got "),
+        (replaced("[64, 64, 10]", "3"), "model.model.sizes must be of type list. Got '3'."),
+        (replaced("class_path: manualprop.descent.MiniBatch", "class: MiniBatch"), "descent must name a class of the kind Descent, by class_path"),
+        (b"", "must hold the keys of a run, such as name, descent, model, data and trainer. Got an empty file"),
+        (b"- 1\n- 2\n", "must hold the keys of a run, such as name, descent, model, data and trainer. Got - 1 - 2"),
+        (b"name: a\n\tdescent: b\n", "must be YAML. Got while scanning"),
+        (b"name: 'a\n", "must be YAML. Got while scanning a quoted scalar"),
+        (bytes(range(256)), "must be text in UTF-8. Got "),
+        (b"descent: !!python/object:os.system x\n", "must be YAML. Got could not determine a constructor"),
     ],
-)
-def test_mistakes_in_the_recipe(old: str, new: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("bad.yaml").write_text(RECIPE.read_text().replace(old, new))
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)  # fmt: skip
+def test_mistakes_in_the_recipe(recipe: bytes, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bad.yaml").write_bytes(recipe)
     assert _command.main(["fit", "--config", "bad.yaml"]) == 2
     shown = capsys.readouterr().err
     assert text in shown
     assert "Traceback" not in shown
+    assert len(shown.splitlines()) <= 2
+    assert [path.name for path in Path().iterdir()] == ["bad.yaml"]
+
+
+# --- a run that is there already ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of runs after one epoch; copied where it may change."""
+    home = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        assert fit("--trainer.max_epochs=1") == 0
+    return home / "runs"
+
+
+LAST = Path("runs/digits-minibatch/checkpoints/last.ckpt")
+RESUME = ["fit", "--name=digits-minibatch", "--resume", "--trainer.enable_progress_bar=false"]
+
+
+def truncate() -> None:
+    LAST.write_bytes(LAST.read_bytes()[:1000])
+
+
+def make_a_folder() -> None:
+    LAST.unlink()
+    LAST.mkdir()
+
+
+def other_version() -> None:
+    checkpoint = torch.load(LAST, weights_only=True)
+    checkpoint["manualprop"]["version"] = 7
+    torch.save(checkpoint, LAST)
+
+
+def spoil_config() -> None:
+    Path("runs/digits-minibatch/config.yaml").write_text("x: [")
+
+
+WITH_A_RUN: dict[str, tuple[Callable[[], object], str, str]] = {
+    "truncated": (truncate, "fit --resume", "last.ckpt cannot be read as one (RuntimeError); copy runs/digits-minibatch/checkpoints/best.ckpt there"),
+    "empty": (lambda: LAST.write_bytes(b""), "fit --resume", "last.ckpt cannot be read as one (EOFError)"),
+    "folder": (make_a_folder, "fit --resume", "last.ckpt cannot be read as one (IsADirectoryError)"),
+    "foreign": (lambda: torch.save({"state_dict": {}}, LAST), "fit --resume", "Got one without optimizer_states, lr_schedulers, loops, callbacks, manualprop"),
+    "a list": (lambda: torch.save([1, 2], LAST), "fit --resume", "Got one without state_dict"),
+    "a module": (lambda: torch.save(torch.nn.Linear(2, 2), LAST), "fit --resume", "last.ckpt cannot be read as one (UnpicklingError)"),
+    "version": (other_version, "fit --resume", "must be of version 1. Got version 7; go on with the version of manualprop that wrote it"),
+    "config": (spoil_config, "fit --resume", "must be YAML. Got while parsing a flow node"),
+    "foreign to test": (lambda: torch.save({"state_dict": {"a": torch.ones(1)}}, LAST), "test --checkpoint=last", "same architecture. Got a (1,) there, absent here"),
+    "list to predict": (lambda: torch.save([1, 2], LAST), "predict --checkpoint=last", "last.ckpt holds no weights (state_dict)"),
+    "folder to validate": (lambda: None, "validate --checkpoint=runs", "runs is a directory; give"),
+    "labels of test": (lambda: None, "test --data=mistaken.LabelsOfTest", "class numbers must lie from 0 to 9, because the model has 10 outputs. Got 10 in row 5"),
+    "data": (lambda: None, "fit --resume --data=mistaken.Column", "data must hold as many training examples as the run has seen. Got 64 examples, and 1297 in the checkpoint"),
+    "optimizer": (lambda: None, "fit --resume --descent.optimizer=torch.optim.Adam --descent.learning_rate=null --descent.momentum=0", "descent.optimizer must be the one whose state the checkpoint holds. Got torch.Adam, and torch.SGD in the checkpoint"),
+    "descent": (lambda: None, "fit --resume --descent=Stochastic", "descent must be that of the run. Got Stochastic, and MiniBatch in the checkpoint"),
+    "sizes": (lambda: None, "fit --resume --model.model.sizes=[64,32,10]", "same architecture. Got model.linear1.weight (64, 64) there, (32, 64) here"),
+    "activation": (lambda: None, "fit --resume --model.model.activation=ReLU", "model.model must be the network whose weights the checkpoint holds. Got (activation1): ReLU(), and (activation1): Tanh() in"),
+    "loss": (lambda: None, "fit --resume --model.loss.label_smoothing=0.1", "model.loss must be that of the run, by which its best checkpoint is chosen"),
+    "seed": (lambda: None, "fit --resume --seed=7", "seed must be that of the run"),
+    "past": (lambda: None, "fit --resume --trainer.max_epochs=0", "trainer.max_epochs must be at least the epochs that have been made. Got 0, and 1 in the checkpoint"),
+    "batch size": (lambda: None, "fit --resume --descent.batch_size=5000", "Got batch_size=5000 and 1297 training examples"),
+    "engine": (lambda: None, "fit --resume --model.engine=tape-free --trainer.precision=bf16-mixed", "Got precision='bf16-mixed'"),
+    "overwrite": (lambda: None, "fit --overwrite --model.model.sizes=[64,7]", "class numbers must lie from 0 to 6"),
+    "log": (lambda: Path("runs/digits-minibatch/lightning_logs/a").mkdir(parents=True), "fit --resume --trainer.logger=CSVLogger --trainer.logger.version=a", "trainer.logger must write to a directory of its own"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")  # the run is a copy
+@pytest.mark.parametrize("name", WITH_A_RUN)
+def test_mistakes_with_a_run_leave_it_as_it_was(
+    name: str, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained, "runs")
+    prepare, words, text = WITH_A_RUN[name]
+    prepare()
+    before = contents()
+    command, *rest = words.split()
+    limit = ["--trainer.max_epochs=2"] if command == "fit" and "max_epochs" not in words else []
+    assert _command.main([command, "--name=digits-minibatch", *config_for(rest), *limit, *rest]) == 2
+    shown = capsys.readouterr().err
+    assert text in shown
+    assert "Traceback" not in shown
+    assert len(shown.splitlines()) <= 2
+    assert contents() == before
+
+
+def config_for(words: list[str]) -> list[str]:
+    return ["--config", str(RECIPE)] if "--overwrite" in words else []
+
+
+def contents() -> dict[str, bytes]:
+    return {str(path): path.read_bytes() if path.is_file() else b"" for path in Path().rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("prepare", "text"),
+    [
+        (lambda: Path("runs").write_text(""), "runs/digits-minibatch must be a directory that can be written to. Got Not a directory"),
+        (lambda: (Path("runs").mkdir(), Path("runs/digits-minibatch").write_text("")), "must be a directory that can be written to. Got File exists"),
+        (lambda: (Path("runs").mkdir(), Path("runs/digits-minibatch").symlink_to("/nosuch/x")), "must be a directory that can be written to"),
+    ],
+)  # fmt: skip
+def test_directories_that_cannot_be_written_to(
+    prepare: Callable[[], object], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare()
+    before = contents()
+    assert fit() == 2
+    shown = capsys.readouterr().err
+    assert text in shown
+    assert len(shown.splitlines()) == 1
+    assert contents() == before
+
+
+def test_a_read_only_directory(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """root may write anywhere, so the refusal of the system is put in its place."""
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    assert fit() == 2
+    shown = capsys.readouterr().err
+    assert "must be a directory that can be written to. Got Permission denied: runs" in shown
+    assert len(shown.splitlines()) == 1
 
 
 def test_nothing_to_evaluate(capsys: pytest.CaptureFixture[str]) -> None:

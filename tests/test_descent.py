@@ -253,3 +253,9 @@ def test_needs_torch_only() -> None:
     script = "import sys, manualprop.descent; print({'lightning', 'pytest', 'numpy'} & set(sys.modules) - {'numpy'})"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+def test_one_example_is_not_a_range_of_batch_sizes() -> None:
+    text = "Got batch_size=32 and 1 training example; choose batch_size=1, or the descent Batch"
+    with pytest.raises(ValueError, match=text):
+        MiniBatch(learning_rate=0.1).updates_per_epoch(1)

@@ -512,7 +512,7 @@ def test_non_finite_loss_stops_and_the_checkpoint_stays(descent: Descent, engine
         callbacks=[*checkpoint_callbacks(directory, "train_loss"), Poison()],
     )
     module = DescentModule(network(), manualprop.nn.CrossEntropyLoss(), descent, engine=engine)
-    text = r"Got loss=nan at update \d+ \(epoch 3\) with learning rate .*clip_gradient_norm.*checkpoint: .*last\.ckpt"
+    text = r"Got loss=nan at update \d+ \(epoch 3\), which was not made, with learning rate .*clip_gradient_norm.*checkpoint: .*last\.ckpt"
     with pytest.raises(NonFiniteLossError, match=text):
         job.fit(module, TensorDataModule(examples()))
     saved = torch.load(directory.last, weights_only=True)

@@ -15,7 +15,7 @@ from manualprop import functions as rules
 from manualprop import nn
 from manualprop._backprop._context import Application, applications
 from manualprop._backprop._stages import WAY_OUT, refusal
-from manualprop.descent import denominator
+from manualprop.descent import compares_elements, denominator
 from manualprop.functions._elementwise_loss import ElementwiseLoss
 from manualprop.functions._kernels import SMALLEST
 from manualprop.functions._narrow import log_softmax
@@ -149,6 +149,12 @@ class Criterion:
 
     def _apply(self, output: Tensor, target: Tensor) -> tuple[Tensor, Application]:
         """The losses of the elements, and how they were made."""
+        if compares_elements(self.loss) and output.shape != target.shape:
+            raise ValueError(
+                f"Backprop: {type(self.loss).__name__} must be given an output and a target of one shape. Got "
+                f"{tuple(output.shape)} and {tuple(target.shape)}, which would be broadcast against each other; reshape "
+                "the target, for example with target.unsqueeze(1)."
+            )
         losses, found = applications(self.unreduced.forward, output, target)
         if len(found) != 1 or found[0].arguments[0].shape != output.shape:
             raise TypeError(

@@ -366,9 +366,9 @@ def flat(stage: Stage) -> list[Stage]:
 WAY_OUT = "Train this model with autograd, where the same modules work, or give it layers of manualprop.nn"
 
 
-def refusal(path: str, layer: Module, why: str) -> str:
+def refusal(path: str, layer: Module, why: str, way_out: str = WAY_OUT) -> str:
     """The text that refuses a layer: which, where, why, and what to do."""
-    return f"Backprop: layer {path or 'model'!r} ({type(layer).__name__}) cannot be run without a tape: {why}. {WAY_OUT}."
+    return f"Backprop: layer {path or 'model'!r} ({type(layer).__name__}) cannot be run without a tape: {why}. {way_out}."
 
 
 def build(layer: Module, path: str = "") -> Stage:
@@ -397,6 +397,16 @@ def build(layer: Module, path: str = "") -> Stage:
         return _activation(layer, path) or Applied(path, layer)
     if kind.__module__.startswith("torch.nn.") and hasattr(nn, kind.__name__):
         raise TypeError(refusal(path, layer, "it is torch's; call manualprop.swap(model) first"))
+    if next(layer.children(), None) is not None:
+        raise TypeError(
+            refusal(
+                path,
+                layer,
+                "its forward is Python code of its own, which is not read",
+                "Train this model with autograd, where the same modules work, or write it as nn.Sequential of its "
+                "layers, with nn.Residual and nn.Parallel of manualprop.nn for branches",
+            )
+        )
     raise TypeError(refusal(path, layer, "its forward is not known here"))
 
 

@@ -20,6 +20,7 @@ from torch.nn import Module, Parameter
 from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from manualprop._backprop._advice import data_at_fault
 from manualprop._backprop._criterion import Criterion, Repeated
 from manualprop._backprop._descend_op import Updates
 from manualprop._backprop._destinations import Collect, Descend, Destinations, Factors, Guarded
@@ -64,7 +65,8 @@ class Backprop:
 
     Raises:
         RuntimeError: for ``capture`` without a GPU.
-        TypeError: for a layer or a loss that cannot be run without a tape; the text names it and the way out.
+        TypeError: for a layer or a loss that cannot be run without a tape; the text names it and the way out; and for
+            a descent that is none.
         ValueError: for a model without a parameter that requires a gradient.
     """
 
@@ -78,6 +80,11 @@ class Backprop:
         compile: bool = False,
         capture: bool = False,
     ) -> None:
+        if not isinstance(descent, Descent):
+            raise TypeError(
+                f"Backprop: descent must be one of manualprop.descent. Got {descent!r}; give a descent with its learning "
+                "rate, such as MiniBatch(learning_rate=0.1)."
+            )
         self.model, self.descent = model, descent
         self.criterion = Criterion(loss)
         self.stage = build(model)
@@ -217,9 +224,7 @@ class Backprop:
         """Forward propagation, loss, gradient of the loss, backward propagation; the loss and its divisor."""
         self.output = output = self.stage.forward(x)
         loss, divisor, g = self.criterion(output, target, divide)
-        value = loss.item()
-        if not math.isfinite(value):
-            self._refuse(value)
+        value = self._finite(loss, x, target)
         self.stage.backward(g)
         return value, divisor
 
@@ -247,26 +252,28 @@ class Backprop:
 
     def _repeat(self, x: Tensor, target: Tensor) -> float:
         """What ``_propagate`` does, as it was prepared."""
+        y = x
         for forward in self._forwards:
-            x = forward(x)
-        self.output = x
-        loss, g = self._evaluate(x, target)
+            y = forward(y)
+        self.output = y
+        loss, g = self._evaluate(y, target)
         if not math.isfinite(loss):
-            self._refuse(loss)
+            self._refuse(loss, x, target)
         for backward in self._backwards:
             g = backward(g)  # type: ignore[assignment]  # None from the first that learns alone
         return loss
 
-    def _finite(self, loss: Tensor) -> float:
+    def _finite(self, loss: Tensor, x: Tensor, target: Tensor) -> float:
         value = loss.item()
         if not math.isfinite(value):
-            self._refuse(value)
+            self._refuse(value, x, target)
         return value
 
-    def _refuse(self, value: float) -> NoReturn:
+    def _refuse(self, value: float, x: Tensor, target: Tensor) -> NoReturn:
+        advice = data_at_fault(x, target, self.criterion.loss) or "Try a smaller learning rate"
         raise FloatingPointError(
             f"Backprop: the loss must stay finite. Got loss={value} with learning rate {self._groups[0]['lr']:g}; no "
-            "weight was changed. Try a smaller learning rate, and look for nan or huge values in the data."
+            f"weight was changed. {advice}."
         )
 
     # ----- the whole as one graph -----
@@ -284,7 +291,7 @@ class Backprop:
         form, numbers = self._numbers.of(self._groups)
         found, self.output = self._graph(self._whole_step, form, [x, target, *numbers])
         torch.autograd.graph.increment_version(self._learning)  # which autograd cannot see otherwise
-        return self._finite(found)
+        return self._finite(found, x, target)
 
     def _graph(self, body: Body, form: Any, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         assert self._graphs is not None
@@ -317,7 +324,7 @@ class Backprop:
         """One step, by a compiled graph, which ends with the update folded into the products."""
         with torch.no_grad():
             found, self.output = self._graph(self._descending, None, [x, target])
-        return self._finite(found)
+        return self._finite(found, x, target)
 
     def _descending(self, x: Tensor, target: Tensor) -> tuple[Tensor, ...]:
         """Loss and output; what the gradients are made of goes into the update."""
@@ -363,7 +370,7 @@ class Backprop:
             return value, float(divisor)
         body = self._gradients if divide else self._sums
         loss, divisor, self.output, *gradients = self._graph(body, None, [x, target])
-        value = self._finite(loss)
+        value = self._finite(loss, x, target)
         for destination, gradient in zip(to.values(), gradients, strict=True):
             destination.take(gradient.clone() if self._graphs.capture else gradient)
         return value, divisor.item()
@@ -377,6 +384,8 @@ class Backprop:
         total, divisor = (math.fsum(column) for column in zip(*sums, strict=True))
         if is_sum(self.criterion.loss):
             return total
+        if not divisor:
+            self._refuse(math.nan, *pieces[0])
         for destination in to.values():
             destination.made.div_(divisor)
         return total / divisor

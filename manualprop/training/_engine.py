@@ -20,11 +20,13 @@ from torch import Tensor
 
 from manualprop._backprop import WAY_OUT, Backprop
 from manualprop.descent import sum_and_denominator
+from manualprop.training._checks import untouched
 
 if TYPE_CHECKING:
     from manualprop.training.module import DescentModule
 
 EngineName = Literal["tape-free", "autograd", "auto"]
+Finite = Callable[[float, Tensor, Tensor], float]
 
 # What Lightning calls around autograd and optimizer.step(), neither of which a folded update goes through.
 _CALLBACK_HOOKS = (
@@ -41,10 +43,10 @@ class Engine(ABC):
 
     Args:
         module: under training, its optimizer in the state to go on from.
-        finite: returns the loss that it is given, and refuses one that is not finite.
+        finite: returns the loss of some inputs and targets, and refuses one that is not finite.
     """
 
-    def __init__(self, module: DescentModule, finite: Callable[[float], float]) -> None:
+    def __init__(self, module: DescentModule, finite: Finite) -> None:
         self.module, self.finite = module, finite
 
     @abstractmethod
@@ -79,7 +81,7 @@ class Autograd(Engine):
         self.optimizer().zero_grad()
         output: Tensor = self.module(x)
         loss = self.module.loss(output, target)
-        value = self.finite(loss.item())
+        value = self.finite(loss.item(), x, target)
         self.module.manual_backward(loss)
         self.step()
         return value, output.detach()
@@ -88,7 +90,7 @@ class Autograd(Engine):
         """Add the gradient of a piece; see `Engine.add`."""
         output: Tensor = self.module(x)
         total, divisor = sum_and_denominator(self.module.loss, output, target)
-        value = self.finite(total.item())
+        value = self.finite(total.item(), x, target)
         self.module.manual_backward(total)
         return value, divisor, output.detach()
 
@@ -96,7 +98,7 @@ class Autograd(Engine):
 class TapeFree(Engine):
     """The formulas written out, by :class:`manualprop.Backprop`; where it can, the update is folded into them."""
 
-    def __init__(self, module: DescentModule, finite: Callable[[float], float]) -> None:
+    def __init__(self, module: DescentModule, finite: Finite) -> None:
         super().__init__(module, finite)
         self.backprop = self._backprop(module.loss)
         self._summed: Backprop | None = None
@@ -111,7 +113,7 @@ class TapeFree(Engine):
         try:
             loss = self.backprop(x, target)
         except FloatingPointError:
-            self._refuse(self.backprop, target)
+            self._refuse(self.backprop, x, target)
             raise
         # As LightningOptimizer.step does, which a folded update does not go through.
         self._made.increment_by(1)
@@ -126,7 +128,7 @@ class TapeFree(Engine):
                 made.append((backprop(x, target), backprop.output))
             except FloatingPointError:
                 self._made.increment_by(len(made))
-                self._refuse(backprop, target)
+                self._refuse(backprop, x, target)
                 raise
         self._made.increment_by(len(made))
         return made
@@ -140,7 +142,7 @@ class TapeFree(Engine):
         try:
             gradients = self._summed.gradients(x, target)
         except FloatingPointError:
-            self._refuse(self._summed, target)
+            self._refuse(self._summed, x, target)
             raise
         for name, gradient in gradients.items():
             parameter = self.module.model.get_parameter(name)
@@ -150,10 +152,10 @@ class TapeFree(Engine):
             total, divisor = sum_and_denominator(self.module.loss, output, target)
         return total.item(), divisor, output
 
-    def _refuse(self, backprop: Backprop, target: Tensor) -> None:
+    def _refuse(self, backprop: Backprop, x: Tensor, target: Tensor) -> None:
         """Name the update in the error, where the loss is what was not finite."""
         with torch.no_grad():
-            self.finite(float(backprop.criterion.loss(backprop.output, target)))
+            self.finite(float(backprop.criterion.loss(backprop.output, target)), x, target)
 
     def rehearse(self, x: Tensor, target: Tensor) -> None:
         """Run forwards and backwards without a trace: some layers are refused when they meet their input only.
@@ -165,16 +167,11 @@ class TapeFree(Engine):
         Raises:
             TypeError: the refusal.
         """
-        buffers = [(buffer, buffer.clone()) for buffer in self.module.model.buffers()]
-        devices = [x.device] if x.device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(devices=devices):
+            with untouched(self.module.model, x):
                 self.backprop.gradients(x, target)
         except (ValueError, RuntimeError, ArithmeticError):
             pass  # of the data, not of the engine: the update itself will say so
-        finally:
-            for buffer, before in buffers:
-                buffer.copy_(before)
 
 
 def obstacle(module: DescentModule) -> str | None:
@@ -195,7 +192,7 @@ def obstacle(module: DescentModule) -> str | None:
     if found:
         return f"{found}, which is not called without a tape"
     try:
-        TapeFree(module, float)
+        TapeFree(module, lambda loss, x, target: loss)
     except (TypeError, ValueError) as error:
         return shortened(error)
     return None

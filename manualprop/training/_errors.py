@@ -4,7 +4,13 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """Base of the errors whose text says what must hold, what was given and what to do."""
+    """Base of the errors whose text says what must hold, what was given and what to do.
+
+    Attributes:
+        status: exit status of a command that ends so: 2 for a mistake in the command, 1 for a failure while it runs.
+    """
+
+    status = 2
 
 
 class InputValueError(UserError, ValueError):
@@ -15,9 +21,27 @@ class InputTypeError(UserError, TypeError):
     """Data of a type that cannot be trained on."""
 
 
-class NonFiniteLossError(UserError, FloatingPointError):
+class DivergedError(UserError, FloatingPointError):
+    """The loss left the range in which a network learns."""
+
+    status = 1
+
+
+class NonFiniteLossError(DivergedError):
     """The loss became infinite or nan; the weights are those before the update that it would have made."""
 
 
 class RunDirectoryError(UserError, FileExistsError):
     """The run directory is taken, busy, or holds nothing to resume."""
+
+
+class StorageError(UserError, OSError):
+    """A file could not be written; what stood under its name is unchanged."""
+
+    status = 1
+
+
+class UnwritableError(StorageError):
+    """The run directory cannot be written to at all."""
+
+    status = 2

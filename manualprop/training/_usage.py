@@ -12,7 +12,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch import Trainer
@@ -49,6 +49,13 @@ class HelpFormatter(DefaultHelpFormatter):
         return text.replace(listed[0], "")
 
 
+class _Quiet(argparse.ArgumentParser):
+    """A parser that leaves it to another to say what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
 def with_saved_config(arguments: Sequence[str]) -> list[str]:
     """Return the arguments with the configuration that a run was trained with, where none is given.
 
@@ -59,13 +66,13 @@ def with_saved_config(arguments: Sequence[str]) -> list[str]:
         ValueError: when there is no such configuration.
     """
     command, *rest = arguments
-    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options = _Quiet(add_help=False, allow_abbrev=False)
     options.add_argument("-c", "--config")
     options.add_argument("--name", default="run")
     options.add_argument("--resume", action="store_true")
     try:
         given, _ = options.parse_known_args(rest)
-    except SystemExit:  # a value is missing: the real parser says so too
+    except ValueError:  # a value is missing: the real parser says so too
         return list(arguments)
     if given.config is not None or (command == "fit" and not given.resume):
         return list(arguments)
@@ -89,10 +96,15 @@ def explain(error: Exception, replaced: Mapping[str, str]) -> str:
     """
     text = str(error)
     for kind in (
+        _recipe,
         _unknown_key,
         _unknown_option,
         _unknown_class,
+        _unreadable,
+        _restricted,
         _refused,
+        _failed,
+        _no_class,
         _not_one_of,
         _wrong_type,
         _missing,
@@ -184,14 +196,67 @@ def _missing(text: str, replaced: Mapping[str, str]) -> str:
 
 
 def _no_file(text: str, replaced: Mapping[str, str]) -> str:
-    found = re.search(r"File does not exist: '(.*)'", text)
+    found = re.search(r"(?:File does not exist|Path is not a file): '(.*)'", text)
     return f"the file given as --config must exist. Got {found[1]!r}." if found else ""
+
+
+def _recipe(text: str, replaced: Mapping[str, str]) -> str:
+    """A recipe that is no mapping of keys, no YAML, or no text at all."""
+    for sign, what in (
+        ("Unexpected config:", "hold the keys of a run, such as name, descent, model, data and trainer"),
+        ("Problems parsing config:", "be YAML"),
+        ("codec can't decode", "be text in UTF-8"),
+    ):
+        if sign in text:
+            got = " ".join(text.partition(sign)[2].split() if sign.endswith(":") else text.split())
+            return f"the file given as --config must {what}. Got {got or 'an empty file'}; compare recipes/digits/minibatch.yaml."
+    return ""
 
 
 def _refused(text: str, replaced: Mapping[str, str]) -> str:
     """The text of a constructor's own ValueError, out of the list of all types that were tried."""
-    found = re.search(r"Errors:\n\s*- ((?!Expected|Problem with|Parser key|Type ).+)", text)
+    found = re.search(
+        r"Errors:\n\s*- ((?!Expected|Problem with|Parser key|Type |Not a valid subclass).+)", text
+    )
     return found[1] if found else ""
+
+
+def _restricted(text: str, replaced: Mapping[str, str]) -> str:
+    found = re.search(r"Not of type \w+: (?:(\S+) )?does not conform to restriction (.*)", text)
+    if found is None:
+        return ""
+    limits = (
+        found[2].replace("v", "").replace(">=", "at least ").replace("<=", "at most ").replace(">", "above ")
+    )
+    value = re.search(r"Got value: (.*)|Given value: (.*)", text)
+    got = found[1] or (value[1] or value[2] if value else "something else")
+    return f"{'.'.join(_key_path(text))} must be {limits.strip()}. Got {got}."
+
+
+def _unreadable(text: str, replaced: Mapping[str, str]) -> str:
+    found = re.search(r"\[Errno \d+\] (.*): '(.*)'", text)
+    if found is None:
+        return ""
+    return f"every file that the configuration names must be there. Got {found[1]}: {found[2]}; correct the path."
+
+
+def _no_class(text: str, replaced: Mapping[str, str]) -> str:
+    found = re.search(r"Not a valid subclass of (\w+)", text)
+    if found is None:
+        return ""
+    value = re.findall(r"Got value: (.*)|Given value: (.*)", text)
+    got = (value[-1][0] or value[-1][1]) if value else "something else"
+    key = ".".join(_key_path(text))
+    return f"{key} must name a class of the kind {found[1]}, by class_path, with its init_args. Got {got}."
+
+
+def _failed(text: str, replaced: Mapping[str, str]) -> str:
+    """What the constructor of a class said, where that is not a complaint about its arguments' types."""
+    found = re.search(
+        r"Problem with given class_path '[\w.]+?(\w+)':\n\s*+(?:- )?+((?!Expected|Problem with|Parser key|Validation |Not a valid subclass).+)",
+        text,
+    )
+    return f"{found[1]}: {found[2].strip()}" if found else ""
 
 
 def _key_path(text: str) -> list[str]:

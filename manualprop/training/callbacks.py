@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import csv
+import io
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from manualprop.training._files import write_whole
 from manualprop.training.run_directory import RunDirectory
 
 Row = dict[str, float]
@@ -37,7 +39,6 @@ class History(Callback):
         """Start the clock where the last row stopped it."""
         self.trained = True
         self._start = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0.0)
-        self._write(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add a row; callbacks that save checkpoints come later, so the checkpoint holds it."""
@@ -66,6 +67,55 @@ class History(Callback):
         self.rows = [dict(row) for row in state_dict["rows"]]
 
 
+class Record(Callback):
+    """Write the configuration of a run when its first update has been made, and keep it in the checkpoint.
+
+    Until then the run's directory stays as it is: a run that is refused leaves no trace. Where a resumed run has other
+    settings than its checkpoint, the configuration begins with a line for each, which says from which update on.
+
+    Args:
+        run: whose directory it is.
+        settings: every key of the configuration and its value.
+        text: of the configuration.
+    """
+
+    def __init__(self, run: RunDirectory, settings: dict[str, str], text: str) -> None:
+        self.run, self.settings, self.text = run, settings, text
+        self.changes: list[str] = []
+        self._before: dict[str, str] = settings
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what is other than it was."""
+        keys = dict.fromkeys([*self._before, *self.settings])
+        changed = [
+            f"{key} {self._before.get(key, 'absent')} -> {self.settings.get(key, 'absent')}"
+            for key in keys
+            if self._before.get(key) != self.settings.get(key)
+        ]
+        self.changes += [f"from update {trainer.global_step} on: {change}" for change in changed]
+        self._before = self.settings
+        if changed:
+            cast(Any, pl_module).changes = changed  # which the module says
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin the run, once."""
+        if self.run.began or not trainer.is_global_zero:
+            return
+        self.run.begin()
+        lines = [f"# {change}\n" for change in self.changes]
+        write_whole(self.run.config, "".join([*lines, self.text]).encode())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the settings, and what has changed since the run began."""
+        return {"settings": self.settings, "changes": list(self.changes)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what the checkpoint was trained with."""
+        self._before, self.changes = state_dict["settings"], list(state_dict["changes"])
+
+
 def write_csv(path: Path, rows: list[Row] | list[dict[str, Any]]) -> None:
     """Write rows to a CSV file, which is complete at every moment.
 
@@ -74,13 +124,11 @@ def write_csv(path: Path, rows: list[Row] | list[dict[str, Any]]) -> None:
         rows: with the same keys, or some of those of the others.
     """
     names = list(dict.fromkeys(name for row in rows for name in row))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(path)
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, names)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, file.getvalue().encode())
 
 
 def checkpoint_callbacks(run: RunDirectory, monitor: str | None) -> list[ModelCheckpoint]:

@@ -15,17 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import Namespace
+from jsonargparse.typing import PositiveInt, restricted_number_type
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from manualprop.descent import Descent
 from manualprop.training import _usage
-from manualprop.training._errors import InputValueError, NonFiniteLossError, UserError
-from manualprop.training.callbacks import History, TrainingProgress, checkpoint_callbacks, write_csv
-from manualprop.training.module import DescentModule, check_architecture
+from manualprop.training._checks import check_architecture
+from manualprop.training._errors import InputValueError, UserError
+from manualprop.training._files import WholeCheckpointIO
+from manualprop.training._resume import check_foreign
+from manualprop.training.callbacks import History, Record, TrainingProgress, checkpoint_callbacks, write_csv
+from manualprop.training.module import DescentModule
 from manualprop.training.plots import plot_history
 from manualprop.training.run_directory import RunDirectory
 
@@ -48,6 +55,9 @@ _REPLACED = {
     "num_sanity_val_steps": "the data are checked before the first update",
     "model_registry": "checkpoints lie in the directory of the run",
 }
+# Numpy's generator takes no other seeds.
+Seed = restricted_number_type("Seed", int, [(">=", 0), ("<=", 2**32 - 1)])
+
 _TRAINER_DEFAULTS = {"logger": False, "enable_model_summary": False, "max_epochs": 20, "accelerator": "auto"}
 
 
@@ -64,17 +74,26 @@ class DescentCLI(LightningCLI):
         described = {name: common | _described(name, text) for name, text in COMMANDS.items()}
         self.history = History()
         self.run_directory: RunDirectory | None = None
-        super().__init__(
-            DescentModule,
-            save_config_callback=None,
-            seed_everything_default=0,
-            parser_kwargs={**common, **described, "prog": "manualprop", "description": _usage.DESCRIPTION},
-            trainer_defaults=_TRAINER_DEFAULTS,
-            args=list(arguments),
-            run=run,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-        )
+        try:
+            super().__init__(
+                DescentModule,
+                save_config_callback=None,
+                seed_everything_default=0,
+                parser_kwargs={
+                    **common,
+                    **described,
+                    "prog": "manualprop",
+                    "description": _usage.DESCRIPTION,
+                },
+                trainer_defaults=_TRAINER_DEFAULTS,
+                args=list(arguments),
+                run=run,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+            )
+        finally:
+            if self.run_directory is not None:
+                self.run_directory.release()  # as it was found, unless training has begun
 
     # --- arguments ----------------------------------------------------------------------------------------------
 
@@ -96,12 +115,12 @@ class DescentCLI(LightningCLI):
         parser.add_argument(
             "--seed_everything",
             "--seed",
-            type=int,
+            type=Seed,
             default=0,
             help="Of the initial weights, dropout and the order.",
         )
         text = "CPU threads; 1 is quickest for small networks. Leave it out for torch's own choice."
-        parser.add_argument("--threads", type=int | None, default=None, help=text)
+        parser.add_argument("--threads", type=PositiveInt | None, default=None, help=text)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the descent, the module, the data and the trainer, in the order in which one looks for them."""
@@ -114,6 +133,7 @@ class DescentCLI(LightningCLI):
             Trainer, "trainer", fail_untyped=False, instantiate=False, sub_configs=True, skip=set(_REPLACED)
         )
         parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
+        parser.link_arguments("name", "trainer.logger.init_args.save_dir", compute_fn=_logs)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments that were given, without a look at sys.argv."""
@@ -154,15 +174,44 @@ class DescentCLI(LightningCLI):
         """Make the objects; what their constructors refuse is the configuration's mistake, not ours."""
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError) as error:
+        except UserError:
+            raise
+        except ImportError as error:
+            needed = " ".join(str(error).split()).removesuffix(".")
+            raise InputValueError(
+                f"every class of the configuration must find the packages that it needs. Got: {needed}; install what "
+                "is missing, or choose another class."
+            ) from error
+        except OSError as error:
+            raise InputValueError(
+                f"every file that the configuration names must be there. Got {error.strerror or error}: "
+                f"{error.filename}; correct the path."
+            ) from error
+        except (ValueError, TypeError, RuntimeError, LookupError) as error:
             raise InputValueError(_usage.explain(error, _REPLACED)) from error
+        for logger in self.trainer.loggers:
+            if logger.log_dir and Path(logger.log_dir).exists():
+                raise InputValueError(
+                    f"trainer.logger must write to a directory of its own. Got {logger.log_dir}, which exists; leave "
+                    "out version, and every part of the run gets a number."
+                )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with the callbacks of a run added to the user's."""
         given: Any = self._get(self.config_init, "trainer")
+        if given.get("check_val_every_n_epoch") == 0:
+            raise InputValueError(
+                "trainer.check_val_every_n_epoch must be at least 1. Got 0; to leave validation out, set "
+                "trainer.limit_val_batches to 0."
+            )
         callbacks = given.get("callbacks") or []
         callbacks = [*(callbacks if isinstance(callbacks, list) else [callbacks]), *self._callbacks(given)]
-        kwargs |= {"callbacks": callbacks, "num_sanity_val_steps": 0}
+        # One batch of validation first: what does not fit shows before anything is changed on disk.
+        kwargs |= {"callbacks": callbacks, "num_sanity_val_steps": 1}
+        plugins = given.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, WholeCheckpointIO()]
         kwargs["enable_checkpointing"] = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
         if self.run_directory is not None:
             kwargs["default_root_dir"] = self.run_directory.path
@@ -177,9 +226,25 @@ class DescentCLI(LightningCLI):
             return callbacks
         self.history.path = run.history
         validates = (
-            getattr(self.datamodule, "val", True) is not None and trainer.get("limit_val_batches") != 0
+            getattr(self.datamodule, "val", True) is not None
+            and is_overridden("val_dataloader", self.datamodule)
+            and trainer.get("limit_val_batches") != 0
         )
-        return [*callbacks, *checkpoint_callbacks(run, "val_loss" if validates else "train_loss")]
+        keepers = checkpoint_callbacks(run, "val_loss" if validates else "train_loss")
+        return [Record(run, *self._recorded()), *callbacks, *keepers]
+
+    def _recorded(self) -> tuple[dict[str, str], str]:
+        """The configuration of the run: key by key, and as the text of a recipe."""
+        config = self.config["fit"].clone()
+        for flag in ("config", "resume", "overwrite"):  # not part of what was trained
+            config.pop(flag, None)
+        text = self._subcommand_parsers["fit"].dump(config, skip_validation=True, skip_unset=False)
+        settings = {
+            key.replace(".init_args", "").removesuffix(".class_path"): _shown(value)
+            for key, value in config.items()
+            if key != "name"
+        }
+        return settings, text
 
     # --- commands -----------------------------------------------------------------------------------------------
 
@@ -187,7 +252,8 @@ class DescentCLI(LightningCLI):
         """Train, then say what lies where."""
         run = self._run()
         resume = self._get(self.config, "resume")
-        self._save_config(run)
+        if resume:
+            check_foreign(self._read(run.last))
         try:
             self.trainer.fit(model, ckpt_path=run.last if resume else None, weights_only=True, **kwargs)
         except SystemExit as stop:
@@ -195,8 +261,14 @@ class DescentCLI(LightningCLI):
                 _say(self._interrupted(run))
                 raise SystemExit(130) from None
             raise
+        if 0 in (self.trainer.num_training_batches, self.trainer.limit_train_batches):
+            raise InputValueError(
+                "data must give at least one batch of training examples. Got none; look at the data, and at "
+                "trainer.limit_train_batches."
+            )
         if self.trainer.is_global_zero and self.history.rows and self.history.path is not None:
-            plot_history(self.history.rows, run.plots / "history.png", run.name)
+            if run.began:
+                plot_history(self.history.rows, run.plots / "history.png", run.name)
             print(self._summary(run))
 
     def validate(self, model: LightningModule, **kwargs: Any) -> None:
@@ -225,16 +297,28 @@ class DescentCLI(LightningCLI):
 
     def _load_weights(self, model: LightningModule) -> Path:
         path = self._checkpoint()
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-        except Exception as error:  # torch.load fails in many ways on a file that is something else
+        state = self._read(path).get("state_dict")
+        if not isinstance(state, dict):
             raise InputValueError(
-                f"A checkpoint must be a file that a training run has written. {path} cannot be read as one "
-                f"({type(error).__name__}); give another one as --checkpoint."
-            ) from error
+                f"A checkpoint must be a file that a training run has written. {path} holds no weights (state_dict); "
+                "give another one as --checkpoint."
+            )
         check_architecture(state, model)
         model.load_state_dict(state)
         return path
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load fails in many ways on a file that is something else
+            remedy = "give another one as --checkpoint"
+            if self.subcommand == "fit":
+                remedy = f"copy {self._run().best} there to go on from the best one, or start anew with --overwrite"
+            raise InputValueError(
+                f"A checkpoint must be a file that a training run has written. {path} cannot be read as one "
+                f"({type(error).__name__}); {remedy}."
+            ) from error
+        return found if isinstance(found, dict) else {}
 
     def _run(self) -> RunDirectory:
         assert self.run_directory is not None
@@ -245,23 +329,14 @@ class DescentCLI(LightningCLI):
         path = {"best": run.best, "last": run.last}.get(wanted, Path(wanted))
         if not path.is_file():
             raise InputValueError(
-                f"There must be a checkpoint to evaluate. {path} does not exist; give the --name of a run that has "
+                f"There must be a checkpoint to evaluate. {path} {'is a directory' if path.is_dir() else 'does not exist'}; give the --name of a run that has "
                 "been trained, or the path of a checkpoint as --checkpoint."
             )
         return path
 
-    def _save_config(self, run: RunDirectory) -> None:
-        if not _is_first_process():
-            return
-        parser = self._subcommand_parsers["fit"]
-        config = self.config["fit"].clone()
-        for flag in ("config", "resume", "overwrite"):  # not part of what was trained
-            config.pop(flag, None)
-        parser.save(config, run.config, overwrite=True, skip_validation=True, skip_unset=False)
-
     def _interrupted(self, run: RunDirectory) -> str:
         where = f"Interrupted at update {self.trainer.global_step} (epoch {self.trainer.current_epoch + 1})."
-        if not run.last.exists():
+        if not run.began or not run.last.exists():
             return f"{where} No checkpoint was written yet; run the same command again."
         return f"{where} Last checkpoint: {run.last}. Go on with: manualprop fit --name {run.name} --resume"
 
@@ -275,6 +350,22 @@ class DescentCLI(LightningCLI):
             f"{done}{last['epoch']:.0f} epochs, {last['update']:.0f} updates, {last['seconds']:.1f} s: {', '.join(metrics)}\n"
             f"best checkpoint: {run.best}\nhistory: {run.history}\nplot: {run.plots / 'history.png'}"
         )
+
+
+def _shown(value: Any) -> str:
+    """A value of the configuration, classes as they are called."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_shown, value))}]"
+    if not isinstance(value, Namespace) or "class_path" not in value:
+        return str(value)
+    given = value.get("init_args") or {}
+    options = ", ".join(f"{key}={option}" for key, option in given.items() if option is not None)
+    return f"{value.class_path.rpartition('.')[2]}({options})"
+
+
+def _logs(name: str) -> str:
+    """Where a logger writes: the directory of the run."""
+    return str(Path("runs") / name)
 
 
 def _described(command: str, text: str) -> dict[str, Any]:
@@ -322,16 +413,25 @@ def quieten() -> None:
         r"\s*By default only one JsonargparseDeprecationWarning",
         r"\s*``instantiate_classes`` was deprecated",
         "Checkpoint directory .* exists and is not empty",  # RunDirectory has seen to that
+        "Be aware that when using `ckpt_path`, callbacks used",  # of another run: the log says what has changed
     ):
         warnings.filterwarnings("ignore", message=message)
 
 
 def _is_ours_or_a_warning(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING or record.getMessage().startswith("engine: ")
+    return record.levelno >= logging.WARNING or record.getMessage().startswith(("engine: ", "resumed at "))
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr)
+
+
+def _raised_by_lightning(error: BaseException) -> bool:
+    """Whether an error is Lightning's refusal of what it was asked to do, and not a fault of what it calls."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("lightning.")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -346,13 +446,17 @@ def main(arguments: Sequence[str]) -> int:
     quieten()
     try:
         DescentCLI(_usage.with_saved_config(arguments))
-    except argparse.ArgumentError as error:
-        _say(f"manualprop {arguments[0]}: {_usage.explain(error, _REPLACED)}")
-        return 2
-    except NonFiniteLossError as error:
-        _say(f"manualprop {arguments[0]}: {error}")
-        return 1
-    except (UserError, MisconfigurationException) as error:
-        _say(f"manualprop {arguments[0]}: {error}")
-        return 2
-    return 0
+    except (argparse.ArgumentError, UnicodeError) as error:
+        text, status = _usage.explain(error, _REPLACED), 2
+    except UserError as error:
+        text, status = str(error), error.status
+    except MisconfigurationException as error:  # Lightning's own word for a mistake in the configuration
+        text, status = " ".join(str(error).split()), 2
+    except (ValueError, TypeError, RuntimeError) as error:
+        if not _raised_by_lightning(error):
+            raise
+        text, status = " ".join(str(error).split()), 2
+    else:
+        return 0
+    _say(f"manualprop {arguments[0]}: {text}")
+    return status

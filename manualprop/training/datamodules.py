@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.tuner.lr_finder import _LRCallback
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 from manualprop.descent import Batch, Descent, MiniBatch
-from manualprop.training._errors import InputTypeError, InputValueError
+from manualprop.training._checks import check_examples
+from manualprop.training._errors import InputValueError
 
 if TYPE_CHECKING:
     from manualprop.training.module import DescentModule
@@ -47,6 +50,11 @@ class Rows(Iterable[Examples]):
     def __len__(self) -> int:
         return -(-len(self.x) // self.size)
 
+    @property
+    def dataset(self) -> Tensor:
+        """What has one entry per example, which `Tuner.scale_batch_size` counts."""
+        return self.x
+
     def __iter__(self) -> Iterator[Examples]:
         for rows in torch.arange(len(self.x)).split(self.size):
             yield self.take(rows)
@@ -71,28 +79,45 @@ class TrainingRows(Rows):
         self.module, self.descent = module, module.descent
         n = len(examples[0])
         try:
-            self.updates = self.descent.updates_per_epoch(n)
+            self.descent.updates_per_epoch(n)
         except ValueError as error:  # a batch_size larger than the data
             raise InputValueError(str(error)) from error
-        super().__init__(examples, _portion(self.descent, n), module.global_rank, module.trainer.world_size)
+        portion = _portion(self.descent, n, module.trainer)
+        super().__init__(examples, portion, module.global_rank, module.trainer.world_size)
+        self._first_row = 0
+        self._first_update: int | None = None  # of this epoch, once it has begun
 
     def __iter__(self) -> Iterator[Examples]:
-        # This body runs when the first batch is asked for, after a checkpoint has been restored. What an interrupted
-        # epoch has done already comes as portions without rows, so that their number stays what Lightning counted.
-        epoch, done = divmod(self.module.trainer.global_step, self.updates_per_epoch())
-        skip = 0 if isinstance(self.descent, Batch) else done * self._rows_per_update()
-        for rows in self._portions(epoch):
+        # This body runs when the first batch of an epoch is asked for, after a checkpoint has been restored. What an
+        # interrupted epoch has done already comes as portions without rows, so that their number stays what Lightning
+        # counted.
+        trainer = self.module.trainer
+        self._first_update, self._first_row = trainer.global_step, self.module.rows_before
+        self.module.rows_before = 0
+        skip = self._first_row
+        for rows in self._portions(self.module.epochs_made):
             yield self.take(rows[skip:])
             skip = max(0, skip - len(rows))
 
-    def updates_per_epoch(self) -> int:
-        """Return the number of updates in an epoch, which Trainer(limit_train_batches) may shorten."""
-        if isinstance(self.descent, Batch):
-            return 1
+    def rows_per_epoch(self) -> int:
+        """Return the number of rows in an epoch, which Trainer(limit_train_batches) may shorten."""
         limit = int(min(self.module.trainer.num_training_batches, len(self)))
-        return min(self.updates, limit * self.size // self._rows_per_update())
+        return min(len(self.x), limit * self.size)
+
+    def rows_done(self) -> int:
+        """Return the number of rows of this epoch that updates have been made of."""
+        if self._first_update is None:
+            return self.module.rows_before
+        updates = self.module.trainer.global_step - self._first_update
+        if not updates:
+            return self._first_row
+        per_update = self._rows_per_update()
+        # The first update of an epoch that is gone on with, by another batch size, ends where the next would begin.
+        return min(self.rows_per_epoch(), (self._first_row // per_update + updates) * per_update)
 
     def _rows_per_update(self) -> int:
+        if isinstance(self.descent, Batch):
+            return self.rows_per_epoch()
         return self.descent.batch_size if isinstance(self.descent, MiniBatch) else 1
 
     def _portions(self, epoch: int) -> Iterator[Tensor]:
@@ -100,24 +125,39 @@ class TrainingRows(Rows):
         yield from torch.cat([rows for pieces in updates for rows in pieces]).split(self.size)
 
 
-def _portion(descent: Descent, n: int) -> int:
+def _portion(descent: Descent, n: int, trainer: Trainer) -> int:
     if isinstance(descent, MiniBatch):
         return descent.batch_size
-    return (descent.micro_batch_size or n) if isinstance(descent, Batch) else CHUNK
+    if isinstance(descent, Batch):
+        return descent.micro_batch_size or n
+    return 1 if searches_rate(trainer) else CHUNK
+
+
+def searches_rate(trainer: Trainer) -> bool:
+    """Return whether `Tuner.lr_find` is at work, which looks at the loss after every portion.
+
+    Args:
+        trainer: of the module under training.
+    """
+    return any(isinstance(callback, _LRCallback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 class TensorDataModule(LightningDataModule):
-    """Your own tensors for training, validation, test and prediction with a `DescentModule`.
+    """Your own tensors for training, validation, test and prediction.
+
+    A `DescentModule` is handed the examples as its descent asks for them. Any other LightningModule is handed shuffled
+    batches by a torch DataLoader.
 
     Args:
         train: (inputs, targets), one example per row.
         val: the same for validation; optional.
         test: the same for the final test and for prediction; optional.
         evaluation_batch_size: examples evaluated at once outside of training, at least 1.
+        batch_size: examples of a training batch for a LightningModule that is not a `DescentModule`, at least 1.
 
     Raises:
-        ValueError: for an empty set, or inputs and targets of different lengths.
-        TypeError: for inputs that are not floating point tensors.
+        ValueError: for an empty set, inputs and targets of different lengths, nan and infinite numbers.
+        TypeError: for anything but pairs of tensors, and for inputs that are not floating point.
     """
 
     def __init__(
@@ -126,22 +166,36 @@ class TensorDataModule(LightningDataModule):
         val: Examples | None = None,
         test: Examples | None = None,
         evaluation_batch_size: int = 1024,
+        batch_size: int = 32,
     ) -> None:
         super().__init__()
-        if evaluation_batch_size < 1:
-            raise InputValueError(
-                "TensorDataModule: evaluation_batch_size must be a positive integer. Got "
-                f"evaluation_batch_size={evaluation_batch_size}."
-            )
-        for split, examples in (("train", train), ("val", val), ("test", test)):
+        for name, size in (("evaluation_batch_size", evaluation_batch_size), ("batch_size", batch_size)):
+            if size < 1:
+                raise InputValueError(
+                    f"TensorDataModule: {name} must be a positive integer. Got {name}={size}."
+                )
+        check_examples("train", train)
+        for split, examples in (("val", val), ("test", test)):
             if examples is not None:
-                _check_examples(split, examples)
+                check_examples(split, examples)
         self.train, self.val, self.test = train, val, test
-        self.evaluation_batch_size = evaluation_batch_size
+        self.evaluation_batch_size, self._batch_size = evaluation_batch_size, batch_size
 
-    def train_dataloader(self) -> TrainingRows:
-        """Return the training examples as the descent of the module under training asks for them."""
-        return TrainingRows(self.train, _descent_module(self.trainer))
+    @property
+    def batch_size(self) -> int:
+        """The examples of a training batch of any module but a `DescentModule`, which `Tuner` sets: all at most."""
+        return self._batch_size
+
+    @batch_size.setter
+    def batch_size(self, size: int) -> None:
+        self._batch_size = min(size, len(self.train[0]))
+
+    def train_dataloader(self) -> TrainingRows | DataLoader[tuple[Tensor, ...]]:
+        """Return the training examples as the module under training asks for them."""
+        module = _descent_module(self.trainer)
+        if module is not None:
+            return TrainingRows(self.train, module)
+        return DataLoader(TensorDataset(*self.train), batch_size=self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> Iterable[Examples]:
         """Return the validation examples."""
@@ -163,34 +217,11 @@ class TensorDataModule(LightningDataModule):
         return Rows(examples, self.evaluation_batch_size, rank, devices)
 
 
-def _descent_module(trainer: Trainer | None) -> DescentModule:
+def _descent_module(trainer: Trainer | None) -> DescentModule | None:
     from manualprop.training.module import DescentModule
 
     module = trainer.lightning_module if trainer is not None else None
-    if not isinstance(module, DescentModule):
-        raise InputTypeError(
-            "TensorDataModule: the order of the examples is the descent's, so the module under training must be a "
-            f"manualprop.training.DescentModule. Got {type(module).__name__}."
-        )
-    return module
-
-
-def _check_examples(split: str, examples: Examples) -> None:
-    x, target = examples
-    if len(x) == 0:
-        raise InputValueError(
-            f"TensorDataModule: {split} must hold at least one example. Got inputs of shape {tuple(x.shape)}; check "
-            "the file and the selection that they come from."
-        )
-    if len(x) != len(target):
-        raise InputValueError(
-            f"TensorDataModule: {split} must hold one target per input. Got {len(x)} inputs and {len(target)} targets."
-        )
-    if not x.is_floating_point():
-        raise InputTypeError(
-            f"TensorDataModule: the inputs of {split} must be floating point. Got dtype={x.dtype}; convert them, for "
-            "example with x.float() / x.max()."
-        )
+    return module if isinstance(module, DescentModule) else None
 
 
 class DigitsDataModule(TensorDataModule):

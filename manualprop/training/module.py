@@ -7,14 +7,20 @@ an update comes about is the engine's business; either counts it, so that `train
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 import math
 import random
-from collections.abc import Callable, Mapping
-from typing import Any, get_args
+from collections.abc import Callable
+from typing import Any, Self, get_args
 
 import torch
+from lightning.fabric.utilities.cloud_io import _load
 from lightning.pytorch import LightningModule
+from lightning.pytorch.core.saving import _load_from_checkpoint
+from lightning.pytorch.loops.loop import _Loop
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -22,18 +28,29 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from manualprop._backprop import data_at_fault, not_finite
 from manualprop.descent import (
     Batch,
     Descent,
+    MiniBatch,
     Stochastic,
     check_splittable,
     finish_gradient,
     is_sum,
     sum_and_denominator,
 )
+from manualprop.training import _objects, _resume
+from manualprop.training._checks import (
+    Fit,
+    attempt,
+    check_architecture,
+    highest_loss,
+    one_number,
+    untouched,
+)
 from manualprop.training._engine import Autograd, Engine, EngineName, TapeFree, obstacle, shortened
-from manualprop.training._errors import InputTypeError, InputValueError, NonFiniteLossError
-from manualprop.training.datamodules import TrainingRows
+from manualprop.training._errors import DivergedError, InputTypeError, InputValueError, NonFiniteLossError
+from manualprop.training.datamodules import CHUNK, Rows, TensorDataModule, TrainingRows, searches_rate
 
 Examples = tuple[Tensor, Tensor]
 
@@ -56,9 +73,10 @@ class DescentModule(LightningModule):
     Attributes:
         engine_taken: "tape-free" or "autograd", from when training starts.
         observers: called without arguments before every update, by either engine.
+        changes: what a resumed run has taken up in the place of its checkpoint's settings, as text.
 
     Raises:
-        TypeError: when the descent must split the loss and it cannot be split exactly.
+        TypeError: for a model, a loss or a descent that is none, and when the descent must split the loss and it cannot be split exactly.
         ValueError: for a model or a loss that the descent cannot train as its formula says.
     """
 
@@ -72,13 +90,20 @@ class DescentModule(LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.model, self.loss, self.descent, self.seed = model, loss, descent, seed
+        _check_types(model, loss, descent)
+        self.model, self.loss, self.descent, self.seed = model, loss, descent, int(seed)
         self.engine, self.engine_taken = _engine_name(engine), ""
         self.observers: list[Callable[[], object]] = []
+        self.changes: list[str] = []
         _check_loss(model, loss, descent)
-        self._features = _features(model)
         self._sum = self._divisor = 0.0
-        self._restored_random_state: dict[str, Any] | None = None
+        self._restored: dict[str, Any] | None = None
+        self._description: dict[str, Any] = {}  # for checkpoints, from one start of training to the next
+        self._said = ""
+        self.rows_before = self.epochs_made = 0
+        self._highest: float | None = None
+        self._left_at = 0
+        self._stopped = self._check_due = self._searching = False
         self.last_loss = math.nan
         self.classifies = isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss)
         self.metrics = nn.ModuleDict({stage: self._make_metrics() for stage in ("train_", "val_", "test_")})
@@ -97,31 +122,43 @@ class DescentModule(LightningModule):
     def forward(self, x: Tensor) -> Tensor:
         """Return the model's output."""
         output = self.model(x)
-        assert isinstance(output, Tensor)
+        if not isinstance(output, Tensor):
+            raise InputTypeError(
+                f"DescentModule: the model must return one tensor. Got {type(output).__name__}; wrap it in a module that "
+                "returns the tensor to compare with the target."
+            )
         return output
 
     # --- training -----------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        """Make the updates that a portion of the training set is good for."""
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
+        """Make the updates that a portion of the training set is good for; return the loss of the last."""
         x, target = _examples(batch)
         if len(x) == 0 and self.trainer.world_size == 1:
-            return  # made before a resumed run was interrupted
-        self._check_inputs(x)
-        if self._rehearsal_due:
-            self._rehearse(x, target)
-        outputs = self._train_on(x, target)
-        if self._updates_left() == 0:
-            self.trainer.should_stop = (
-                True  # Lightning looks at max_steps between portions, and must still validate
-            )
-        self._update_metrics("train_", outputs, target[: len(outputs)])
-        if self.trainer.is_last_batch or self.trainer.should_stop:
-            self._log_metrics("train_")  # once per epoch: a call costs more than an update
+            return None  # made before a resumed run was interrupted
+        self._fit.check_inputs(x)
+        if self._check_due:
+            self._check(x, target)
+        try:
+            outputs = self._train_on(x, target)
+        except NonFiniteLossError:
+            if not self._searching:
+                raise
+            self.trainer.should_stop = True  # the rates from here on are too high
+            return None
+        if (
+            self._updates_left() == 0
+        ):  # Lightning looks at max_steps between portions, and must still validate
+            self.trainer.should_stop = self._stopped = True
+        if not self._searching:
+            self._update_metrics("train_", outputs, target[: len(outputs)])
+            if self.trainer.is_last_batch or self.trainer.should_stop:
+                self._log_metrics("train_")  # once per epoch: a call costs more than an update
+        return {"loss": torch.tensor(self.last_loss)} if not self._divisor else None
 
     def _train_on(self, x: Tensor, target: Tensor) -> Tensor:
-        whole = not self._divisor and self.trainer.is_last_batch
-        if self.trainer.world_size > 1 or (isinstance(self.descent, Batch) and not whole):
+        made_before = self.trainer.global_step
+        if self.trainer.world_size > 1 or self._comes_in_pieces():
             return self._piece(x, target)
         size = 1 if isinstance(self.descent, Stochastic) else len(x)
         left = self._updates_left()
@@ -130,7 +167,11 @@ class DescentModule(LightningModule):
         watched = self.observers or self._schedule_of_updates is not None
         made = [self._update(*pair) for pair in wanted] if watched else self._engine.updates(wanted)
         self.last_loss = made[-1][0]  # not in every update: a module's attributes are dear to set
+        self._watch([loss for loss, _ in made], size, made_before)
         return torch.cat([output for _, output in made])
+
+    def _comes_in_pieces(self) -> bool:
+        return isinstance(self.descent, Batch) and bool(self._divisor or not self.trainer.is_last_batch)
 
     def _update(self, x: Tensor, target: Tensor) -> tuple[float, Tensor]:
         """Forward pass, loss, backward pass, update; return the loss and the output."""
@@ -146,18 +187,20 @@ class DescentModule(LightningModule):
         total, divisor, output = self._engine.add(x, target)
         self._sum, self._divisor = self._sum + total, self._divisor + divisor
         if not isinstance(self.descent, Batch) or self.trainer.is_last_batch:
-            self._finish_pieces()
+            self._finish_pieces(x, target)
         return output
 
-    def _finish_pieces(self) -> None:
+    def _finish_pieces(self, x: Tensor, target: Tensor) -> None:
         sums = torch.tensor([self._sum, self._divisor], dtype=torch.float64, device=self.device)
         sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
         devices = self.trainer.world_size
         for parameter in self.parameters() if devices > 1 else ():
             if parameter.grad is not None:
                 parameter.grad.mul_(devices)  # the strategy averaged where the pieces must add up
-        loss = finish_gradient(self.parameters(), self.loss, *sums.tolist())
-        self.last_loss = self._finite(loss)
+        total, divisor = sums.tolist()
+        loss = finish_gradient(self.parameters(), self.loss, total, divisor)
+        self.last_loss = self._finite(loss, x, target)
+        self._watch([loss], int(divisor), self.trainer.global_step)
         for observe in self.observers:
             observe()
         self._engine.step()
@@ -181,16 +224,40 @@ class DescentModule(LightningModule):
     def _take(self, engine: type[Engine], why: str | None = None) -> None:
         self._engine = engine(self, self._finite)
         self.engine_taken = "autograd" if engine is Autograd else "tape-free"
-        if self.engine == "auto":
-            rank_zero_info(f"engine: {self.engine_taken}" + (f", because {why}." if why else ""))
+        said = f"engine: {self.engine_taken}" + (f", because {why}." if why else "")
+        if self.engine == "auto" and said != self._said:  # Lightning's Tuner trains again and again
+            rank_zero_info(said)
+        self._said = said
+
+    def _check(self, x: Tensor, target: Tensor) -> None:
+        """Before the first update: refuse what does not fit together, and find out how high the loss may climb."""
+        self._check_due = False
+        rows = slice(0, 1 if isinstance(self.descent, Stochastic) else None)
+        if len(x):  # several devices share a small update, and one may have none of it
+            whole = self.trainer.world_size == 1 and not self._comes_in_pieces()
+            output = self._fit.check(x[rows], target[rows], whole)
+            loaders = [self.trainer.train_dataloader, self.trainer.val_dataloaders]
+            for loader in (each for each in loaders if isinstance(each, Rows)):
+                self._fit.check_inputs(loader.x)
+                self._fit.check_targets(output, loader.target)
+        if isinstance(self._engine, TapeFree):
+            self._rehearse(x[rows], target[rows])
+        if self._highest is None and not self._searching:
+            highest = self._highest_loss(x[:CHUNK], target[:CHUNK]) if len(x) else None
+            agreed = self.trainer.strategy.reduce(
+                torch.tensor(highest or 0.0, device=self.device), reduce_op="max"
+            )
+            self._highest = float(agreed) or None
+
+    def _highest_loss(self, x: Tensor, target: Tensor) -> float | None:
+        with untouched(self.model, x), torch.no_grad():
+            return highest_loss(self.loss, self(x), target)
 
     def _rehearse(self, x: Tensor, target: Tensor) -> None:
         """Find out, before the first update, whether the tape-free engine refuses a layer at the sight of data."""
-        self._rehearsal_due = False
-        rows = slice(0, 1 if isinstance(self.descent, Stochastic) else None)
         assert isinstance(self._engine, TapeFree)
         try:
-            self._engine.rehearse(x[rows], target[rows])
+            self._engine.rehearse(x, target)
         except TypeError as error:
             if self.engine == "tape-free":
                 raise _no_tape_free(shortened(error)) from error
@@ -200,17 +267,56 @@ class DescentModule(LightningModule):
         limit = self.trainer.max_steps
         return -1 if limit == -1 else max(0, limit - self.trainer.global_step)
 
-    def _finite(self, loss: float) -> float:
+    # --- divergence -----------------------------------------------------------------------------------------------
+
+    def _finite(self, loss: float, x: Tensor, target: Tensor) -> float:
         if math.isfinite(loss):
             return loss
-        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        keeper: Any = self.trainer.checkpoint_callback
-        checkpoint = (keeper and (keeper.last_model_path or keeper.best_model_path)) or "none was written yet"
+        rate = self._rate()
+        advice = data_at_fault(x, target, self.loss)
         raise NonFiniteLossError(
             f"The loss must stay finite. Got loss={loss} at update {self.trainer.global_step + 1} (epoch "
-            f"{self.trainer.current_epoch + 1}) with learning rate {rate:g}; this update was not made. Try a learning "
-            f"rate of {rate / 10:g} or clip_gradient_norm=1.0, and look for nan or huge values in the data. Last good "
-            f"checkpoint: {checkpoint}."
+            f"{self.trainer.current_epoch + 1}), which was not made, with learning rate {rate:g}. "
+            f"{advice or f'Try a learning rate of {min(rate / 10, 0.1):g} or clip_gradient_norm=1.0'}. Last good checkpoint: "
+            f"{self._checkpoint()}."
+        )
+
+    def _rate(self) -> float:
+        return float(self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    def _checkpoint(self) -> str:
+        keeper: Any = self.trainer.checkpoint_callback
+        return (keeper and (keeper.last_model_path or keeper.best_model_path)) or "none was written yet"
+
+    def _watch(self, losses: list[float], examples: int, made_before: int) -> None:
+        """Remember the first update whose loss left the range.
+
+        Args:
+            losses: of updates.
+            examples: of each, where the loss is a sum over them.
+            made_before: updates before the first of these.
+        """
+        if self._highest is None or self._left_at:
+            return
+        limit = self._highest * (examples if is_sum(self.loss) else 1)
+        if max(losses) > limit:
+            self._left_at = made_before + next(i for i, loss in enumerate(losses, start=1) if loss > limit)
+
+    def _refuse_divergence(self) -> None:
+        """Stop a run that ends an epoch outside of the range in which a network learns."""
+        metrics = self.trainer.callback_metrics
+        loss, left_at = metrics.get("train_loss"), self._left_at
+        if loss is None or self._highest is None or not left_at:
+            return
+        if loss <= self._highest:
+            self._left_at = 0  # it came back
+            return
+        rate = self._rate()
+        raise DivergedError(
+            f"The loss must stay between 0 and {self._highest:.3g}, a hundred times that of a network that has learnt "
+            f"nothing. It left that range at update {left_at}, and epoch {self.trainer.current_epoch + 1} ends with "
+            f"train_loss={float(loss):.3g} and learning rate {rate:g}. Try a learning rate of {min(rate / 10, 0.1):g} or "
+            f"clip_gradient_norm=1.0. Last good checkpoint: {self._checkpoint()}."
         )
 
     def on_train_epoch_start(self) -> None:
@@ -218,7 +324,13 @@ class DescentModule(LightningModule):
         self._forget_pieces()
 
     def on_train_epoch_end(self) -> None:
-        """Move the learning rate schedule on where it counts epochs."""
+        """Stop a run that has diverged; move the learning rate schedule on where it counts epochs."""
+        loader = self.trainer.train_dataloader
+        if isinstance(loader, TrainingRows) and loader.rows_done() == loader.rows_per_epoch():
+            self.epochs_made += 1
+        if self._searching:
+            return
+        self._refuse_divergence()
         per_update = self.descent.lr_scheduler_interval == "update"
         if self.descent.lr_scheduler is None or per_update or self._epoch_unfinished():
             return
@@ -234,12 +346,18 @@ class DescentModule(LightningModule):
             )
         scheduler.step(known[watched])
 
-    def on_fit_end(self) -> None:
+    def on_train_end(self) -> None:
         """Let go of the engine, which need not be copied or pickled with the module."""
         del self._engine
+        if self._stopped:  # by max_steps: the trainer may be asked to go on
+            self.trainer.should_stop = self._stopped = False
 
     def configure_optimizers(self) -> Any:
         """Return the descent's optimizer, and its learning rate schedule if it has one."""
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            raise InputValueError(
+                "DescentModule: the model must have a parameter that requires a gradient. Got none; set requires_grad."
+            )
         optimizer: Optimizer = self.descent.make_optimizer(self.parameters())
         scheduler = self.descent.make_lr_scheduler(optimizer)
         return optimizer if scheduler is None else ([optimizer], [scheduler])
@@ -257,25 +375,47 @@ class DescentModule(LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the model's output: for a cross-entropy loss, the probability of every class."""
         x = _examples(batch)[0] if isinstance(batch, list | tuple) else batch
-        self._check_inputs(x)
-        output = self(x)
+        output: Tensor = self._output(x)
         if isinstance(self.loss, nn.NLLLoss):
             return torch.exp(output)
         return torch.softmax(output, dim=1) if self.classifies else output
 
     def _evaluate(self, stage: str, batch: Any) -> None:
         x, target = _examples(batch)
-        self._check_inputs(x)
-        self._update_metrics(stage, self(x), target)
+        output = self._output(x)
+        if len(x):
+            self._fit.check_targets(output, target, whole=False)
+        what = f"the loss must take an output of shape {tuple(output.shape)} and targets of shape {tuple(target.shape)}"
+        attempt(lambda: self._update_metrics(stage, output, target), what)
         self._log_metrics(stage)
+
+    def _output(self, x: Tensor) -> Tensor:
+        self._fit.check_inputs(x)
+        output: Tensor = attempt(lambda: self(x), f"the model must take inputs of shape {tuple(x.shape)}")
+        return output
 
     def _update_metrics(self, stage: str, output: Tensor, target: Tensor) -> None:
         if not len(output):  # this device's share of a small piece
             return
         metrics: Any = self.metrics[stage]
-        metrics["loss"].update(*self._mean_and_weight(output, target))
+        mean, weight = self._mean_and_weight(output, target)
+        if stage != "train_" and not bool(mean.isfinite()):
+            raise self._not_finite_in_evaluation(stage, mean.item(), output, target)
+        metrics["loss"].update(mean, weight)
         if self.classifies:
             metrics["accuracy"].update(output, target.argmax(dim=1) if target.is_floating_point() else target)
+
+    def _not_finite_in_evaluation(
+        self, stage: str, loss: float, output: Tensor, target: Tensor
+    ) -> NonFiniteLossError:
+        place = not_finite(target)
+        where = (
+            f"{place} of the targets" if place else f"{not_finite(output) or 'finite outputs'} of the outputs"
+        )
+        return NonFiniteLossError(
+            f"{stage}loss must be finite. Got {loss} after {self.trainer.global_step} updates, and {where} of a batch; "
+            "look for nan, infinite or huge values in those rows of the data, or train anew with a smaller learning rate."
+        )
 
     def _log_metrics(self, stage: str) -> None:
         # Lightning reads the metrics at the end of the epoch and resets them.
@@ -287,18 +427,20 @@ class DescentModule(LightningModule):
         """Return the loss per example and its weight in the mean over all examples."""
         with torch.no_grad():
             try:
-                total, divisor = sum_and_denominator(self.loss, output, target)
+                check_splittable(self.loss)
             except TypeError:  # an unknown loss, which is taken as a mean over examples
-                return self.loss(output, target), float(len(output))
+                return one_number(self.loss(output, target)), float(len(output))
+            total, divisor = sum_and_denominator(self.loss, output, target)
         return (total / divisor, divisor) if divisor else (total, 0.0)
 
     # --- checks, and what a checkpoint holds ----------------------------------------------------------------------
 
-    def on_fit_start(self) -> None:
+    @property
+    def _fit(self) -> Fit:
+        return Fit(self.model, self.loss, self.descent, _features(self.model))
+
+    def _check_trainer(self) -> None:
         """Refuse what would train silently wrong: on several devices, or with scaled gradients."""
-        for metric in self.metrics.modules():
-            if isinstance(metric, Metric):
-                metric.reset()  # after Trainer.validate its state is an inference tensor, which training cannot change
         clips = self.descent.clip_gradient_norm or self.descent.clip_gradient_value
         if clips and getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             raise InputValueError(
@@ -306,7 +448,23 @@ class DescentModule(LightningModule):
                 f"{self.trainer.precision!r}, which scales them, and clipping by {clips}; use precision='bf16-mixed'."
             )
         self._check_devices(self.trainer.world_size)
-        self._choose_engine()
+
+    def _check_monitors(self) -> None:
+        """Refuse to watch a value that is never logged, where all that log are known here."""
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        homes = [type(self).__module__, *(type(callback).__module__ for callback in callbacks)]
+        if not all(home.startswith(("lightning.", "manualprop.")) for home in homes):
+            return
+        stages = ["train_", *(["val_"] if sum(self.trainer.num_val_batches) else [])]
+        names = ["loss", *(["accuracy"] if self.classifies else [])]
+        known = [stage + name for stage in stages for name in names]
+        for callback in callbacks:
+            name, value = type(callback).__name__, getattr(callback, "monitor", None)
+            if value is not None and value not in known:
+                raise InputValueError(
+                    f"{name} must watch a value that is logged in every epoch. Got monitor={value!r}; choose one of "
+                    f"{', '.join(sorted(known))}."
+                )
 
     def _check_devices(self, devices: int) -> None:
         if devices == 1:
@@ -318,47 +476,76 @@ class DescentModule(LightningModule):
             )
         check_splittable(self.loss, self.model)
 
-    def _check_inputs(self, x: Tensor) -> None:
-        if self._features is None:
-            return
-        if not x.is_floating_point():
-            raise InputTypeError(
-                f"DescentModule: the inputs of a Linear layer must be floating point. Got dtype={x.dtype}; convert "
-                "them, for example with x.float()."
-            )
-        if x.shape[-1] != self._features:
-            raise InputValueError(
-                f"DescentModule: the model takes {self._features} features per example. Got inputs of "
-                f"shape {tuple(x.shape)}; change the first size of the model to {x.shape[-1]}, or the data."
-            )
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the state of the random number generators, so that dropout goes on as it would have."""
+        """Add the settings, the place in the epoch, what makes the module anew, and the random number generators."""
         checkpoint["random_state"] = {"torch": torch.get_rng_state(), "python": random.getstate()}
         if torch.cuda.is_available():
             checkpoint["random_state"]["cuda"] = torch.cuda.get_rng_state_all()
+        loader = self.trainer.train_dataloader
         checkpoint["epoch_unfinished"] = self._epoch_unfinished()
+        if not self._description:
+            self._description = _resume.settings(self) | {"objects": _objects.stored(self)}
+        checkpoint[_resume.KEY] = self._description | {
+            "examples": len(loader.x) if isinstance(loader, TrainingRows) else None,
+            "rows": loader.rows_done()
+            if isinstance(loader, TrainingRows) and self._epoch_unfinished()
+            else 0,
+            "epochs": self.epochs_made,
+            "highest_loss": self._highest,
+        }
 
     def _epoch_unfinished(self) -> bool:
         loader = self.trainer.train_dataloader
-        return isinstance(loader, TrainingRows) and self.trainer.global_step % loader.updates_per_epoch() != 0
+        return isinstance(loader, TrainingRows) and 0 < loader.rows_done() < loader.rows_per_epoch()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the random number generators, and an epoch that max_steps cut short."""
+        """Take up where a checkpoint stands, with the settings of this module; see `_resume`."""
+        goes_on = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if goes_on:
+            _resume.check_foreign(checkpoint)
         check_architecture(checkpoint["state_dict"], self)
-        self._restored_random_state = checkpoint.get("random_state")
-        if checkpoint.get("epoch_unfinished"):  # Lightning counted it as whole
-            for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+        if not goes_on:
+            return
+        self.changes = _resume.take_up(self, checkpoint)
+        self._restored = checkpoint[_resume.KEY] | {"random_state": checkpoint.get("random_state")}
+        self._highest = self._restored["highest_loss"]
+        for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+            if checkpoint["epoch_unfinished"]:  # Lightning counted it as whole
                 for name in counts:
                     counts[name] -= name != "completed"
+            counts["completed"] = counts[
+                "processed"
+            ]  # which Lightning does where max_epochs is a limit, and only there
 
     def on_train_start(self) -> None:
         """Take up the optimizer that a checkpoint has filled, and the random numbers after all that draws some."""
-        self._engine = type(self._engine)(self, self._finite)
-        self._rehearsal_due = isinstance(self._engine, TapeFree)
+        for metric in self.metrics.modules():
+            if isinstance(metric, Metric):
+                metric.reset()  # after Trainer.validate its state is an inference tensor, which training cannot change
+        self._searching = searches_rate(self.trainer)
+        self._check_trainer()
+        self._check_monitors()
+        self._choose_engine()
+        self._check_due, self._left_at, self._description = True, 0, {}
         per_update = self.descent.lr_scheduler is not None and self.descent.lr_scheduler_interval == "update"
-        self._schedule_of_updates: Any = self.lr_schedulers() if per_update else None
-        state, self._restored_random_state = self._restored_random_state, None
+        self._schedule_of_updates: Any = self.lr_schedulers() if per_update or self._searching else None
+        restored, self._restored = self._restored, None
+        if restored is None:
+            self._highest, self.rows_before, self.epochs_made, self.changes = None, 0, 0, []
+            return
+        loader = self.trainer.train_dataloader
+        if isinstance(loader, TrainingRows):
+            _resume.check_examples(restored["examples"], len(loader.x))
+            if not restored["rows"]:
+                # With a limit on steps Lightning takes a whole epoch for one to go on with, and counts it again.
+                restarting: Any = _Loop.restarting
+                restarting.fset(self.trainer.fit_loop, False)
+        self.rows_before, self.epochs_made = restored["rows"], restored["epochs"]
+        if self.changes and self.trainer.global_step:  # Lightning's Tuner goes back to update 0
+            rank_zero_info(f"resumed at update {self.trainer.global_step} with {'; '.join(self.changes)}")
+        self._restore_random_numbers(restored["random_state"])
+
+    def _restore_random_numbers(self, state: dict[str, Any] | None) -> None:
         if state is None:
             return
         torch.set_rng_state(state["torch"])
@@ -366,6 +553,78 @@ class DescentModule(LightningModule):
         random.setstate((version, tuple(internal), gauss))
         if "cuda" in state and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state["cuda"])
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Return the module of a checkpoint; see `LightningModule.load_from_checkpoint`.
+
+        Args:
+            checkpoint_path: of the file.
+            map_location: where to put the tensors.
+            hparams_file: not needed.
+            strict: whether the names of the weights must agree.
+            weights_only: as in `torch.load`.
+            kwargs: arguments of the constructor that replace those of the checkpoint. A model or a loss of a class of
+                your own must be given.
+
+        Raises:
+            ValueError: for a checkpoint of something else, and for an argument that must be given.
+        """
+        checkpoint = _load(checkpoint_path, map_location=map_location, weights_only=weights_only)
+        _resume.check_foreign(checkpoint)
+        arguments = _objects.made(checkpoint[_resume.KEY]["objects"], kwargs)
+        found = _load_from_checkpoint(
+            cls, checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs | arguments
+        )
+        assert isinstance(found, cls)
+        return found
+
+    # --- what Lightning's Tuner reads and sets --------------------------------------------------------------------
+
+    @property
+    def learning_rate(self) -> float:
+        """The step size, which `Tuner.lr_find` sets."""
+        if self.descent.learning_rate is not None:
+            return self.descent.learning_rate
+        return float(self.descent.make_optimizer([nn.Parameter(torch.zeros(1))]).param_groups[0]["lr"])
+
+    @learning_rate.setter
+    def learning_rate(self, rate: float) -> None:
+        if self.descent.optimizer is None:
+            self.descent = dataclasses.replace(self.descent, learning_rate=rate)
+        else:
+            optimizer: Any = self.descent.optimizer
+            self.descent = dataclasses.replace(self.descent, optimizer=functools.partial(optimizer, lr=rate))
+
+    @property
+    def batch_size(self) -> int:
+        """The examples of one update of mini-batch descent, which `Tuner.scale_batch_size` sets."""
+        return self._mini_batch().batch_size
+
+    @batch_size.setter
+    def batch_size(self, size: int) -> None:
+        self.descent = dataclasses.replace(self._mini_batch(), batch_size=min(size, self._examples() or size))
+
+    def _mini_batch(self) -> MiniBatch:
+        if isinstance(self.descent, MiniBatch):
+            return self.descent
+        other = "micro_batch_size bounds its memory" if isinstance(self.descent, Batch) else "its size is one"
+        raise InputTypeError(
+            f"DescentModule: batch_size is a number of MiniBatch alone. Got the descent {type(self.descent).__name__}: "
+            f"{other}; use MiniBatch, or do not scale the batch size."
+        )
+
+    def _examples(self) -> int | None:
+        data = getattr(self._trainer, "datamodule", None)
+        return len(data.train[0]) if isinstance(data, TensorDataModule) else None
 
 
 def _engine_name(engine: str) -> str:
@@ -383,29 +642,21 @@ def _no_tape_free(why: str) -> InputTypeError:
     )
 
 
-def check_architecture(state: Mapping[str, Tensor], module: nn.Module) -> None:
-    """Refuse the weights of another network, naming the layers that differ.
-
-    Args:
-        state: weights of a checkpoint.
-        module: that is to take them.
-
-    Raises:
-        ValueError: for a name or a shape that differs.
-    """
-    saved = {name: str(tuple(tensor.shape)) for name, tensor in state.items()}
-    own = {name: str(tuple(tensor.shape)) for name, tensor in module.state_dict().items()}
-    differing = [name for name in dict.fromkeys([*saved, *own]) if saved.get(name) != own.get(name)]
-    if not differing:
-        return
-    listed = [
-        f"{name} {saved.get(name, 'absent')} there, {own.get(name, 'absent')} here" for name in differing
-    ]
-    more = f"; and {len(listed) - 4} more" if len(listed) > 4 else ""
-    raise InputValueError(
-        f"The checkpoint must be of the same architecture. Got {'; '.join(listed[:4])}{more}. Give the configuration "
-        "that it was trained with (config.yaml in its run directory), or another checkpoint."
-    )
+def _check_types(model: Any, loss: Any, descent: Any) -> None:
+    wanted: dict[str, tuple[Any, type, str]] = {
+        "model": (model, nn.Module, "a module"),
+        "loss": (loss, nn.Module, "a module"),
+        "descent": (descent, Descent, "a descent of manualprop.descent"),
+    }
+    for name, (value, kind, what) in wanted.items():
+        if not isinstance(value, kind):
+            got = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
+            example = (
+                "MiniBatch(learning_rate=0.1)" if name == "descent" else "manualprop.nn.CrossEntropyLoss()"
+            )
+            raise InputTypeError(
+                f"DescentModule: {name} must be {what}. Got {got}; give one, such as {example}."
+            )
 
 
 def _check_loss(model: nn.Module, loss: nn.Module, descent: Descent) -> None:

@@ -6,6 +6,7 @@ too, so that the pictures also work in grey.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+from manualprop.training._files import write_whole
 
 Row = Mapping[str, float]
 
@@ -135,5 +138,6 @@ def _seconds_axis(ax: Axes) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(path, metadata={"Software": "manualprop"})
+    picture = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(picture, metadata={"Software": "manualprop"})
+    write_whole(path, picture.getbuffer())

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import re
-import shutil
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from manualprop.training._errors import InputValueError, RunDirectoryError
+from manualprop.training._errors import InputValueError, RunDirectoryError, UnwritableError
+from manualprop.training._files import PARTIAL
 
 
 class RunDirectory:
     """The files of one run.
 
+    `claim` takes it for a command, `begin` is called when training has begun: until then nothing that lies there is
+    changed, and `release` takes back what has been added.
+
     Args:
         name: of the run: letters, digits, dot, dash and underscore.
         root: in which the directories of all runs lie.
+
+    Attributes:
+        began: whether training has begun, and what is there is the run's.
 
     Raises:
         ValueError: for a name that is not a plain directory name.
@@ -35,31 +43,43 @@ class RunDirectory:
         self.best = self.checkpoints / "best.ckpt"
         self.last = self.checkpoints / "last.ckpt"
         self.plots = self.path / "plots"
+        self.logs = self.path / "lightning_logs"
         self.predictions = self.path / "predictions.csv"
+        self.began = False
         self._lock = FileLock(self.path / ".lock")
+        self._before: set[Path] | None = None
+        self._overwrite = False
 
     @property
     def exists(self) -> bool:
         """Whether a run has left results here; a run that failed before its first epoch has not."""
-        return self.history.exists() or any(self.checkpoints.glob("*"))
+        return self.history.exists() or any(self.checkpoints.glob("*.ckpt"))
 
     def claim(self, *, overwrite: bool = False, resume: bool = False, resumable: bool = True) -> None:
-        """Take the directory for a training run of this process, until it ends.
+        """Take the directory for a training run of this process, until `release` or until the process ends.
 
         Args:
-            overwrite: remove the results of an earlier run.
+            overwrite: remove the results of an earlier run when this one begins.
             resume: keep them, to go on from the last checkpoint.
             resumable: whether the caller can resume at all, and the error may advise it.
 
         Raises:
-            FileExistsError: when another process trains there, or results are there and neither flag is given, or
-                there is nothing to resume.
+            OSError: when the directory cannot be written to, or another process trains there, or results are there
+                and neither flag is given, or there is nothing to resume.
         """
         if overwrite and resume:
             raise RunDirectoryError(
                 "Give --overwrite or --resume, not both: one removes what the other goes on from."
             )
         self._acquire()
+        try:
+            self._check(overwrite, resume, resumable)
+        except RunDirectoryError:
+            self.release()
+            raise
+        self._overwrite = overwrite
+
+    def _check(self, overwrite: bool, resume: bool, resumable: bool) -> None:
         if resume and not self.last.exists():
             raise RunDirectoryError(
                 f"{self.path} must hold a checkpoint to resume from. {self.last} does not exist; start the run without "
@@ -71,26 +91,55 @@ class RunDirectory:
                 f"{self.path} holds the results of an earlier run. Give {going_on}--overwrite to replace it, or "
                 "--name for another directory."
             )
-        if overwrite:
-            self._remove_results()
 
     def _acquire(self) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
+        before = self._contents()
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
             raise RunDirectoryError(
                 f"{self.path} is in use by another training run. Wait for it, stop it, or give --name for another "
                 "directory."
             ) from None
+        except OSError as error:
+            _remove(self._contents() - before)
+            raise UnwritableError(
+                f"{self.path} must be a directory that can be written to. Got {error.strerror or error}: "
+                f"{error.filename or self.path}; run the command where it can be, or change the permissions."
+            ) from error
+        self._before = before
+
+    def _contents(self) -> set[Path]:
+        parents = {path for path in (self.path.parent, self.path) if path.exists()}
+        return parents | set(self.path.rglob("*"))
+
+    def begin(self) -> None:
+        """Start the run: remove what `--overwrite` replaces, and what a killed run has left half written."""
+        if self.began:
+            return
+        self.began = True
+        before = self._before or set()
+        _remove(path for path in before if path.name.endswith(PARTIAL) and path.name.startswith("."))
+        if self._overwrite:
+            # Only what a run writes: something of the user's own in the directory stays.
+            files = (self.config, self.history, self.predictions)
+            folders = (self.checkpoints, self.plots, self.logs)
+            _remove(p for p in before if p in files or any(f == p or f in p.parents for f in folders))
 
     def release(self) -> None:
-        """Give the directory free before the process ends."""
+        """Give the directory free before the process ends; where the run never began, as it was found."""
+        if self._before is not None and not self.began:
+            _remove(self._contents() - self._before)
+        self._before = None
         self._lock.release()
 
-    def _remove_results(self) -> None:
-        # Only what a run writes: something of the user's own in the directory stays.
-        for file in (self.config, self.history, self.predictions):
-            file.unlink(missing_ok=True)
-        for folder in (self.checkpoints, self.plots):
-            shutil.rmtree(folder, ignore_errors=True)
+
+def _remove(paths: Iterable[Path]) -> None:
+    """Remove files, and the directories that are empty then."""
+    for path in sorted(paths, reverse=True):
+        with suppress(OSError):
+            if path.is_dir() and not path.is_symlink():
+                path.rmdir()
+            else:
+                path.unlink()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shutil
 import sys
 import tempfile
 import time
@@ -44,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run.release()
     except UserError as error:
         print(f"descents: {error}", file=sys.stderr)
-        return 2
+        return error.status
     except (KeyboardInterrupt, SystemExit) as stop:
         if not isinstance(stop.__context__ or stop, KeyboardInterrupt):  # Lightning turns one into the other
             raise
@@ -81,6 +80,7 @@ def compare(run: RunDirectory, seed: int, epochs: int | None) -> int:
             return 1
         if not trained:
             _warm_up(words)
+            run.begin()
         trained[recipe] = _train_by_both(run, recipe, words)
     if not _engines_agree(trained):
         return 1
@@ -372,12 +372,13 @@ def _train_loss(model: Any, data: Any) -> float:
 
 def _keep_best(run: RunDirectory, trained: dict[str, dict[str, Any]]) -> None:
     """Keep the metrics of all, and the best network with the configuration that `manualprop test` needs."""
+    from manualprop.training._files import write_whole
     from manualprop.training.callbacks import write_csv
 
     for path, kind in ((run.history, "rows"), (run.path / "curves.csv", "curve")):
         write_csv(path, [{"descent": r} | row for r, result in trained.items() for row in result[kind]])
     best = min(trained.values(), key=lambda result: float(result["val loss"]))
-    shutil.copyfile(best["checkpoint"], run.best)
+    write_whole(run.best, best["checkpoint"].read_bytes())
     config = best["job"].config.clone()
     config.pop("config", None)
     best["job"].parser.save(config, run.config, overwrite=True, skip_validation=True, skip_unset=False)

@@ -5,6 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+if __name__ != "manualprop":
+    raise ImportError(
+        f"manualprop: the folder that {__name__.partition('.')[0]!r} was found in holds the repository, and hides the package "
+        "in it. Run from another folder, or install it: pip install -e FOLDER."
+    )
+
 if TYPE_CHECKING:
     from manualprop import descent as descent
     from manualprop import functional as functional

@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch import Tensor
 
+from manualprop._invocation import console_command, shown
 from manualprop.descent import Descent
 from manualprop.training import _usage
 from manualprop.training._errors import InputValueError, NonFiniteLossError, UserError
@@ -113,6 +114,8 @@ class DescentCLI(LightningCLI):
         parser.add_class_arguments(
             Trainer, "trainer", fail_untyped=False, instantiate=False, sub_configs=True, skip=set(_REPLACED)
         )
+        for key, title in _usage.TITLES.items():
+            parser.groups[key].title = title
         parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -263,7 +266,8 @@ class DescentCLI(LightningCLI):
         where = f"Interrupted at update {self.trainer.global_step} (epoch {self.trainer.current_epoch + 1})."
         if not run.last.exists():
             return f"{where} No checkpoint was written yet; run the same command again."
-        return f"{where} Last checkpoint: {run.last}. Go on with: manualprop fit --name {run.name} --resume"
+        again = f"{console_command()} fit --name {run.name} --resume"
+        return f"{where} Last checkpoint: {shown(run.last)}. Go on with: {again}"
 
     def _summary(self, run: RunDirectory) -> str:
         last = self.history.rows[-1]

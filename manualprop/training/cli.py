@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import sys
+import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -198,9 +199,11 @@ class DescentCLI(LightningCLI):
                 _say(self._interrupted(run))
                 raise SystemExit(130) from None
             raise
-        if self.trainer.is_global_zero and self.history.rows and self.history.path is not None:
+        if not self.trainer.is_global_zero:
+            return
+        if self.history.rows and self.history.path is not None:
             plot_history(self.history.rows, run.plots / "history.png", run.name)
-            print(self._summary(run))
+        print(self._summary(run))
 
     def validate(self, model: LightningModule, **kwargs: Any) -> None:
         """Evaluate on the validation examples."""
@@ -220,11 +223,11 @@ class DescentCLI(LightningCLI):
         classifies = isinstance(model, DescentModule) and model.classifies
         rows = prediction_rows(torch.cat(outputs), classifies)
         write_csv(run.predictions, rows)
-        print(f"{len(rows)} predictions: {run.predictions}")
+        print(f"{len(rows)} predictions: {shown(run.predictions)}")
 
     def _report(self, results: Any, checkpoint: Path) -> None:
         for metrics in results:
-            print(", ".join(f"{name} {value:.4f}" for name, value in metrics.items()) + f" ({checkpoint})")
+            print(", ".join(f"{name} {value:.4f}" for name, value in metrics.items()) + f" ({shown(checkpoint)})")
 
     def _load_weights(self, model: LightningModule) -> Path:
         path = self._checkpoint()
@@ -270,15 +273,27 @@ class DescentCLI(LightningCLI):
         return f"{where} Last checkpoint: {shown(run.last)}. Go on with: {again}"
 
     def _summary(self, run: RunDirectory) -> str:
+        if not self.history.rows:
+            limits = f"max_epochs={self.trainer.max_epochs}, max_steps={self.trainer.max_steps}"
+            return f"No update was made, and nothing was written but the configuration: {limits}."
         last = self.history.rows[-1]
         metrics = [
             f"{name} {value:.4f}" for name, value in last.items() if name.startswith(("train_", "val_"))
         ]
         done = "" if self.history.trained else "Nothing left to train; raise --trainer.max_epochs to go on.\n"
-        return (
-            f"{done}{last['epoch']:.0f} epochs, {last['update']:.0f} updates, {last['seconds']:.1f} s: {', '.join(metrics)}\n"
-            f"best checkpoint: {run.best}\nhistory: {run.history}\nplot: {run.plots / 'history.png'}"
-        )
+        lines = [
+            f"{done}{_count(last['epoch'], 'epoch')}, {_count(last['update'], 'update')}, {last['seconds']:.1f} s",
+            *textwrap.wrap(", ".join(metrics), 78),
+        ]
+        if self.history.path is None:
+            return "\n".join([*lines, "Nothing was kept: this was a trial run (fast_dev_run)."])
+        files = {"best checkpoint": run.best, "history": run.history, "plot": run.plots / "history.png"}
+        lines += [f"{title + ':':<17}{shown(path)}" for title, path in files.items()]
+        return "\n".join([*lines, f"{'to test it:':<17}{console_command()} test --name {run.name}"])
+
+
+def _count(number: float, what: str) -> str:
+    return f"{number:.0f} {what}{'s' * (number != 1)}"
 
 
 def _described(command: str, text: str) -> dict[str, Any]:

@@ -131,4 +131,3 @@ def _help() -> str:
             f"example: {console_command()} fit --config recipes/digits/minibatch.yaml",
         ]
     )
-

@@ -188,7 +188,11 @@ def made(page: str) -> str:
 
 def made_on(path: Path) -> str | None:
     """The machine that a page was made on, None where it does not say."""
-    found = re.search(r"^Made on (.*), with torch ", path.read_text(encoding="utf-8"), re.M) if path.exists() else None
+    found = (
+        re.search(r"^Made on (.*), with torch ", path.read_text(encoding="utf-8"), re.M)
+        if path.exists()
+        else None
+    )
     return found[1] if found else None
 
 
@@ -400,7 +404,9 @@ def main(argv: list[str]) -> int:
     if unknown:
         parser.error(f"no part {unknown[0]!r}. There are: {', '.join(PARTS)}")
     torch.set_num_threads(1)
-    current = [_build(name, arguments.check) for name in arguments.parts or PARTS if _is_due(name, arguments.parts)]
+    current = [
+        _build(name, arguments.check) for name in arguments.parts or PARTS if _is_due(name, arguments.parts)
+    ]
     return 0 if all(current) else 1
 
 
@@ -420,7 +426,8 @@ def _build(name: str, check: bool) -> bool:
     else:
         files = {ROOT / "docs" / f"{name}.md": "".join(PAGES[name]()).rstrip() + "\n"}
         progress(1, 1, f"{name}: done")
-    return all([_is_current(path, text) if check else _write(path, text) for path, text in files.items()])
+    current = [_is_current(path, text) if check else _write(path, text) for path, text in files.items()]
+    return all(current)  # of each that was looked at
 
 
 def _is_current(path: Path, text: str) -> bool:

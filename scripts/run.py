@@ -222,7 +222,7 @@ def pip_steps(full: bool) -> list[list[str]]:
         steps.insert(0, [*pip, "--no-deps", "--index-url", index, "torch"])
     if full:
         # BackPACK alone: the torchvision that it asks for fits one build of torch only, and it does without.
-        steps += [[*pip, "-e", ".[interop]"], [*pip, "--no-deps", "backpack-for-pytorch"]]
+        steps += [[*pip, "-e", ".[interop,release]"], [*pip, "--no-deps", "backpack-for-pytorch"]]
     return steps
 
 
@@ -388,10 +388,10 @@ TABLE = {
     "manualprop": Command(
         console, "manualprop/__main__.py", "the console command, as in: manualprop fit --help"
     ),
-    "test": Command(
-        test, "tests", "pytest; -m quick: under a minute; --full: slow ones too, 330 MB more"
+    "test": Command(test, "tests", "pytest; -m quick: a part, under a minute; --full: slow ones too"),
+    "bench": Command(
+        bench, "scripts/bench_*.py", "a benchmark: bench NAME; NAME is " + " or ".join(benchmarks())
     ),
-    "bench": Command(bench, "scripts/bench_*.py", "a benchmark: bench NAME; NAME is " + " or ".join(benchmarks())),
     "docs": Command(docs, "scripts/build_docs.py", "write the generated pages and the texts of --help"),
     "lint": Command(lint, "pyproject.toml", "ruff check, ruff format, mypy; --fix repairs what it can"),
 }
@@ -440,11 +440,17 @@ def typed() -> list[str]:
 def command_environment(name: str) -> dict[str, str]:
     environment = clean_environment()
     environment["PATH"] = os.pathsep.join([str(PYTHON.parent), environment.get("PATH", os.defpath)])
-    if name in ("train", "manualprop"):  # the commands and paths that they print must work where the user stands
+    if name in (
+        "train",
+        "manualprop",
+    ):  # the commands and paths that they print must work where the user stands
         environment["MANUALPROP_COMMAND"] = shlex.join([*typed(), "manualprop"])
         environment["MANUALPROP_CALLED_FROM"] = os.getcwd()
     if name == "test":
         environment.setdefault("OMP_NUM_THREADS", "1")  # as many workers as cores already
+        environment.pop(
+            "PYTHONDONTWRITEBYTECODE", None
+        )  # pytest compiles every test file anew without its cache
     return environment
 
 

@@ -852,7 +852,9 @@ def test_an_update_of_stochastic_descent_sees_one_example(rows: int) -> None:
     step = Backprop(model, nn.CrossEntropyLoss(), descent.Stochastic(learning_rate=0.1))
     before = copy.deepcopy(model.state_dict())
     x, target = torch.randn(rows, 3), torch.zeros(rows, dtype=torch.long)
-    with pytest.raises(ValueError, match=rf"Stochastic must see one example\. Got {rows}; make one call for each"):
+    with pytest.raises(
+        ValueError, match=rf"Stochastic must see one example\. Got {rows}; make one call for each"
+    ):
         step(x, target)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])

@@ -81,7 +81,16 @@ def test_python_m_is_the_console_command(tmp_path: Path) -> None:
 
 WITH_SHIPPED_HELP = [name for name, command in _command.COMMANDS.items() if command.home == _command._CLI]
 # Sphinx's markup, what Lightning praises, and the modules of torch by the hundred.
-NOT_OURS = (":class:", ":meth:", ":paramref:", "``", "main advantage", "every aspect", "torch.ao", "gradient_clip_val")
+NOT_OURS = (
+    ":class:",
+    ":meth:",
+    ":paramref:",
+    "``",
+    "main advantage",
+    "every aspect",
+    "torch.ao",
+    "gradient_clip_val",
+)
 
 
 @pytest.fixture(scope="module")
@@ -92,18 +101,30 @@ def made() -> dict[str, str]:
 @pytest.mark.parametrize("command", WITH_SHIPPED_HELP)
 def test_shipped_help_is_what_the_parser_says(command: str, made: dict[str, str]) -> None:
     shipped = (_command._HELP / f"{command}.txt").read_text(encoding="utf-8")
-    assert shipped == made[command], "an option has changed. Write the text anew: python3 scripts/run.py docs help"
+    assert shipped == made[command], (
+        "an option has changed. Write the text anew: python3 scripts/run.py docs help"
+    )
 
 
 @pytest.mark.parametrize("command", WITH_SHIPPED_HELP)
-def test_shipped_help_is_short_and_names_what_there_is(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shipped_help_is_short_and_names_what_there_is(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert _command.main([command, "--name=x", "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) < 120 and max(map(len, lines)) <= 80
     text = "\n".join(lines)
     assert text.startswith(f"usage: manualprop {command} [--config RECIPE] [--name NAME]")
     assert not [words for words in NOT_OURS if words in text]
-    known = ["Batch", "Stochastic", "MiniBatch", "MultilayerPerceptron", "CrossEntropyLoss", "max_epochs", "--print_config"]
+    known = [
+        "Batch",
+        "Stochastic",
+        "MiniBatch",
+        "MultilayerPerceptron",
+        "CrossEntropyLoss",
+        "max_epochs",
+        "--print_config",
+    ]
     known += ["DigitsDataModule", "LinearRegressionDataModule", "--help=all"]
     known += ["--resume", "--overwrite"] if command == "fit" else ["--checkpoint"]
     assert not [name for name in known if name not in text]
@@ -202,7 +223,9 @@ def test_the_progress_line_keeps_its_time(
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )  # fmt: skip
-def test_every_run_ends_with_a_summary(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_run_ends_with_a_summary(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert fit(*words) == 0
     shown = capsys.readouterr().out
     assert re.match(said, shown), shown

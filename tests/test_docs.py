@@ -100,7 +100,9 @@ def pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(build_docs, "machine", lambda: "this one")
     monkeypatch.setattr(build_docs, "help_files", dict)
     for name in build_docs.PAGES:
-        monkeypatch.setitem(build_docs.PAGES, name, lambda name=name: iter([f"{build_docs.made(name)}\nnumbers\n"]))
+        monkeypatch.setitem(
+            build_docs.PAGES, name, lambda name=name: iter([f"{build_docs.made(name)}\nnumbers\n"])
+        )
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     return tmp_path / "docs"
 

@@ -172,7 +172,9 @@ def test_both_engines_make_the_same_updates_when_timed(descents: ModuleType) -> 
     job = load_recipe(RECIPES / "digits" / "minibatch.yaml")
     x, target = job.datamodule.train
     pieces = [[(x[rows], target[rows]) for rows in update] for update in job.model.descent.updates(len(x))]
-    ours, theirs = (list(itertools.islice(descents._updates(job.model, pieces, e), 50)) for e in descents.ENGINES)
+    ours, theirs = (
+        list(itertools.islice(descents._updates(job.model, pieces, e), 50)) for e in descents.ENGINES
+    )
     assert ours == pytest.approx(theirs, rel=1e-3) and ours[-1] < ours[0]
 
 

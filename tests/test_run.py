@@ -234,7 +234,7 @@ def test_only_the_full_tests_install_what_they_alone_need(tree):
     for _ in range(2):
         tree.run("test", "--full")
     first, again, interop, backpack = tree.pip_calls
-    assert first == again and interop.endswith("-e .[interop]")
+    assert first == again and interop.endswith("-e .[interop,release]")
     assert backpack.endswith("--no-deps backpack-for-pytorch") and "constraints.txt" in backpack
     tree.write("scripts/constraints.txt", "changed\n")
     tree.run("test")
@@ -545,6 +545,13 @@ def test_workers_share_the_cores(run, monkeypatch):
     assert run.command_environment("test")["OMP_NUM_THREADS"] == "4"
 
 
+def test_pytest_keeps_what_it_compiles(run, monkeypatch):
+    """Else it compiles all test files anew in every run and every worker."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    assert "PYTHONDONTWRITEBYTECODE" not in run.command_environment("test")
+    assert "PYTHONDONTWRITEBYTECODE" in run.command_environment("train")
+
+
 @pytest.mark.parametrize("statuses, result", [([0, 0, 0], 0), ([1, 0, 0], 1), ([0, 3, 0], 3), ([0, 0, 2], 2)])
 def test_lint_runs_all_and_fails_if_any_does(run, monkeypatch, statuses, result):
     ran = []
@@ -572,7 +579,13 @@ def test_ci_fails_with_lint_and_with_tests(tmp_path, lint, test, result):
 def test_every_dependency_is_pinned():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["training"], *extras["test"], *extras["interop"]]
+    wanted = [
+        *project["dependencies"],
+        *extras["training"],
+        *extras["test"],
+        *extras["interop"],
+        *extras["release"],
+    ]
     names = {re.match(r"[\w-]+", requirement)[0].lower() for requirement in wanted}
     lines = (ROOT / "scripts/constraints.txt").read_text().splitlines()
     pinned = {line.partition("==")[0].lower() for line in lines if re.fullmatch(r"[\w.-]+==[\d.a-z]+", line)}

@@ -14,6 +14,8 @@ import manualprop
 from manualprop import functional, functions
 from manualprop.functions import Rule
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(manualprop.__file__).parent
 
 # Imports point one way: a package may import only those named here, and itself.

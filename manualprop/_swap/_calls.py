@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from manualprop import functional
 
-_NAMES = {name for name, f in vars(functional).items() if isinstance(f, types.FunctionType) and name[0] != "_"}
+_NAMES = {
+    name for name, f in vars(functional).items() if isinstance(f, types.FunctionType) and name[0] != "_"
+}
 _FUNCTIONS = [
     (name, getattr(home, name))
     for home in (torch.nn.functional, torch)

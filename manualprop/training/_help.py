@@ -101,7 +101,9 @@ def _text(command: str, parser: ArgumentParser) -> str:
         _section("--model.loss NAME, one of manualprop.nn, or any class path", [("", ", ".join(_losses()))]),
         _section("--model.KEY VALUE", [("engine", _said(actions["model.engine"]))]),
         _section("--data NAME, or the class path of any LightningDataModule", _class_rows(_data_modules())),
-        _section("--trainer.KEY VALUE, of Lightning's Trainer", [(key, _said(trainer[key])) for key in _COMMON]),
+        _section(
+            "--trainer.KEY VALUE, of Lightning's Trainer", [(key, _said(trainer[key])) for key in _COMMON]
+        ),
         _lines("", "also: " + ", ".join(key for key in trainer if key not in _COMMON)),
         ["", *textwrap.wrap(_END, WIDTH)],
     ]

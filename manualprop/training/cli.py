@@ -115,8 +115,9 @@ class DescentCLI(LightningCLI):
         parser.add_class_arguments(
             Trainer, "trainer", fail_untyped=False, instantiate=False, sub_configs=True, skip=set(_REPLACED)
         )
+        groups: Any = parser.groups
         for key, title in _usage.TITLES.items():
-            parser.groups[key].title = title
+            groups[key].title = title
         parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -227,7 +228,10 @@ class DescentCLI(LightningCLI):
 
     def _report(self, results: Any, checkpoint: Path) -> None:
         for metrics in results:
-            print(", ".join(f"{name} {value:.4f}" for name, value in metrics.items()) + f" ({shown(checkpoint)})")
+            print(
+                ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+                + f" ({shown(checkpoint)})"
+            )
 
     def _load_weights(self, model: LightningModule) -> Path:
         path = self._checkpoint()

@@ -118,7 +118,7 @@ def set_up(full: bool) -> None:
             f"On Debian and Ubuntu: sudo apt install python{version}-venv"
         )
     began = time.monotonic()
-    say("setting up .venv with torch, Lightning and the test tools. The first time takes a few minutes.")
+    say("setting up .venv: torch, Lightning, test tools. It takes a few minutes.")
     # After a change of pins alone pip can install on top. Anything else, an interrupted set-up above all (pip
     # takes a half-written package for an installed one), needs an empty environment.
     keep = PYTHON.exists() and read_stamp().startswith(place() + "\n")

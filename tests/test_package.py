@@ -77,7 +77,7 @@ def test_a_script_in_the_folder_above_the_clone_finds_the_package(clone: Path, b
     script.write_text(
         f"import site; site.addsitedir({str(site)!r})\nimport manualprop; print(manualprop.__version__)\n"
     )
-    done = subprocess.run([sys.executable, "-S", str(script)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-S", str(script)], env={}, capture_output=True, text=True)
     assert done.stdout == f"{manualprop.__version__}\n", done.stderr
 
 

@@ -111,7 +111,7 @@ def test_links_work_from_the_source_archive(built: Path, tmp_path: Path) -> None
     root = one(tmp_path, "manualprop-*")
     pages = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
     assert len(pages) > 10
-    links = [(p, target) for p in pages for target in re.findall(r"\]\(([^)\s]+)\)", p.read_text())]
+    links = [(p, target) for p in pages for target in re.findall(r"\]\(([^)\s]+)\)", prose(p))]
     assert len(links) > 15
     for page, target in links:
         path, _, _ = target.partition("#")
@@ -123,6 +123,11 @@ def test_links_work_from_the_source_archive(built: Path, tmp_path: Path) -> None
     )
     assert named and all((root / name).exists() for name in named), named
     assert (root / "manualprop/training/help/fit.txt").exists()
+
+
+def prose(page: Path) -> str:
+    """A page without its blocks of code, where `](x)` is a call."""
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
 
 
 @pytest.mark.slow

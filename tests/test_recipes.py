@@ -98,6 +98,7 @@ def test_main_job(
     )
     *_, last = shown.splitlines()
     assert last == "to test it:   manualprop test --name short"
+    assert max(map(len, shown.splitlines())) <= 80
     assert "same final weights without a tape and by autograd, to float32 rounding" in shown
     assert not list(Path("runs/short").glob("tmp*"))
     for name in ("descents.png", "history.csv", "curves.csv", "config.yaml", "checkpoints/best.ckpt"):

@@ -133,8 +133,9 @@ def _gradients_are_right(job: DescentCLI) -> bool:
         print(f"descents: refusing to train. {error}", file=sys.stderr)
         return False
     print(
-        f"gradients right, first and second order ({time.perf_counter() - start:.0f} s): {', '.join(worst)}\n"
-        f"largest deviation from finite differences in float64: {max(worst.values()):.0e}",
+        f"gradients right, first and second order ({time.perf_counter() - start:.0f} s):\n"
+        f"  {', '.join(worst)}\n"
+        f"  largest deviation from finite differences in float64: {max(worst.values()):.0e}",
         flush=True,
     )
     return True
@@ -381,9 +382,9 @@ def _engines_agree(trained: dict[str, dict[str, Any]]) -> bool:
             return False
     recipe, worst = max(trained.items(), key=lambda item: float(item[1]["difference"]))
     print(
-        "same final weights without a tape and by autograd, to float32 rounding: largest relative difference "
-        f"{worst['difference']:.0e} ({recipe}, {worst['updates']:,.0f} updates, where rounding explains "
-        f"{rounding(worst['updates']):.0e})"
+        "same final weights without a tape and by autograd, to float32 rounding:\n"
+        f"  largest relative difference {worst['difference']:.0e} ({recipe}, {worst['updates']:,.0f} updates;\n"
+        f"  rounding explains {rounding(worst['updates']):.0e})"
     )
     return True
 

@@ -1,9 +1,17 @@
 """Hand-derived backpropagation for PyTorch: drop-in layers whose gradients were worked out on paper."""
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if __name__ != "manualprop":  # the folder of the repository was found for the package
+    _folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    raise ImportError(
+        f"manualprop: the folder {_folder!r} holds the repository, and hides the package in it. "
+        f"Run from another folder, or install it: pip install -e {_folder}"
+    )
 
 if TYPE_CHECKING:
     from manualprop import descent as descent

@@ -10,9 +10,11 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import manualprop
+from manualprop._invocation import console_command
 
 
 class Command(NamedTuple):
@@ -33,6 +35,7 @@ class Command(NamedTuple):
 
 _LIGHTNING = ("lightning", "torchmetrics", "jsonargparse", "rich", "matplotlib")
 _CLI = "manualprop.training.cli"
+_HELP = Path(__file__).parent / "training" / "help"  # made from the parser, which takes seconds to make
 
 COMMANDS = {
     "fit": Command(
@@ -89,12 +92,16 @@ def _run(words: list[str]) -> int:
         similar = difflib.get_close_matches(words[0], COMMANDS, n=1)
         hint = f"Did you mean {similar[0]!r}?" if similar else f"Known are {', '.join(COMMANDS)}."
         return _complain(f"unknown command {words[0]!r}. {hint}")
+    if command.home == _CLI and {"-h", "--help"} & set(words):
+        print((_HELP / f"{words[0]}.txt").read_text(encoding="utf-8"), end="")
+        return 0
     missing = [name for name in command.needs if importlib.util.find_spec(name) is None]
     if missing:
         remedy = f'pip install "manualprop[{command.extra}]"'
         return _complain(
             f"{words[0]} needs {', '.join(missing)}, which is not installed. Get it with: {remedy}"
         )
+    words = ["--help" if word == "--help=all" else word for word in words]
     run: Callable[[Sequence[str]], int] = importlib.import_module(command.home).main
     return run(words)
 
@@ -121,10 +128,6 @@ def _help() -> str:
             "  -h, --help     show this and stop",
             "  -V, --version  show the version and stop",
             "",
-            "example: manualprop fit --config recipes/digits/minibatch.yaml --descent.batch_size 64",
+            f"example: {console_command()} fit --config recipes/digits/minibatch.yaml",
         ]
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,6 +14,7 @@ every later call hands over to that environment at once. Set-up leaves behind:
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -117,7 +118,7 @@ def set_up(full: bool) -> None:
             f"On Debian and Ubuntu: sudo apt install python{version}-venv"
         )
     began = time.monotonic()
-    say("setting up .venv with torch, Lightning and the test tools. The first time takes a few minutes.")
+    say("setting up .venv: torch, Lightning, test tools. It takes a few minutes.")
     # After a change of pins alone pip can install on top. Anything else, an interrupted set-up above all (pip
     # takes a half-written package for an installed one), needs an empty environment.
     keep = PYTHON.exists() and read_stamp().startswith(place() + "\n")
@@ -221,7 +222,7 @@ def pip_steps(full: bool) -> list[list[str]]:
         steps.insert(0, [*pip, "--no-deps", "--index-url", index, "torch"])
     if full:
         # BackPACK alone: the torchvision that it asks for fits one build of torch only, and it does without.
-        steps += [[*pip, "-e", ".[interop]"], [*pip, "--no-deps", "backpack-for-pytorch"]]
+        steps += [[*pip, "-e", ".[interop,release]"], [*pip, "--no-deps", "backpack-for-pytorch"]]
     return steps
 
 
@@ -341,6 +342,10 @@ def train(arguments: list[str]) -> list[list[str]]:
     return [["recipes/digits/descents.py", *arguments]]
 
 
+def console(arguments: list[str]) -> list[list[str]]:
+    return [["-m", "manualprop", *arguments]]
+
+
 def test(arguments: list[str]) -> list[list[str]]:
     options = [] if "--full" in arguments else ["-m", "not slow"]  # before the user's own: the last -m counts
     arguments = [argument for argument in arguments if argument != "--full"]
@@ -380,13 +385,14 @@ class Command(NamedTuple):
 
 TABLE = {
     "train": Command(train, "recipes/digits/descents.py", "train on the digits with all three descents"),
-    "test": Command(
-        test, "tests", "run the tests with pytest; --full adds the slow ones (330 MB more to install)"
+    "manualprop": Command(
+        console, "manualprop/__main__.py", "the console command, as in: manualprop fit --help"
     ),
+    "test": Command(test, "tests", "pytest; -m quick: a part, under a minute; --full: slow ones too"),
     "bench": Command(
-        bench, "scripts/bench_*.py", "run one benchmark: bench NAME; NAME is " + " or ".join(benchmarks())
+        bench, "scripts/bench_*.py", "a benchmark: bench NAME; NAME is " + " or ".join(benchmarks())
     ),
-    "docs": Command(docs, "scripts/build_docs.py", "build the documentation"),
+    "docs": Command(docs, "scripts/build_docs.py", "write the generated pages and the texts of --help"),
     "lint": Command(lint, "pyproject.toml", "ruff check, ruff format, mypy; --fix repairs what it can"),
 }
 
@@ -396,17 +402,22 @@ def offered() -> dict[str, Command]:
 
 
 def usage() -> str:
-    rows = [f"  {name:8}{command.help}" for name, command in offered().items()]
+    rows = [f"  {name:12}{command.help}" for name, command in offered().items()]
     return "\n".join(
         [
             "usage: python3 scripts/run.py COMMAND [ARGUMENTS]",
             "",
             *rows,
             "",
-            "ARGUMENTS go to the command: `test -k tanh -x` is pytest's -k and -x, `train --help` lists train's own.",
-            "Commands run in the repository root. The first call installs everything into .venv (a few minutes);",
-            "delete .venv to start over. Set MANUALPROP_TORCH_INDEX to take torch from another package index, such as",
-            "https://download.pytorch.org/whl/cpu on a Linux machine without a GPU (it spares gigabytes).",
+            "ARGUMENTS go to the command: `test -k tanh -x` is pytest's -k and -x, and",
+            "`train --help` lists train's own. Commands run in the repository root, wherever",
+            "they are called from: paths among the ARGUMENTS are relative to it.",
+            "",
+            "The first call installs everything into .venv (a few minutes); delete .venv to",
+            "start over. On a Linux machine without a GPU, take torch from PyTorch's own CPU",
+            "index and spare gigabytes:",
+            "",
+            "  MANUALPROP_TORCH_INDEX=https://download.pytorch.org/whl/cpu",
         ]
     )
 
@@ -421,11 +432,25 @@ def clean_environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key not in drop}
 
 
+def typed() -> list[str]:
+    """The user's words up to this script: what to type again for another command."""
+    return sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+
+
 def command_environment(name: str) -> dict[str, str]:
     environment = clean_environment()
     environment["PATH"] = os.pathsep.join([str(PYTHON.parent), environment.get("PATH", os.defpath)])
+    if name in (
+        "train",
+        "manualprop",
+    ):  # the commands and paths that they print must work where the user stands
+        environment["MANUALPROP_COMMAND"] = shlex.join([*typed(), "manualprop"])
+        environment["MANUALPROP_CALLED_FROM"] = os.getcwd()
     if name == "test":
         environment.setdefault("OMP_NUM_THREADS", "1")  # as many workers as cores already
+        environment.pop(
+            "PYTHONDONTWRITEBYTECODE", None
+        )  # pytest compiles every test file anew without its cache
     return environment
 
 

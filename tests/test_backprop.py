@@ -908,3 +908,30 @@ def test_captured_on_a_gpu(compile: bool) -> None:
     for _ in range(5):
         assert step(x, t) == pytest.approx(plain(x, t), rel=1e-10)
     assert distance(ours, eager) <= 1e-10
+
+
+@pytest.mark.parametrize("rows", [0, 2, 6])
+def test_an_update_of_stochastic_descent_sees_one_example(rows: int) -> None:
+    """Six rows were one update of six: not what the descent says."""
+    model = nn.Sequential(nn.Linear(3, 2))
+    step = Backprop(model, nn.CrossEntropyLoss(), descent.Stochastic(learning_rate=0.1))
+    before = copy.deepcopy(model.state_dict())
+    x, target = torch.randn(rows, 3), torch.zeros(rows, dtype=torch.long)
+    with pytest.raises(
+        ValueError, match=rf"Stochastic must see one example\. Got {rows}; make one call for each"
+    ):
+        step(x, target)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("lead", [(), (1,)])
+def test_one_example_with_and_without_an_axis_of_examples(lead: tuple[int, ...]) -> None:
+    step = Backprop(
+        nn.Sequential(nn.Linear(3, 2)), nn.CrossEntropyLoss(), descent.Stochastic(learning_rate=0.1)
+    )
+    x, target = torch.randn(*lead, 3), torch.ones(lead, dtype=torch.long)
+    losses = [step(x, target) for _ in range(5)]  # prepared from the third on
+    assert losses == sorted(losses, reverse=True)
+    with pytest.raises(ValueError, match="Got 4"):
+        step(torch.randn(4, 3), torch.ones(4, dtype=torch.long))

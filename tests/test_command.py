@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,10 +19,12 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from rich.console import Console
 
 import manualprop
-from manualprop import _command
-from manualprop.training import DescentModule
+from manualprop import _command, _invocation
+from manualprop.training import DescentModule, _help
+from manualprop.training.callbacks import TrainingProgress
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec:FutureWarning", "ignore:Checkpoint directory:UserWarning"
@@ -32,6 +37,7 @@ FIT = ["fit", "--config", str(RECIPE), "--trainer.enable_progress_bar=false"]
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(_invocation.COMMAND, "manualprop")
     threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
     yield
     torch.set_num_threads(threads)
@@ -67,15 +73,165 @@ def test_extra_that_is_not_installed(
     )
 
 
-def test_help_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_python_m_is_the_console_command(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "manualprop", "--version"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"manualprop {manualprop.__version__}\n"), done.stderr
+
+
+# --- help -----------------------------------------------------------------------------------------------------------
+
+WITH_SHIPPED_HELP = [name for name, command in _command.COMMANDS.items() if command.home == _command._CLI]
+# Sphinx's markup, what Lightning praises, and the modules of torch by the hundred.
+NOT_OURS = (
+    ":class:",
+    ":meth:",
+    ":paramref:",
+    "``",
+    "main advantage",
+    "every aspect",
+    "torch.ao",
+    "gradient_clip_val",
+)
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[str, str]:
+    return _help.texts()
+
+
+@pytest.mark.parametrize("command", WITH_SHIPPED_HELP)
+def test_shipped_help_is_what_the_parser_says(command: str, made: dict[str, str]) -> None:
+    shipped = (_command._HELP / f"{command}.txt").read_text(encoding="utf-8")
+    assert shipped == made[command], (
+        "an option has changed. Write the text anew: python3 scripts/run.py docs help"
+    )
+
+
+@pytest.mark.parametrize("command", WITH_SHIPPED_HELP)
+def test_shipped_help_is_short_and_names_what_there_is(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _command.main([command, "--name=x", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 120 and max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    assert text.startswith(f"usage: manualprop {command} [--config RECIPE] [--name NAME]")
+    assert not [words for words in NOT_OURS if words in text]
+    known = [
+        "Batch",
+        "Stochastic",
+        "MiniBatch",
+        "MultilayerPerceptron",
+        "CrossEntropyLoss",
+        "max_epochs",
+        "--print_config",
+    ]
+    known += ["DigitsDataModule", "LinearRegressionDataModule", "--help=all"]
+    known += ["--resume", "--overwrite"] if command == "fit" else ["--checkpoint"]
+    assert not [name for name in known if name not in text]
+
+
+def test_shipped_help_needs_no_torch() -> None:
+    script = (
+        "import sys; from manualprop._command import main\n"
+        f"for command in {WITH_SHIPPED_HELP}: main([command, '--help'])\n"
+        "assert not {'torch', 'lightning', 'jsonargparse'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_all_asks_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        _command.main(["fit", "--help"])
+        _command.main(["fit", "--help=all"])
     shown = capsys.readouterr().out
     assert stop.value.code == 0
-    assert "usage: manualprop fit [--config RECIPE] [--name NAME]" in shown
-    assert "--resume" in shown
-    assert "gradient_clip_val" not in shown
-    assert "torch.ao" not in shown
+    assert all(f"--trainer.{key}" in shown for key in (*_help._COMMON, "barebones", "sync_batchnorm"))
+    assert not [words for words in NOT_OURS if words in shown]
+
+
+# --- what is printed can be pasted ----------------------------------------------------------------------------------
+
+
+def test_how_to_call_the_console_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _invocation.console_command() == "manualprop"  # as scripts/run.py says
+    monkeypatch.delenv(_invocation.COMMAND)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "an environment" / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path / "elsewhere"))
+    there = shlex.quote(str(tmp_path / "an environment" / "python"))
+    assert _invocation.console_command() == f"{there} -m manualprop"
+    for folder in ("elsewhere", "an environment"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "manualprop").write_text("#!/bin/sh\n")
+        (tmp_path / folder / "manualprop").chmod(0o755)
+    assert _invocation.console_command() == f"{there} -m manualprop"  # that one is another environment's
+    monkeypatch.setenv("PATH", str(tmp_path / "an environment"))
+    assert _invocation.console_command() == "manualprop"
+
+
+def test_paths_are_whole_for_who_stands_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path("runs/x/history.csv")
+    assert _invocation.shown(path) == "runs/x/history.csv"
+    monkeypatch.setenv(_invocation.FOLDER, str(tmp_path))
+    assert _invocation.shown(path) == "runs/x/history.csv"
+    monkeypatch.setenv(_invocation.FOLDER, str(tmp_path.parent))
+    assert _invocation.shown(path) == str(tmp_path / "runs/x/history.csv")
+
+
+def test_what_fit_prints_can_be_pasted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(_invocation.COMMAND)
+    assert fit("--trainer.max_epochs=1") == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    title, _, command = last.partition(":")
+    assert title == "to test it"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.returncode == 0 and "test_accuracy 0." in done.stdout, done.stderr
+
+
+# --- what a run shows -----------------------------------------------------------------------------------------------
+
+STATES = ["epoch 300/300, 1234567 updates, loss 0.003, val. 100.0 %", "epoch 1/15, 9 updates, loss nan", ""]
+
+
+@pytest.mark.parametrize("width", [72, 80, 120])
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("title", ["run", "a-name-of-more-than-forty-characters-is-long"])
+@pytest.mark.parametrize(("elapsed", "time_shown"), [(5.0, "00:05"), (7384.0, "2:03:04")])
+def test_the_progress_line_keeps_its_time(
+    width: int, state: str, title: str, elapsed: float, time_shown: str
+) -> None:
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    progress = TrainingProgress(title, console)._progress
+    task = progress.add_task(title, total=1.0, state=state)
+    progress.update(task, completed=1.0)
+    progress.tasks[0].finished_time = elapsed
+    with console.capture() as capture:
+        console.print(progress.get_renderable())
+    (line,) = capture.get().splitlines()
+    assert line.rstrip().endswith(time_shown) and len(line) <= width
+    assert width < 80 or state in line  # and nothing of the state is lost where there are 80 columns
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--trainer.max_epochs=0"], "No update was made, and nothing was written but the configuration: max_epochs=0"),
+        (["--trainer.max_steps=0"], "No update was made, and nothing was written but the configuration: .*max_steps=0"),
+        (["--trainer.fast_dev_run=true"], r"1 epoch, 1 update, [\d.]+ s\ntrain_accuracy .*\nNothing was kept: this was a trial"),
+        (["--trainer.max_epochs=1"], r"1 epoch, 41 updates, [\d.]+ s\ntrain_accuracy .*\nbest checkpoint: runs/"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)  # fmt: skip
+def test_every_run_ends_with_a_summary(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(*words) == 0
+    shown = capsys.readouterr().out
+    assert re.match(said, shown), shown
+    assert max(map(len, shown.splitlines())) <= 100
 
 
 MISTAKES: list[tuple[str, str]] = [
@@ -418,7 +574,7 @@ def test_says_which_engine_it_took(monkeypatch: pytest.MonkeyPatch, caplog: pyte
 
 @pytest.mark.slow
 def test_ctrl_c_for_real(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "manualprop._command", *FIT, "--trainer.max_epochs=-1"]
+    words = [sys.executable, "-m", "manualprop", *FIT, "--trainer.max_epochs=-1"]
     with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 60
         while (

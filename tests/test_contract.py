@@ -7,11 +7,13 @@ from cases import CASES, IN_PLACE, Case
 from properties import ELEMENTWISE_PROPERTIES, PROPERTIES
 
 ROWS = CASES + IN_PLACE
+# The first row of each function: what the quick tests hold against every property.
+FIRST = {c.name: c for c in reversed(CASES)}
 
 
 def pairs(properties: tuple[Callable[[Case], None], ...], cases: list[Case]) -> list[object]:
     return [
-        pytest.param(p, c, id=f"{p.__name__}-{c}")
+        pytest.param(p, c, id=f"{p.__name__}-{c}", marks=[pytest.mark.quick] if c is FIRST[c.name] else [])
         for p in properties
         for c in cases
         if p.__name__ not in c.except_for

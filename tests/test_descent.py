@@ -21,6 +21,8 @@ from manualprop.descent import (
     sum_and_denominator,
 )
 
+pytestmark = pytest.mark.quick
+
 # On paper: one weight w = 0 and no bias, y = w x, L = (w x - t)^2, so dL/dw = 2 x (w x - t).
 #   examples (x, t) = (1, 2), (2, 2), (3, 3);  learning rate 0.1
 #   batch        mean gradient at w = 0: (2*1*(-2) + 2*2*(-2) + 2*3*(-3)) / 3 = (-4 - 8 - 18) / 3 = -10   w = 1

@@ -12,6 +12,8 @@ from manualprop._backprop import _descend_op
 from manualprop._backprop._descend_op import Updates
 from manualprop._backprop._destinations import Descend
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("shape", [(1, 64), (3, 20), (64, 1), (8, 6), (20, 8), (10, 12), (64, 64)], ids=str)

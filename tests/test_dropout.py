@@ -11,6 +11,8 @@ from torch.func import vmap
 
 from manualprop import functional as F
 
+pytestmark = pytest.mark.quick
+
 RANDOM: dict[str, tuple[int, ...]] = {
     "dropout": (4, 5),
     "dropout1d": (3, 4, 2),

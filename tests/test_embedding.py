@@ -9,6 +9,8 @@ from torch import Tensor
 
 from manualprop import functional as F
 
+pytestmark = pytest.mark.quick
+
 WORDS = torch.tensor([[1, 4, 1, 0], [2, 2, 1, 5]])
 
 

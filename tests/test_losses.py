@@ -11,6 +11,8 @@ from torch import Tensor
 import manualprop
 from manualprop import functional as F
 
+pytestmark = pytest.mark.quick
+
 INF, NAN = math.inf, math.nan
 
 

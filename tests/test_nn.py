@@ -13,6 +13,8 @@ from torch import nn
 import manualprop
 from manualprop._swap import TWINS
 
+pytestmark = pytest.mark.quick
+
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "Linear": (3, 2),
     "Bilinear": (3, 2, 4),

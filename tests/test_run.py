@@ -234,7 +234,7 @@ def test_only_the_full_tests_install_what_they_alone_need(tree):
     for _ in range(2):
         tree.run("test", "--full")
     first, again, interop, backpack = tree.pip_calls
-    assert first == again and interop.endswith("-e .[interop]")
+    assert first == again and interop.endswith("-e .[interop,release]")
     assert backpack.endswith("--no-deps backpack-for-pytorch") and "constraints.txt" in backpack
     tree.write("scripts/constraints.txt", "changed\n")
     tree.run("test")
@@ -449,10 +449,47 @@ def test_help_lists_what_this_checkout_can_do(tree, arguments):
     status, out, _ = tree.run(*arguments)
     assert status == 0
     assert "bench NAME; NAME is echo" in out
-    assert re.findall(r"^  (\w+)", out, re.M) == ["bench", "lint"]
+    assert re.findall(r"^  ([a-z]+) ", out, re.M) == ["bench", "lint"]
     assert "MANUALPROP_TORCH_INDEX" in out
     status, out, err = tree.run()
     assert (status, out) == (2, "") and err.startswith("usage:")
+
+
+def test_the_usage_fits_a_terminal_of_80_columns(run):
+    assert max(map(len, run.usage().splitlines())) <= 80
+    assert "manualprop" in run.offered()
+
+
+CONSOLE = """
+import os, sys
+print(os.environ.get("MANUALPROP_COMMAND"), os.environ.get("MANUALPROP_CALLED_FROM"), sys.argv[1:], os.getcwd(), sep="|")
+"""
+
+
+def test_the_console_command_and_how_to_call_it_again(tree, tmp_path_factory):
+    """The words that the user typed come back, and work from where they stand."""
+    (tree.root / "manualprop").mkdir()
+    tree.write("manualprop/__main__.py", CONSOLE)
+    tree.echo()
+    elsewhere = tmp_path_factory.mktemp("else where")
+    script = os.path.relpath(tree.root / "driver.py", elsewhere)
+    words = [sys.executable, script, "manualprop", "fit", "--name", "a b"]
+    # The driver looks for run.py beside itself.
+    environment = {**os.environ, "PYTHONPATH": str(tree.root / "scripts")}
+    done = subprocess.run(words, cwd=elsewhere, env=environment, capture_output=True, text=True)
+    command, folder, arguments, at = done.stdout.strip().split("|")
+    assert arguments == "['fit', '--name', 'a b']", done.stderr
+    assert (folder, at) == (str(elsewhere), str(tree.root))
+    again = subprocess.run(
+        f"{command} test", shell=True, cwd=elsewhere, env=environment, capture_output=True, text=True
+    )
+    assert "|['test']|" in again.stdout, again.stderr
+
+
+@pytest.mark.parametrize("name, tells", [("train", True), ("manualprop", True), ("test", False)])
+def test_only_what_prints_commands_is_told_how_it_was_called(run, monkeypatch, name, tells):
+    monkeypatch.delenv("MANUALPROP_COMMAND", raising=False)
+    assert ("MANUALPROP_COMMAND" in run.command_environment(name)) is tells
 
 
 @pytest.mark.parametrize("whom", [os.kill, os.killpg])
@@ -508,6 +545,13 @@ def test_workers_share_the_cores(run, monkeypatch):
     assert run.command_environment("test")["OMP_NUM_THREADS"] == "4"
 
 
+def test_pytest_keeps_what_it_compiles(run, monkeypatch):
+    """Else it compiles all test files anew in every run and every worker."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    assert "PYTHONDONTWRITEBYTECODE" not in run.command_environment("test")
+    assert "PYTHONDONTWRITEBYTECODE" in run.command_environment("train")
+
+
 @pytest.mark.parametrize("statuses, result", [([0, 0, 0], 0), ([1, 0, 0], 1), ([0, 3, 0], 3), ([0, 0, 2], 2)])
 def test_lint_runs_all_and_fails_if_any_does(run, monkeypatch, statuses, result):
     ran = []
@@ -535,7 +579,13 @@ def test_ci_fails_with_lint_and_with_tests(tmp_path, lint, test, result):
 def test_every_dependency_is_pinned():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["training"], *extras["test"], *extras["interop"]]
+    wanted = [
+        *project["dependencies"],
+        *extras["training"],
+        *extras["test"],
+        *extras["interop"],
+        *extras["release"],
+    ]
     names = {re.match(r"[\w-]+", requirement)[0].lower() for requirement in wanted}
     lines = (ROOT / "scripts/constraints.txt").read_text().splitlines()
     pinned = {line.partition("==")[0].lower() for line in lines if re.fullmatch(r"[\w.-]+==[\d.a-z]+", line)}

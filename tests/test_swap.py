@@ -1,6 +1,7 @@
 """swap and unswap: what they change, what they leave alone, what they say, and the proof on the user's own input."""
 
 import copy
+import math
 import pickle
 import warnings
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
@@ -677,3 +679,50 @@ def test_the_check_says_what_is_saved() -> None:
     check = manualprop.swap(model, check=torch.randn(5, 4)).check
     assert check is not None and check.keeps_more == {}
     assert str(check).endswith("Kept for backward: 480 B before, 160 B after.")
+
+
+# --- calls that a swap passes by ------------------------------------------------------------------------------------
+
+
+def squash(x: Tensor) -> Tensor:
+    return torch.tanh(x)
+
+
+class Calls(nn.Module):
+    """Layers, and functions in every form in which a forward may call them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.softmin = nn.Linear(3, 3), nn.Softmin(-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.stack([F.relu(self.linear(part)) for part in x])
+        return self.head(squash(x)).softmax(dim=-1)
+
+    def head(self, x: Tensor) -> Tensor:
+        return self.softmin(torch.nn.functional.gelu(x, approximate="tanh"))
+
+
+class Layers(nn.Module):
+    """Layers alone, under the names of functions; our own function; a function of another library."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu, self.part = nn.ReLU(), nn.ModuleDict({"tanh": nn.Tanh()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return manualprop.functional.relu(self.part.tanh(self.relu(x))) + math.tanh(1.0)
+
+
+def test_the_report_ends_with_the_calls_in_forward() -> None:
+    report = manualprop.swap(nn.Sequential(Calls(), Calls(), Layers()))
+    found = {"relu in Calls", "tanh in Calls", "gelu in Calls", "softmax in Calls"}
+    assert len(report.calls) == 4 and set(report.calls) == found
+    assert str(report).splitlines()[-1].startswith("Called in forward, where torch's rules still run: ")
+    assert str(report).endswith(" Use manualprop.functional there.")
+
+
+@pytest.mark.parametrize("model", [Layers, convnet, encoder, mlp])
+def test_a_model_of_layers_has_no_such_line(model: Callable[[], nn.Module]) -> None:
+    report = manualprop.swap(model())
+    assert report.calls == () and "in forward" not in str(report)

@@ -27,7 +27,7 @@ from manualprop._backprop._destinations import Collect, Descend, Destinations, F
 from manualprop._backprop._graph import Body, Graphs, Hyperparameters, with_tensors
 from manualprop._backprop._stages import Added, Affine, Backward, Chained, Forward, build, flat
 from manualprop._backprop._trace import Record, headline, observed, record
-from manualprop.descent import Batch, Descent, check_splittable, is_sum
+from manualprop.descent import Batch, Descent, Stochastic, check_splittable, is_sum
 
 Collected = Mapping[Parameter, Collect]
 
@@ -49,7 +49,8 @@ class Backprop:
     Args:
         model: to be trained, in place.
         loss: of :mod:`manualprop.nn`, called on (output, target), with reduction "mean" or "sum".
-        descent: of :mod:`manualprop.descent`: the update, and for Batch the size of the micro-batches.
+        descent: of :mod:`manualprop.descent`: the update, and for Batch the size of the micro-batches. The rows of a
+            call are the examples of one update: one with Stochastic, any number with MiniBatch and Batch.
         optimizer: the descent's, where it has been made already; it is made anew otherwise.
         compile: run the step as one graph, compiled by torch's inductor on the first step of each shape of the input
             (tens of seconds).  It calls the update, which stays folded into the product that makes the gradient and
@@ -145,6 +146,7 @@ class Backprop:
 
         Raises:
             FloatingPointError: for a loss that is not finite; no weight was changed.
+            ValueError: for more than one example, where the descent is Stochastic.
         """
         self._check()
         if x.shape == self._shape and x.dtype is self._dtype:
@@ -159,6 +161,12 @@ class Backprop:
 
     def _step(self, x: Tensor, target: Tensor) -> float:
         """One step of any kind."""
+        examples = 1 if x.dim() < 2 and x.is_floating_point() else len(x)
+        if examples != 1 and isinstance(self.descent, Stochastic):
+            raise ValueError(
+                f"Backprop: an update of Stochastic must see one example. Got {examples}; make one call for each, on "
+                "x[i : i + 1] and target[i : i + 1], or use MiniBatch for one update of them all."
+            )
         whole = self._micro is None or self._micro >= len(x)
         if not (whole and self._folds):
             return self._collect_and_update(x, target)

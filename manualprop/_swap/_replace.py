@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from manualprop._swap._calls import calls_in_forward
 from manualprop._swap._changes import Change, apply, revert
 from manualprop._swap._check import prove
 from manualprop._swap._fuse import PROGRAM, fused_from, fusion
@@ -76,10 +77,11 @@ def swap(
         finally:
             revert(changes)
         rows, changes = rows + more_rows, changes + more_changes
+    calls = tuple(dict.fromkeys(calls_in_forward(model)))
     if check is None:
         apply(changes)
-        return Report(model, rows)
-    return Report(model, rows, prove(model, changes, check))
+        return Report(model, rows, calls=calls)
+    return Report(model, rows, prove(model, changes, check), calls)
 
 
 def unswap(model: Model, *, only: Selection = None, skip: Selection = None) -> Report[Model]:

@@ -65,11 +65,13 @@ class Report(Generic[Model]):
         model: the model, changed in place.
         rows: every layer, in the order of ``model.named_modules()``.
         check: how the comparison came out, where one was asked for.
+        calls: functions that a ``forward`` calls itself, such as "relu in Net": torch's rules, which no swap reaches.
     """
 
     model: Model
     rows: tuple[Row, ...]
     check: Check | None = None
+    calls: tuple[str, ...] = ()
 
     @property
     def swapped(self) -> tuple[Row, ...]:
@@ -85,6 +87,11 @@ class Report(Generic[Model]):
         """The table. Layers whose rows differ in the numbers of their paths alone share a line."""
         lines = _aligned([("layers", "path", "from", "to", "why not"), *_grouped(self.rows)])
         lines.append(f"{len(self.swapped)} of {len(self.rows)} layers swapped.")
+        if self.calls:
+            lines.append(
+                f"Called in forward, where torch's rules still run: {', '.join(self.calls)}. "
+                "Use manualprop.functional there."
+            )
         if self.check is not None:
             lines.append(str(self.check))
         return "\n".join(lines)

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch import Trainer
 
+from manualprop._invocation import console_command
 from manualprop.training._errors import InputValueError
 from manualprop.training.run_directory import RunDirectory
 
@@ -38,11 +39,29 @@ _FLAGS = ("resume", "overwrite", "checkpoint")
 _OWN_MODULES = ("manualprop.descent", "manualprop.training", "manualprop.nn")
 
 
+# In place of the first line of the docstring of each key's class.
+TITLES = {
+    "descent": "Which examples an update sees, and the update",
+    "model": "What is trained, and on which loss",
+    "data": "The examples",
+    "trainer": "Lightning's Trainer",
+}
+
+
+def plain(text: str) -> str:
+    """Return a text without Sphinx's markup.
+
+    Args:
+        text: with roles, such as :class:`x`, and double backticks.
+    """
+    return re.sub(r"``?([^`]+)``?", r"\1", re.sub(r":\w+:`~?([^`]*)`", r"\1", text))
+
+
 class HelpFormatter(DefaultHelpFormatter):
-    """The usual help, without the lists of all the hundreds of modules that torch knows."""
+    """The usual help, without Sphinx's markup and the lists of all the hundreds of modules that torch knows."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        text = super()._get_help_string(action)
+        text = plain(super()._get_help_string(action))
         listed = re.search(r", known subclasses: ([^)]*)", text)
         if listed is None or listed[1].count(",") < 6:
             return text
@@ -83,7 +102,7 @@ def with_saved_config(arguments: Sequence[str]) -> list[str]:
         return list(arguments)
     raise InputValueError(
         f"the name of a run that has been trained must be given. {run.config} does not exist; give its --name, or "
-        "train it first: manualprop fit --config recipes/digits/minibatch.yaml"
+        f"train it first: {console_command()} fit --config recipes/digits/minibatch.yaml"
     )
 
 

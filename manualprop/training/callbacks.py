@@ -11,7 +11,9 @@ from typing import Any, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 
 from manualprop.training._files import write_whole
 from manualprop.training.run_directory import RunDirectory
@@ -151,6 +153,16 @@ def checkpoint_callbacks(run: RunDirectory, monitor: str | None) -> list[ModelCh
     return [last, best] if monitor else [last]
 
 
+class _Clipped(TextColumn):
+    """Gives way where the terminal is narrow, so that the columns beside it, the time above all, keep their place."""
+
+    def render(self, task: Task) -> Text:
+        """Return a text that ends in dots where it does not fit."""
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
+
+
 class TrainingProgress(ProgressBar):
     """One bar for the whole training run: with many short epochs, a bar per epoch would only flicker.
 
@@ -165,11 +177,14 @@ class TrainingProgress(ProgressBar):
         self._enabled = True
         self._task: TaskID | None = None
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=12),
-            TextColumn("{task.fields[state]}"),
-            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            _Clipped("{task.description}", table_column=Column(ratio=1)),
+            BarColumn(bar_width=6),
+            _Clipped("{task.fields[state]}"),
+            TimeRemainingColumn(
+                compact=True, elapsed_when_finished=True, table_column=Column(no_wrap=True, min_width=7)
+            ),
             console=console or Console(stderr=True),
+            expand=True,
         )
 
     def disable(self) -> None:

@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import sys
+import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from manualprop._invocation import console_command, shown
 from manualprop.descent import Descent
 from manualprop.training import _usage
 from manualprop.training._checks import check_architecture
@@ -132,6 +134,9 @@ class DescentCLI(LightningCLI):
         parser.add_class_arguments(
             Trainer, "trainer", fail_untyped=False, instantiate=False, sub_configs=True, skip=set(_REPLACED)
         )
+        groups: Any = parser.groups
+        for key, title in _usage.TITLES.items():
+            groups[key].title = title
         parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
         parser.link_arguments("name", "trainer.logger.init_args.save_dir", compute_fn=_logs)
 
@@ -261,15 +266,17 @@ class DescentCLI(LightningCLI):
                 _say(self._interrupted(run))
                 raise SystemExit(130) from None
             raise
-        if 0 in (self.trainer.num_training_batches, self.trainer.limit_train_batches):
+        no_update_asked = 0 in (self.trainer.max_epochs, self.trainer.max_steps)
+        if not no_update_asked and 0 in (self.trainer.num_training_batches, self.trainer.limit_train_batches):
             raise InputValueError(
                 "data must give at least one batch of training examples. Got none; look at the data, and at "
                 "trainer.limit_train_batches."
             )
-        if self.trainer.is_global_zero and self.history.rows and self.history.path is not None:
-            if run.began:
-                plot_history(self.history.rows, run.plots / "history.png", run.name)
-            print(self._summary(run))
+        if not self.trainer.is_global_zero:
+            return
+        if self.history.rows and self.history.path is not None and run.began:
+            plot_history(self.history.rows, run.plots / "history.png", run.name)
+        print(self._summary(run))
 
     def validate(self, model: LightningModule, **kwargs: Any) -> None:
         """Evaluate on the validation examples."""
@@ -289,11 +296,14 @@ class DescentCLI(LightningCLI):
         classifies = isinstance(model, DescentModule) and model.classifies
         rows = prediction_rows(torch.cat(outputs), classifies)
         write_csv(run.predictions, rows)
-        print(f"{len(rows)} predictions: {run.predictions}")
+        print(f"{len(rows)} predictions: {shown(run.predictions)}")
 
     def _report(self, results: Any, checkpoint: Path) -> None:
         for metrics in results:
-            print(", ".join(f"{name} {value:.4f}" for name, value in metrics.items()) + f" ({checkpoint})")
+            print(
+                ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+                + f" ({shown(checkpoint)})"
+            )
 
     def _load_weights(self, model: LightningModule) -> Path:
         path = self._checkpoint()
@@ -338,18 +348,31 @@ class DescentCLI(LightningCLI):
         where = f"Interrupted at update {self.trainer.global_step} (epoch {self.trainer.current_epoch + 1})."
         if not run.began or not run.last.exists():
             return f"{where} No checkpoint was written yet; run the same command again."
-        return f"{where} Last checkpoint: {run.last}. Go on with: manualprop fit --name {run.name} --resume"
+        again = f"{console_command()} fit --name {run.name} --resume"
+        return f"{where} Last checkpoint: {shown(run.last)}. Go on with: {again}"
 
     def _summary(self, run: RunDirectory) -> str:
+        if not self.history.rows:
+            limits = f"max_epochs={self.trainer.max_epochs}, max_steps={self.trainer.max_steps}"
+            return f"No update was made, and nothing was written but the configuration: {limits}."
         last = self.history.rows[-1]
         metrics = [
             f"{name} {value:.4f}" for name, value in last.items() if name.startswith(("train_", "val_"))
         ]
         done = "" if self.history.trained else "Nothing left to train; raise --trainer.max_epochs to go on.\n"
-        return (
-            f"{done}{last['epoch']:.0f} epochs, {last['update']:.0f} updates, {last['seconds']:.1f} s: {', '.join(metrics)}\n"
-            f"best checkpoint: {run.best}\nhistory: {run.history}\nplot: {run.plots / 'history.png'}"
-        )
+        lines = [
+            f"{done}{_count(last['epoch'], 'epoch')}, {_count(last['update'], 'update')}, {last['seconds']:.1f} s",
+            *textwrap.wrap(", ".join(metrics), 78),
+        ]
+        if self.history.path is None:
+            return "\n".join([*lines, "Nothing was kept: this was a trial run (fast_dev_run)."])
+        files = {"best checkpoint": run.best, "history": run.history, "plot": run.plots / "history.png"}
+        lines += [f"{title + ':':<17}{shown(path)}" for title, path in files.items()]
+        return "\n".join([*lines, f"{'to test it:':<17}{console_command()} test --name {run.name}"])
+
+
+def _count(number: float, what: str) -> str:
+    return f"{number:.0f} {what}{'s' * (number != 1)}"
 
 
 def _shown(value: Any) -> str:

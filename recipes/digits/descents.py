@@ -2,19 +2,23 @@
 
 Verifies every layer's gradient first, and refuses to train if one is wrong. Then trains from the three recipes beside
 this file, each without a tape and once more through autograd, and refuses to report if the two do not end at the same
-weights. Prints one table, and leaves in runs/NAME: descents.png (loss and accuracy over updates and over time),
-history.csv and curves.csv (the metrics of every epoch, and within them), checkpoints (the best network of each descent,
-and the best of all).
+weights. Measures what an update costs by each engine, the two in turn. Prints one table, and leaves in runs/NAME:
+descents.png (loss and accuracy over updates and over time), history.csv and curves.csv (the metrics of every epoch, and
+within them, by both engines), checkpoints (the best network of each descent, and the best of all).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import math
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,6 +29,9 @@ if TYPE_CHECKING:  # imported where they are used, so that --help answers at onc
     from manualprop.training.run_directory import RunDirectory
 
 RECIPES = {"batch": "all (batch)", "stochastic": "1 (stochastic)", "minibatch": "32 (mini-batch)"}
+ENGINES = ("tape-free", "autograd")
+ROUNDS, SLICE = 9, 0.05  # of timing: rounds, and seconds by each engine in a round
+WARM = 10  # updates before
 HERE = Path(__file__).resolve().parent
 
 
@@ -84,23 +91,32 @@ def compare(run: RunDirectory, seed: int, epochs: int | None) -> int:
         trained[recipe] = _train_by_both(run, recipe, words)
     if not _engines_agree(trained):
         return 1
+    for recipe, result in trained.items():
+        with _showing(f"timing the updates of {recipe}"):
+            result |= time_updates(result["job"])
     _report(run, trained)
     return 0
 
 
 def _report(run: RunDirectory, trained: dict[str, dict[str, Any]]) -> None:
+    from manualprop._invocation import console_command, shown
     from manualprop.training.plots import plot_descents
 
     picture = run.path / "descents.png"
     curves, compared = (
-        {RECIPES[recipe]: result[kind] for recipe, result in trained.items()}
-        for kind in ("curve", "autograd curve")
+        {RECIPES[recipe]: result["curve"][engine] for recipe, result in trained.items()} for engine in ENGINES
     )
     plot_descents(curves, picture, "Three descents on the UCI handwritten digits", compared)
     _print_table(trained)
     _keep_best(run, trained)
-    print(f"curves:       {picture} (numbers: {run.path / 'curves.csv'})\nmetrics:      {run.history}")
-    print(f"best network: {run.best} (manualprop test --name {run.name})")
+    for title, path in (
+        ("picture", picture),
+        ("curves", run.path / "curves.csv"),
+        ("metrics", run.history),
+        ("best network", run.best),
+    ):
+        print(f"{title + ':':<14}{shown(path)}")
+    print(f"to test it:   {console_command()} test --name {run.name}")
 
 
 # --- verification ---------------------------------------------------------------------------------------------------
@@ -116,13 +132,30 @@ def _gradients_are_right(job: DescentCLI) -> bool:
     except GradientError as error:
         print(f"descents: refusing to train. {error}", file=sys.stderr)
         return False
-    checked = ", ".join(worst)
     print(
-        f"gradients right against finite differences in float64, first and second order: {checked}; "
-        f"worst deviation {max(worst.values()):.0e} ({time.perf_counter() - start:.1f} s)",
+        f"gradients right, first and second order ({time.perf_counter() - start:.0f} s):\n"
+        f"  {', '.join(worst)}\n"
+        f"  largest deviation from finite differences in float64: {max(worst.values()):.0e}",
         flush=True,
     )
     return True
+
+
+@contextmanager
+def _showing(what: str) -> Iterator[None]:
+    """Say on stderr what is being done: on a terminal with a clock that runs, elsewhere in a line."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        print(what, file=sys.stderr, flush=True)
+        yield
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        progress.add_task(what)
+        yield
 
 
 class GradientError(Exception):
@@ -141,8 +174,6 @@ def verify(network: nn.Module, loss: nn.Module, x: Tensor, target: Tensor) -> di
     Returns:
         The largest relative deviation of a directional derivative, by layer.
     """
-    import copy
-
     import torch
 
     network, h = copy.deepcopy(network).double().eval(), x.double()
@@ -181,7 +212,8 @@ def check(label: str, function: Callable[..., Tensor], at: list[Tensor]) -> floa
     inputs = [value.clone().requires_grad_() for value in at]
     for order, checker in (("gradient", gradcheck), ("second derivative", gradgradcheck)):
         try:
-            checker(function, inputs, rtol=1e-6, atol=1e-7)
+            with _showing(f"checking the {order} of {label} against finite differences"):
+                checker(function, inputs, rtol=1e-6, atol=1e-7)
         except RuntimeError as error:
             raise GradientError(f"The {order} of {label} is not that of its values. {error}") from error
     return _directional_deviation(function, inputs)
@@ -237,11 +269,9 @@ def _train_by_both(run: RunDirectory, recipe: str, words: Sequence[str]) -> dict
     return {
         **ours,
         **_evaluate(job, checkpoint),
+        **{kind: dict(zip(ENGINES, (ours[kind], theirs[kind]), strict=True)) for kind in ("rows", "curve")},
         "job": job,
         "checkpoint": checkpoint,
-        "autograd (s)": theirs["seconds"],
-        "ratio": theirs["seconds"] / ours["seconds"],
-        "autograd curve": theirs["curve"],
         "difference": _largest_difference(ours["weights"], theirs["weights"]),
     }
 
@@ -352,11 +382,75 @@ def _engines_agree(trained: dict[str, dict[str, Any]]) -> bool:
             return False
     recipe, worst = max(trained.items(), key=lambda item: float(item[1]["difference"]))
     print(
-        "same final weights without a tape and by autograd, to float32 rounding: largest relative difference "
-        f"{worst['difference']:.0e} ({recipe}, {worst['updates']:,.0f} updates, where rounding explains "
-        f"{rounding(worst['updates']):.0e})"
+        "same final weights without a tape and by autograd, to float32 rounding:\n"
+        f"  largest relative difference {worst['difference']:.0e} ({recipe}, {worst['updates']:,.0f} updates;\n"
+        f"  rounding explains {rounding(worst['updates']):.0e})"
     )
     return True
+
+
+# --- the cost of an update --------------------------------------------------------------------------------------------
+
+
+def time_updates(job: DescentCLI) -> dict[str, float]:
+    """Time the updates of a recipe by both engines, in turn, without Lightning, validation and checkpoints.
+
+    Args:
+        job: of the recipe.
+
+    Returns:
+        The median over the rounds, in microseconds, by each engine, and of their ratio within a round.
+    """
+    module, data = cast(tuple[Any, ...], (job.model, job.datamodule))
+    x, target = data.train
+    pieces = [[(x[rows], target[rows]) for rows in update] for update in module.descent.updates(len(x))]
+    updates = [_updates(module, pieces, engine) for engine in ENGINES]
+    for made in updates:
+        _microseconds(made, WARM)
+    counts = [max(1, round(SLICE / (1e-6 * _microseconds(made, WARM)))) for made in updates]
+    rounds = []
+    for turn in range(ROUNDS):
+        times = {k: _microseconds(updates[k], counts[k]) for k in ((0, 1) if turn % 2 else (1, 0))}
+        rounds.append((times[0], times[1]))
+    ours, theirs = (statistics.median(column) for column in zip(*rounds, strict=True))
+    return {
+        "tape-free (us)": ours,
+        "autograd (us)": theirs,
+        "ratio": statistics.median(b / a for a, b in rounds),
+    }
+
+
+def _updates(module: Any, pieces: list[list[tuple[Tensor, Tensor]]], engine: str) -> Iterator[float]:
+    """One update after the other, on a copy of the network, over and over the same epoch."""
+    import torch
+
+    from manualprop import Backprop
+    from manualprop.descent import gradient
+
+    model, loss, descent = copy.deepcopy(module.model), module.loss, module.descent
+    if engine == "tape-free":
+        step = Backprop(model, loss, descent)
+        whole = [tuple(torch.cat(column) for column in zip(*update, strict=True)) for update in pieces]
+        for x, target in itertools.cycle(whole):
+            yield step(x, target)
+    optimizer = descent.make_optimizer(model.parameters())
+    for update in itertools.cycle(pieces):
+        optimizer.zero_grad()
+        value = gradient(model, loss, update)
+        descent.clip_gradients(model.parameters())
+        optimizer.step()
+        yield value
+
+
+def _microseconds(updates: Iterator[float], count: int) -> float:
+    import torch
+
+    # With one thread its own processor time, which other programs disturb less than the time on the wall.
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    for _ in itertools.islice(updates, count):
+        pass
+    return 1e6 * (clock() - start) / count
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -376,7 +470,15 @@ def _keep_best(run: RunDirectory, trained: dict[str, dict[str, Any]]) -> None:
     from manualprop.training.callbacks import write_csv
 
     for path, kind in ((run.history, "rows"), (run.path / "curves.csv", "curve")):
-        write_csv(path, [{"descent": r} | row for r, result in trained.items() for row in result[kind]])
+        write_csv(
+            path,
+            [
+                {"descent": recipe, "engine": engine} | row
+                for recipe, result in trained.items()
+                for engine, rows in result[kind].items()
+                for row in rows
+            ],
+        )
     best = min(trained.values(), key=lambda result: float(result["val loss"]))
     write_whole(run.best, best["checkpoint"].read_bytes())
     config = best["job"].config.clone()
@@ -385,24 +487,26 @@ def _keep_best(run: RunDirectory, trained: dict[str, dict[str, Any]]) -> None:
 
 
 def _print_table(trained: dict[str, dict[str, Any]]) -> None:
+    from rich.box import SIMPLE_HEAVY
     from rich.console import Console
     from rich.table import Table
 
     columns = {
         "updates": ",.0f",
-        "epochs": ".0f",
         "seconds": ".1f",
-        "autograd (s)": ".1f",
-        "ratio": ".1f",
         "train loss": ".4f",
         "test accuracy": ".2%",
+        "tape-free (us)": ",.0f",
+        "autograd (us)": ",.0f",
+        "ratio": ".1f",
     }
     caption = (
-        "Seconds of the whole run, without a tape and through autograd, both with\n"
-        "validation and a checkpoint after every epoch; ratio of the two. Loss and\n"
-        "accuracy of the weights with the lowest validation loss."
+        "Seconds of the whole run without a tape, with validation and a\n"
+        "checkpoint after every epoch. Loss and accuracy of the weights with\n"
+        "the lowest validation loss. Microseconds of one update by itself: the\n"
+        f"two take turns; median of {ROUNDS} rounds, and of their ratio."
     )
-    table = Table(caption=caption, caption_justify="left", pad_edge=False)
+    table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAVY, collapse_padding=True)
     table.add_column("descent")
     for column in columns:
         table.add_column(column.replace(" ", "\n"), justify="right")

@@ -80,8 +80,8 @@ class Clock(Callback):
         self.seconds = time.perf_counter() - self._start
 
 
-def measure(rounds: int = 5) -> dict[str, float]:
-    """Return the microseconds of an update, by way: the median over rounds, one thread.
+def measure(rounds: int = 5) -> list[dict[str, float]]:
+    """Return the microseconds of an update, by way, in each round: all ways take turns, one thread.
 
     Args:
         rounds: epochs by each way, at least 1; one more, which is not counted, goes ahead.
@@ -99,7 +99,18 @@ def measure(rounds: int = 5) -> dict[str, float]:
     }
     found = [{name: 1e6 * way() / len(x) for name, way in ways.items()} for _ in range(rounds + 1)][1:]
     torch.set_num_threads(threads)
-    return {name: statistics.median(times[name] for times in found) for name in ways}
+    return found
+
+
+def ratio(found: list[dict[str, float]], way: str, other: str) -> float:
+    """Return the median over the rounds of what one way takes, relative to another in the same round.
+
+    Args:
+        found: by `measure`.
+        way: of which the ratio is.
+        other: to which it is.
+    """
+    return statistics.median(times[way] / times[other] for times in found)
 
 
 def _module(engine: Any) -> DescentModule:
@@ -135,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rounds = parser.parse_args(arguments).rounds
     if rounds < 1:
         parser.error(f"--rounds must be at least 1. Got {rounds}.")
-    times = measure(rounds)
+    found = measure(rounds)
     labels = {
         "automatic": "Lightning, automatic, torch.nn, nothing logged",
         "logged": "Lightning, automatic, torch.nn, metrics logged",
@@ -143,14 +154,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "tape-free": "Lightning, DescentModule(engine='tape-free')",
         "bare": "Backprop in a plain loop",
     }
+    print(f"{'medians of ' + str(rounds) + ' rounds':<47}{'us an update':>14}{'x bare':>9}")
     for name, label in labels.items():
-        print(
-            f"{label:<47}{times[name]:8.1f} us per update{times[name] / times['bare']:8.2f} x the bare step"
-        )
-    lean, logged = (times[name] / times["tape-free"] for name in ("automatic", "logged"))
-    print(
-        f"tape-free engine: {lean:.1f} x automatic optimisation with nothing logged, {logged:.1f} x with metrics"
-    )
+        microseconds = statistics.median(times[name] for times in found)
+        print(f"{label:<47}{microseconds:14.1f}{ratio(found, name, 'bare'):9.2f}")
+    lean, logged = (ratio(found, name, "tape-free") for name in ("automatic", "logged"))
+    print(f"automatic / tape-free: {lean:.1f} with nothing logged, {logged:.1f} with metrics")
     return 0
 
 

@@ -1,0 +1,86 @@
+"""Functions that a ``forward`` calls itself (``F.relu(x)``, ``x.softmax(-1)``): no layers, so a swap passes them by.
+
+They are read off the compiled code, without a run of the model: names that stand for a function of torch, and names
+of methods that a tensor has. What a ``forward`` calls of its own class and module is read too.
+"""
+
+import dis
+import types
+from collections.abc import Container, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manualprop import functional
+
+_NAMES = {
+    name for name, f in vars(functional).items() if isinstance(f, types.FunctionType) and name[0] != "_"
+}
+_FUNCTIONS = [
+    (name, getattr(home, name))
+    for home in (torch.nn.functional, torch)
+    for name in sorted(_NAMES)
+    if hasattr(home, name)
+]
+_SELF, _COMPUTED, _OTHER = object(), object(), object()  # what a name may stand for, if not for a known value
+
+
+def calls_in_forward(model: nn.Module) -> Iterator[str]:
+    """Yield, for every class of module with a ``forward`` of somebody's own, "relu in Net" for each such call."""
+    for cls, module in {type(module): module for module in model.modules()}.items():
+        if not cls.__module__.startswith(("torch.", "manualprop.")):
+            names = dict.fromkeys(_called(cls.forward, module, set()))
+            yield from (f"{name} in {cls.__qualname__}" for name in names)
+
+
+def _called(function: Any, module: nn.Module | None, seen: set[Any]) -> Iterator[str]:
+    """Names of ours that a function calls, by itself, by the methods of ``module`` or the functions beside it."""
+    function = getattr(function, "__wrapped__", function)
+    code = getattr(function, "__code__", None)
+    if code is None or code in seen:
+        return
+    seen.add(code)
+    itself = code.co_varnames[0] if module is not None and code.co_argcount else ""
+    layers = module._modules if module is not None else {}
+    for owner, name, value in _names(code, function.__globals__, itself, layers):
+        method = getattr(type(module), name, None) if owner is _SELF else None
+        ours = [known for known, torchs in _FUNCTIONS if value is torchs]
+        if ours:
+            yield ours[0]
+        elif isinstance(method, types.FunctionType):
+            yield from _called(method, module, seen)
+        elif owner is _COMPUTED and name in _NAMES and hasattr(Tensor, name):
+            yield name
+        elif isinstance(value, types.FunctionType) and value.__module__ == function.__module__:
+            yield from _called(value, None, seen)
+
+
+def _names(
+    code: types.CodeType, known: dict[str, Any], itself: str, layers: Container[str]
+) -> Iterator[tuple[Any, str, Any]]:
+    """For every name that a code loads: what it is an attribute of, the name, what it stands for."""
+    value: Any = _COMPUTED
+    for instruction in dis.get_instructions(code):
+        name, kind = instruction.argval, instruction.opname
+        if kind in ("LOAD_ATTR", "LOAD_METHOD"):
+            owner, value = value, _attribute(value, name, layers)
+            yield owner, name, value
+        elif kind == "LOAD_GLOBAL":
+            value = known.get(name, _OTHER)
+            yield None, name, value
+        elif kind.startswith(("LOAD_FAST", "LOAD_DEREF")):
+            last = name[-1] if isinstance(name, tuple) else name  # two at once, since Python 3.13
+            value = _SELF if last == itself else _COMPUTED
+        elif kind not in ("CACHE", "PRECALL", "PUSH_NULL"):
+            value = _COMPUTED
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):  # a comprehension, or a function within
+            yield from _names(constant, known, itself, layers)
+
+
+def _attribute(owner: Any, name: str, layers: Container[str]) -> Any:
+    if isinstance(owner, types.ModuleType):
+        return vars(owner).get(name, _OTHER)
+    is_layer = owner is _SELF and name in layers
+    return _COMPUTED if (owner is _SELF or owner is _COMPUTED) and not is_layer else _OTHER

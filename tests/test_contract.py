@@ -3,8 +3,14 @@
 from collections.abc import Callable
 
 import pytest
+import torch
 from cases import CASES, IN_PLACE, Case
 from properties import ELEMENTWISE_PROPERTIES, PROPERTIES
+from special_values import DERIVATIVE_PROPERTIES, VALUE_PROPERTIES, same_kind
+
+EVERY = (*PROPERTIES, *VALUE_PROPERTIES, *DERIVATIVE_PROPERTIES, *ELEMENTWISE_PROPERTIES)
+# A sum, or no reduction, has the derivatives of the mean but for a factor.
+OF_MEANS = [c for c in CASES if c.kwargs.get("reduction") not in ("sum", "none")]
 
 ROWS = CASES + IN_PLACE
 # The first row of each function: what the quick tests hold against every property.
@@ -20,7 +26,10 @@ def pairs(properties: tuple[Callable[[Case], None], ...], cases: list[Case]) -> 
     ]
 
 
-@pytest.mark.parametrize(("holds", "case"), pairs(PROPERTIES, ROWS))
+@pytest.mark.parametrize(
+    ("holds", "case"),
+    [*pairs((*PROPERTIES, *VALUE_PROPERTIES), ROWS), *pairs(DERIVATIVE_PROPERTIES, OF_MEANS)],
+)
 def test_contract(holds: Callable[[Case], None], case: Case) -> None:
     holds(case)
 
@@ -32,21 +41,28 @@ def test_elementwise_contract(holds: Callable[[Case], None], case: Case) -> None
 
 def test_exceptions_name_properties() -> None:
     """A misspelt exception would exempt nothing, and a stale one hides nothing."""
-    known = {p.__name__ for p in (*PROPERTIES, *ELEMENTWISE_PROPERTIES)}
+    known = {p.__name__ for p in EVERY}
     for case in CASES:
         assert set(case.except_for) <= known, case
 
 
 @pytest.mark.parametrize(
     ("holds", "case"),
-    [
-        pytest.param(p, c, id=f"{p.__name__}-{c}")
-        for p in (*PROPERTIES, *ELEMENTWISE_PROPERTIES)
-        for c in ROWS
-        if p.__name__ in c.except_for
-    ],
+    [pytest.param(p, c, id=f"{p.__name__}-{c}") for p in EVERY for c in ROWS if p.__name__ in c.except_for],
 )
 def test_exceptions_are_needed(holds: Callable[[Case], None], case: Case) -> None:
     """An exempted property really fails, so that an exemption goes when its reason does."""
     with pytest.raises(Exception):  # noqa: B017  (whatever the property raises)
         holds(case)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_values_keep_signed_zeros() -> None:
+    """NaN, infinities and zeros, with the signs of torch's compiled ones, of all activations in one program."""
+    cases = [c for c in CASES if c.elementwise and "value_is_of_torchs_kind" not in c.except_for]
+    ends = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 0.3, -0.3, 5.0, -5.0]
+    x = torch.tensor([*ends, *(at for c in cases for at in c.kinks)])
+    together = torch.compile(lambda z: [(c(z), c.torchs(z)) for c in cases], fullgraph=True)
+    for case, (ours, torchs) in zip(cases, together(x), strict=True):
+        same_kind(ours, torchs, case)

@@ -20,8 +20,16 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
 from manualprop.functions import _kernels
+from manualprop.functions._declaration import (
+    parameters,
+    refuse_unknown,
+    require_choice,
+    require_methods,
+    require_number,
+    require_parameters,
+)
 from manualprop.functions._kernels import by_parts
-from manualprop.functions._rule import HALF, Rule, at_every_level, in_full_precision, plain_eager, times
+from manualprop.functions._rule import HALF, Rule, in_full_precision, plain_eager, times
 
 LOG2_E = 1 / math.log(2)  # e^x = 2^(x log2 e): exp2 works on vectors everywhere, exp only where MKL does
 
@@ -40,20 +48,24 @@ class Elementwise(Rule):
       :func:`differs`, and dx = slope g there.  Elsewhere dx is 0, whatever g is: it is chosen, not multiplied, as
       0 times an infinite g would be NaN.  (sqrt(relu(x)) has one at x = 0.)
 
+    - ``chooses``     whether dx is 0 where ``df`` is 0, and f'' g where ``ddf`` is 0, whatever g is: chosen, as above.
+
     ``f`` and ``df`` always run without recording, so they may work in place on tensors they made themselves.
     ``ddf`` is recorded when a third derivative is asked for, so it may not.
     """
 
+    abstract = True
     saves: ClassVar[Literal["input", "output"]] = "input"
     f: ClassVar[Callable[..., Tensor]]
     df: ClassVar[Callable[..., Tensor]]
     ddf: ClassVar[Callable[..., Tensor] | None] = None
     slope: ClassVar[float | None] = None
+    chooses: ClassVar[bool] = False
     one_step: ClassVar[bool] = False  # df is one operation: nothing to keep in the cache from step to step
     chain: ClassVar[type["Chain"]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
+        _check(cls)
         f, saves_output = cls.f, cls.saves == "output"
         cls.chain = chain = _chain(cls)
 
@@ -78,9 +90,37 @@ class Elementwise(Rule):
             return tangent
 
         # Closures of plain functions, not classmethods: compiled autograd cannot trace those.
-        for method in (forward, setup_context, backward, at_every_level(jvp)):
+        for method in (forward, setup_context, backward, jvp):
             setattr(cls, method.__name__, staticmethod(method))
+        super().__init_subclass__(**kwargs)
 
+
+def _check(rule: type[Elementwise]) -> None:
+    """The declarations of a rule, before anything is made of them."""
+    refuse_unknown(rule, DECLARATIONS, helpers=False)
+    require_choice(rule, "saves", ("input", "output"))
+    require_choice(rule, "chooses", (False, True))
+    require_choice(rule, "one_step", (False, True))
+    require_number(rule, "slope")
+    require_methods(rule, "f", "df", *(() if rule.ddf is None else ("ddf",)))
+    if rule.slope is not None and rule.ddf is not None:
+        raise ValueError(
+            f"{rule.__name__}: a slope that is a number or 0 leaves no ddf to state. Got slope = {rule.slope} and ddf."
+        )
+    other = {"input": "y", "output": "x"}[rule.saves]
+    for name in ("df", "ddf"):
+        given = None if getattr(rule, name) is None else parameters(getattr(rule, name))
+        if given and given[0] == other:
+            raise ValueError(
+                f"{rule.__name__}: {name} is written in the tensor that is saved. Got {name}({', '.join(given)}) "
+                f"and saves = {rule.saves!r}."
+            )
+    require_parameters(rule, "df", "f", optional=("y", "out") if rule.saves == "input" else ("out",))
+    if rule.ddf is not None:
+        require_parameters(rule, "ddf", "f")
+
+
+DECLARATIONS = {"saves", "f", "df", "ddf", "slope", "chooses", "one_step"}
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a float
 
@@ -172,13 +212,14 @@ def one_minus(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 class Chain(Rule):
     """``dx = g * df(s)``: linear in ``g``, with slope ``g * ddf(s)`` in ``s``.  One subclass for each rule."""
 
+    abstract = True
     product: ClassVar[Callable[..., Tensor]]
     product_over: ClassVar[Callable[..., Tensor]]  # the same, written over g where that saves a tensor
     with_value: ClassVar[Callable[..., Tensor]]  # the same, and the value into one more tensor
 
 
 def _chain(rule: type[Elementwise]) -> type[Chain]:
-    df, ddf, height, blocks = rule.df, rule.ddf, rule.slope, not rule.one_step
+    df, ddf, height, blocks, chooses = rule.df, rule.ddf, rule.slope, not rule.one_step, rule.chooses
     takes_out = "out" in inspect.signature(df).parameters
 
     def formula(g: Tensor, s: Tensor, *p: float, out: Tensor | None = None) -> Tensor:
@@ -190,6 +231,11 @@ def _chain(rule: type[Elementwise]) -> type[Chain]:
             return dx.mul_(
                 height if dx.dtype in HALF else constant(height, dx)
             )  # which half precision would round
+        if chooses:
+            slope = df(in_full_precision(s), *p)
+            flat = slope == 0
+            dx = times(slope, in_full_precision(g)).masked_fill(flat, 0).to(g.dtype)
+            return dx if out is None else out.copy_(dx)
         if s.dtype in HALF:
             dx = times(df(s.float(), *p), g.float())
             return dx.to(g.dtype) if out is None else out.copy_(dx)
@@ -204,7 +250,7 @@ def _chain(rule: type[Elementwise]) -> type[Chain]:
         return by_parts(formula, p, g, s, blocks=blocks)
 
     def product_over(g: Tensor, s: Tensor, *p: float) -> Tensor:
-        if s.numel() < _kernels.SMALLEST and s.dtype not in HALF and height is None:
+        if s.numel() < _kernels.SMALLEST and s.dtype not in HALF and height is None and not chooses:
             return g.mul_(df(s, *p))
         return by_parts(formula, p, g, s, out=g)  # in blocks: without a tensor for the slope
 
@@ -218,7 +264,9 @@ def _chain(rule: type[Elementwise]) -> type[Chain]:
         if ddf is None:
             return torch.zeros_like(s)
         full = in_full_precision
-        return (full(g) * full(t) * ddf(full(s), *p)).to(s.dtype)
+        k = ddf(full(s), *p)
+        bent = full(g) * full(t) * k
+        return (bent.masked_fill(k == 0, 0) if chooses else bent).to(s.dtype)
 
     def forward(g: Tensor, s: Tensor, *p: float) -> Tensor:
         return product(g, s, *p)

@@ -15,8 +15,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from manualprop.functions._declaration import (
+    parameters,
+    refuse_unknown,
+    require_choice,
+    require_methods,
+    require_parameters,
+)
 from manualprop.functions._kernels import LARGE, by_parts
-from manualprop.functions._rule import Rule, at_every_level, in_full_precision, plain_eager, times
+from manualprop.functions._rule import Rule, in_full_precision, plain_eager, times
 
 # The second derivatives, a row for each argument; a number where an entry is constant.
 Curvature = tuple[tuple[Tensor | float, ...], ...]
@@ -32,20 +39,25 @@ class ElementwiseLoss(Rule):
     - ``partials``                     the names of the first derivatives, one for each tensor argument; None
                                        for an argument that l does not depend on smoothly, such as a label.
 
+    - ``chooses``                      whether a gradient is 0 where its partial derivative is, whatever g is: it is
+                                       chosen, not multiplied, as 0 times an infinite g would be NaN.
+
     The tensors have one shape.  ``f`` and the first derivatives always run without recording, so they may work
     in place on tensors they made themselves; ``curvature`` is recorded when a third derivative is asked for.
     Half precision is computed in float32 and the loss returned so: the reduction rounds once.
     """
 
+    abstract = True
     partials: ClassVar[tuple[str | None, ...]] = ("output_gradient", "target_gradient")
     # Whether output_gradient takes ``g``, too, and returns g dl/dx with no dl/dx on the way.  The compiler would keep
     # that for backward: a tensor more to write, where x and t are alive anyway.
     takes_g: ClassVar[bool] = False
+    chooses: ClassVar[bool] = False
     f: ClassVar[Callable[..., Tensor]]
     curvature: ClassVar[Callable[..., Curvature]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
+        _check(cls)
         f, count = cls.f, len(cls.partials)
         slopes = [
             None if name is None else _slope(cls, i, getattr(cls, name))
@@ -82,31 +94,86 @@ class ElementwiseLoss(Rule):
             )
 
         # Closures of plain functions, not classmethods: compiled autograd cannot trace those.
-        for method in (forward, setup_context, backward, at_every_level(jvp)):
+        for method in (forward, setup_context, backward, jvp):
             setattr(cls, method.__name__, staticmethod(method))
+        super().__init_subclass__(**kwargs)
+
+
+def _check(rule: type[ElementwiseLoss]) -> None:
+    """The declarations of a rule, before anything is made of them."""
+    refuse_unknown(rule, {"partials", "takes_g", "chooses", "f", "curvature"}, helpers=True)
+    require_choice(rule, "takes_g", (False, True))
+    require_choice(rule, "chooses", (False, True))
+    named = rule.partials
+    if not isinstance(named, tuple) or not named or not all(n is None or isinstance(n, str) for n in named):
+        raise TypeError(
+            f"{rule.__name__}: partials must be a tuple of a method's name, or None, for each tensor of f. "
+            f"Got partials = {named!r}."
+        )
+    methods = [n for n in named if n is not None]
+    require_methods(rule, "f", "curvature", *methods)
+    for i, name in enumerate(named):
+        if name is not None:
+            require_parameters(rule, name, "f", optional=("g",) if rule.takes_g and i == 0 else ())
+    require_parameters(rule, "curvature", "f")
+    first = None if named[0] is None else parameters(getattr(rule, named[0]))
+    if rule.takes_g and first is not None and "g" not in first:
+        raise TypeError(
+            f"{rule.__name__}: takes_g is True, so {named[0]} must have a parameter g. Got {first}."
+        )
+    _check_curvature(rule)
+
+
+def _check_curvature(rule: type[ElementwiseLoss]) -> None:
+    """A row of d2l for each derivative that is named, up to the last, and no more entries than there are tensors."""
+    count, given = len(rule.partials), parameters(rule.f)
+    if given is None or len(given) < count:
+        raise TypeError(
+            f"{rule.__name__}: f must have a parameter for each of {count} partials. Got f({given})."
+        )
+    try:
+        rows = rule.curvature(*[torch.full((1,), 0.5)] * count, *[1.0] * (len(given) - count))
+    except Exception:  # not defined there: what it returns is seen where it is used
+        return
+    needed = 1 + max((i for i, name in enumerate(rule.partials) if name is not None), default=-1)
+    smooth = sum(name is not None for name in rule.partials)
+    if len(rows) < needed or any(not smooth <= len(row) <= count for row in rows):
+        raise ValueError(
+            f"{rule.__name__}: curvature must have a row for each of {needed} derivatives, and in each an entry for each "
+            f"of the tensors. Got rows of {[len(row) for row in rows]}."
+        )
 
 
 class Slope(Rule):
     """``b = g dl/dx``: linear in ``g``, with slopes ``g d2l/dx2`` and ``g d2l/dxdt``.  One subclass for each dl/dx."""
 
+    abstract = True
     product: ClassVar[Callable[..., Tensor]]
 
 
 def _slope(rule: type[ElementwiseLoss], i: int, partial: Callable[..., Tensor]) -> type[Slope]:
     """The rule of ``g dl/d(argument i)``."""
     count, curvature, takes_g = len(rule.partials), rule.curvature, rule.takes_g and i == 0
+    chooses = rule.chooses
 
     def formula(g: Tensor, *inputs: Any) -> Tensor:
         if takes_g and torch.compiler.is_compiling():
             return partial(*map(in_full_precision, inputs[:count]), *inputs[count:], g)
-        return times(partial(*map(in_full_precision, inputs[:count]), *inputs[count:]), g)
+        return product_of(partial(*map(in_full_precision, inputs[:count]), *inputs[count:]), g)
+
+    def product_of(slope: Tensor, g: Tensor) -> Tensor:
+        if not chooses:
+            return times(slope, g)
+        flat = slope == 0
+        return times(slope, g).masked_fill(flat, 0)
 
     def part(g: Tensor, *inputs: Any, out: Tensor | None = None) -> Tensor:
         *rest, x = inputs[:count]
         if out is None:
             return formula(g, x, *rest, *inputs[count:])
         full = map(in_full_precision, (x, *rest))
-        return torch.mul(partial(*full, *inputs[count:]), g, out=out)
+        slope = partial(*full, *inputs[count:])
+        return out.copy_(product_of(slope, g)) if chooses else torch.mul(slope, g, out=out)
 
     def product(g: Tensor, *inputs: Any) -> Tensor:
         x, *rest = inputs[:count]
@@ -131,14 +198,14 @@ def _slope(rule: type[ElementwiseLoss], i: int, partial: Callable[..., Tensor]) 
             row = curvature(*map(in_full_precision, tensors), *ctx.p)[i]
             for j, tensor in enumerate(tensors):
                 if needs[j] and j < len(row):
-                    gradients[j] = _bent(g * v, row[j]).to(tensor.dtype)
+                    gradients[j] = _bent(g * v, row[j], chooses).to(tensor.dtype)
         return dg, *gradients
 
     def jvp(ctx: Any, dg: Tensor | None, *tangents: Tensor | None) -> Tensor:
         g, *tensors = ctx.saved_tensors
         row = curvature(*map(in_full_precision, tensors), *ctx.p)[i]
         terms = [] if dg is None else [cls.apply(dg, *tensors, *ctx.p)]
-        terms += [_bent(g * dt, k) for k, dt in zip(row, tangents, strict=False) if dt is not None]
+        terms += [_bent(g * dt, k, chooses) for k, dt in zip(row, tangents, strict=False) if dt is not None]
         return _sum(terms, g)
 
     methods = (product, forward, setup_context, backward, jvp)
@@ -150,9 +217,11 @@ def _slope(rule: type[ElementwiseLoss], i: int, partial: Callable[..., Tensor]) 
     return cls
 
 
-def _bent(product: Tensor, k: Tensor | float) -> Tensor:
-    """``product * k``; zeros, whatever the product is, where the curvature ``k`` is constantly 0."""
-    return torch.zeros_like(product) if isinstance(k, (int, float)) and k == 0 else product * k
+def _bent(product: Tensor, k: Tensor | float, chooses: bool) -> Tensor:
+    """``product * k``; zeros, whatever the product is, where ``k`` is constantly 0, or a rule ``chooses``."""
+    if not isinstance(k, Tensor):
+        return torch.zeros_like(product) if k == 0 else product * k
+    return (product * k).masked_fill(k == 0, 0) if chooses else product * k
 
 
 def _sum(terms: Iterable[Tensor], like: Tensor) -> Tensor:

@@ -50,7 +50,10 @@ def _in_place(rule: type[Rule]) -> type[Rule]:
         return t.copy_(_first(rule.jvp(ctx, t, *rest)))
 
     methods = {method.__name__: staticmethod(method) for method in (forward, backward, jvp)}
-    return type(f"{rule.__name__}InPlace", (Rule,), methods | {"__module__": rule.__module__})
+    # Not a rule of its own statement: its forward does what setup_context does elsewhere.
+    return type(
+        f"{rule.__name__}InPlace", (Rule,), methods | {"abstract": True, "__module__": rule.__module__}
+    )
 
 
 def _several(made: Any) -> tuple[Any, ...]:

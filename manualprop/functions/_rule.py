@@ -24,6 +24,8 @@ from torch._C._functorch import (
 from torch.autograd import Function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
+from manualprop.functions._declaration import parameters, require_methods
+
 HALF = frozenset({torch.float16, torch.bfloat16})
 
 
@@ -96,6 +98,35 @@ def _primal(t: Tensor | None) -> Tensor | None:
     return primal
 
 
+# ----- gradients and tangents that do not exist -----
+#
+# torch hands zeros to backward and jvp for what does not exist, unless it is told not to: a rule would multiply them,
+# and 0 times an infinite number is NaN.
+
+
+def without_zeros(setup_context: Callable[..., None]) -> Callable[..., None]:
+    """``setup_context``, after which an absent gradient or tangent comes as None."""
+
+    @functools.wraps(setup_context)
+    def absent_as_none(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        setup_context(ctx, inputs, output)
+
+    return absent_as_none
+
+
+def of_a_gradient(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """``backward``, which is not asked where no gradient arrives at all."""
+
+    @functools.wraps(backward)
+    def of_some(ctx: Any, *g: Tensor | None) -> Any:
+        if all(one is None for one in g):
+            return (None,) * len(ctx.needs_input_grad)
+        return backward(ctx, *g)
+
+    return of_some
+
+
 # ----- the rule -----
 
 
@@ -109,6 +140,10 @@ _local = _Local()
 @contextmanager
 def recording(recorder: Callable[[type["Rule"], tuple[Any, ...]], Any]) -> Iterator[None]:
     """Within, every application of a rule in this thread is ``recorder(rule, arguments)`` instead: no tape is kept."""
+    if not callable(recorder):
+        raise TypeError(
+            f"recording: recorder must be a function of a rule and its arguments. Got {recorder!r}."
+        )
     outer, _local.recorder = _local.recorder, recorder
     try:
         yield
@@ -121,19 +156,29 @@ def is_recorded() -> bool:
     return _local.recorder is not None
 
 
+# What the base adds to a method that a rule states.
+COMPLETED = {"setup_context": without_zeros, "backward": of_a_gradient, "jvp": at_every_level}
+
+
 class Rule(Function):
     """Base of every hand-derived rule: a :class:`torch.autograd.Function` that no transform bypasses.
 
     A subclass states ``forward``, ``setup_context``, ``backward`` and ``jvp``, written in ordinary tensor
-    arithmetic; batching (``vmap``) follows from these, and :func:`torch.compile` keeps them.
+    arithmetic; batching (``vmap``) follows from these, and :func:`torch.compile` keeps them.  A gradient or a
+    tangent that does not exist is None: of several outputs, or of several inputs, at least one has one.
     """
 
     generate_vmap_rule = True
+    abstract = False  # True in the statement of a class that rules are derived from, and that is none itself
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "jvp" in vars(cls):
-            cls.jvp = staticmethod(at_every_level(cls.jvp))  # type: ignore[method-assign]
+        if not vars(cls).get("abstract", False):
+            require_methods(cls, "forward", "setup_context", "backward")
+            _require_tangents(cls)
+        for name, completed in COMPLETED.items():
+            if name in vars(cls):
+                setattr(cls, name, staticmethod(completed(getattr(cls, name))))
         _register(cls)
 
     @classmethod
@@ -148,6 +193,18 @@ class Rule(Function):
         if transforms_active():
             return super().apply(*args)
         return super(Function, cls).apply(*[_usable(a, cls) if isinstance(a, Tensor) else a for a in args])  # type: ignore[misc]
+
+
+def _require_tangents(rule: type[Rule]) -> None:
+    """forward(*arguments) and jvp(ctx, *tangents) have a tangent for each argument."""
+    if "jvp" not in vars(rule):
+        return
+    arguments, tangents = parameters(rule.forward), parameters(rule.jvp)
+    if arguments is not None and tangents is not None and len(tangents) != len(arguments) + 1:
+        raise TypeError(
+            f"{rule.__name__}: jvp must have ctx and a tangent for each of forward({', '.join(arguments)}). "
+            f"Got jvp({', '.join(tangents)})."
+        )
 
 
 def _usable(a: Tensor, rule: type[Rule]) -> Tensor:

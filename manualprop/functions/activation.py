@@ -15,12 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manualprop.functions._elementwise import LOG2_E, Elementwise, affine, constant, indicator, one_minus
+from manualprop.functions._rule import full_dtype
 
 # Constants stand outside of the classes: compiled autograd cannot read an attribute of a Function.
 
 SELU_ALPHA = 1.6732632423543772848170429916717
 SELU_LAMBDA = 1.0507009873554804934193349852946
 GELU_K, GELU_C = 2 * math.sqrt(2 / math.pi), 0.044715
+# The largest number in a dtype whose exponential is finite: log(max) less half a unit in its last place.
+LARGEST_EXPONENT = {
+    dtype: math.log(torch.finfo(dtype).max) * (1 - torch.finfo(dtype).eps / 2)
+    for dtype in (torch.float32, torch.float64)
+}
 GELU_FAR = 1e4  # of x and of its cubic: beyond, sigma (1 - sigma) is 0 in every dtype
 
 # ----- sigmoid family -----
@@ -127,13 +133,14 @@ class Softplus(Elementwise):
         y, which the next layer keeps anyway.
     Accuracy
         1 - e^{-beta y} is taken as -expm1(-beta y): right to the last bits even where y -> 0.
+        e^{beta x} never overflows: y = x from there on whatever the threshold, where torch's y is inf.
     """
 
     saves = "output"
 
     @staticmethod
     def f(x: Tensor, beta: float, theta: float) -> Tensor:
-        return F.softplus(x, beta, theta)
+        return F.softplus(x, beta, min(theta, LARGEST_EXPONENT[full_dtype(x)]))
 
     @staticmethod
     def df(y: Tensor, beta: float, theta: float, out: Tensor | None = None) -> Tensor:

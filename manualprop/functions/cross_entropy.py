@@ -161,8 +161,9 @@ class CrossEntropy(Rule):
         return Mp.scatter_add_(class_dim(Mp), index, minus_M)
 
     @staticmethod
-    def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
+    def jvp(ctx: Any, dx: Tensor | None, *_: None) -> Tensor:
         x, t, w = ctx.saved_tensors
+        dx = torch.zeros_like(x) if dx is None else dx  # class weights are constants, as in PyTorch
         dim = class_dim(x)
         m = target_mass(x, t, w, ctx.ignore_index, ctx.e)
         p = torch.softmax(in_full_precision(x), dim)
@@ -339,8 +340,9 @@ class NLL(Rule):
         return dx, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
+    def jvp(ctx: Any, dx: Tensor | None, *_: None) -> Tensor:
         x, t, w = ctx.saved_tensors
+        dx = torch.zeros_like(x) if dx is None else dx  # class weights are constants, as in PyTorch
         dim = class_dim(x)
         index, counted = NLL.classes(x, t, ctx.ignore_index)
         dx_t = in_full_precision(dx.gather(dim, index))

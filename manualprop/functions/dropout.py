@@ -91,7 +91,8 @@ class ReLUDropout(Rule):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         (y,) = ctx.saved_tensors
-        return flat(times(ReLUDropout._slope(y, ctx.q), g), y), None, None
+        dx = times(ReLUDropout._slope(y, ctx.q), g).masked_fill(y.detach() == 0, 0)  # whatever g is there
+        return flat(dx, y), None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:

@@ -317,7 +317,7 @@ def linear_tangent(x: Tensor, W: Tensor, dx: Tensor | None, dW: Tensor | None, d
     terms = (
         None if dx is None else F.linear(dx, W),
         None if dW is None else F.linear(x, dW),
-        None if db is None else db.expand(*x.shape[:-1], -1),
+        None if db is None else db.expand(*x.shape[:-1], -1).clone(),
     )
     first, *rest = (term for term in terms if term is not None)
     return sum(rest, first)

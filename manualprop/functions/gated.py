@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualprop.functions._elementwise import indicator
 from manualprop.functions._rule import Rule, flat, in_full_precision, times
 
 
@@ -22,7 +21,6 @@ class PReLU(Rule):
 
     Derivation
         dy/dx = 1 for x > 0, else W                                piecewise linear
-              = W + (1 - W) 1[x > 0]
         dL/dx = g dy/dx
         dy/dW = 0 for x > 0, else x,  that is min(x, 0)
         dL/dW_c = sum g min(x, 0)                                  over every element of channel c
@@ -60,7 +58,9 @@ class PReLU(Rule):
         dW = None
         if needs_W:
             others = tuple(d for d in range(x.dim()) if d != 1 or W.numel() == 1)
-            dW = (full_g * full_x.clamp(max=0)).sum(others).to(W.dtype).view(W.shape)  # (N, C, ...) -> (C,)
+            # g is chosen, not multiplied by 0, where x > 0: it may be infinite.
+            part = full_g.masked_fill(full_x > 0, 0) * full_x.clamp(max=0)
+            dW = part.sum(others).to(W.dtype).view(W.shape)  # (N, C, ...) -> (C,)
         return dx, dW
 
     @staticmethod
@@ -76,8 +76,7 @@ class PReLU(Rule):
     def _slope(x: Tensor, W: Tensor) -> Tensor:
         """dy/dx, a fresh tensor."""
         w = channelwise(in_full_precision(W), x)
-        positive = indicator(torch.gt, x.detach(), 0)
-        return torch.lerp(w, torch.ones_like(w), positive)  # w + (1 - w) 1[x > 0], and just 1 or w
+        return torch.where(x.detach() > 0, torch.ones_like(w), w)
 
 
 class RReLU(Rule):

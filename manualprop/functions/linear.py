@@ -98,7 +98,7 @@ class Linear(Rule):
         terms = (
             None if dx is None else F.linear(dx, W),
             None if dW is None else F.linear(x, dW),
-            None if db is None else db.expand(*x.shape[:-1], -1),
+            None if db is None else db.expand(*x.shape[:-1], -1).clone(),
         )
         first, *rest = (term for term in terms if term is not None)
         return sum(rest, first)
@@ -159,7 +159,7 @@ class Bilinear(Rule):
             None if da is None else Bilinear._product(da, c, W),
             None if dc is None else Bilinear._product(a, dc, W),
             None if dW is None else Bilinear._product(a, c, dW),
-            None if db is None else db.expand(*a.shape[:-1], -1),
+            None if db is None else db.expand(*a.shape[:-1], -1).clone(),
         )
         first, *rest = (term for term in terms if term is not None)
         return sum(rest, first)

@@ -12,7 +12,8 @@ Symbols
         m_c = (1 - e) w_t 1[c = t] + (e / C) w_c  for indices, with label smoothing e; all 0 for an ignored one
         m_c = ((1 - e) t_c + e / C) w_c           for probabilities
 Half precision
-    Logits are rounded as the linear layer's output would be; all that follows is in float32, sums over chunks too.
+    Logits are rounded as the linear layer's output would be, unless the gradient is made in the forward pass; all that
+    follows is in float32, sums over chunks too.
 """
 
 import functools
@@ -95,8 +96,10 @@ class LinearCrossEntropy(Rule):
         ctx.save_for_forward(*tensors, output[1])
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, ga: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor | None, ga: Tensor | None) -> tuple[Tensor | None, ...]:
         x, W, b, t, w, a = ctx.saved_tensors
+        g = ga.new_zeros(a.shape, dtype=full_dtype(x)) if g is None and ga is not None else g
+        assert g is not None  # autograd calls this only with a gradient
         *needs, needs_t = ctx.needs_input_grad[:4]
         found: list[Tensor | None] = [None] * 8
         if not t.is_floating_point():
@@ -129,7 +132,8 @@ class LinearCrossEntropy(Rule):
             p, m, M = distributions(z, t[n], w, ctx.ignore_index, ctx.e)
             u = logits_tangent(z, x[n], W, None if dx is None else dx[n], dW, db)
             pu = (p * u).sum(1)
-            change = M * pu - (m * u).sum(1)
+            moves = any(d is not None for d in (dx, dW, db))
+            change = M * pu - (m * u).sum(1) if moves else torch.zeros_like(pu)
             if dt is not None:
                 dm = of_probability(in_full_precision(dt[n]), w, ctx.e)
                 change = change - (torch.log_softmax(z, 1) * dm).sum(1)
@@ -160,7 +164,7 @@ class LinearCrossEntropyGradient(Rule):
     @staticmethod
     def forward(
         g: Tensor,
-        ga: Tensor,
+        ga: Tensor | None,
         x: Tensor,
         W: Tensor,
         b: Tensor | None,
@@ -172,7 +176,7 @@ class LinearCrossEntropyGradient(Rule):
         rows: int,
         *needs: bool,
     ) -> tuple[Tensor, ...]:
-        in_place = may_overwrite(g, ga, x, W, t)
+        in_place = may_overwrite(g, x, W, t) and (ga is None or may_overwrite(ga))
         sums = Sums(W, needs, in_place)
         rounded = a.to(full_dtype(x))
         correction = (rounded - a).exp().to(rounded.dtype)  # exp(z - a) = exp(z - rounded) exp(rounded - a)
@@ -180,7 +184,7 @@ class LinearCrossEntropyGradient(Rule):
             for n, y in blocks(chunk, z, in_place):
                 top, M = rounded[n].unsqueeze(1), total_mass(y, t[n], w, ignore_index, e)
                 p = (y.sub_(top) if in_place else y - top).exp_()
-                q = g[n] * M + ga[n].to(p.dtype)
+                q = mass_of_softmax(g, ga, M, n)
                 s = times(p, (q * correction[n]).unsqueeze(1))
                 s = less_mass(s, g[n], t[n], w, ignore_index, e, in_place)
             sums.add(z if in_place else s, x[chunk])
@@ -192,7 +196,6 @@ class LinearCrossEntropyGradient(Rule):
         ctx.needs = inputs[11:]
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *v: Tangent) -> tuple[Tensor | None, ...]:
@@ -204,7 +207,7 @@ class LinearCrossEntropyGradient(Rule):
         dg, dga, dt = [], [], []
         for n, z in chunks(x, W, b, ctx.rows):
             p, m, M = distributions(z, t[n], w, ctx.ignore_index, ctx.e)
-            q = g[n] * M + ga[n].to(p.dtype)
+            q = mass_of_softmax(g, ga, M, n)
             vx_n = None if vx is None else vx[n]
             u = logits_tangent(z, x[n], W, vx_n, vW, vb)
             pu = (p * u).sum(1)
@@ -216,7 +219,7 @@ class LinearCrossEntropyGradient(Rule):
                 dt.append(of_probability(g[n].unsqueeze(1) * (pu.unsqueeze(1) - u), w, ctx.e))
         found: list[Tensor | None] = [None] * 14
         found[0] = torch.cat(dg).to(g.dtype) if needs_g else None
-        found[1] = torch.cat(dga).to(ga.dtype) if needs_ga else None
+        found[1] = torch.cat(dga).to(ga.dtype) if needs_ga and ga is not None else None
         found[2:5] = [plus(c, d) for c, d in zip(through_z.all(x.dtype), through_u.all(x.dtype), strict=True)]
         found[5] = torch.cat(dt).to(t.dtype) if needs_t else None
         return tuple(found)
@@ -229,7 +232,7 @@ class LinearCrossEntropyGradient(Rule):
         along_factors = Sums(dW, (*ctx.needs[:2], False))
         for n, z in chunks(x, W, b, ctx.rows):
             p, m, M = distributions(z, t[n], w, ctx.ignore_index, ctx.e)
-            q = g[n] * M + ga[n].to(p.dtype)
+            q = mass_of_softmax(g, ga, M, n)
             dx_n = None if dx is None else dx[n]
             u = logits_tangent(z, x[n], W, dx_n, dW, db)
             ds = q.unsqueeze(1) * p * (u - (p * u).sum(1, keepdim=True))
@@ -258,9 +261,10 @@ class LinearCrossEntropyOnce(Rule):
     Shape
         As :class:`LinearCrossEntropy`; T () or None for 1 -> y (), dx (N, D), dW (C, D), db (C,)
     Memory
-        dx, and dW and db in float32 or wider.
+        dx, and dW and db in float32 or wider; while it runs, x and W in float32.
     Accuracy
-        As :class:`LinearCrossEntropy`.
+        As :class:`LinearCrossEntropy`, but that half precision is lifted before the products, as torch does with options:
+        logits and their gradients are never rounded to it.
     """
 
     @staticmethod
@@ -276,7 +280,8 @@ class LinearCrossEntropyOnce(Rule):
         T: Tensor | None,
         *needs: bool,
     ) -> tuple[Tensor, ...]:
-        in_place = may_overwrite(x, W, t)
+        in_place, dtype = may_overwrite(x, W, t), x.dtype
+        x, W, b = in_full_precision(x), in_full_precision(W), None if b is None else in_full_precision(b)
         sums, losses = Sums(W, needs, in_place), []
         for chunk, z in chunks(x, W, b, rows, in_place):
             for n, y in blocks(chunk, z, in_place):
@@ -286,14 +291,13 @@ class LinearCrossEntropyOnce(Rule):
                 s = less_mass(s, counted(M, t[n], ignore_index), t[n], w, ignore_index, e, in_place)
             sums.add(z if in_place else s, x[chunk])
         y = torch.cat(losses).sum()
-        return y if T is None else y / T.to(y.dtype), *sums.found(x.dtype, y.dtype)
+        return y if T is None else y / T.to(y.dtype), *sums.found(dtype, y.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.dtype, ctx.needs, ctx.used = inputs[0].dtype, inputs[9:], False
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(inputs[8], *output[1:])
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: None) -> tuple[Tensor | None, ...]:
@@ -390,6 +394,11 @@ def total_mass(y: Tensor, t: Tensor, w: Tensor | None, ignore_index: int, e: flo
         return weight
     spread: Tensor | int = y.shape[1] if w is None else w.to(y.dtype).sum()
     return (1 - e) * weight + e / y.shape[1] * spread * counted(weight, t, ignore_index)
+
+
+def mass_of_softmax(g: Tensor, ga: Tensor | None, M: Tensor, n: slice) -> Tensor:
+    """q = g M + ga of some rows."""
+    return g[n] * M if ga is None else g[n] * M + ga[n].to(M.dtype)
 
 
 def counted(like: Tensor, t: Tensor, ignore_index: int) -> Tensor:

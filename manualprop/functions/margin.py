@@ -42,6 +42,7 @@ class HingeEmbedding(ElementwiseLoss):
     """
 
     partials = ("output_gradient", None)
+    chooses = True
 
     @staticmethod
     def f(x: Tensor, t: Tensor, m: float) -> Tensor:
@@ -81,7 +82,7 @@ class SoftMargin(ElementwiseLoss):
 
     @staticmethod
     def f(x: Tensor, t: Tensor) -> Tensor:
-        return F.logsigmoid(x * t).neg_()
+        return 0 - F.logsigmoid(x * t)  # 0, and not -0, where it vanishes
 
     @staticmethod
     def output_gradient(x: Tensor, t: Tensor, g: Tensor | None = None) -> Tensor:
@@ -119,6 +120,7 @@ class MarginRanking(ElementwiseLoss):
     """
 
     partials = ("output_gradient", "other_gradient", "target_gradient")
+    chooses = True
 
     @staticmethod
     def f(a: Tensor, b: Tensor, t: Tensor, m: float) -> Tensor:
@@ -173,6 +175,7 @@ class TripletMargin(ElementwiseLoss):
     """
 
     partials = ("positive_gradient", "negative_gradient", "swapped_gradient")
+    chooses = True
 
     @staticmethod
     def f(p: Tensor, n: Tensor, n2: Tensor, m: float) -> Tensor:
@@ -307,27 +310,31 @@ class CosineEmbedding(Rule):
         a, b, t = ctx.saved_tensors
         needs_a, needs_b, *_ = ctx.needs_input_grad
         full_a, full_b = in_full_precision(a), in_full_precision(b)
-        p, q, q2 = ((k * g).unsqueeze(-1) for k in CosineEmbedding.weights(full_a, full_b, t, ctx.m))
+        p, q, q2 = (k.unsqueeze(-1) for k in CosineEmbedding.weights(full_a, full_b, t, ctx.m, g))
         da = torch.addcmul(p * full_b, q, full_a, value=-1).to(a.dtype) if needs_a else None
         db = torch.addcmul(p * full_a, q2, full_b, value=-1).to(b.dtype) if needs_b else None
         return da, db, None, None
 
     @staticmethod
-    def weights(a: Tensor, b: Tensor, t: Tensor, m: float) -> tuple[Tensor, Tensor, Tensor]:
-        """p, q and q', one number for each example: dl/da = p b - q a and dl/db = p a - q' b."""
+    def weights(a: Tensor, b: Tensor, t: Tensor, m: float, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """g p, g q and g q', one number for each example: dl/da = p b - q a and dl/db = p a - q' b.
+
+        0 where dl/dc is, whatever g is: chosen, as 0 times an infinite g would be NaN.
+        """
         # As ATen's forward has it, to the number of the axis, so that a compiler takes these numbers from there.
         last = a.dim() - 1
         A, B = ((v * v).sum(last) + COSINE_EPS for v in (a, b))
         root = (A * B).sqrt()
         c = (a * b).sum(last) / root
-        slope = t.eq(-1).logical_and(c.ge(m)).to(a.dtype) - t.eq(1).to(a.dtype)  # dl/dc
-        return slope / root, slope * c / A, slope * c / B
+        dc = g.where(t.eq(-1).logical_and(c.ge(m)), 0) - g.where(t.eq(1), 0)  # g dl/dc
+        return dc / root, dc * c / A, dc * c / B
 
     @staticmethod
     def output_gradient(a: Tensor, b: Tensor, t: Tensor, m: float) -> Tensor:
         """dl/da: the gradient of the loss with respect to the network's output; dl/db with a and b exchanged."""
         a, b = in_full_precision(a), in_full_precision(b)
-        p, q, _ = (k.unsqueeze(-1) for k in CosineEmbedding.weights(a, b, t, m))
+        one = torch.ones_like(a[..., 0])
+        p, q, _ = (k.unsqueeze(-1) for k in CosineEmbedding.weights(a, b, t, m, one))
         return torch.addcmul(p * b, q, a, value=-1)
 
     @staticmethod
@@ -404,8 +411,9 @@ class MultiMargin(Rule):
         return scattered(h, -1, t, -h.sum(-1, keepdim=True))
 
     @staticmethod
-    def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
+    def jvp(ctx: Any, dx: Tensor | None, *_: None) -> Tensor:
         x, t, w = ctx.saved_tensors
+        dx = torch.zeros_like(x) if dx is None else dx  # class weights are constants, as in PyTorch
         return (MultiMargin.output_gradient(x, t, ctx.order, ctx.m, w) * dx).sum(-1).reshape(t.shape)
 
 

@@ -84,7 +84,6 @@ class LayerNorm(Rule):
         ctx.D = ctx.shape.numel()
         ctx.save_for_backward(x, W, *output[1:])
         ctx.save_for_forward(x, W, *output[1:])
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(
@@ -136,7 +135,7 @@ class LayerNorm(Rule):
         z = (in_full_precision(rows) - m_rows) * r
         dW, db = (None if t is None else in_full_precision(t).reshape(-1) for t in (dW, db))
         dz, dm, dr = tangents(like(z, dx), z, r, (1,))
-        dy = affine_tangent(z, dz, w, dW, db)
+        dy = like(z, affine_tangent(z, None if dx is None else dz, w, dW, db))
         return dy.to(x.dtype).view(x.shape), dm.view(m.shape), dr.view(m.shape)
 
     @staticmethod
@@ -189,7 +188,6 @@ class RMSNorm(Rule):
         ctx.D = ctx.shape.numel()
         ctx.save_for_backward(x, W, output[1])
         ctx.save_for_forward(x, W, output[1])
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, gr: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -212,10 +210,11 @@ class RMSNorm(Rule):
     def jvp(ctx: Any, dx: Tensor | None, dW: Tensor | None, *_: None) -> tuple[Tensor, Tensor]:
         x, W, saved_r = ctx.saved_tensors
         z, w, r = RMSNorm._rows(x, W, saved_r, ctx.D)
-        dx = like(z, dx)
+        full_dx = like(z, dx)
         dW = None if dW is None else in_full_precision(dW).reshape(-1)
-        mean_zdx = (z * dx).mean(1, keepdim=True)
-        dy = affine_tangent(z, r * (dx - z * mean_zdx), w, dW, None)
+        mean_zdx = (z * full_dx).mean(1, keepdim=True)
+        dz = None if dx is None else r * (full_dx - z * mean_zdx)
+        dy = like(z, affine_tangent(z, dz, w, dW, None))
         return dy.to(x.dtype).view(x.shape), (-r * r * mean_zdx).view(saved_r.shape)
 
     @staticmethod
@@ -272,7 +271,6 @@ class GroupNorm(Rule):
         ctx.b_dtype = None if b is None else b.dtype
         ctx.save_for_backward(x, W, *output[1:])
         ctx.save_for_forward(x, W, *output[1:])
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(
@@ -331,7 +329,7 @@ class GroupNorm(Rule):
         z = (in_full_precision(groups) - mean) * r
         dW, db = (None if t is None else in_full_precision(t).view(ctx.G, -1, 1) for t in (dW, db))
         dz, dm, dr = tangents(like(z, dx), z, r, (2, 3))
-        dy = affine_tangent(z, dz, w, dW, db)
+        dy = like(z, affine_tangent(z, None if dx is None else dz, w, dW, db))
         return dy.to(x.dtype).view(x.shape), dm.view(m.shape), dr.view(m.shape)
 
     @staticmethod
@@ -395,7 +393,6 @@ class BatchNorm(Rule):
         ctx.b_dtype = None if b is None else b.dtype
         ctx.save_for_backward(x, W, *output[1:])
         ctx.save_for_forward(x, W, *output[1:])
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(
@@ -427,7 +424,7 @@ class BatchNorm(Rule):
         z, w, r = BatchNorm._channels(x, W, m, r)
         dW, db = (None if t is None else per_channel(in_full_precision(t), x) for t in (dW, db))
         dz, dm, dr = tangents(like(z, dx), z, r, all_but_channels(x))
-        dy = affine_tangent(z, dz, w, dW, db)
+        dy = like(z, affine_tangent(z, None if dx is None else dz, w, dW, db))
         return dy.to(x.dtype).view(x.shape), dm.view(-1), dr.view(-1)
 
     @staticmethod
@@ -501,8 +498,8 @@ class BatchNormEvaluation(Rule):
         r = per_channel(inverse_root(v, ctx.eps), x)
         z = (in_full_precision(x) - per_channel(in_full_precision(m), x)) * r
         W, dW, db = (None if t is None else per_channel(in_full_precision(t), x) for t in (W, dW, db))
-        dz = like(z, dx) * r
-        return affine_tangent(z, dz, W, dW, db).to(x.dtype)
+        dz = None if dx is None else like(z, dx) * r
+        return like(z, affine_tangent(z, dz, W, dW, db)).to(x.dtype)
 
 
 # ----- what the rules share -----
@@ -566,11 +563,17 @@ def tangents(dx: Tensor, z: Tensor, r: Tensor, dims: tuple[int, ...]) -> tuple[T
     return r * (dx - dm - z * mean_zdx), dm, -r * r * mean_zdx
 
 
-def affine_tangent(z: Tensor, dz: Tensor, W: Tensor | None, dW: Tensor | None, db: Tensor | None) -> Tensor:
-    """dy = W dz + z dW + db."""
-    dy = dz if W is None else W * dz
-    dy = dy if dW is None else dy + z * dW
-    return dy if db is None else dy + db
+def affine_tangent(
+    z: Tensor, dz: Tensor | None, W: Tensor | None, dW: Tensor | None, db: Tensor | None
+) -> Tensor | None:
+    """dy = W dz + z dW + db, shaped as z; None without any of them."""
+    terms = (
+        dz if dz is None or W is None else W * dz,
+        None if dW is None else z * dW,
+        None if db is None else db.expand_as(z).clone(),
+    )
+    there = [term for term in terms if term is not None]
+    return sum(there[1:], there[0]) if there else None
 
 
 def affine(z: Tensor, W: Tensor | None, b: Tensor | None) -> Tensor:

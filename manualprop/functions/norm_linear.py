@@ -72,7 +72,6 @@ class LayerNormLinear(Rule):
         x, w, c, W, *_ = inputs
         ctx.save_for_backward(x, w, c, W, *output[1:])
         ctx.save_for_forward(x, w, c, W, *output[1:])
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(
@@ -108,7 +107,7 @@ class LayerNormLinear(Rule):
         x, w, c, W, m, r = ctx.saved_tensors
         z = normalised(x, m, r)
         dz, dm, dr = tangents(like(z, dx), z, r.reshape(-1, 1), (1,))
-        dy = weighted_tangent(x, z, dz, w, c, W, dw, dc, dW, db)
+        dy = weighted_tangent(x, z, None if dx is None else dz, w, c, W, dw, dc, dW, db)
         return dy, dm.view(m.shape), dr.view(r.shape)
 
 
@@ -148,7 +147,6 @@ class RMSNormLinear(Rule):
         x, w, W, *_ = inputs
         ctx.save_for_backward(x, w, W, output[1])
         ctx.save_for_forward(x, w, W, output[1])
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, gr: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -174,9 +172,9 @@ class RMSNormLinear(Rule):
     ) -> tuple[Tensor, Tensor]:
         x, w, W, r = ctx.saved_tensors
         z, column = normalised(x, None, r), r.reshape(-1, 1)
-        dx = like(z, dx)
-        mean_zdx = (z * dx).mean(1, keepdim=True)
-        dz = column * (dx - z * mean_zdx)
+        full_dx = like(z, dx)
+        mean_zdx = (z * full_dx).mean(1, keepdim=True)
+        dz = None if dx is None else column * (full_dx - z * mean_zdx)
         dy = weighted_tangent(x, z, dz, w, None, W, dw, None, dW, db)
         return dy, (-column * column * mean_zdx).view(r.shape)
 
@@ -236,7 +234,7 @@ def linear_gradients(
 def weighted_tangent(
     x: Tensor,
     z: Tensor,
-    dz: Tensor,
+    dz: Tensor | None,
     w: Tensor | None,
     c: Tensor | None,
     W: Tensor,
@@ -250,5 +248,5 @@ def weighted_tangent(
     n = z if w is None else z * w
     n = n if c is None else n + c
     dn = affine_tangent(z, dz, w, dw, dc)
-    n, dn = (t.to(W.dtype).view(x.shape) for t in (n, dn))
-    return linear_tangent(n, W, dn, dW, db)
+    n = n.to(W.dtype).view(x.shape)
+    return linear_tangent(n, W, None if dn is None else dn.to(W.dtype).view(x.shape), dW, db)

@@ -143,8 +143,10 @@ class PackedReLU(Rule):
         ctx.save_for_forward(bits, nothing)  # as many as for backward: vmap asks for one list of axes
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, _: Tensor) -> Tensor:
+    def backward(ctx: Any, g: Tensor | None, _: Tensor | None) -> Tensor:
         bits, nothing = ctx.saved_tensors
+        if g is None:  # a second derivative
+            return torch.zeros_like(kept_bytes(ctx, bits), dtype=nothing.dtype)
         return flat(chosen_by_bytes(kept_bytes(ctx, bits), g), nothing)
 
     @staticmethod

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manualprop.functions._elementwise import Elementwise, affine, constant, differs, indicator, inside
-from manualprop.functions._rule import HALF, plain_eager
+from manualprop.functions._rule import HALF
 
 # ----- piecewise linear: the second derivative is 0 -----
 
@@ -31,18 +31,16 @@ class ReLU(Elementwise):
     """
 
     saves = "output"
-    one_step = True
     slope = 1.0
 
     @staticmethod
     def f(x: Tensor) -> Tensor:
-        # torch.relu returns -0 for -0, whose bits are not those of 0: see differs.
-        by_bits = type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu and plain_eager()
-        return torch.threshold(x, 0, 0) if by_bits else torch.relu(x)
+        return torch.relu(x)  # -0 for -0
 
     @staticmethod
     def df(y: Tensor, out: Tensor | None = None) -> Tensor:
-        return differs(y, 0, out)
+        y = torch.add(y, 0, out=out)  # -0 becomes 0
+        return differs(y, 0, y)
 
 
 class ReLU6(Elementwise):
@@ -278,6 +276,8 @@ class Hardswish(Elementwise):
         Howard et al., 2019, https://arxiv.org/abs/1905.02244
     """
 
+    chooses = True
+
     @staticmethod
     def f(x: Tensor) -> Tensor:
         return F.hardswish(x)
@@ -312,6 +312,7 @@ class ReLUSquared(Elementwise):
     """
 
     saves = "output"
+    chooses = True
 
     @staticmethod
     def f(x: Tensor) -> Tensor:
@@ -342,6 +343,8 @@ class ReLUSquaredFromInput(Elementwise):
     Reference
         So et al., 2021, Primer, https://arxiv.org/abs/2109.08668
     """
+
+    chooses = True
 
     @staticmethod
     def f(x: Tensor) -> Tensor:

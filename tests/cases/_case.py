@@ -28,6 +28,10 @@ class Case:
     - ``keeps_new``   bytes (in float64) of further tensors that backward may keep.
     - ``label``       what tells two rows of the same function apart, where ``kwargs`` do not.
     - ``by_name``     names of the last arguments, which are then given by keyword.
+    - ``edges``       further arguments, as ``arguments``, for which the value is finite though an input is infinite,
+                      or at the edge of what it may be.
+    - ``another_form`` why our value is computed another way than torch's, or summed in another order: it is then torch's to
+                      some units in the last place, and not to the bit.
     - ``random``      draws random numbers: every call is preceded by the same seed.
     - ``except_for``  {property: reason}: tests that cannot hold for this row, named by their function.
     """
@@ -42,6 +46,8 @@ class Case:
     keeps_new: int = 0
     label: str = ""
     by_name: tuple[str, ...] = ()
+    edges: tuple[Callable[[], tuple[Any, ...]], ...] = ()
+    another_form: str = ""
     random: bool = False
     reference: Callable[..., Any] | None = None
     except_for: dict[str, str] = field(default_factory=dict)
@@ -74,7 +80,11 @@ class Case:
 
     def made(self, dtype: torch.dtype = torch.float64, grad: bool = True) -> tuple[Any, ...]:
         """Fresh arguments whose floating tensors have the given dtype."""
-        return tuple(_cast(a, dtype, grad) for a in self.arguments())
+        return self.cast(self.arguments(), dtype, grad)
+
+    def cast(self, arguments: tuple[Any, ...], dtype: torch.dtype, grad: bool = True) -> tuple[Any, ...]:
+        """Arguments of the row whose floating tensors have the given dtype."""
+        return tuple(_cast(a, dtype, grad) for a in arguments)
 
     def differentiable(self, arguments: tuple[Any, ...]) -> list[int]:
         """The positions of the arguments that require a gradient."""

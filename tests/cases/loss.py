@@ -36,12 +36,42 @@ def ignoring(t: Tensor, index: int) -> Tensor:
     return t.index_fill(0, torch.tensor([1]), index)
 
 
+ORDER = "torch sums within its kernel, in another order"
+LOG_SUM = "from the logarithm of a sum, as the logits are never whole in memory"
+TWICE = "half precision is rounded before and after a division"
+BROADCAST = "the variance is expanded first, and the sum is in another order"
+AT_INFINITY = "NaN where torch's is inf: "
+SUBTRACTED = dict.fromkeys(
+    ("value_is_torchs_to_the_bit", "value_is_of_torchs_kind"),
+    AT_INFINITY + "an infinite logit is taken from the infinite logarithm of the sum",
+)
+BY_BCE = dict.fromkeys(
+    ("value_is_torchs_to_the_bit", "value_is_of_torchs_kind"),
+    AT_INFINITY + "the binary cross-entropy it is made of is NaN at -inf, torch's too",
+)
+LOG_SIGMOID = "-log sigmoid, which never overflows"
+ANOTHER_FORM = {
+    "cross_entropy": ORDER,
+    "nll_loss": ORDER,
+    "multi_margin_loss": ORDER,
+    "multilabel_margin_loss": ORDER,
+    "linear_cross_entropy": LOG_SUM,
+    "soft_margin_loss": LOG_SIGMOID,
+    "multilabel_soft_margin_loss": LOG_SIGMOID,
+}
+
+
 def rows(
     name: str, arguments: Callable[[], tuple[Any, ...]], *options: dict[str, Any], **fields: Any
 ) -> list[Case]:
     """A row for each reduction of each set of options."""
     return [
-        Case(name, arguments, {"reduction": reduction, **option}, **fields)
+        Case(
+            name,
+            arguments,
+            {"reduction": reduction, **option},
+            **{"another_form": ANOTHER_FORM.get(name, "")} | fields,
+        )
         for option, reduction in itertools.product(options or ({},), REDUCTIONS)
     ]
 
@@ -62,6 +92,19 @@ def leading_classes() -> Tensor:
     return torch.tensor([[0, 2, -1, 3], [1, -1, 0, 2], [3, 0, 2, 1], [-1, 1, 2, 3], [2, 2, -1, 0]])
 
 
+def masked_logits() -> tuple[Tensor, Tensor]:
+    """A class that is left out: probability 0 as a target, too."""
+    x, t = real(3, 4).detach(), share(3, 4).detach()
+    x[:, 2], t[:, 2] = -torch.inf, 0
+    return x.requires_grad_(), t.requires_grad_()
+
+
+def masked_bias() -> tuple[Tensor, ...]:
+    t, b = share(5, 4, grad=False), real(4, seed=2).detach()
+    t[:, 1], b[1] = 0, -torch.inf
+    return real(5, 3), real(4, 3, seed=1), t, b.requires_grad_()
+
+
 NO_HALF = {
     "half_precision_is_as_good_as_torchs": "torch has no kernel for half precision; ours computes in float32"
 }
@@ -72,7 +115,9 @@ CASES = [
     *rows("l1_loss", pair, keeps=(0, 1)),
     *rows("l1_loss", pair, {"weight": weights(3, 4)}, keeps=(0, 1), keeps_new=13 * FLOATS),
     *rows("mse_loss", pair, keeps=(0, 1)),
-    *rows("mse_loss", pair, {"weight": weights(3, 4)}, keeps=(0, 1), keeps_new=13 * FLOATS),
+    *rows(
+        "mse_loss", pair, {"weight": weights(3, 4)}, another_form=TWICE, keeps=(0, 1), keeps_new=13 * FLOATS
+    ),
     *rows("smooth_l1_loss", pair, {}, {"beta": 0.4}, {"beta": 0.0}, {"beta": 2}, keeps=(0, 1)),
     *rows("huber_loss", pair, {}, {"delta": 0.4}, {"delta": 2}, keeps=(0, 1)),
     *rows("huber_loss", pair, {"weight": weights(3, 4)}, keeps=(0, 1)),
@@ -99,9 +144,22 @@ CASES = [
         keeps=(0, 1, 2),
         label="last axis 1",
     ),
-    *rows("gaussian_nll_loss", lambda: (*pair(), 0.7), keeps=(0, 1), keeps_new=FLOATS, label="a number"),
+    *rows(
+        "gaussian_nll_loss",
+        lambda: (*pair(), 0.7),
+        keeps=(0, 1),
+        keeps_new=FLOATS,
+        label="a number",
+        another_form=BROADCAST,
+    ),
     *[
-        Case("kl_div", arguments, {"reduction": reduction, "log_target": log}, keeps=(0, 1))
+        Case(
+            "kl_div",
+            arguments,
+            {"reduction": reduction, "log_target": log},
+            keeps=(0, 1),
+            another_form=TWICE if reduction == "batchmean" else "",
+        )
         for reduction in ("none", "sum", "batchmean")
         for log, arguments in ((True, pair), (False, lambda: (real(3, 4), share(3, 4))))
     ],
@@ -139,12 +197,14 @@ CASES = [
         keeps=(0,),
         keeps_new=3 * 4 * FLOATS + 4 * FLOATS,
         label="probabilities",
+        edges=(masked_logits,),
     ),
     *rows(
         "cross_entropy",
         lambda: (real(2, 4, 3), share(2, 4, 3)),
         keeps=(0, 1),
         label="K-dimensional probabilities",
+        edges=(masked_logits,),
     ),
     *rows(
         "linear_cross_entropy",
@@ -169,6 +229,8 @@ CASES = [
         keeps_new=5 * FLOATS,
         by_name=("linear_bias",),
         label="probabilities",
+        edges=(masked_bias,),
+        except_for=SUBTRACTED,
     ),
     *rows(
         "linear_cross_entropy",
@@ -303,6 +365,7 @@ CASES = [
         lambda: (real(3, 4), share(3, 4)),
         {},
         {"weight": weights()},
+        except_for=BY_BCE,
         keeps=(0, 1),
         keeps_new=12 * FLOATS,
     ),

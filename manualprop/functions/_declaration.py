@@ -1,0 +1,79 @@
+"""What a class statement must say for its rule to be made: a declaration that is not understood raises there."""
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch.autograd import Function
+
+
+def require_methods(rule: type, *names: str) -> None:
+    for name in names:
+        found = getattr(rule, name, None)
+        if not callable(found) or found is getattr(
+            Function, name, None
+        ):  # torch's own raises when it is called
+            given = "none" if found is None or callable(found) else repr(found)
+            raise TypeError(
+                f"{rule.__name__}: {name} must be a static method of the class. Got {given}. "
+                f"A rule states {', '.join(names)}."
+            )
+
+
+def require_choice(rule: type, name: str, choices: tuple[Any, ...]) -> None:
+    found = getattr(rule, name)
+    if not any(found is choice or (type(found) is str and found == choice) for choice in choices):
+        allowed = " or ".join(map(repr, choices))
+        raise ValueError(f"{rule.__name__}: {name} must be {allowed}. Got {name} = {found!r}.")
+
+
+def require_number(rule: type, name: str) -> None:
+    """None, or a finite number."""
+    found = getattr(rule, name)
+    if found is None:
+        return
+    if not isinstance(found, (int, float)) or isinstance(found, bool):
+        raise TypeError(f"{rule.__name__}: {name} must be a number or None. Got {name} = {found!r}.")
+    if not math.isfinite(found):
+        raise ValueError(f"{rule.__name__}: {name} must be finite. Got {name} = {found!r}.")
+
+
+def refuse_unknown(rule: type, known: set[str], helpers: bool) -> None:
+    """A name of the class that means nothing, as a misspelt one; constants are upper case, ``helpers`` methods."""
+    for name, value in vars(rule).items():
+        method = callable(value) or isinstance(value, staticmethod)
+        if name in known or name.startswith("_") or name.isupper() or (helpers and method):
+            continue
+        near = difflib.get_close_matches(name, known, 1, 0.5)
+        raise TypeError(
+            f"{rule.__name__}: {name!r} is no declaration of a rule. "
+            + (f"Did you mean {near[0]!r}? " if near else "")
+            + f"Known are {', '.join(sorted(known))}; constants are upper case, helpers start with an underscore."
+        )
+
+
+def parameters(function: Callable[..., Any]) -> list[str] | None:
+    """The names of a function's parameters; None where they cannot be known (``*args``, a builtin)."""
+    try:
+        found = inspect.signature(function).parameters.values()
+    except ValueError:
+        return None
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in found):
+        return None
+    return [p.name for p in found]
+
+
+def require_parameters(rule: type, name: str, like: str, optional: tuple[str, ...] = ()) -> None:
+    """The method ``name`` has as many parameters as ``like``, but for the ``optional`` ones."""
+    given, expected = parameters(getattr(rule, name)), parameters(getattr(rule, like))
+    if given is None or expected is None:
+        return
+    counted = [p for p in given if p not in optional or p in expected]
+    if len(counted) != len(expected):
+        further = f", and may have {' and '.join(optional)}" if optional else ""
+        raise TypeError(
+            f"{rule.__name__}: {name} must have as many parameters as {like}({', '.join(expected)}){further}. "
+            f"Got {name}({', '.join(given)})."
+        )

@@ -66,12 +66,14 @@ def parameters(function: Callable[..., Any]) -> list[str] | None:
 
 
 def require_parameters(rule: type, name: str, like: str, optional: tuple[str, ...] = ()) -> None:
-    """The method ``name`` has as many parameters as ``like``, but for the ``optional`` ones."""
+    """The method ``name`` takes as many arguments as ``like``, but for the ``optional`` ones."""
     given, expected = parameters(getattr(rule, name)), parameters(getattr(rule, like))
     if given is None or expected is None:
         return
     counted = [p for p in given if p not in optional or p in expected]
-    if len(counted) != len(expected):
+    defaults = inspect.signature(getattr(rule, name)).parameters
+    needed = [p for p in counted if defaults[p].default is inspect.Parameter.empty]
+    if not len(needed) <= len(expected) <= len(counted):
         further = f", and may have {' and '.join(optional)}" if optional else ""
         raise TypeError(
             f"{rule.__name__}: {name} must have as many parameters as {like}({', '.join(expected)}){further}. "

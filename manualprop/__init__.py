@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from manualprop._receipt import receipt as receipt
     from manualprop._swap import swap as swap
     from manualprop._swap import unswap as unswap
-    from manualprop.functions._kernels import kernels as kernels
+    from manualprop.functions._execution._kernels import kernels as kernels
 
 _MODULES = ("descent", "functional", "functions", "interop", "nn", "verify")
 _NAMES = {
     "Backprop": "manualprop._backprop",
-    "kernels": "manualprop.functions._kernels",
+    "kernels": "manualprop.functions._execution._kernels",
     "receipt": "manualprop._receipt",
     "swap": "manualprop._swap",
     "unswap": "manualprop._swap",

@@ -18,7 +18,7 @@ import manualprop
 from manualprop import functional as F
 from manualprop import functions as rules
 from manualprop import nn as ours
-from manualprop.functions.packed import keep_bits, kept, pack, unpack
+from manualprop.functions._execution._bits import keep_bits, kept_bytes, pack, unpack
 
 N, I, H = 6, 3, 5
 
@@ -50,7 +50,7 @@ def test_bits_come_back_in_the_order_of_memory(change: Callable[[Tensor], Tensor
 
     ctx = Context()
     k = change(torch.randint(2, (2, 3, 4, 5), dtype=torch.uint8))
-    back = kept(ctx, keep_bits(ctx, k), torch.float32, 0.5)
+    back = kept_bytes(ctx, keep_bits(ctx, k)).float() / 0.5
     assert torch.equal(back, 2 * k.float()) and back.stride() == k.stride()
 
 

@@ -21,8 +21,7 @@ from manualprop import nn
 from manualprop._backprop._context import Application, applications
 from manualprop._backprop._destinations import Destinations
 from manualprop.functions import Elementwise
-from manualprop.functions._kernels import SMALLEST
-from manualprop.functions._rule import HALF
+from manualprop.functions._execution import LARGE, Runner
 from manualprop.functions.linear import FEW, rows
 
 Forward = Callable[[Tensor], Tensor]
@@ -158,7 +157,7 @@ class Affine(Stage):
 
 # The same function, written over its argument, of activations that are written in their output.
 IN_PLACE: Mapping[type[Elementwise], Callable[[Tensor], Tensor]] = {
-    rules.ReLU: lambda x: torch.threshold_(x, 0, 0),
+    rules.ReLU: torch.relu_,
     rules.Sigmoid: torch.sigmoid_,
     rules.Tanh: torch.tanh_,
 }
@@ -170,11 +169,12 @@ class Activation(Stage):
     def __init__(self, path: str, layer: Module, rule: type[Elementwise], p: tuple[Any, ...]) -> None:
         super().__init__(path, layer)
         self.rule, self.p, self.saves_output = rule, p, rule.saves == "output"
+        self.chain_rule: Runner = rule.chain.product
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.rule.f(x, *self.p)
         self.s = y if self.saves_output else x
-        self.is_small = x.numel() < SMALLEST and x.dtype not in HALF
+        self.is_small = x.numel() < LARGE
         return y
 
     def backward(self, g: Tensor) -> Tensor | None:
@@ -182,16 +182,19 @@ class Activation(Stage):
         del self.s
         if not self.needs_dx:
             return None
-        chain = self.rule.chain
-        return chain.product_over(g, s, *self.p) if self.owns_g else chain.product(g, s, *self.p)
+        dx: Tensor = self.chain_rule(g, s, *self.p, over=0 if self.owns_g else None)
+        return dx
 
     def repeated(self) -> tuple[Forward, Backward]:
         if not (self.is_small and self.owns_g and self.needs_dx):
             return self.forward, self.backward
-        f, df, saves_output = self._of_one(self.rule.f), self._of_one(self.rule.df), self.saves_output
+        p, saves_output, chain_rule = self.p, self.saves_output, self.chain_rule
+        of_one = self.rule.f
+        f = (lambda x: of_one(x, *p)) if p else of_one
         if self.owns_x:
             f = IN_PLACE.get(self.rule, f)
         s: Any = None
+        program: Any = None
 
         def forward(x: Tensor) -> Tensor:
             nonlocal s
@@ -200,16 +203,13 @@ class Activation(Stage):
             return y
 
         def backward(g: Tensor) -> Tensor:
-            return g.mul_(df(s))  # the chain rule, as in chain.product_over
+            nonlocal program
+            if program is None:  # looked up once: that takes as long as a step of it
+                program = chain_rule.program((g, s), p, over=0).run
+            dx: Tensor = program(g, s)
+            return dx
 
-        def over(g: Tensor) -> Tensor:
-            return self.rule.chain.product_over(g, s, *self.p)
-
-        return forward, backward if self.rule.slope is None else over
-
-    def _of_one(self, formula: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
-        p = self.p
-        return (lambda argument: formula(argument, *p)) if p else formula
+        return forward, backward
 
 
 class Applied(Stage):

@@ -2,7 +2,6 @@
 
 import difflib
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,17 +26,6 @@ def require_choice(rule: type, name: str, choices: tuple[Any, ...]) -> None:
     if not any(found is choice or (type(found) is str and found == choice) for choice in choices):
         allowed = " or ".join(map(repr, choices))
         raise ValueError(f"{rule.__name__}: {name} must be {allowed}. Got {name} = {found!r}.")
-
-
-def require_number(rule: type, name: str) -> None:
-    """None, or a finite number."""
-    found = getattr(rule, name)
-    if found is None:
-        return
-    if not isinstance(found, (int, float)) or isinstance(found, bool):
-        raise TypeError(f"{rule.__name__}: {name} must be a number or None. Got {name} = {found!r}.")
-    if not math.isfinite(found):
-        raise ValueError(f"{rule.__name__}: {name} must be finite. Got {name} = {found!r}.")
 
 
 def refuse_unknown(rule: type, known: set[str], helpers: bool) -> None:
@@ -65,17 +53,15 @@ def parameters(function: Callable[..., Any]) -> list[str] | None:
     return [p.name for p in found]
 
 
-def require_parameters(rule: type, name: str, like: str, optional: tuple[str, ...] = ()) -> None:
-    """The method ``name`` takes as many arguments as ``like``, but for the ``optional`` ones."""
+def require_parameters(rule: type, name: str, like: str) -> None:
+    """The method ``name`` takes as many arguments as ``like``."""
     given, expected = parameters(getattr(rule, name)), parameters(getattr(rule, like))
     if given is None or expected is None:
         return
-    counted = [p for p in given if p not in optional or p in expected]
     defaults = inspect.signature(getattr(rule, name)).parameters
-    needed = [p for p in counted if defaults[p].default is inspect.Parameter.empty]
-    if not len(needed) <= len(expected) <= len(counted):
-        further = f", and may have {' and '.join(optional)}" if optional else ""
+    needed = [p for p in given if defaults[p].default is inspect.Parameter.empty]
+    if not len(needed) <= len(expected) <= len(given):
         raise TypeError(
-            f"{rule.__name__}: {name} must have as many parameters as {like}({', '.join(expected)}){further}. "
+            f"{rule.__name__}: {name} must have as many parameters as {like}({', '.join(expected)}). "
             f"Got {name}({', '.join(given)})."
         )

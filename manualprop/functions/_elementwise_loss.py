@@ -22,8 +22,8 @@ from manualprop.functions._declaration import (
     require_methods,
     require_parameters,
 )
-from manualprop.functions._kernels import LARGE, by_parts
-from manualprop.functions._rule import Rule, in_full_precision, plain_eager, times
+from manualprop.functions._execution import chosen, formula, full, recorded
+from manualprop.functions._rule import Rule
 
 # The second derivatives, a row for each argument; a number where an entry is constant.
 Curvature = tuple[tuple[Tensor | float, ...], ...]
@@ -34,24 +34,18 @@ class ElementwiseLoss(Rule):
 
     - ``f(x, t, *p)``                  the loss.
     - ``output_gradient(x, t, *p)``    dl/dx: the gradient of the loss with respect to the network's output.
-    - ``target_gradient(x, t, *p)``    dl/dt.  Both are fresh tensors, which may be overwritten.
+    - ``target_gradient(x, t, *p)``    dl/dt.
     - ``curvature(x, t, *p)``          ((d2l/dx2, d2l/dxdt), (d2l/dtdx, d2l/dt2)).
     - ``partials``                     the names of the first derivatives, one for each tensor argument; None
                                        for an argument that l does not depend on smoothly, such as a label.
+    - ``chooses``                      whether a gradient is 0 where its partial derivative is, whatever g is.
 
-    - ``chooses``                      whether a gradient is 0 where its partial derivative is, whatever g is: it is
-                                       chosen, not multiplied, as 0 times an infinite g would be NaN.
-
-    The tensors have one shape.  ``f`` and the first derivatives always run without recording, so they may work
-    in place on tensors they made themselves; ``curvature`` is recorded when a third derivative is asked for.
-    Half precision is computed in float32 and the loss returned so: the reduction rounds once.
+    The tensors have one shape.  Half precision is computed in float32 and the loss returned so: the reduction rounds
+    once.
     """
 
     abstract = True
     partials: ClassVar[tuple[str | None, ...]] = ("output_gradient", "target_gradient")
-    # Whether output_gradient takes ``g``, too, and returns g dl/dx with no dl/dx on the way.  The compiler would keep
-    # that for backward: a tensor more to write, where x and t are alive anyway.
-    takes_g: ClassVar[bool] = False
     chooses: ClassVar[bool] = False
     f: ClassVar[Callable[..., Tensor]]
     curvature: ClassVar[Callable[..., Curvature]]
@@ -65,7 +59,7 @@ class ElementwiseLoss(Rule):
         ]
 
         def forward(*inputs: Any) -> Tensor:
-            return f(*map(in_full_precision, inputs[:count]), *inputs[count:])
+            return f(*map(full, inputs[:count]), *inputs[count:])
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
             tensors, ctx.p = inputs[:count], inputs[count:]
@@ -74,23 +68,21 @@ class ElementwiseLoss(Rule):
 
         def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
             tensors = ctx.saved_tensors
-            recorded = torch.is_grad_enabled()  # somebody will differentiate this gradient
             gradients: list[Tensor | None] = [None] * (count + len(ctx.p))
             for i, (slope, needed) in enumerate(zip(slopes, ctx.needs_input_grad, strict=False)):
                 if slope is not None and needed:
-                    product = slope.apply if recorded else slope.product
-                    gradients[i] = product(g, *tensors, *ctx.p).to(tensors[i].dtype)
+                    gradients[i] = slope.gradient(g, *tensors, *ctx.p).to(tensors[i].dtype)
             return tuple(gradients)
 
         def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
             tensors = ctx.saved_tensors
             return _sum(
                 (
-                    slope.apply(in_full_precision(dt), *tensors, *ctx.p)
+                    slope.apply(full(dt), *tensors, *ctx.p)
                     for slope, dt in zip(slopes, tangents, strict=False)
                     if slope is not None and dt is not None
                 ),
-                in_full_precision(tensors[0]),
+                full(tensors[0]),
             )
 
         # Closures of plain functions, not classmethods: compiled autograd cannot trace those.
@@ -101,8 +93,7 @@ class ElementwiseLoss(Rule):
 
 def _check(rule: type[ElementwiseLoss]) -> None:
     """The declarations of a rule, before anything is made of them."""
-    refuse_unknown(rule, {"partials", "takes_g", "chooses", "f", "curvature"}, helpers=True)
-    require_choice(rule, "takes_g", (False, True))
+    refuse_unknown(rule, {"partials", "chooses", "f", "curvature"}, helpers=True)
     require_choice(rule, "chooses", (False, True))
     named = rule.partials
     if not isinstance(named, tuple) or not named or not all(n is None or isinstance(n, str) for n in named):
@@ -112,15 +103,10 @@ def _check(rule: type[ElementwiseLoss]) -> None:
         )
     methods = [n for n in named if n is not None]
     require_methods(rule, "f", "curvature", *methods)
-    for i, name in enumerate(named):
+    for name in named:
         if name is not None:
-            require_parameters(rule, name, "f", optional=("g",) if rule.takes_g and i == 0 else ())
+            require_parameters(rule, name, "f")
     require_parameters(rule, "curvature", "f")
-    first = None if named[0] is None else parameters(getattr(rule, named[0]))
-    if rule.takes_g and first is not None and "g" not in first:
-        raise TypeError(
-            f"{rule.__name__}: takes_g is True, so {named[0]} must have a parameter g. Got {first}."
-        )
     _check_curvature(rule)
 
 
@@ -148,41 +134,31 @@ class Slope(Rule):
     """``b = g dl/dx``: linear in ``g``, with slopes ``g d2l/dx2`` and ``g d2l/dxdt``.  One subclass for each dl/dx."""
 
     abstract = True
-    product: ClassVar[Callable[..., Tensor]]
+    gradient: ClassVar[Callable[..., Tensor]]  # the same, recorded only where somebody will differentiate it
 
 
 def _slope(rule: type[ElementwiseLoss], i: int, partial: Callable[..., Tensor]) -> type[Slope]:
     """The rule of ``g dl/d(argument i)``."""
-    count, curvature, takes_g = len(rule.partials), rule.curvature, rule.takes_g and i == 0
-    chooses = rule.chooses
+    count, curvature, chooses = len(rule.partials), rule.curvature, rule.chooses
+    tensors = ", ".join(f"a{j} (N)" for j in range(count))
 
-    def formula(g: Tensor, *inputs: Any) -> Tensor:
-        if takes_g and torch.compiler.is_compiling():
-            return partial(*map(in_full_precision, inputs[:count]), *inputs[count:], g)
-        return product_of(partial(*map(in_full_precision, inputs[:count]), *inputs[count:]), g)
-
-    def product_of(slope: Tensor, g: Tensor) -> Tensor:
-        if not chooses:
-            return times(slope, g)
-        flat = slope == 0
-        return times(slope, g).masked_fill(flat, 0)
-
-    def part(g: Tensor, *inputs: Any, out: Tensor | None = None) -> Tensor:
-        *rest, x = inputs[:count]
-        if out is None:
-            return formula(g, x, *rest, *inputs[count:])
-        full = map(in_full_precision, (x, *rest))
-        slope = partial(*full, *inputs[count:])
-        return out.copy_(product_of(slope, g)) if chooses else torch.mul(slope, g, out=out)
-
+    @formula(f"g (N), {tensors} -> da like g")
     def product(g: Tensor, *inputs: Any) -> Tensor:
-        x, *rest = inputs[:count]
-        if x.numel() < LARGE:
-            return formula(g, *inputs)
-        return by_parts(part, inputs[count:], g, *rest, x)  # x last: the result is laid out as it is
+        return chosen(partial(*inputs), g) if chooses else g * partial(*inputs)
+
+    @formula(f"g (N), v (N), {tensors} -> {', '.join(f'd{j} like g' for j in range(count))}")
+    def bent(g: Tensor, v: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
+        terms: list[Tensor | None] = [None] * count
+        for j, k in enumerate(curvature(*inputs)[i]):
+            if isinstance(k, int | float):  # constant, and 0 whatever the product is
+                terms[j] = g * v * k if k else torch.zeros_like(g)
+            else:
+                terms[j] = chosen(k, g * v) if chooses else g * v * k
+        return tuple(terms)
 
     def forward(g: Tensor, *inputs: Any) -> Tensor:
-        return formula(g, *inputs)
+        dx: Tensor = product(g, *inputs)
+        return dx
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         saved, ctx.p = inputs[: count + 1], inputs[count + 1 :]
@@ -195,46 +171,29 @@ def _slope(rule: type[ElementwiseLoss], i: int, partial: Callable[..., Tensor]) 
         dg = cls.apply(v, *tensors, *ctx.p) if needs_g else None
         gradients: list[Tensor | None] = [None] * len(needs)
         if any(needs):
-            row = curvature(*map(in_full_precision, tensors), *ctx.p)[i]
-            for j, tensor in enumerate(tensors):
-                if needs[j] and j < len(row):
-                    gradients[j] = _bent(g * v, row[j], chooses).to(tensor.dtype)
+            row = zip(bent(g, v, *tensors, *ctx.p), tensors, needs, strict=False)
+            gradients[:count] = [d.to(t.dtype) if need and d is not None else None for d, t, need in row]
         return dg, *gradients
 
     def jvp(ctx: Any, dg: Tensor | None, *tangents: Tensor | None) -> Tensor:
         g, *tensors = ctx.saved_tensors
-        row = curvature(*map(in_full_precision, tensors), *ctx.p)[i]
         terms = [] if dg is None else [cls.apply(dg, *tensors, *ctx.p)]
-        terms += [_bent(g * dt, k, chooses) for k, dt in zip(row, tangents, strict=False) if dt is not None]
+        for j, dt in enumerate(tangents):
+            term = None if dt is None else bent(g, dt, *tensors, *ctx.p)[j]
+            terms += [] if term is None else [term]
         return _sum(terms, g)
 
-    methods = (product, forward, setup_context, backward, jvp)
+    methods = (forward, setup_context, backward, jvp)
     cls: type[Slope] = type(
         f"{rule.__name__}Slope{i}",
         (Slope,),
         {method.__name__: staticmethod(method) for method in methods} | {"__module__": rule.__module__},
     )
+    cls.gradient = staticmethod(recorded(cls.apply, product))
     return cls
-
-
-def _bent(product: Tensor, k: Tensor | float, chooses: bool) -> Tensor:
-    """``product * k``; zeros, whatever the product is, where ``k`` is constantly 0, or a rule ``chooses``."""
-    if not isinstance(k, Tensor):
-        return torch.zeros_like(product) if k == 0 else product * k
-    return (product * k).masked_fill(k == 0, 0) if chooses else product * k
 
 
 def _sum(terms: Iterable[Tensor], like: Tensor) -> Tensor:
     """The sum of the terms, zeros without any."""
     first, *rest = [*terms] or [torch.zeros_like(like)]
     return sum(rest, first)
-
-
-def minus(fresh: Tensor, other: Tensor) -> Tensor:
-    """``fresh - other``, written into ``fresh`` unless ``vmap`` may have batched ``other`` alone."""
-    return fresh.sub_(other) if plain_eager() else fresh - other
-
-
-def clamped(fresh: Tensor, low: float, high: float) -> Tensor:
-    """``fresh`` within [low, high], in place where ``vmap``, which has no rule for that, does not look."""
-    return fresh.clamp_(low, high) if plain_eager() else fresh.clamp(low, high)

@@ -21,8 +21,7 @@ def write_over(rule: type[Rule], x: Tensor, *p: Any) -> Tensor:
     if x.is_leaf or (x._base is not None and x._base.is_leaf):
         return x.copy_(x)  # which torch refuses
     source = x.clone() if getattr(rule, "saves", "output") == "input" else x
-    output: Tensor = _in_place(rule).apply(x, (source,), *p)
-    return output
+    return _first(_in_place(rule).apply(x, (source,), *p))
 
 
 @functools.cache
@@ -33,21 +32,21 @@ def _in_place(rule: type[Rule]) -> type[Rule]:
     gradient is that of x alone, and second derivatives reach x through the history of what is saved.
     """
 
-    def forward(ctx: Any, x: Tensor, sources: tuple[Tensor], *p: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, sources: tuple[Tensor], *p: Any) -> Any:
         (source,) = sources
         y, *others = _several(rule.forward(source, *p))
         x.data.copy_(y)  # mark_dirty counts the version up
         ctx.mark_dirty(x)
         rule.setup_context(ctx, (source, *p), (x, *others) if others else x)
-        ctx.others = [None] * len(others)
-        return x
+        return (x, *others) if others else x
 
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        dx, *rest = _several(rule.backward(ctx, g, *ctx.others))
+    def backward(ctx: Any, *g: Tensor | None) -> tuple[Tensor | None, ...]:
+        dx, *rest = _several(rule.backward(ctx, *g))
         return dx, None, *rest
 
-    def jvp(ctx: Any, t: Tensor, _: None, *rest: None) -> Tensor:
-        return t.copy_(_first(rule.jvp(ctx, t, *rest)))
+    def jvp(ctx: Any, t: Tensor, _: None, *rest: None) -> Any:
+        dy, *others = _several(rule.jvp(ctx, t, *rest))
+        return (t.copy_(dy), *others) if others else t.copy_(dy)
 
     methods = {method.__name__: staticmethod(method) for method in (forward, backward, jvp)}
     # Not a rule of its own statement: its forward does what setup_context does elsewhere.

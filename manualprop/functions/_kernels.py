@@ -9,55 +9,16 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
+from manualprop.functions._execution._kernels import backend
 from manualprop.functions._rule import plain_eager
 
 Formula = Callable[..., Tensor]
 
-BACKENDS = ("eager", "inductor")
 # Elements from which a way pays, measured: a block takes 10 us of Python, a compiled kernel 70 us to start.
 LARGE = 2**18
 LARGE_COMPILED = 2**18
 SMALLEST = min(LARGE, LARGE_COMPILED)  # below, there is nothing to choose
 BLOCK = 2**17  # elements of a block, for each thread: it and its temporaries stay in a core's cache
-
-# One for the process, not for the thread: the backward of a CUDA tensor runs in a thread of autograd's own.
-_backend = "eager"
-
-
-class kernels:  # used as a function, as torch.set_grad_enabled is
-    """Choose how the elementwise rules run on large tensors in eager mode, from here on or inside a ``with``.
-
-    ``"eager"`` runs the formula of a backward, ``g * df``, operation by operation.  ``"inductor"`` runs the very
-    same formula as one kernel that :func:`torch.compile` makes on its first use (seconds, once for each rule,
-    dtype and device), on CPU and GPU.  A forward is one kernel of ATen's anyway, most often the faster one.
-    Under ``torch.func`` transforms and inside ``torch.compile`` the plain formulas run whatever is chosen.  The
-    choice holds for all threads.
-
-    Args:
-        backend: ``"eager"`` or ``"inductor"``.
-
-    Raises:
-        ValueError: if there is no such backend.
-
-    Example:
-        >>> import manualprop
-        >>> with manualprop.kernels("inductor"):
-        ...     pass  # train as ever
-    """
-
-    def __init__(self, backend: str) -> None:
-        global _backend
-        if backend not in BACKENDS:
-            choices = " or ".join(map(repr, BACKENDS))
-            raise ValueError(f"kernels: backend must be {choices}. Got {backend!r}.")
-        self._before, _backend = _backend, backend
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        global _backend
-        _backend = self._before
 
 
 def by_parts(
@@ -75,7 +36,7 @@ def by_parts(
     blocks, what a formula makes on its way stays in the cache.
     """
     last = tensors[-1]
-    count, kernel = last.numel(), _backend != "eager"
+    count, kernel = last.numel(), backend() != "eager"
     if count < (LARGE_COMPILED if kernel else LARGE) or (flat := flattened(*tensors)) is None:
         return formula(*tensors, *p) if out is None else formula(*tensors, *p, out=out)
     if kernel:

@@ -14,18 +14,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualprop.functions._elementwise import LOG2_E, Elementwise, affine, constant, indicator, one_minus
-from manualprop.functions._rule import full_dtype
+from manualprop.functions._elementwise import Elementwise
+from manualprop.functions._execution import decay, erfc, indicator
 
 # Constants stand outside of the classes: compiled autograd cannot read an attribute of a Function.
 
 SELU_ALPHA = 1.6732632423543772848170429916717
 SELU_LAMBDA = 1.0507009873554804934193349852946
 GELU_K, GELU_C = 2 * math.sqrt(2 / math.pi), 0.044715
-# The largest number in a dtype whose exponential is finite: log(max) less half a unit in its last place.
+# The largest number whose exponential is finite, in the precision in which ATen computes: log(max) less half a unit
+# in its last place.
 LARGEST_EXPONENT = {
-    dtype: math.log(torch.finfo(dtype).max) * (1 - torch.finfo(dtype).eps / 2)
-    for dtype in (torch.float32, torch.float64)
+    dtype: math.log(torch.finfo(full).max) * (1 - torch.finfo(full).eps / 2)
+    for dtype, full in {
+        torch.float64: torch.float64,
+        torch.float32: torch.float32,
+        torch.bfloat16: torch.float32,
+        torch.float16: torch.float32,
+    }.items()
 }
 GELU_FAR = 1e4  # of x and of its cubic: beyond, sigma (1 - sigma) is 0 in every dtype
 
@@ -37,7 +43,7 @@ class Sigmoid(Elementwise):
 
     Derivation
         y' = e^{-x} / (1 + e^{-x})^2                quotient rule
-           = y (1 - y)                              since 1 - y = e^{-x} / (1 + e^{-x})
+           = y (1 - y) = y - y^2                    since 1 - y = e^{-x} / (1 + e^{-x})
         d y' / d y = 1 - 2 y                        so f''(x) = (1 - 2 y) y (1 - y)
     Memory
         y, which the next layer keeps anyway.
@@ -46,15 +52,14 @@ class Sigmoid(Elementwise):
     """
 
     saves = "output"
-    one_step = True
 
     @staticmethod
     def f(x: Tensor) -> Tensor:
         return torch.sigmoid(x)
 
     @staticmethod
-    def df(y: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.addcmul(y, y, y, value=-1, out=out)  # y - y^2
+    def df(y: Tensor) -> Tensor:
+        return y - y * y
 
     @staticmethod
     def ddf(y: Tensor) -> Tensor:
@@ -75,15 +80,14 @@ class Tanh(Elementwise):
     """
 
     saves = "output"
-    one_step = True
 
     @staticmethod
     def f(x: Tensor) -> Tensor:
         return torch.tanh(x)
 
     @staticmethod
-    def df(y: Tensor, out: Tensor | None = None) -> Tensor:
-        return one_minus(y, y, out)
+    def df(y: Tensor) -> Tensor:
+        return 1 - y * y
 
     @staticmethod
     def ddf(y: Tensor) -> Tensor:
@@ -110,8 +114,8 @@ class LogSigmoid(Elementwise):
         return F.logsigmoid(x)
 
     @staticmethod
-    def df(y: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.expm1(y, out=out).neg_()
+    def df(y: Tensor) -> Tensor:
+        return -torch.expm1(y)
 
     @staticmethod
     def ddf(y: Tensor) -> Tensor:
@@ -140,11 +144,11 @@ class Softplus(Elementwise):
 
     @staticmethod
     def f(x: Tensor, beta: float, theta: float) -> Tensor:
-        return F.softplus(x, beta, min(theta, LARGEST_EXPONENT[full_dtype(x)]))
+        return F.softplus(x, beta, min(theta, LARGEST_EXPONENT[x.dtype]))
 
     @staticmethod
-    def df(y: Tensor, beta: float, theta: float, out: Tensor | None = None) -> Tensor:
-        return torch.mul(y, -beta, out=out).expm1_().neg_()
+    def df(y: Tensor, beta: float, theta: float) -> Tensor:
+        return -torch.expm1(-beta * y)
 
     @staticmethod
     def ddf(y: Tensor, beta: float, theta: float) -> Tensor:
@@ -182,9 +186,8 @@ class SoftplusFromInput(Elementwise):
 class SiLU(Elementwise):
     r"""$y = x \sigma(x)$, also called swish
 
-    Derivation, with s = sigma(x) and s' = s (1 - s)
-        y'  = s + x s (1 - s)                       product rule
-            = s (1 + x (1 - s))
+    Derivation, with s = sigma(x) and s' = s (1 - s) = s - s^2
+        y'  = s + x s'                              product rule
         y'' = 2 s' + x s''                          product rule, once more
             = s (1 - s) (2 + x (1 - 2 s))           since s'' = s' (1 - 2 s)
     Memory
@@ -201,12 +204,10 @@ class SiLU(Elementwise):
         return F.silu(x)
 
     @staticmethod
-    def df(x: Tensor, y: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        s = torch.sigmoid(x, out=out)
-        if y is not None:
-            torch.mul(x, s, out=y)
-        ds = torch.addcmul(s, s, s, value=-1)  # s (1 - s)
-        return torch.addcmul(s, x, ds, out=out)  # s + x s (1 - s)
+    def df(x: Tensor) -> Tensor:
+        s = torch.sigmoid(x)
+        ds = s - s * s
+        return s + x * ds
 
     @staticmethod
     def ddf(x: Tensor) -> Tensor:
@@ -236,12 +237,10 @@ class Mish(Elementwise):
         return F.mish(x)
 
     @staticmethod
-    def df(x: Tensor, y: Tensor | None = None) -> Tensor:
+    def df(x: Tensor) -> Tensor:
         w = torch.tanh(F.softplus(x))
-        if y is not None:
-            torch.mul(x, w, out=y)
-        dw = one_minus(w, w).mul_(torch.sigmoid(x))
-        return dw.mul_(x).add_(w)  # w + x w'
+        dw = (1 - w * w) * torch.sigmoid(x)
+        return w + x * dw
 
     @staticmethod
     def ddf(x: Tensor) -> Tensor:
@@ -268,8 +267,8 @@ class Tanhshrink(Elementwise):
         return x - torch.tanh(x)
 
     @staticmethod
-    def df(x: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.tanh(x, out=out).pow_(2)
+    def df(x: Tensor) -> Tensor:
+        return torch.tanh(x) ** 2
 
     @staticmethod
     def ddf(x: Tensor) -> Tensor:
@@ -296,11 +295,11 @@ class Softsign(Elementwise):
 
     @staticmethod
     def f(x: Tensor) -> Tensor:
-        return x / x.abs().add_(1)
+        return x / (1 + x.abs())
 
     @staticmethod
-    def df(y: Tensor, out: Tensor | None = None) -> Tensor:
-        return affine(1, -1, torch.abs(y, out=out), out).pow_(2)
+    def df(y: Tensor) -> Tensor:
+        return (1 - y.abs()) ** 2
 
     @staticmethod
     def ddf(y: Tensor) -> Tensor:
@@ -335,13 +334,12 @@ class ELU(Elementwise):
         return F.elu(x, alpha)
 
     @staticmethod
-    def df(y: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
-        slope = torch.clamp(y, max=0, out=out).add_(constant(alpha, y))
-        return slope if alpha == 1 else slope.add_(indicator(torch.gt, y, 0), alpha=1 - alpha)
+    def df(y: Tensor, alpha: float) -> Tensor:
+        return y.clamp(max=0) + alpha + (1 - alpha) * indicator(y > 0, y)
 
     @staticmethod
     def ddf(y: Tensor, alpha: float) -> Tensor:
-        return (y < 0).to(y.dtype)
+        return indicator(y < 0, y)
 
 
 class ELUFromInput(Elementwise):
@@ -398,13 +396,13 @@ class SELU(Elementwise):
         return torch.selu(x)
 
     @staticmethod
-    def df(y: Tensor, out: Tensor | None = None) -> Tensor:
-        slope = torch.clamp(y, max=0, out=out).add_(constant(SELU_LAMBDA * SELU_ALPHA, y))
-        return slope.add_(indicator(torch.gt, y, 0), alpha=SELU_LAMBDA * (1 - SELU_ALPHA))
+    def df(y: Tensor) -> Tensor:
+        l, a = SELU_LAMBDA, SELU_ALPHA
+        return y.clamp(max=0) + l * a + l * (1 - a) * indicator(y > 0, y)
 
     @staticmethod
     def ddf(y: Tensor) -> Tensor:
-        return (y < 0).to(y.dtype)
+        return indicator(y < 0, y)
 
 
 class CELU(Elementwise):
@@ -432,12 +430,12 @@ class CELU(Elementwise):
         return F.celu(x, alpha)
 
     @staticmethod
-    def df(y: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
-        return torch.clamp(y, max=0, out=out).div_(alpha).add_(1)
+    def df(y: Tensor, alpha: float) -> Tensor:
+        return y.clamp(max=0) / alpha + 1
 
     @staticmethod
     def ddf(y: Tensor, alpha: float) -> Tensor:
-        return (y < 0).to(y.dtype) / alpha
+        return indicator(y < 0, y) / alpha
 
 
 # ----- Gaussian family -----
@@ -464,14 +462,10 @@ class GELU(Elementwise):
         return F.gelu(x)
 
     @staticmethod
-    def df(x: Tensor, y: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        e = torch.mul(x, x, out=out).mul_(-0.5 * LOG2_E).exp2_()  # e^{-x^2 / 2} = sqrt(2 pi) phi
-        z = x * -math.sqrt(0.5)
-        c = 1 - torch.erf(z) if torch.compiler.is_compiling() else z.erfc_()
-        Phi = c.mul_(constant(0.5, c))
-        if y is not None:
-            torch.mul(x, Phi, out=y)
-        return torch.addcmul(Phi, x, e, value=math.sqrt(0.5 / math.pi), out=out)  # Phi + x phi
+    def df(x: Tensor) -> Tensor:
+        phi = decay(-0.5 * x * x) / math.sqrt(2 * math.pi)
+        Phi = 0.5 * erfc(-x / math.sqrt(2))
+        return Phi + x * phi
 
     @staticmethod
     def ddf(x: Tensor) -> Tensor:
@@ -503,15 +497,13 @@ class GELUTanh(Elementwise):
         return F.gelu(x, approximate="tanh")
 
     @staticmethod
-    def df(x: Tensor, y: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    def df(x: Tensor) -> Tensor:
         k, c = GELU_K, GELU_C
-        x2, kx = torch.mul(x, x, out=out), x * constant(k, x)
-        u2 = torch.addcmul(kx, kx, x2, value=c)  # k (x + c x^3)
-        s, r = torch.sigmoid(u2), u2.neg_().sigmoid_()  # r = 1 - s
-        if y is not None:
-            torch.mul(x, s, out=y)
-        w = torch.addcmul(kx, kx, x2, value=3 * c).clamp(-GELU_FAR, GELU_FAR)  # k (x + 3 c x^3)
-        return torch.addcmul(s, r.mul_(s), w, out=out)  # s + s (1 - s) k (x + 3 c x^3)
+        x2, kx = x * x, k * x
+        u2 = kx + c * kx * x2  # k (x + c x^3)
+        s, r = torch.sigmoid(u2), torch.sigmoid(-u2)  # r = 1 - s
+        w = (kx + 3 * c * kx * x2).clamp(-GELU_FAR, GELU_FAR)  # k (x + 3 c x^3)
+        return s + s * r * w
 
     @staticmethod
     def ddf(x: Tensor) -> Tensor:

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
-from manualprop.functions._elementwise_loss import Curvature, ElementwiseLoss, minus
+from manualprop.functions._elementwise_loss import Curvature, ElementwiseLoss
 from manualprop.functions._kernels import flattened, rows_of_a_block
+from manualprop.functions._legacy import minus
 from manualprop.functions._rule import (
     HALF,
     Rule,
@@ -405,15 +406,13 @@ class BCE(ElementwiseLoss):
         1 - x has lost what distinguishes x from 1: prefer :class:`BCEWithLogits`.
     """
 
-    takes_g = True
-
     @staticmethod
     def f(x: Tensor, t: Tensor) -> Tensor:
         return F.binary_cross_entropy(x, t, reduction="none")
 
     @staticmethod
-    def output_gradient(x: Tensor, t: Tensor, g: Tensor | None = None) -> Tensor:
-        return (x - t if g is None else g * (x - t)).div_(BCE.q(x))
+    def output_gradient(x: Tensor, t: Tensor) -> Tensor:
+        return (x - t) / BCE.q(x)
 
     @staticmethod
     def target_gradient(x: Tensor, t: Tensor) -> Tensor:
@@ -454,7 +453,7 @@ class BCEWithLogits(ElementwiseLoss):
 
     @staticmethod
     def output_gradient(x: Tensor, t: Tensor) -> Tensor:
-        return minus(torch.sigmoid(x), t)
+        return torch.sigmoid(x) - t
 
     @staticmethod
     def target_gradient(x: Tensor, t: Tensor) -> Tensor:
@@ -496,8 +495,8 @@ class BCEWithPosWeight(ElementwiseLoss):
 
     @staticmethod
     def output_gradient(x: Tensor, t: Tensor, w: Tensor) -> Tensor:
-        wt = w * t
-        return minus(times((wt + 1).sub_(t), torch.sigmoid(x)), wt)
+        m = 1 - t + w * t
+        return m * torch.sigmoid(x) - w * t
 
     @staticmethod
     def target_gradient(x: Tensor, t: Tensor, w: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manualprop.functions._elementwise import indicator
-from manualprop.functions._rule import Rule, flat, times
-from manualprop.functions.packed import keep_bits, kept_bytes, scaled
+from manualprop.functions._execution import chosen, formula, indicator
+from manualprop.functions._execution._bits import keep_bits, kept_bytes
+from manualprop.functions._rule import Rule, flat
 
 
 class Dropout(Rule):
@@ -80,7 +80,7 @@ class ReLUDropout(Rule):
 
     @staticmethod
     def forward(x: Tensor, k: Tensor, q: float) -> Tensor:
-        return times(torch.relu(x), k.to(x.dtype).div_(q))
+        return scaled(torch.relu(x), k, q)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
@@ -91,18 +91,19 @@ class ReLUDropout(Rule):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         (y,) = ctx.saved_tensors
-        dx = times(ReLUDropout._slope(y, ctx.q), g).masked_fill(y.detach() == 0, 0)  # whatever g is there
-        return flat(dx, y), None, None
+        return flat(relu_dropout_slope(g, y.detach(), ctx.q), y), None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
         (y,) = ctx.saved_tensors
-        return times(ReLUDropout._slope(y, ctx.q), dx)
+        dy: Tensor = relu_dropout_slope(dx, y, ctx.q)
+        return dy
 
-    @staticmethod
-    def _slope(y: Tensor, q: float) -> Tensor:
-        """dy/dx, a fresh tensor."""
-        return indicator(torch.ne, y.detach(), 0).div_(q)
+
+@formula("g (N), y (N) -> dx like g")
+def relu_dropout_slope(g: Tensor, y: Tensor, q: float) -> Tensor:
+    """g 1[y /= 0] / q"""
+    return chosen(indicator(y != 0, y) / q, g)
 
 
 class AlphaDropout(Rule):
@@ -130,8 +131,7 @@ class AlphaDropout(Rule):
     @staticmethod
     def forward(x: Tensor, k: Tensor, a: float, p: float, s: float) -> Tensor:
         k = k.to(x.dtype)
-        offset = (k - 1).mul_(a * s).add_(a * s * p)
-        return (x * k.mul_(a)).add_(offset)
+        return x * (a * k) + ((k - 1) * (a * s) + a * s * p)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -147,6 +147,18 @@ class AlphaDropout(Rule):
     def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
         (bits,) = ctx.saved_tensors
         return scaled(dx, kept_bytes(ctx, bits), 1 / ctx.a)
+
+
+def scaled(x: Tensor, k: Tensor, q: float) -> Tensor:
+    """x k / q; ``k`` are bytes and may broadcast."""
+    k = k if k.shape == x.shape else k.expand(x.shape)
+    y: Tensor = product(x, k, q)
+    return y
+
+
+@formula("x (N), k (N) -> y like x", lift=False)  # k / q in the precision of x, as torch
+def product(x: Tensor, k: Tensor, q: float) -> Tensor:
+    return x * (indicator(k, x) / q)
 
 
 def save_bits(ctx: Any, k: Tensor) -> None:

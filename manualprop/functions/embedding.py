@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
 
-from manualprop.functions._rule import Rule, in_full_precision, plain_eager
+from manualprop.functions._execution import full
+from manualprop.functions._rule import Rule
 
 
 class Embedding(Rule):
@@ -51,15 +51,15 @@ class Embedding(Rule):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (i,) = ctx.saved_tensors
         padding_idx, scale_grad_by_freq, sparse = ctx.options
-        i, rows = i.reshape(-1), g.reshape(-1, ctx.D)  # (N,), (N, D)
+        i, g = i.reshape(-1), g.reshape(-1, ctx.D)  # (N,), (N, D)
         if scale_grad_by_freq:
-            rows = rows / frequency(i, ctx.V, rows).unsqueeze(1)
+            g = g / frequency(i, g, ctx.V)
         if sparse:
-            dW = sparse_rows(i, rows, ctx.V, padding_idx)
+            dW = sparse_rows(i, g, ctx.V, padding_idx)
         else:
             if padding_idx >= 0:
-                rows = rows.masked_fill(i.eq(padding_idx).unsqueeze(1), 0)
-            dW = sum_by_index(i, in_full_precision(rows), ctx.V).to(g.dtype)  # (V, N) (N, D) -> (V, D)
+                g = g.masked_fill(i.eq(padding_idx).unsqueeze(1), 0)
+            dW = sum_by_index(g, i, ctx.V).to(g.dtype)
         return None, dW, None, None, None
 
     @staticmethod
@@ -68,18 +68,16 @@ class Embedding(Rule):
         return torch.embedding(dW, i)
 
 
-def sum_by_index(i: Tensor, rows: Tensor, V: int) -> Tensor:
-    """onehot(i)^T rows."""
-    zeros = rows.new_zeros(V, *rows.shape[1:])
-    if plain_eager() and not is_legacy_batchedtensor(rows):
-        return zeros.index_add_(0, i, rows)
-    return zeros.index_add(0, i, rows)
+def sum_by_index(g: Tensor, i: Tensor, V: int) -> Tensor:
+    """onehot(i)^T g, in full precision."""
+    g = full(g)
+    return g.new_zeros(V, *g.shape[1:]).index_add(0, i, g)  # (V, N) (N, D) -> (V, D)
 
 
-def frequency(i: Tensor, V: int, rows: Tensor) -> Tensor:
-    """How often each index occurs among the indices."""
-    ones = torch.ones_like(i, dtype=in_full_precision(rows.detach()).dtype)
-    return sum_by_index(i, ones, V).index_select(0, i).to(rows.dtype)
+def frequency(i: Tensor, g: Tensor, V: int) -> Tensor:
+    """How often each index occurs among the indices, as a column."""
+    count = sum_by_index(torch.ones_like(i, dtype=torch.float32), i, V)
+    return count.index_select(0, i).unsqueeze(1).to(g.dtype)
 
 
 def sparse_rows(i: Tensor, rows: Tensor, V: int, padding_idx: int) -> Tensor:

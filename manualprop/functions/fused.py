@@ -21,29 +21,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualprop.functions._elementwise import Chain, Elementwise
-from manualprop.functions._kernels import flattened
-from manualprop.functions._rule import HALF, Rule, times, transforms_active
+from manualprop.functions._execution import recorded
+from manualprop.functions._execution._bits import keep_bits, kept_bytes
+from manualprop.functions._rule import Rule, transforms_active
 from manualprop.functions.activation import GELU, GELUTanh, Mish, SiLU, Tanh
 from manualprop.functions.linear import Linear
-from manualprop.functions.packed import keep_bits, kept
 from manualprop.functions.piecewise import ReLU, ReLUSquared
 
 
 class Activation(NamedTuple):
     """What the rules below use of an activation's: compiled autograd cannot read the attributes of a rule."""
 
-    rule: type[Elementwise]
-    chain: type[Chain]
-    f: Callable[[Tensor], Tensor]
-    product: Callable[[Tensor, Tensor], Tensor]  # g f', not recorded
-    with_value: Callable[[Tensor, Tensor, Tensor], Tensor]  # the same over g, and h into the first argument
+    f: Callable[[Tensor], Tensor]  # u -> h
+    gradient: Callable[[Tensor, Tensor], Tensor]  # g f', from g and what f' is written in, u or h
+    value_and_gradient: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # h and g f', from g and u
+    tangent: Callable[[Tensor, Tensor], Tensor]  # f' du, from du and u or h
     from_output: bool  # whether f' is written in h, not in u
 
 
 ACTIVATIONS = {
     name: Activation(
-        rule, rule.chain, rule.f, rule.chain.product, rule.chain.with_value, rule.saves == "output"
+        recorded(rule.apply, rule.f),
+        rule.chain.gradient,
+        rule.chain.value_and_gradient,
+        rule.chain.apply,
+        rule.saves == "output",
     )
     for name, rule in {
         "gelu": GELU,
@@ -58,40 +60,25 @@ ACTIVATIONS = {
 
 
 def activated(activation: str, u: Tensor) -> Tensor:
-    """h = f(u), recorded only where somebody will differentiate it."""
-    a = ACTIVATIONS[activation]
-    h: Tensor = a.rule.apply(u) if torch.is_grad_enabled() else a.f(u)
-    return h
+    """h = f(u)."""
+    return ACTIVATIONS[activation].f(u)
 
 
-def through(activation: str, g: Tensor, u: Tensor, h: Tensor | None) -> Tensor:
-    """g f'(u), where g = dL/dh; ``h``, if it is at hand, is f(u).  Recorded as :func:`activated` is."""
+def through(activation: str, g: Tensor, u: Tensor) -> Tensor:
+    """g f'(u), where g = dL/dh."""
     a = ACTIVATIONS[activation]
-    s = u
-    if a.from_output:
-        s = activated(activation, u) if h is None else h
-    product: Tensor = a.chain.apply(g, s) if torch.is_grad_enabled() else a.product(g, s)
-    return product
+    return a.gradient(g, a.f(u) if a.from_output else u)
 
 
 def activated_and_through(activation: str, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """h = f(u) and g f'(u), where g = dL/dh is a fresh tensor: it may be overwritten.
-
-    Where nobody records it, the two share their exponential: h is then f(u) but for the last bits.
-    """
-    a = ACTIVATIONS[activation]
-    if a.from_output or u.dtype in HALF or torch.is_grad_enabled() or flattened(g, u) is None:
-        h = activated(activation, u)
-        return h, through(activation, g, u, h)
-    h = torch.empty_like(u)
-    return h, a.with_value(h, g, u)
+    """h = f(u) and g f'(u), where g = dL/dh."""
+    return ACTIVATIONS[activation].value_and_gradient(g, u)
 
 
 def tangent(activation: str, du: Tensor, u: Tensor, h: Tensor) -> Tensor:
     """f'(u) du."""
     a = ACTIVATIONS[activation]
-    dh: Tensor = a.chain.apply(du, h if a.from_output else u)
-    return dh
+    return a.tangent(du, h if a.from_output else u)
 
 
 class LinearActivation(Rule):
@@ -114,7 +101,7 @@ class LinearActivation(Rule):
 
     @staticmethod
     def forward(x: Tensor, W: Tensor, b: Tensor | None, activation: str) -> Tensor:
-        return ACTIVATIONS[activation].f(F.linear(x, W, b))  # (N, I) (I, O) + (O,) -> (N, O)
+        return activated(activation, F.linear(x, W, b))  # (N, I) (I, O) + (O,) -> (N, O)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -126,7 +113,7 @@ class LinearActivation(Rule):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, W, b = ctx.saved_tensors
         needs_x, needs_W, needs_b, _ = ctx.needs_input_grad
-        du = through(ctx.activation, g, pre_activation(x, W, b), None)
+        du = through(ctx.activation, g, pre_activation(x, W, b))
         dx = Linear.input_gradient(du, W) if needs_x else None
         dW = Linear.weight_gradient(du, x) if needs_W else None
         db = Linear.bias_gradient(du) if needs_b else None
@@ -163,9 +150,9 @@ class ActivationLinear(Rule):
     def forward(
         u: Tensor, W: Tensor, b: Tensor | None, k: Tensor | None, q: float, activation: str
     ) -> Tensor:
-        d = ACTIVATIONS[activation].f(u)
+        d = activated(activation, u)
         if k is not None:
-            d = times(d, k.to(d.dtype).div_(q))
+            d = d * (k.to(d.dtype) / q)
         return F.linear(d.to(W.dtype), W, b)  # (N, H) (H, O) + (O,) -> (N, O)
 
     @staticmethod
@@ -274,9 +261,12 @@ class MLP(Rule):
 
 
 def pre_activation(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-    """u = x W^T + b, recorded only where somebody will differentiate it."""
-    u: Tensor = Linear.apply(x, W, b) if torch.is_grad_enabled() else F.linear(x, W, b)
+    """u = x W^T + b."""
+    u: Tensor = linear(x, W, b)
     return u
+
+
+linear = recorded(Linear.apply, F.linear)
 
 
 def gradients(
@@ -286,15 +276,14 @@ def gradients(
     h = du = dW = None
     if needs_u:
         dd = Linear.input_gradient(g, W).to(u.dtype)  # (N, O) (O, H) -> (N, H)
-        dh = dd if mask is None else times(dd, mask)
+        dh = masked(dd, mask)
         if needs_W:
             h, du = activated_and_through(activation, dh, u)
         else:
-            du = through(activation, dh, u, None)
+            du = through(activation, dh, u)
     if needs_W:
         h = activated(activation, u) if h is None else h
-        d = masked(h, mask) if mask is None or torch.is_grad_enabled() else times(h, mask)
-        dW = Linear.weight_gradient(g, d.to(g.dtype))  # (O, N) (N, H) -> (O, H)
+        dW = Linear.weight_gradient(g, masked(h, mask).to(g.dtype))  # (O, N) (N, H) -> (O, H)
     return du, dW
 
 
@@ -304,7 +293,7 @@ def masked(h: Tensor, mask: Tensor | None) -> Tensor:
 
 def dropout_mask(ctx: Any, bits: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """k / q, None without dropout."""
-    return None if bits is None else kept(ctx, bits, dtype, ctx.q)
+    return None if bits is None else kept_bytes(ctx, bits).to(dtype) / ctx.q
 
 
 def moves(*tangents: Tensor | None) -> bool:

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualprop.functions._rule import Rule, flat, in_full_precision, times
+from manualprop.functions._execution import chosen, formula
+from manualprop.functions._rule import Rule, flat
 
 
 class PReLU(Rule):
@@ -21,6 +22,7 @@ class PReLU(Rule):
 
     Derivation
         dy/dx = 1 for x > 0, else W                                piecewise linear
+              = W + (1 - W) 1[x > 0]
         dL/dx = g dy/dx
         dy/dW = 0 for x > 0, else x,  that is min(x, 0)
         dL/dW_c = sum g min(x, 0)                                  over every element of channel c
@@ -52,31 +54,36 @@ class PReLU(Rule):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, W = ctx.saved_tensors
-        needs_x, needs_W = ctx.needs_input_grad
-        full_x, full_g = in_full_precision(x), in_full_precision(g)
-        dx = flat(times(PReLU._slope(full_x, W), full_g).to(x.dtype), x) if needs_x else None
-        dW = None
-        if needs_W:
-            others = tuple(d for d in range(x.dim()) if d != 1 or W.numel() == 1)
-            # g is chosen, not multiplied by 0, where x > 0: it may be infinite.
-            part = full_g.masked_fill(full_x > 0, 0) * full_x.clamp(max=0)
-            dW = part.sum(others).to(W.dtype).view(W.shape)  # (N, C, ...) -> (C,)
+        others = tuple(d for d in range(x.dim()) if d != 1 or W.numel() == 1)
+        dx, part = prelu_gradients(g, x, channelwise(W, x), needs=tuple(ctx.needs_input_grad))
+        dx = None if dx is None else flat(dx, x)
+        dW = None if part is None else part.sum(others).to(W.dtype).view(W.shape)  # (N, C, ...) -> (C,)
         return dx, dW
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dW: Tensor | None) -> Tensor:
         x, W = ctx.saved_tensors
-        full_x = in_full_precision(x)
-        dy = torch.zeros_like(full_x) if dx is None else PReLU._slope(full_x, W) * dx
-        if dW is not None:
-            dy = dy + full_x.clamp(max=0) * channelwise(dW, x)
-        return dy.to(x.dtype)
+        dW = None if dW is None else channelwise(dW, x)
+        dy: Tensor = prelu_tangent(dx, x, channelwise(W, x), dW)
+        return dy
 
-    @staticmethod
-    def _slope(x: Tensor, W: Tensor) -> Tensor:
-        """dy/dx, a fresh tensor."""
-        w = channelwise(in_full_precision(W), x)
-        return torch.where(x.detach() > 0, torch.ones_like(w), w)
+
+def slope(x: Tensor, w: Tensor) -> Tensor:
+    """dy/dx: 1 for x > 0, else w."""
+    return torch.where(x.detach() > 0, torch.ones_like(w), w)
+
+
+@formula("g (N), x (N), w (N) -> dx like x, dW (N)")
+def prelu_gradients(g: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """dL/dx, and dL/dW before it is summed: 0 where x > 0, whatever g is."""
+    return g * slope(x, w), chosen(x.clamp(max=0), g)
+
+
+@formula("dx (N), x (N), w (N), dW (N) -> dy like x")
+def prelu_tangent(dx: Tensor | None, x: Tensor, w: Tensor, dW: Tensor | None) -> Tensor:
+    """dy/dx dx + min(x, 0) dW"""
+    dy = torch.zeros_like(x) if dx is None else slope(x, w) * dx
+    return dy if dW is None else dy + x.clamp(max=0) * dW
 
 
 class RReLU(Rule):
@@ -153,21 +160,32 @@ class GLU(Rule):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        a, b = in_full_precision(x).chunk(2, ctx.dim)
-        s = torch.sigmoid(b)
-        da = in_full_precision(g) * s
-        db = times(times(1 - s, a), da)
-        return torch.cat((da, db), ctx.dim).to(x.dtype), None
+        a, b = x.chunk(2, ctx.dim)
+        return torch.cat(glu_gradients(g, a, b), ctx.dim), None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, _: None) -> Tensor:
         (x,) = ctx.saved_tensors
-        a, b = in_full_precision(x).chunk(2, ctx.dim)
-        da, db = in_full_precision(dx).chunk(2, ctx.dim)
-        s = torch.sigmoid(b)
-        return (s * (da + a * (1 - s) * db)).to(x.dtype)
+        dy: Tensor = glu_tangent(*dx.chunk(2, ctx.dim), *x.chunk(2, ctx.dim))
+        return dy
+
+
+@formula("g (N), a (N), b (N) -> da like a, db like b")
+def glu_gradients(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """g s and g a s (1 - s)"""
+    s = torch.sigmoid(b)
+    da = g * s
+    return da, a * (1 - s) * da
+
+
+@formula("da (N), db (N), a (N), b (N) -> dy like a")
+def glu_tangent(da: Tensor, db: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """s da + a s (1 - s) db"""
+    s = torch.sigmoid(b)
+    return s * da + a * s * (1 - s) * db
 
 
 def channelwise(W: Tensor, x: Tensor) -> Tensor:
-    """``W`` so that it broadcasts over the channels of ``x`` (N, C, ...)."""
-    return W.reshape(()) if W.numel() == 1 else W.view(-1, *(1,) * (x.dim() - 2))
+    """The slope of the channel of each element of ``x`` (N, C, ...)."""
+    w = W.reshape(()) if W.numel() == 1 else W.view(-1, *(1,) * (x.dim() - 2))
+    return w.expand_as(x)

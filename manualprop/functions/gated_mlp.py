@@ -15,13 +15,11 @@ Shape legend
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualprop.functions._rule import Rule, times, transforms_active
+from manualprop.functions._rule import Rule, transforms_active
 from manualprop.functions.fused import (
-    ACTIVATIONS,
     activated,
     activated_and_through,
     linear_tangent,
@@ -55,7 +53,7 @@ class GatedLinear(Rule):
 
     @staticmethod
     def forward(a: Tensor, c: Tensor, V: Tensor, e: Tensor | None, activation: str) -> Tensor:
-        d = times(ACTIVATIONS[activation].f(a), c)
+        d = activated(activation, a) * c
         return F.linear(d.to(V.dtype), V, e)  # (N, H) (H, O) + (O,) -> (N, O)
 
     @staticmethod
@@ -187,12 +185,12 @@ def branch_gradients(
         elif needs_c or needs_V:
             h, da = activated_and_through(activation, dd * c, a)
         else:
-            da = through(activation, dd * c, a, None)
+            da = through(activation, dd * c, a)
         if needs_c and h is not None:
-            dc = dd * h if torch.is_grad_enabled() else times(dd, h)
+            dc = dd * h
     if needs_V:
         h = activated(activation, a) if h is None else h
-        d = h * c if torch.is_grad_enabled() else times(h, c)
+        d = h * c
         dV = Linear.weight_gradient(g, d.to(g.dtype))  # (O, N) (N, H) -> (O, H)
     return da, dc, dV
 

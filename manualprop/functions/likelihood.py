@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualprop.functions._elementwise import indicator
-from manualprop.functions._elementwise_loss import Curvature, ElementwiseLoss, minus
+from manualprop.functions._elementwise_loss import Curvature, ElementwiseLoss
+from manualprop.functions._execution import indicator
 
 
 class PoissonNLL(ElementwiseLoss):
@@ -48,7 +48,7 @@ class PoissonNLL(ElementwiseLoss):
 
     @staticmethod
     def output_gradient(x: Tensor, t: Tensor, full: bool) -> Tensor:
-        return minus(x.exp(), t)
+        return x.exp() - t
 
     @staticmethod
     def target_gradient(x: Tensor, t: Tensor, full: bool) -> Tensor:
@@ -83,12 +83,12 @@ class PoissonNLLFromRate(ElementwiseLoss):
 
     @staticmethod
     def output_gradient(x: Tensor, t: Tensor, full: bool, eps: float) -> Tensor:
-        return (t / (x + eps)).neg_().add_(1)
+        return 1 - t / (x + eps)
 
     @staticmethod
     def target_gradient(x: Tensor, t: Tensor, full: bool, eps: float) -> Tensor:
-        log_rate = (x + eps).log_()
-        return stirling_slope(t) - log_rate if full else log_rate.neg_()
+        log_rate = (x + eps).log()
+        return stirling_slope(t) - log_rate if full else -log_rate
 
     @staticmethod
     def curvature(x: Tensor, t: Tensor, full: bool, eps: float) -> Curvature:
@@ -99,13 +99,13 @@ class PoissonNLLFromRate(ElementwiseLoss):
 def stirling_slope(t: Tensor) -> Tensor:
     """s'(t), the derivative of Stirling's approximation of log t!."""
     large = t.clamp(min=1)  # so that what is masked is finite
-    return indicator(torch.gt, t, 1) * (large.log() + 0.5 / large)
+    return indicator(t > 1, t) * (large.log() + 0.5 / large)
 
 
 def stirling_curvature(t: Tensor) -> Tensor:
     """s''(t)."""
     large = t.clamp(min=1)
-    return indicator(torch.gt, t, 1) * (1 / large - 0.5 / large**2)
+    return indicator(t > 1, t) * (1 / large - 0.5 / large**2)
 
 
 class GaussianNLL(ElementwiseLoss):
@@ -190,7 +190,7 @@ class KLDiv(ElementwiseLoss):
 
     @staticmethod
     def target_gradient(x: Tensor, t: Tensor) -> Tensor:
-        return minus(t.log().add_(1), x)
+        return t.log() + 1 - x
 
     @staticmethod
     def curvature(x: Tensor, t: Tensor) -> Curvature:
@@ -219,11 +219,11 @@ class KLDivLogTarget(ElementwiseLoss):
 
     @staticmethod
     def output_gradient(x: Tensor, t: Tensor) -> Tensor:
-        return t.exp().neg_()
+        return -t.exp()
 
     @staticmethod
     def target_gradient(x: Tensor, t: Tensor) -> Tensor:
-        return (t - x).add_(1).mul_(t.exp())
+        return t.exp() * (t - x + 1)
 
     @staticmethod
     def curvature(x: Tensor, t: Tensor) -> Curvature:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualprop.functions._elementwise import indicator
-from manualprop.functions._elementwise_loss import Curvature, ElementwiseLoss, clamped
+from manualprop.functions._elementwise_loss import Curvature, ElementwiseLoss
+from manualprop.functions._execution import indicator
 
 
 class L1(ElementwiseLoss):
@@ -42,7 +42,7 @@ class L1(ElementwiseLoss):
 
     @staticmethod
     def output_gradient(x: Tensor, t: Tensor) -> Tensor:
-        return (x - t).sign_()
+        return torch.sign(x - t)
 
     @staticmethod
     def target_gradient(x: Tensor, t: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class MSE(ElementwiseLoss):
 
     @staticmethod
     def output_gradient(x: Tensor, t: Tensor) -> Tensor:
-        return (x - t).mul_(2)
+        return 2 * (x - t)
 
     @staticmethod
     def target_gradient(x: Tensor, t: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class SmoothL1(ElementwiseLoss):
 
     @staticmethod
     def output_gradient(x: Tensor, t: Tensor, beta: float) -> Tensor:
-        return clamped(x - t if beta == 1 else (x - t).div_(beta), -1, 1)
+        return ((x - t) / beta).clamp(-1, 1)
 
     @staticmethod
     def target_gradient(x: Tensor, t: Tensor, beta: float) -> Tensor:
@@ -128,7 +128,8 @@ class SmoothL1(ElementwiseLoss):
 
     @staticmethod
     def curvature(x: Tensor, t: Tensor, beta: float) -> Curvature:
-        k = indicator(torch.lt, (x - t).abs(), beta) / beta
+        d = x - t
+        k = indicator(d.abs() < beta, d) / beta
         return (k, -k), (-k, k)
 
 
@@ -165,7 +166,7 @@ class Huber(ElementwiseLoss):
 
     @staticmethod
     def output_gradient(x: Tensor, t: Tensor, delta: float) -> Tensor:
-        return clamped(x - t, -delta, delta)
+        return (x - t).clamp(-delta, delta)
 
     @staticmethod
     def target_gradient(x: Tensor, t: Tensor, delta: float) -> Tensor:
@@ -173,5 +174,6 @@ class Huber(ElementwiseLoss):
 
     @staticmethod
     def curvature(x: Tensor, t: Tensor, delta: float) -> Curvature:
-        k = indicator(torch.lt, (x - t).abs(), delta)
+        d = x - t
+        k = indicator(d.abs() < delta, d)
         return (k, -k), (-k, k)

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualprop.functions._elementwise import indicator
 from manualprop.functions._elementwise_loss import Curvature, ElementwiseLoss
-from manualprop.functions._rule import Rule, flat, in_full_precision, plain_eager, times
+from manualprop.functions._execution import indicator
+from manualprop.functions._rule import Rule, flat, in_full_precision, plain_eager
 from manualprop.functions.cross_entropy import constant_zeros, lifted, scattered
 
 
@@ -51,8 +51,8 @@ class HingeEmbedding(ElementwiseLoss):
     @staticmethod
     def output_gradient(x: Tensor, t: Tensor, m: float) -> Tensor:
         t = t.to(x.dtype)
-        missed = indicator(torch.le, x, m) * indicator(torch.ne, t, 1)
-        return indicator(torch.ne, t, -1) - missed
+        missed = indicator(x <= m, x) * indicator(t != 1, t)
+        return indicator(t != -1, t) - missed
 
     @staticmethod
     def curvature(x: Tensor, t: Tensor, m: float) -> Curvature:
@@ -78,15 +78,13 @@ class SoftMargin(ElementwiseLoss):
         l = -log sigmoid(t x) never overflows; torch's is inf, and its derivative NaN, for -t x > 88 in float32.
     """
 
-    takes_g = True
-
     @staticmethod
     def f(x: Tensor, t: Tensor) -> Tensor:
         return 0 - F.logsigmoid(x * t)  # 0, and not -0, where it vanishes
 
     @staticmethod
-    def output_gradient(x: Tensor, t: Tensor, g: Tensor | None = None) -> Tensor:
-        return times((x * t).neg_().sigmoid_(), t if g is None else g * t).neg_()
+    def output_gradient(x: Tensor, t: Tensor) -> Tensor:
+        return -t * torch.sigmoid(-x * t)
 
     @staticmethod
     def target_gradient(x: Tensor, t: Tensor) -> Tensor:
@@ -128,16 +126,16 @@ class MarginRanking(ElementwiseLoss):
 
     @staticmethod
     def output_gradient(a: Tensor, b: Tensor, t: Tensor, m: float) -> Tensor:
-        return MarginRanking.missed(a, b, t, m).mul_(t).neg_()
+        return -t * MarginRanking.missed(a, b, t, m)
 
     @staticmethod
     def other_gradient(a: Tensor, b: Tensor, t: Tensor, m: float) -> Tensor:
         """dl/db."""
-        return MarginRanking.missed(a, b, t, m).mul_(t)
+        return t * MarginRanking.missed(a, b, t, m)
 
     @staticmethod
     def target_gradient(a: Tensor, b: Tensor, t: Tensor, m: float) -> Tensor:
-        return MarginRanking.missed(a, b, t, m).mul_(b - a)
+        return (b - a) * MarginRanking.missed(a, b, t, m)
 
     @staticmethod
     def curvature(a: Tensor, b: Tensor, t: Tensor, m: float) -> Curvature:
@@ -147,7 +145,8 @@ class MarginRanking(ElementwiseLoss):
     @staticmethod
     def missed(a: Tensor, b: Tensor, t: Tensor, m: float) -> Tensor:
         """1[z >= 0]."""
-        return indicator(torch.ge, m + t * (b - a), 0)
+        z = m + t * (b - a)
+        return indicator(z >= 0, z)
 
 
 class TripletMargin(ElementwiseLoss):
@@ -184,13 +183,14 @@ class TripletMargin(ElementwiseLoss):
     @staticmethod
     def positive_gradient(p: Tensor, n: Tensor, n2: Tensor, m: float) -> Tensor:
         """dl/dp."""
-        return indicator(torch.ge, m + p - torch.minimum(n, n2), 0)
+        z = m + p - torch.minimum(n, n2)
+        return indicator(z >= 0, z)
 
     @staticmethod
     def negative_gradient(p: Tensor, n: Tensor, n2: Tensor, m: float) -> Tensor:
         """dl/dn."""
-        nearer = indicator(torch.lt, n - n2, 0) + indicator(torch.le, n - n2, 0)
-        return nearer.mul_(-0.5) * TripletMargin.positive_gradient(p, n, n2, m)
+        nearer = (indicator(n < n2, n) + indicator(n <= n2, n)) / 2
+        return -nearer * TripletMargin.positive_gradient(p, n, n2, m)
 
     @staticmethod
     def swapped_gradient(p: Tensor, n: Tensor, n2: Tensor, m: float) -> Tensor:
@@ -405,7 +405,7 @@ class MultiMargin(Rule):
         t = t.reshape(*x.shape[:-1], 1)
         z = MultiMargin.missed(in_full_precision(x), t, m)
         # 0 for NaN, as in PyTorch
-        h = flat(indicator(torch.gt, z.detach(), 0), z) if p == 1 else 2 * z.where(z.gt(0), 0)
+        h = flat(indicator(z.detach() > 0, z), z) if p == 1 else 2 * z.where(z.gt(0), 0)
         h = h * (1 / x.shape[-1] if w is None else w[t] / x.shape[-1])
         h = scattered(h, -1, t, torch.zeros_like(t, dtype=h.dtype))
         return scattered(h, -1, t, -h.sum(-1, keepdim=True))

@@ -16,42 +16,210 @@ Statistics
     is computed twice.  In half precision the statistics are float32.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
 
-from manualprop.functions._kernels import rows_of_a_block
-from manualprop.functions._rule import (
-    HALF,
-    Rule,
-    flat,
-    in_full_precision,
-    plain_eager,
-    times,
-    transforms_active,
-)
-from manualprop.functions.linear import FEW
+from manualprop.functions._execution import Runner, formula
+from manualprop.functions._execution import _normalisation as aten
+from manualprop.functions._rule import Rule, flat
 
 
-class LayerNorm(Rule):
+class Axes(NamedTuple):
+    """Over which axes m is the mean, by whether W changes along them, and which are left for the sums of dW and db."""
+
+    weighted: tuple[int, ...]
+    unweighted: tuple[int, ...]
+    batch: tuple[int, ...]
+
+    @property
+    def mean(self) -> tuple[int, ...]:
+        """All axes over which m is the mean."""
+        return (*self.weighted, *self.unweighted)
+
+
+def total(a: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """The sum over some axes, which stay with length 1."""
+    return a.sum(axes, keepdim=True) if axes else a
+
+
+def weighted(a: Tensor, W: Tensor | None) -> Tensor:
+    """W a."""
+    return a if W is None else W * a
+
+
+def normalised(x: Tensor, m: Tensor | None, r: Tensor) -> Tensor:
+    """z."""
+    return r * x if m is None else r * (x - m)
+
+
+def gradients(
+    g: Tensor,
+    x: Tensor,
+    m: Tensor | None,
+    r: Tensor,
+    W: Tensor | None,
+    gm: Tensor | None,
+    gr: Tensor | None,
+    axes: Axes,
+    n: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""dL/dx, dL/dW and dL/db of $y = W z + b$ with $z = r (x - m)$: the one gradient of all the norms.
+
+    Derivation, with u = g W, for the n elements that share m and r
+        dm/dx_i   = 1 / n
+        dr/dx_i   = -1/2 r^3 (2 / n) (x_i - m) = -r^2 z_i / n      chain rule; sum_k (x_k - m) = 0
+        dz_k/dx_i = r (1[k = i] - 1 / n) + (x_k - m) dr/dx_i       product rule
+                  = r (1[k = i] - 1 / n - z_k z_i / n)             since x_k - m = z_k / r
+        dL/dx_i   = sum_k u_k dz_k/dx_i + gm dm/dx_i + gr dr/dx_i  chain rule
+                  = r (u_i - c1 - z_i c2) + gm / n - gr r^2 z_i / n
+        c1 = sum_k u_k / n,  c2 = sum_k u_k z_k / n
+        dL/dW = sum g z,  dL/db = sum g                            y is linear in W and b
+    Where W is constant along some of the axes, sums of g and g z over these are weighted as a whole; where it is so along
+    all of them, it is a factor of dx.  Without a mean, m = 0 and c1 = 0.
+    """
+    z = normalised(x, m, r)
+    gz = g * z
+    sum_g, sum_gz = total(g, axes.unweighted), total(gz, axes.unweighted)
+    w, factor = (W, r) if axes.weighted else (None, weighted(r, W))
+    c1, c2 = (total(weighted(s, w), axes.weighted) / n for s in (sum_g, sum_gz))
+    u = weighted(g, w)
+    dx = factor * (u - z * c2 if m is None else u - c1 - z * c2)
+    if gm is not None:
+        dx = dx + gm / n
+    if gr is not None:
+        dx = dx - gr * r * r * z / n
+    return dx, total(sum_gz, axes.batch), total(sum_g, axes.batch)
+
+
+def tangents(
+    dx: Tensor | None,
+    x: Tensor,
+    m: Tensor | None,
+    r: Tensor,
+    W: Tensor | None,
+    dW: Tensor | None,
+    db: Tensor | None,
+    axes: Axes,
+    n: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""dy, dm and dr: forward mode of all the norms.
+
+    Derivation
+        dm = mean(dx),  dr = -r^2 mean(z dx)                       dm/dx and dr/dx as in :func:`gradients`
+        dz = r (dx - dm - z mean(z dx))
+        dy = W dz + z dW + db                                      product rule
+    """
+    z, zero = normalised(x, m, r), torch.zeros_like(r)
+    dy = torch.zeros_like(z)
+    dm = dr = zero
+    if dx is not None:
+        dm, mean_zdx = total(dx, axes.mean) / n, total(z * dx, axes.mean) / n
+        dr = -r * r * mean_zdx
+        dz = dx - z * mean_zdx if m is None else dx - dm - z * mean_zdx
+        dy = weighted(r * dz, W)
+    if dW is not None:
+        dy = dy + z * dW
+    if db is not None:
+        dy = dy + db
+    return dy, dm, dr
+
+
+Shape = tuple[int, ...]
+
+
+class Normalisation(Rule):
+    """Base of the norms with a mean.  A subclass states its value and its shapes.
+
+    - ``arranged(x, *options)``   the shapes in which x, its statistics and its weights broadcast.
+    - ``letters``                 the same shapes in letters, as :func:`formula` reads them.
+    - ``axes``                    over which of these axes the mean and the sums run.
+    """
+
+    abstract = True
+    arranged: ClassVar[Callable[..., tuple[Shape, Shape, Shape]]]
+    letters: ClassVar[tuple[str, str, str]]
+    axes: ClassVar[Axes]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        arranged, axes = cls.arranged, cls.axes
+        backwards, forwards = formulas(*cls.letters)
+
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+            x, W, b, *ctx.options = inputs
+            ctx.like_b = None if b is None else (b.shape, b.dtype)
+            ctx.save_for_backward(x, W, *output[1:])
+            ctx.save_for_forward(x, W, *output[1:])
+
+        def backward(
+            ctx: Any, g: Tensor | None, gm: Tensor | None, gr: Tensor | None
+        ) -> tuple[Tensor | None, ...]:
+            x, W, m, r = ctx.saved_tensors
+            whole, stats, weights = arranged(x, *ctx.options)
+            rows = [shaped(t, whole) for t in (torch.zeros_like(x) if g is None else g, x)]
+            m, r, gm, gr = (shaped(t, stats) for t in (m, r, gm, gr))
+            needs = tuple(ctx.needs_input_grad[:3])
+            dx, dW, db = backwards(
+                *rows, m, r, shaped(W, weights), gm, gr, axes, size(whole, axes), needs=needs
+            )
+            dx = shaped(dx, x.shape)
+            dW = None if dW is None else dW.reshape(W.shape).to(W.dtype)
+            db = None if db is None else db.reshape(ctx.like_b[0]).to(ctx.like_b[1])
+            return dx, dW, db, *[None] * len(ctx.options)
+
+        def jvp(
+            ctx: Any, dx: Tensor | None, dW: Tensor | None, db: Tensor | None, *_: None
+        ) -> tuple[Tensor, ...]:
+            x, W, m, r = ctx.saved_tensors
+            whole, stats, weights = arranged(x, *ctx.options)
+            dx, rows = shaped(dx, whole), shaped(x, whole)
+            W, dW, db = (shaped(t, weights) for t in (W, dW, db))
+            moved = forwards(dx, rows, shaped(m, stats), shaped(r, stats), W, dW, db, axes, size(whole, axes))
+            return tuple(t.reshape(like.shape) for t, like in zip(moved, (x, m, r), strict=True))
+
+        # Closures of plain functions, not classmethods: compiled autograd cannot trace those.
+        for method in (setup_context, backward, jvp):
+            setattr(cls, method.__name__, staticmethod(method))
+        super().__init_subclass__(**kwargs)
+
+
+def formulas(x: str, stats: str, W: str) -> tuple[Runner, Runner]:
+    """:func:`gradients` and :func:`tangents` for tensors of these axes."""
+    saved = f"x ({x}), m ({stats}), r ({stats}), W ({W})"
+    backwards = f"g ({x}), {saved}, gm ({stats}), gr ({stats}) -> dx like x, dW ({W}), db ({W})"
+    forwards = f"dx ({x}), {saved}, dW ({W}), db ({W}) -> dy like x, dm like m, dr like r"
+    return formula(backwards)(gradients), formula(forwards)(tangents)
+
+
+def shaped(t: Any, shape: Shape) -> Any:
+    """``t`` in a shape; a view takes as long as the arithmetic on a small layer, so only where it has another."""
+    return t if t is None or t.shape == shape else t.reshape(shape)
+
+
+def size(shape: Shape, axes: Axes) -> int:
+    """n: how many elements share m and r; 1 where there are none, whose sums are 0."""
+    return math.prod([shape[axis] for axis in axes.mean]) or 1
+
+
+def of_rows(x: Tensor, axes: int, eps: float) -> tuple[Shape, Shape, Shape]:
+    """The shapes of x, its statistics and its weights for a norm over the last axes."""
+    N, D = x.shape[:-axes].numel(), x.shape[-axes:].numel()
+    return (N, D), (N, 1), (D,)
+
+
+ROWS = Axes(
+    weighted=(1,), unweighted=(), batch=(0,)
+)  # not of a class: compiled autograd reads no attribute of one
+
+
+class LayerNorm(Normalisation):
     r"""$y = W z + b$ with $z = r (x - m)$, mean $m$ and $r = (\tfrac1D \sum_d (x_d - m)^2 + \epsilon)^{-1/2}$
 
-    Derivation, for one of the N rows
-        dm/dx_i   = 1 / D
-        dr/dx_i   = -1/2 r^3 (2 / D) (x_i - m) = -r^2 z_i / D      chain rule; sum_d (x_d - m) = 0
-        dz_d/dx_i = r (1[d = i] - 1 / D) + (x_d - m) dr/dx_i       product rule
-                  = r (1[d = i] - 1 / D - z_d z_i / D)             since x_d - m = z_d / r
-        dL/dx_i   = sum_d u_d dz_d/dx_i + gm dm/dx_i + gr dr/dx_i  chain rule, u = g W
-                  = r (u_i - c1 - z_i c2) + gm / D - gr r^2 z_i / D
-                  = r (u_i - c1 - c_i k) + ...                     with z = r c, c = x - m
-        c1 = sum_d u_d / D,  c2 = sum_d u_d z_d / D,  k = r c2 = r^2 sum_d u_d c_d / D
-        dL/dW_d = sum_n g_nd z_nd = sum_n r_n g_nd c_nd            y is linear in W and b
-        dL/db_d = sum_n g_nd
-        dm = mean(dx),  dr = -r^2 mean(z dx)                       forward mode
-        dz = r (dx - dm - z mean(z dx)),  dy = W dz + z dW + db
+    Derivation
+        :func:`gradients` and :func:`tangents`, for one of the N rows: n = D.
     Second order
         m and r are outputs with derivatives of their own: autograd differentiates the formulas as written, to
         every order.  (torch states its second derivative by hand, and its third is silently wrong.)
@@ -65,101 +233,25 @@ class LayerNorm(Rule):
         Ba, Kiros, Hinton, 2016, https://arxiv.org/abs/1607.06450
     """
 
+    letters = ("N, D", "N, 1", "D")
+    axes = ROWS
+
+    @staticmethod
+    def arranged(x: Tensor, axes: int, eps: float) -> tuple[Shape, Shape, Shape]:
+        return of_rows(x, axes, eps)
+
     @staticmethod
     def forward(
         x: Tensor, W: Tensor | None, b: Tensor | None, axes: int, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        shape = x.shape[-axes:]
-        if x.dtype not in HALF:
-            return torch.native_layer_norm(x, shape, W, b, eps)
-        if torch.compiler.is_compiling():  # inductor's returns the mean in half precision
-            m, r = statistics(x, range(-axes, 0), eps)
-            return affine((x.float() - m) * r, W, b).to(x.dtype), m, r
-        return torch.native_layer_norm(x, shape, *lifted(x, shape, W, b), eps)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, W, b, axes, _ = inputs
-        ctx.shape, ctx.b_dtype = x.shape[-axes:], None if b is None else b.dtype
-        ctx.D = ctx.shape.numel()
-        ctx.save_for_backward(x, W, *output[1:])
-        ctx.save_for_forward(x, W, *output[1:])
-
-    @staticmethod
-    def backward(
-        ctx: Any, g: Tensor | None, gm: Tensor | None, gr: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        needs, (x, W, m, r) = ctx.needs_input_grad[:3], ctx.saved_tensors
-        rows = LayerNorm._rows(x, m, r, W, ctx.D)
-        dx, dW, db = row_gradients(LayerNorm.gradients, g, gm, gr, *rows, needs)
-        dx = None if dx is None else dx.to(x.dtype).view(x.shape)
-        dW = None if dW is None else dW.to(W.dtype).view(ctx.shape)
-        db = None if db is None else db.to(ctx.b_dtype).view(ctx.shape)
-        return dx, dW, db, None, None
-
-    @staticmethod
-    def gradients(
-        g: Tensor,
-        x: Tensor,
-        m: Tensor,
-        r: Tensor,
-        w: Tensor | None,
-        needs: Sequence[bool],
-        out: Tensor | None = None,
-    ) -> tuple[Tensor | None, ...]:
-        """dL/dx of rows (N, D), into ``out`` if given, and their parts of dL/dW and dL/db, but for gm and gr."""
-        c, D = x - m, x.shape[1]
-        gc = g * c
-        dx = dW = db = None
-        needs_x, needs_W, needs_b = needs
-        if needs_x:
-            minus_c1, k = weighted_sum(g, w) / -D, weighted_sum(gc, w) * (r * r / D)  # (N, D) (D,) -> (N, 1)
-            if torch.is_grad_enabled() or not plain_eager() or is_legacy_batchedtensor(g):
-                dx = r * ((g if w is None else g * w) + minus_c1 - c * k)
-            else:
-                # Not addcmul(-c1, g, w): of a row of one element, the rounding of the product would be left.
-                dx = torch.add(g, minus_c1, out=out) if w is None else torch.mul(g, w, out=out).add_(minus_c1)
-                dx = dx.addcmul_(c, k, value=-1).mul_(r)
-        if needs_W:
-            dW = column_sum(gc, r)  # (N, D) (N, 1) -> (D,)
-        if needs_b:
-            db = g.sum(0)
-        return dx, dW, db
-
-    @staticmethod
-    def jvp(
-        ctx: Any, dx: Tensor | None, dW: Tensor | None, db: Tensor | None, *_: None
-    ) -> tuple[Tensor, ...]:
-        x, W, m, r = ctx.saved_tensors
-        rows, m_rows, r, w = LayerNorm._rows(x, m, r, W, ctx.D)
-        z = (in_full_precision(rows) - m_rows) * r
-        dW, db = (None if t is None else in_full_precision(t).reshape(-1) for t in (dW, db))
-        dz, dm, dr = tangents(like(z, dx), z, r, (1,))
-        dy = like(z, affine_tangent(z, None if dx is None else dz, w, dW, db))
-        return dy.to(x.dtype).view(x.shape), dm.view(m.shape), dr.view(m.shape)
-
-    @staticmethod
-    def _rows(
-        x: Tensor, m: Tensor, r: Tensor, W: Tensor | None, D: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x (N, D), m and r (N, 1), and W (D,) in full precision."""
-        w = None if W is None else in_full_precision(W).reshape(-1)
-        return x.reshape(r.numel(), D), m.reshape(-1, 1), r.reshape(-1, 1), w
+        return aten.layer_norm(x, x.shape[-axes:], W, b, eps)
 
 
 class RMSNorm(Rule):
     r"""$y = W z$ with $z = r x$ and $r = (\tfrac1D \sum_d x_d^2 + \epsilon)^{-1/2}$
 
-    Derivation, for one of the N rows: :class:`LayerNorm` without the mean
-        dr/dx_i   = -1/2 r^3 (2 / D) x_i = -r^2 z_i / D            chain rule
-        dz_d/dx_i = r 1[d = i] + x_d dr/dx_i                       product rule
-                  = r (1[d = i] - z_d z_i / D)
-        dL/dx_i   = sum_d u_d dz_d/dx_i + gr dr/dx_i               chain rule, u = g W
-                  = r (u_i - z_i c2) - gr r^2 z_i / D
-        c2 = sum_d u_d z_d / D
-        dL/dW_d = sum_n g_nd z_nd                                  y is linear in W
-        dr = -r^2 mean(z dx)                                       forward mode
-        dz = r (dx - z mean(z dx)),  dy = W dz + z dW
+    Derivation
+        :func:`gradients` and :func:`tangents` without a mean, for one of the N rows: n = D.
     Second order
         As :class:`LayerNorm`: r is an output with a derivative of its own.
     Shape
@@ -174,67 +266,44 @@ class RMSNorm(Rule):
 
     @staticmethod
     def forward(x: Tensor, W: Tensor | None, axes: int, eps: float) -> tuple[Tensor, Tensor]:
-        full_x = in_full_precision(x)
-        mean_square = full_x.square().mean(tuple(range(-axes, 0)), keepdim=True)
-        r = (mean_square + eps).rsqrt()
-        z = full_x * r
-        y = z if W is None else times(z, in_full_precision(W))
-        return y.to(x.dtype), r
+        return aten.rms_norm(x, axes, W, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, W, axes, _ = inputs
-        ctx.shape = x.shape[-axes:]
-        ctx.D = ctx.shape.numel()
+        x, W, *ctx.options = inputs
         ctx.save_for_backward(x, W, output[1])
         ctx.save_for_forward(x, W, output[1])
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, gr: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs_x, needs_W, *_ = ctx.needs_input_grad
         x, W, r = ctx.saved_tensors
-        z, w, r = RMSNorm._rows(x, W, r, ctx.D)
-        g = like(z, g)
-        gz = g * z  # (N, D)
-        dx = dW = None
-        if needs_x:
-            sum_uz = weighted_sum(gz, w)  # (N, D) (D,) -> (N, 1)
-            rest = through_statistics(None, gr, z, r, ctx.D)
-            dx = times(input_slope(g, w, z, sum_uz / ctx.D), r)
-            dx = plus(dx, rest).to(x.dtype).view(x.shape)
-        if needs_W:
-            dW = gz.sum(0).to(W.dtype).view(ctx.shape)  # (N, D) -> (D,)
-        return dx, dW, None, None
+        whole, stats, weights = of_rows(x, *ctx.options)
+        g, x_rows = (shaped(t, whole) for t in (torch.zeros_like(x) if g is None else g, x))
+        r, gr = shaped(r, stats), shaped(gr, stats)
+        needs = (*ctx.needs_input_grad[:2], False)
+        dx, dW, _ = rows_backwards(
+            g, x_rows, None, r, shaped(W, weights), None, gr, ROWS, whole[1] or 1, needs=needs
+        )
+        return shaped(dx, x.shape), None if dW is None else dW.reshape(W.shape).to(W.dtype), None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dW: Tensor | None, *_: None) -> tuple[Tensor, Tensor]:
-        x, W, saved_r = ctx.saved_tensors
-        z, w, r = RMSNorm._rows(x, W, saved_r, ctx.D)
-        full_dx = like(z, dx)
-        dW = None if dW is None else in_full_precision(dW).reshape(-1)
-        mean_zdx = (z * full_dx).mean(1, keepdim=True)
-        dz = None if dx is None else r * (full_dx - z * mean_zdx)
-        dy = like(z, affine_tangent(z, dz, w, dW, None))
-        return dy.to(x.dtype).view(x.shape), (-r * r * mean_zdx).view(saved_r.shape)
-
-    @staticmethod
-    def _rows(x: Tensor, W: Tensor | None, r: Tensor, D: int) -> tuple[Tensor, Tensor | None, Tensor]:
-        """z (N, D), W (D,) and r (N, 1), in full precision."""
-        z = in_full_precision(x).reshape(r.numel(), D) * r.reshape(-1, 1)
-        return z, None if W is None else in_full_precision(W).reshape(-1), r.reshape(-1, 1)
+        x, W, r = ctx.saved_tensors
+        whole, stats, weights = of_rows(x, *ctx.options)
+        dx, x_rows = shaped(dx, whole), shaped(x, whole)
+        W, dW = shaped(W, weights), shaped(dW, weights)
+        dy, _, dr = rows_forwards(dx, x_rows, None, shaped(r, stats), W, dW, None, ROWS, whole[1] or 1)
+        return dy.reshape(x.shape), dr.reshape(r.shape)
 
 
-class GroupNorm(Rule):
+rows_backwards, rows_forwards = formulas(*LayerNorm.letters)
+
+
+class GroupNorm(Normalisation):
     r"""$y_c = W_c z_c + b_c$, where $z$ is normalised as in :class:`LayerNorm` over the channels of a group
 
     Derivation, for one example and one group, with n = K L elements
-        dL/dx_i = r (u_i - c1 - c_i k) + gm / n - gr r^2 z_i / n   as :class:`LayerNorm`, u = g W, z = r c, c = x - m
-                = r W g_i - r c1 - c_i r k + ...
-        c1 = sum u / n,  k = r sum u z / n
-        sum u   = sum_c W_c sum_l g_cl                             W is constant within a channel: only the sums
-        sum u z = sum_c W_c sum_l g_cl z_cl                        of a channel are weighted
-        dL/dW_c = sum_nl g_ncl z_ncl,  dL/db_c = sum_nl g_ncl      the same sums, over the batch
-        dz, dm, dr as :class:`LayerNorm`,  dy = W dz + z dW + db   forward mode
+        :func:`gradients` and :func:`tangents`; W is constant within a channel: c1 = sum_k W_k sum_l g_kl / n
     Second order
         As :class:`LayerNorm`: m and r are outputs with derivatives of their own.
     Shape
@@ -247,112 +316,32 @@ class GroupNorm(Rule):
         Wu and He, 2018, https://arxiv.org/abs/1803.08494
     """
 
+    letters = ("N, G, K, L", "N, G, 1, 1", "G, K, 1")
+    axes = Axes(weighted=(2,), unweighted=(3,), batch=(0,))
+
+    @staticmethod
+    def arranged(x: Tensor, G: int, eps: float) -> tuple[Shape, Shape, Shape]:
+        N, K, L = x.shape[0], x.shape[1] // G, x.shape[2:].numel()
+        return (N, G, K, L), (N, G, 1, 1), (G, K, 1)
+
     @staticmethod
     def forward(
         x: Tensor, W: Tensor | None, b: Tensor | None, G: int, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        N, C, L = x.shape[0], x.shape[1], x.shape[2:].numel()
-        if x.dtype in HALF and torch.compiler.is_compiling():
-            # inductor's group norm returns the mean in half precision
-            m, r = (s.reshape(N, G) for s in statistics(x.reshape(N, G, C // G * L), (2,), eps))
-            groups, mean, root, w = GroupNorm._groups(x, m, r, W)
-            y = affine((groups.float() - mean) * root, w, None if b is None else b.view(G, -1, 1))
-            return y.to(x.dtype).view(x.shape), m, r
-        W, b = lifted(x, (C,), W, b)
-        W, b = (None if t is None else t.contiguous() for t in (W, b))
-        y, m, r = torch.native_group_norm(dense(x), W, b, N, C, L, G, eps)
-        if m.dtype in HALF:
-            m, r = statistics(x.reshape(N, G, C // G * L), (2,), eps)
-        return y, m.reshape(N, G), r.reshape(N, G)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, W, b, ctx.G, _ = inputs
-        ctx.b_dtype = None if b is None else b.dtype
-        ctx.save_for_backward(x, W, *output[1:])
-        ctx.save_for_forward(x, W, *output[1:])
-
-    @staticmethod
-    def backward(
-        ctx: Any, g: Tensor | None, gm: Tensor | None, gr: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        needs, (x, W, m, r) = ctx.needs_input_grad[:3], ctx.saved_tensors
-        groups = GroupNorm._groups(x, m, r, W)
-        dx, dW, db = row_gradients(GroupNorm.gradients, g, gm, gr, *groups, needs)
-        dx = None if dx is None else dx.to(x.dtype).view(x.shape)
-        dW = None if dW is None else dW.to(W.dtype).view(-1)
-        db = None if db is None else db.to(ctx.b_dtype).view(-1)
-        return dx, dW, db, None, None
-
-    @staticmethod
-    def gradients(
-        g: Tensor,
-        x: Tensor,
-        m: Tensor,
-        r: Tensor,
-        w: Tensor | None,
-        needs: Sequence[bool],
-        out: Tensor | None = None,
-    ) -> tuple[Tensor | None, ...]:
-        """dL/dx of groups (N, G, K, L), into ``out`` if given, and their parts of dL/dW and dL/db, but for gm and gr."""
-        c, n = x - m, x.shape[2:].numel()
-        sum_g = g.sum(3, keepdim=True)  # (N, G, K, L) -> (N, G, K, 1)
-        if (
-            torch.compiler.is_compiling() or not x.numel()
-        ):  # to a compiler, a factor within the sum costs nothing
-            sum_gz = (g * (c * r)).sum(3, keepdim=True)
-        else:
-            sum_gz = (g * c).sum(3, keepdim=True) * r
-        dx = dW = db = None
-        needs_x, needs_W, needs_b = needs
-        if needs_x:
-            # Used twice: a compiler makes it once, not anew for every element.
-            sums = torch.stack((sum_g, sum_gz))
-            rc = (sums if w is None else sums * w).sum(3, keepdim=True) * (r / n)  # (2, N, G, 1, 1)
-            rc1, rk, rw = rc[0], rc[1] * r, r if w is None else r * w
-            if torch.is_grad_enabled() or not plain_eager() or is_legacy_batchedtensor(g):
-                dx = g * rw - c * rk - rc1
-            else:
-                dx = torch.mul(g, rw, out=out).addcmul_(c, rk, value=-1).sub_(rc1)
-        if needs_W:
-            dW = sum_gz.sum(0)  # (N, G, K, 1) -> (G, K, 1)
-        if needs_b:
-            db = sum_g.sum(0)
-        return dx, dW, db
-
-    @staticmethod
-    def jvp(
-        ctx: Any, dx: Tensor | None, dW: Tensor | None, db: Tensor | None, *_: None
-    ) -> tuple[Tensor, ...]:
-        x, W, m, r = ctx.saved_tensors
-        groups, mean, r, w = GroupNorm._groups(x, m, r, W)
-        z = (in_full_precision(groups) - mean) * r
-        dW, db = (None if t is None else in_full_precision(t).view(ctx.G, -1, 1) for t in (dW, db))
-        dz, dm, dr = tangents(like(z, dx), z, r, (2, 3))
-        dy = like(z, affine_tangent(z, None if dx is None else dz, w, dW, db))
-        return dy.to(x.dtype).view(x.shape), dm.view(m.shape), dr.view(m.shape)
-
-    @staticmethod
-    def _groups(
-        x: Tensor, m: Tensor, r: Tensor, W: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x (N, G, K, L), m and r (N, G, 1, 1), and W (G, K, 1) in full precision."""
-        N, G = m.shape
-        groups = x.reshape(N, G, x.shape[1] // G, x.shape[2:].numel())
-        w = None if W is None else in_full_precision(W).view(G, -1, 1)
-        return groups, m[..., None, None], r[..., None, None], w
+        return aten.group_norm(x, G, W, b, eps)
 
 
-class BatchNorm(Rule):
+def of_channels(x: Tensor) -> tuple[Shape, Shape, Shape]:
+    """The shapes of x, its statistics and its weights for a norm over the batch."""
+    B, C, L = x.shape[0], x.shape[1], x.shape[2:].numel()
+    return (B, C, L), (1, C, 1), (C, 1)
+
+
+class BatchNorm(Normalisation):
     r"""$y_c = W_c z_c + b_c$, where $z$ is normalised as in :class:`LayerNorm` over the batch: training
 
     Derivation, for one channel, with n = N L elements
-        dL/dx_i = r (u_i - sum u / n - z_i sum u z / n) + ...      as :class:`LayerNorm`, u = g W
-                = W r (g_i - c1 - z_i c2)                          W is constant within a channel
-                  + gm / n - gr r^2 z_i / n
-        c1 = sum g / n,  c2 = sum g z / n
-        dL/dW = sum g z,  dL/db = sum g                            the same sums
-        dz, dm, dr as :class:`LayerNorm`,  dy = W dz + z dW + db   forward mode
+        :func:`gradients` and :func:`tangents`, where W is constant
     Second order
         As :class:`LayerNorm`: m and r are outputs with derivatives of their own.
     Running statistics
@@ -368,6 +357,13 @@ class BatchNorm(Rule):
         Ioffe and Szegedy, 2015, https://arxiv.org/abs/1502.03167
     """
 
+    letters = ("B, C, L", "1, C, 1", "C, 1")
+    axes = Axes(weighted=(), unweighted=(0, 2), batch=())
+
+    @staticmethod
+    def arranged(x: Tensor, *options: Any) -> tuple[Shape, Shape, Shape]:
+        return of_channels(x)
+
     @staticmethod
     def forward(
         x: Tensor,
@@ -378,71 +374,7 @@ class BatchNorm(Rule):
         momentum: float,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        fast = torch.backends.cudnn.enabled
-        running = (running_mean, running_var)
-        y, m, r, *_ = torch._batch_norm_impl_index(x, W, b, *running, True, momentum, eps, fast)
-        if x.numel() == 0:
-            m, r = statistics(x, all_but_channels(x), eps)
-        elif m.dtype in HALF:
-            m, r = BatchNorm._statistics(x, eps)
-        return y, m.reshape(-1), r.reshape(-1)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, W, b, *_ = inputs
-        ctx.b_dtype = None if b is None else b.dtype
-        ctx.save_for_backward(x, W, *output[1:])
-        ctx.save_for_forward(x, W, *output[1:])
-
-    @staticmethod
-    def backward(
-        ctx: Any, g: Tensor | None, gm: Tensor | None, gr: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        needs_x, needs_W, needs_b, *_ = ctx.needs_input_grad
-        x, W, m, r = ctx.saved_tensors
-        dims, (z, w, r) = all_but_channels(x), BatchNorm._channels(x, W, m, r)
-        g = like(z, g)
-        sum_g, sum_gz = g.sum(dims, keepdim=True), (g * z).sum(dims, keepdim=True)  # (N, C, L) -> (1, C, 1)
-        dx = dW = db = None
-        if needs_x:
-            n = x.shape[0] * x.shape[2:].numel() or 1
-            slope = r if w is None else r * w
-            rest = through_statistics(gm, gr, z, r, n)
-            dx = times(minus(input_slope(g, None, z, sum_gz / n), sum_g / n), slope)
-            dx = plus(dx, rest).to(x.dtype).view(x.shape)
-        if needs_W:
-            dW = sum_gz.view(-1).to(W.dtype)
-        if needs_b:
-            db = sum_g.view(-1).to(ctx.b_dtype)
-        return dx, dW, db, None, None, None, None
-
-    @staticmethod
-    def jvp(
-        ctx: Any, dx: Tensor | None, dW: Tensor | None, db: Tensor | None, *_: None
-    ) -> tuple[Tensor, ...]:
-        x, W, m, r = ctx.saved_tensors
-        z, w, r = BatchNorm._channels(x, W, m, r)
-        dW, db = (None if t is None else per_channel(in_full_precision(t), x) for t in (dW, db))
-        dz, dm, dr = tangents(like(z, dx), z, r, all_but_channels(x))
-        dy = like(z, affine_tangent(z, None if dx is None else dz, w, dW, db))
-        return dy.to(x.dtype).view(x.shape), dm.view(-1), dr.view(-1)
-
-    @staticmethod
-    def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """m and r of x in half precision, in full precision."""
-        if not plain_eager() or not x.is_cpu or is_legacy_batchedtensor(x):
-            return statistics(x, all_but_channels(x), eps)
-        # Running statistics, whose dtype the others get.
-        unused = x.new_zeros(x.shape[1], dtype=torch.float32)
-        m, variance = torch.batch_norm_update_stats(x, unused, unused, 0.0)
-        return m, inverse_root(variance, eps)
-
-    @staticmethod
-    def _channels(x: Tensor, W: Tensor | None, m: Tensor, r: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """z (N, C, L), W and r (1, C, 1), in full precision."""
-        m, r = per_channel(m, x), per_channel(r, x)
-        z = times(in_full_precision(x) - m, r)
-        return z, None if W is None else per_channel(in_full_precision(W), x), r
+        return aten.batch_norm(x, W, b, running_mean, running_var, momentum, eps)
 
 
 class BatchNormEvaluation(Rule):
@@ -472,181 +404,54 @@ class BatchNormEvaluation(Rule):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, W, b, m, v, ctx.eps = inputs
-        ctx.b_dtype = None if b is None else b.dtype
+        ctx.like_b = None if b is None else (b.shape, b.dtype)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else output, W, m, v)
         ctx.save_for_forward(x, W, m, v)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        needs_x, needs_W, needs_b, *_ = ctx.needs_input_grad
         x, W, m, v = ctx.saved_tensors
-        r, full_g, dims = inverse_root(v, ctx.eps), in_full_precision(g), all_but_channels(g)
-        dx = dW = db = None
-        if needs_x:
-            slope = r if W is None else r * in_full_precision(W)
-            dx = flat((full_g * per_channel(slope, g)).to(g.dtype), x)
-        if needs_W:
-            centred = in_full_precision(x) - per_channel(in_full_precision(m), x)
-            dW = (r * times(centred, full_g).sum(dims)).to(W.dtype)  # (C,) (N, C, L) -> (C,)
-        if needs_b:
-            db = full_g.sum(dims).to(ctx.b_dtype)
+        whole, _, column = of_channels(x)
+        rows, columns = (shaped(t, whole) for t in (g, x)), (shaped(t, column) for t in (W, m, v))
+        dx, dW, db = evaluation_gradients(*rows, *columns, ctx.eps, needs=tuple(ctx.needs_input_grad[:3]))
+        dx = None if dx is None else flat(shaped(dx, x.shape), x)
+        dW = None if dW is None else dW.reshape(W.shape).to(W.dtype)
+        db = None if db is None else db.reshape(ctx.like_b[0]).to(ctx.like_b[1])
         return dx, dW, db, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dW: Tensor | None, db: Tensor | None, *_: None) -> Tensor:
         x, W, m, v = ctx.saved_tensors
-        r = per_channel(inverse_root(v, ctx.eps), x)
-        z = (in_full_precision(x) - per_channel(in_full_precision(m), x)) * r
-        W, dW, db = (None if t is None else per_channel(in_full_precision(t), x) for t in (W, dW, db))
-        dz = None if dx is None else like(z, dx) * r
-        return like(z, affine_tangent(z, dz, W, dW, db)).to(x.dtype)
+        whole, __, column = of_channels(x)
+        rows, columns = (shaped(t, whole) for t in (dx, x)), (shaped(t, column) for t in (W, m, v, dW, db))
+        dy: Tensor = evaluation_tangent(*rows, *columns, ctx.eps)
+        return dy.reshape(x.shape)
 
 
-# ----- what the rules share -----
+@formula("g (B, C, L), x (B, C, L), W (C, 1), m (C, 1), v (C, 1) -> dx like g, dW (C, 1), db (C, 1)")
+def evaluation_gradients(
+    g: Tensor, x: Tensor, W: Tensor | None, m: Tensor, v: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dL/dx, dL/dW and dL/db of :class:`BatchNormEvaluation`."""
+    r = (v + eps).rsqrt()
+    dx = g * weighted(r, W)
+    dW = r * total(g * (x - m), (0, 2))  # (B, C, L) -> (1, C, 1)
+    return dx, dW, total(g, (0, 2))
 
 
-def row_gradients(
-    gradients: Callable[..., tuple[Tensor | None, ...]],
-    g: Tensor | None,
-    gm: Tensor | None,
-    gr: Tensor | None,
+@formula("dx (B, C, L), x (B, C, L), W (C, 1), m (C, 1), v (C, 1), dW (C, 1), db (C, 1) -> dy like x")
+def evaluation_tangent(
+    dx: Tensor | None,
     x: Tensor,
+    W: Tensor | None,
     m: Tensor,
-    r: Tensor,
-    w: Tensor | None,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    """dL/dx, dL/dW and dL/db of the rows x, each with its mean m and its r; ``gradients`` leaves out gm and gr.
-
-    Some rows at a time, if there are many: what it makes on its way stays in the cache.
-    """
-    g = torch.zeros_like(x) if g is None else g.reshape(x.shape)
-    count = rows_of_a_block(g, x)
-    if torch.is_grad_enabled() or count == x.shape[0]:
-        dx, dW, db = gradients(in_full_precision(g), in_full_precision(x), m, r, w, needs)
-    else:
-        made, parts = torch.empty_like(x), []
-        for some_g, some_x, *some, out in zip(*(t.split(count) for t in (g, x, m, r, made)), strict=True):
-            full = in_full_precision(some_g), in_full_precision(some_x)
-            some_dx, *part = gradients(*full, *some, w, needs, None if x.dtype in HALF else out)
-            parts.append(part)
-            if some_dx is not None and some_dx is not out:
-                out.copy_(some_dx)
-        dx = made if needs[0] else None
-        dW, db = (None if part[0] is None else torch.stack(part).sum(0) for part in zip(*parts, strict=True))
-    if dx is not None and (gm is not None or gr is not None):
-        n = x.shape[1:].numel() // m.shape[1:].numel()  # elements of a mean
-        dx = plus(dx, through_statistics(gm, gr, r * (in_full_precision(x) - m), r, n))
-    return dx, dW, db
-
-
-def input_slope(g: Tensor, W: Tensor | None, z: Tensor, c2: Tensor) -> Tensor:
-    """g W - z c2, a fresh tensor.  This is the last use of ``z``: unless it is recorded, it is overwritten."""
-    zc2 = z * c2 if torch.is_grad_enabled() else times(z, c2)
-    return g - zc2 if W is None else minus(g * W, zc2)
-
-
-def through_statistics(gm: Tensor | None, gr: Tensor | None, z: Tensor, r: Tensor, n: int) -> Tensor | None:
-    """gm dm/dx + gr dr/dx: what reaches the input by way of the statistics, in second derivatives only."""
-    by_mean = None if gm is None else gm.reshape(r.shape) / n
-    by_root = None if gr is None else z * (r * r * gr.reshape(r.shape) / -n)
-    return by_mean if by_root is None else plus(by_root, by_mean)
-
-
-def plus(a: Tensor, b: Tensor | None) -> Tensor:
-    return a if b is None else a + b
-
-
-def tangents(dx: Tensor, z: Tensor, r: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """dz, dm and dr, where m is the mean over ``dims``."""
-    dm, mean_zdx = dx.mean(dims, keepdim=True), (z * dx).mean(dims, keepdim=True)
-    return r * (dx - dm - z * mean_zdx), dm, -r * r * mean_zdx
-
-
-def affine_tangent(
-    z: Tensor, dz: Tensor | None, W: Tensor | None, dW: Tensor | None, db: Tensor | None
-) -> Tensor | None:
-    """dy = W dz + z dW + db, shaped as z; None without any of them."""
-    terms = (
-        dz if dz is None or W is None else W * dz,
-        None if dW is None else z * dW,
-        None if db is None else db.expand_as(z).clone(),
-    )
-    there = [term for term in terms if term is not None]
-    return sum(there[1:], there[0]) if there else None
-
-
-def affine(z: Tensor, W: Tensor | None, b: Tensor | None) -> Tensor:
-    """W z + b."""
-    y = z if W is None else z * W
-    return y if b is None else y + b
-
-
-def minus(fresh: Tensor, other: Tensor) -> Tensor:
-    """``fresh - other``, written into ``fresh`` unless ``vmap`` may have batched ``other`` alone."""
-    if plain_eager() and not is_legacy_batchedtensor(other):
-        return fresh.sub_(other)
-    return fresh - other
-
-
-def weighted_sum(rows: Tensor, W: Tensor | None) -> Tensor:
-    """sum_d W_d rows_nd, as a column."""
-    if W is None:
-        return rows.sum(1, keepdim=True)
-    if torch.compiler.is_compiling():  # a compiler fuses sums with what is around them, but no products
-        return (rows * W).sum(1, keepdim=True)
-    return rows.matmul(W.unsqueeze(1))  # (N, D) (D, 1) -> (N, 1)
-
-
-def column_sum(rows: Tensor, r: Tensor) -> Tensor:
-    """sum_n r_n rows_nd of rows (N, D) and a column r."""
-    if rows.shape[0] > FEW or not plain_eager() or torch.is_grad_enabled() or is_legacy_batchedtensor(rows):
-        return (rows * r).sum(0)
-    return rows.t().mv(r.squeeze(1))  # (D, N) (N,) -> (D,)
-
-
-def like(z: Tensor, t: Tensor | None) -> Tensor:
-    """``t`` in the shape and precision of ``z``; absent, it is 0."""
-    return torch.zeros_like(z) if t is None else in_full_precision(t).reshape(z.shape)
-
-
-def all_but_channels(x: Tensor) -> tuple[int, ...]:
-    return (0, *range(2, x.dim()))
-
-
-def per_channel(s: Tensor, x: Tensor) -> Tensor:
-    """``s`` (C,) so that it broadcasts over ``x`` (N, C, ...)."""
-    return s.view(1, -1, *(1,) * (x.dim() - 2))
-
-
-def statistics(x: Tensor, dims: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / sqrt(variance + eps) over ``dims``, in full precision."""
-    if x.numel() == 0:  # NaN where it is a mean of nothing, for which var_mean warns
-        mean = in_full_precision(x).mean(tuple(dims), keepdim=True)
-        return mean, mean
-    variance, mean = torch.var_mean(in_full_precision(x), tuple(dims), correction=0, keepdim=True)
-    return mean, inverse_root(variance, eps)
-
-
-def lifted(
-    x: Tensor, shape: Sequence[int], W: Tensor | None, b: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """W, of that shape, and b for ATen: in full precision if x is in half on the CPU, since m and r then are so, too.
-
-    Its arithmetic is in full precision in any case.
-    """
-    if x.dtype not in HALF or not x.is_cpu:
-        return W, b
-    W = torch.ones(shape) if W is None else in_full_precision(W)
-    return W, None if b is None else in_full_precision(b)
-
-
-def inverse_root(variance: Tensor, eps: float) -> Tensor:
-    return (in_full_precision(variance) + eps).rsqrt()
-
-
-def dense(x: Tensor) -> Tensor:
-    """``x`` without gaps, its channels last if they are: ATen's group norm takes no other layouts."""
-    if x.dim() == 4 and not transforms_active() and x.is_contiguous(memory_format=torch.channels_last):
-        return x
-    return x.contiguous()
+    v: Tensor,
+    dW: Tensor | None,
+    db: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """dy of :class:`BatchNormEvaluation`."""
+    r = (v + eps).rsqrt()
+    dy = torch.zeros_like(x) if dx is None else weighted(r, W) * dx
+    dy = dy if dW is None else dy + r * (x - m) * dW
+    return dy if db is None else dy + db

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualprop.functions._elementwise import Elementwise, affine, constant, differs, indicator, inside
-from manualprop.functions._rule import HALF
+from manualprop.functions._elementwise import Elementwise
+from manualprop.functions._execution import indicator, inside
 
 # ----- piecewise linear: the second derivative is 0 -----
 
@@ -31,16 +31,15 @@ class ReLU(Elementwise):
     """
 
     saves = "output"
-    slope = 1.0
+    chooses = exact = True
 
     @staticmethod
     def f(x: Tensor) -> Tensor:
-        return torch.relu(x)  # -0 for -0
+        return torch.relu(x)
 
     @staticmethod
-    def df(y: Tensor, out: Tensor | None = None) -> Tensor:
-        y = torch.add(y, 0, out=out)  # -0 becomes 0
-        return differs(y, 0, y)
+    def df(y: Tensor) -> Tensor:
+        return indicator(y != 0, y)
 
 
 class ReLU6(Elementwise):
@@ -58,15 +57,15 @@ class ReLU6(Elementwise):
     """
 
     saves = "output"
-    slope = 1.0
+    chooses = exact = True
 
     @staticmethod
     def f(x: Tensor) -> Tensor:
         return F.relu6(x)
 
     @staticmethod
-    def df(y: Tensor, out: Tensor | None = None) -> Tensor:
-        return inside(y, 0, 6, out)
+    def df(y: Tensor) -> Tensor:
+        return inside(y, 0, 6)
 
 
 class Hardtanh(Elementwise):
@@ -84,15 +83,15 @@ class Hardtanh(Elementwise):
     """
 
     saves = "output"
-    slope = 1.0
+    chooses = exact = True
 
     @staticmethod
     def f(x: Tensor, a: float, b: float) -> Tensor:
         return F.hardtanh(x, a, b)
 
     @staticmethod
-    def df(y: Tensor, a: float, b: float, out: Tensor | None = None) -> Tensor:
-        return inside(y, a, b, out)
+    def df(y: Tensor, a: float, b: float) -> Tensor:
+        return inside(y, a, b)
 
 
 class LeakyReLU(Elementwise):
@@ -101,7 +100,6 @@ class LeakyReLU(Elementwise):
     Derivation
         y' = 1 for x > 0, else a                    piecewise linear
            = a + (1 - a) 1[y > 0]                   y > 0 exactly where x > 0, because a >= 0
-           = max(1[y > 0], a) for a <= 1
     Kinks
         y'(0) = a, as in PyTorch.
     Memory
@@ -117,9 +115,8 @@ class LeakyReLU(Elementwise):
         return F.leaky_relu(x, a)
 
     @staticmethod
-    def df(y: Tensor, a: float, out: Tensor | None = None) -> Tensor:
-        positive = indicator(torch.gt, y, 0, out)
-        return positive.clamp_min_(a) if a <= 1 else positive.mul_(1 - a).add_(a)
+    def df(y: Tensor, a: float) -> Tensor:
+        return a + (1 - a) * indicator(y > 0, y)
 
 
 class LeakyReLUFromInput(Elementwise):
@@ -141,8 +138,8 @@ class LeakyReLUFromInput(Elementwise):
         return F.leaky_relu(x, a)
 
     @staticmethod
-    def df(x: Tensor, a: float, out: Tensor | None = None) -> Tensor:
-        return indicator(torch.gt, x, 0, out).mul_(1 - a).add_(a)
+    def df(x: Tensor, a: float) -> Tensor:
+        return a + (1 - a) * indicator(x > 0, x)
 
 
 class Threshold(Elementwise):
@@ -159,18 +156,15 @@ class Threshold(Elementwise):
         Exact: half precision is compared in float32, as c is not rounded to it in the forward pass either.
     """
 
-    slope = 1.0
+    chooses = True
 
     @staticmethod
     def f(x: Tensor, c: float, w: float) -> Tensor:
         return torch.threshold(x, c, w)
 
     @staticmethod
-    def df(x: Tensor, c: float, w: float, out: Tensor | None = None) -> Tensor:
-        if x.dtype in HALF:
-            x, out = x.float(), None
-        above = torch.clamp(x, min=c, out=out)
-        return differs(above if c != 0 else above.add_(0), c, above)  # -0 becomes 0
+    def df(x: Tensor, c: float, w: float) -> Tensor:
+        return indicator(x.clamp(min=c) != c, x)
 
 
 class Hardsigmoid(Elementwise):
@@ -188,15 +182,15 @@ class Hardsigmoid(Elementwise):
     """
 
     saves = "output"
-    slope = 1 / 6
+    chooses = True
 
     @staticmethod
     def f(x: Tensor) -> Tensor:
         return F.hardsigmoid(x)
 
     @staticmethod
-    def df(y: Tensor, out: Tensor | None = None) -> Tensor:
-        return inside(y, 0, 1, out)
+    def df(y: Tensor) -> Tensor:
+        return inside(y, 0, 1) / 6
 
 
 class Hardshrink(Elementwise):
@@ -215,16 +209,15 @@ class Hardshrink(Elementwise):
     """
 
     saves = "output"
-    one_step = True
-    slope = 1.0
+    chooses = exact = True
 
     @staticmethod
     def f(x: Tensor, lambd: float) -> Tensor:
         return F.hardshrink(x, lambd)
 
     @staticmethod
-    def df(y: Tensor, lambd: float, out: Tensor | None = None) -> Tensor:
-        return differs(y if lambd >= 0 else torch.ones_like(y), 0, out)
+    def df(y: Tensor, lambd: float) -> Tensor:
+        return indicator(y != 0, y) if lambd >= 0 else torch.ones_like(y)
 
 
 class Softshrink(Elementwise):
@@ -242,16 +235,15 @@ class Softshrink(Elementwise):
     """
 
     saves = "output"
-    slope = 1.0
+    chooses = exact = True
 
     @staticmethod
     def f(x: Tensor, lambd: float) -> Tensor:
         return F.softshrink(x, lambd)
 
     @staticmethod
-    def df(y: Tensor, lambd: float, out: Tensor | None = None) -> Tensor:
-        y = torch.add(y, 0, out=out)  # -0 becomes 0
-        return differs(y, 0, y)
+    def df(y: Tensor, lambd: float) -> Tensor:
+        return indicator(y != 0, y)
 
 
 # ----- piecewise quadratic -----
@@ -283,14 +275,14 @@ class Hardswish(Elementwise):
         return F.hardswish(x)
 
     @staticmethod
-    def df(x: Tensor, out: Tensor | None = None) -> Tensor:
-        z = torch.threshold(x, -3, -1.5, out=out)  # x <= -3 becomes -3/2
-        minus_z = torch.threshold_(z.neg_(), -3, -1.5)  # x >= 3 becomes 3/2
-        return affine(1.5, -1, minus_z, minus_z).mul_(constant(1 / 3, x))
+    def df(x: Tensor) -> Tensor:
+        z = torch.threshold(x, -3, -1.5)  # x <= -3 becomes -3/2
+        z = -torch.threshold(-z, -3, -1.5)  # x >= 3 becomes 3/2
+        return (1.5 + z) / 3
 
     @staticmethod
     def ddf(x: Tensor) -> Tensor:
-        return ((x > -3) & (x < 3)).to(x.dtype) / 3
+        return indicator((x > -3) & (x < 3), x) / 3
 
 
 class ReLUSquared(Elementwise):
@@ -319,13 +311,15 @@ class ReLUSquared(Elementwise):
         return torch.relu(x).square()
 
     @staticmethod
-    def df(y: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.sqrt(y, out=out).mul_(2)
+    def df(y: Tensor) -> Tensor:
+        return 2 * torch.sqrt(y)
 
     @staticmethod
     def ddf(y: Tensor) -> Tensor:
         positive = y > 0
-        return positive * torch.where(positive, y, torch.ones_like(y)).rsqrt()  # no infinity at y = 0
+        return (
+            indicator(positive, y) / torch.where(positive, y, torch.ones_like(y)).sqrt()
+        )  # no infinity at y = 0
 
 
 class ReLUSquaredFromInput(Elementwise):
@@ -351,9 +345,9 @@ class ReLUSquaredFromInput(Elementwise):
         return torch.relu(x).square()
 
     @staticmethod
-    def df(x: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.clamp(x, min=0, out=out).mul_(2)
+    def df(x: Tensor) -> Tensor:
+        return 2 * x.clamp(min=0)
 
     @staticmethod
     def ddf(x: Tensor) -> Tensor:
-        return 2 * (x > 0).to(x.dtype)
+        return 2 * indicator(x > 0, x)

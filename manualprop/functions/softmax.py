@@ -3,24 +3,42 @@ r"""Hand-derived rules of softmax and log-softmax.
 Symbols
     x   logits; i, j, k run along the dimension ``dim``, every other axis is a batch axis
     y   output            g   dL/dy, the gradient that arrives
-    p   probabilities     v   dL/d(dx), the gradient of the gradient
+    p   probabilities     t   tangent of x
     <a, b> = sum_k a_k b_k, kept as an axis of length 1
+Shape legend
+    N   all axes before ``dim``, flattened      C   the classes, along ``dim``      L   all axes after it, flattened
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
 
-from manualprop.functions._elementwise import LOG2_E
-from manualprop.functions._kernels import in_rows
-from manualprop.functions._rule import HALF, Rule, in_full_precision, plain_eager
+from manualprop.functions._execution import decay, formula
+from manualprop.functions._rule import Rule
 
 
 def dot(a: Tensor, b: Tensor, dim: int) -> Tensor:
     """<a, b> along ``dim``."""
     return (a * b).sum(dim, keepdim=True)
+
+
+def along(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A formula ``function(g, y)`` along the second axis of its tensors, as ``f(g, y, dim)`` along any."""
+    rows = formula("g (N, C), y (N, C) -> dx like y")(function)
+    planes = formula("g (N, C, L), y (N, C, L) -> dx like y")(function)
+
+    def run(g: Tensor, y: Tensor, dim: int) -> Tensor:
+        if y.dim() == 0:
+            return run(g.reshape(1), y.reshape(1), 0).reshape(())
+        dim %= y.dim()
+        N, C, L = y.shape[:dim].numel(), y.shape[dim], y.shape[dim + 1 :].numel()
+        shape, along_it = ((N, C), rows) if L == 1 else ((N, C, L), planes)
+        dx: Tensor = along_it(g.reshape(shape), y.reshape(shape))
+        return dx.reshape(y.shape)
+
+    return run
 
 
 class Softmax(Rule):
@@ -29,9 +47,10 @@ class Softmax(Rule):
     Derivation
         dy_i/dx_j = y_i (1[i = j] - y_j)                           quotient rule
         dL/dx_j   = sum_i g_i y_i (1[i = j] - y_j)                 chain rule
-                  = y_j (g_j - <g, y>)
+                  = y_j g_j - y_j <g, y>
+        dy = y t - y <t, y>                                        forward mode: the Jacobian is symmetric
     Second order
-        :class:`SoftmaxGradient`, by hand.  The Jacobian is symmetric: forward mode is the same formula.
+        dx is a product and a sum of g and y: autograd differentiates it as written, y as the softmax of x.
     Memory
         y, which the next layer keeps anyway.
     Accuracy
@@ -51,67 +70,19 @@ class Softmax(Rule):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
-        # Only when somebody will differentiate this gradient is it recorded.
-        gradient = SoftmaxGradient.apply if torch.is_grad_enabled() else softmax_gradient
-        return gradient(g, y, ctx.dim), None
+        return softmax_slope(g, y, ctx.dim), None
 
     @staticmethod
     def jvp(ctx: Any, t: Tensor, _: None) -> Tensor:
         (y,) = ctx.saved_tensors
-        tangent: Tensor = SoftmaxGradient.apply(t, y, ctx.dim)
-        return tangent
+        return softmax_slope(t, y, ctx.dim)
 
 
-class SoftmaxGradient(Rule):
-    r"""$b_i = y_i (g_i - \langle g, y \rangle)$, the gradient of :class:`Softmax`, itself differentiated
-
-    Derivation
-        b is linear in g, and symmetric:  dL/dg = y (v - <v, y>)
-        db_i/dy_k = 1[i = k] (g_i - <g, y>) - y_i g_k              product rule
-        dL/dy_k   = sum_i v_i db_i/dy_k = v_k (g_k - <g, y>) - <v, y> g_k
-        db = y (dg - <dg, y>) + dy (g - <g, y>) - y <g, dy>        forward mode
-    Memory
-        g and y.
-    """
-
-    @staticmethod
-    def forward(g: Tensor, y: Tensor, dim: int) -> Tensor:
-        return softmax_gradient(g, y, dim)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
-        g, y, ctx.dim = inputs
-        ctx.save_for_backward(g, y)
-        ctx.save_for_forward(g, y)
-
-    @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        g, y = ctx.saved_tensors
-        needs_g, needs_y, _ = ctx.needs_input_grad
-        dg = SoftmaxGradient.apply(v, y, ctx.dim) if needs_g else None
-        dy = v * (g - dot(g, y, ctx.dim)) - dot(v, y, ctx.dim) * g if needs_y else None
-        return dg, dy, None
-
-    @staticmethod
-    def jvp(ctx: Any, dg: Tensor | None, dy: Tensor | None, _: None) -> Tensor:
-        g, y = ctx.saved_tensors
-        db: Tensor = torch.zeros_like(y) if dg is None else SoftmaxGradient.apply(dg, y, ctx.dim)
-        if dy is not None:
-            db = db + dy * (g - dot(g, y, ctx.dim)) - y * dot(g, dy, ctx.dim)
-        return db
-
-
-def softmax_gradient(g: Tensor, y: Tensor, dim: int) -> Tensor:
-    return in_rows(_softmax_gradient, dim, g, y)
-
-
-def _softmax_gradient(g: Tensor, y: Tensor, dim: int, out: Tensor | None = None) -> Tensor:
-    if y.dtype not in HALF and plain_eager() and not is_legacy_batchedtensor(g):
-        gy = torch.mul(g, y, out=out)
-        return gy.addcmul_(y, gy.sum(dim, True), value=-1)  # y g - y <g, y>: a pass fewer
-    full_g, full_y = in_full_precision(g), in_full_precision(y)
-    b = (full_y * (full_g - dot(full_g, full_y, dim))).to(y.dtype)
-    return b if out is None else out.copy_(b)
+@along
+def softmax_slope(g: Tensor, y: Tensor) -> Tensor:
+    """y g - y <g, y>"""
+    gy = g * y
+    return gy - y * gy.sum(1, keepdim=True)
 
 
 class LogSoftmax(Rule):
@@ -123,7 +94,7 @@ class LogSoftmax(Rule):
                   = g_j - p_j sum_i g_i
         dy_i = t_i - <p, t>                                        forward mode
     Second order
-        :class:`LogSoftmaxGradient`, by hand.
+        dx is a product and a sum of g and e^y: autograd differentiates it as written, y as the log-softmax of x.
     Memory
         y, which the next layer keeps anyway.
     Accuracy
@@ -144,63 +115,21 @@ class LogSoftmax(Rule):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
-        # Only when somebody will differentiate this gradient is it recorded.
-        gradient = LogSoftmaxGradient.apply if torch.is_grad_enabled() else log_softmax_gradient
-        return gradient(g, y, ctx.dim), None
+        return log_softmax_slope(g, y, ctx.dim), None
 
     @staticmethod
     def jvp(ctx: Any, t: Tensor, _: None) -> Tensor:
         (y,) = ctx.saved_tensors
-        full_y, t = in_full_precision(y), in_full_precision(t)
-        tangent: Tensor = (t - dot(full_y.exp(), t, ctx.dim)).to(y.dtype)
-        return tangent
+        return log_softmax_tangent(t, y, ctx.dim)
 
 
-class LogSoftmaxGradient(Rule):
-    r"""$b_j = g_j - e^{y_j} \sum_i g_i$, the gradient of :class:`LogSoftmax`, itself differentiated
-
-    Derivation, with p = e^y
-        dL/dg_i = v_i - <v, p>                                     every b_j holds g_i once, through the sum
-        dL/dy_j = -v_j p_j sum_i g_i                               exponential rule
-        db = dg - p sum dg - p dy sum g                            forward mode
-    Memory
-        g and y.
-    """
-
-    @staticmethod
-    def forward(g: Tensor, y: Tensor, dim: int) -> Tensor:
-        return log_softmax_gradient(g, y, dim)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
-        g, y, ctx.dim = inputs
-        ctx.save_for_backward(g, y)
-        ctx.save_for_forward(g, y)
-
-    @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        g, y = ctx.saved_tensors
-        needs_g, needs_y, _ = ctx.needs_input_grad
-        p = y.exp()
-        dg = v - dot(v, p, ctx.dim) if needs_g else None
-        dy = -v * p * g.sum(ctx.dim, keepdim=True) if needs_y else None
-        return dg, dy, None
-
-    @staticmethod
-    def jvp(ctx: Any, dg: Tensor | None, dy: Tensor | None, _: None) -> Tensor:
-        g, y = ctx.saved_tensors
-        db = torch.zeros_like(y) if dg is None else LogSoftmaxGradient.apply(dg, y, ctx.dim)
-        return db if dy is None else db - y.exp() * dy * g.sum(ctx.dim, keepdim=True)
+@along
+def log_softmax_slope(g: Tensor, y: Tensor) -> Tensor:
+    """g - p sum g"""
+    return g - decay(y) * g.sum(1, keepdim=True)
 
 
-def log_softmax_gradient(g: Tensor, y: Tensor, dim: int) -> Tensor:
-    return in_rows(_log_softmax_gradient, dim, g, y)
-
-
-def _log_softmax_gradient(g: Tensor, y: Tensor, dim: int, out: Tensor | None = None) -> Tensor:
-    if y.dtype not in HALF and plain_eager() and not is_legacy_batchedtensor(g):
-        p = torch.mul(y, LOG2_E, out=out).exp2_()  # e^y
-        return torch.addcmul(g, p, g.sum(dim, True), value=-1, out=p)
-    full_g, p = in_full_precision(g), in_full_precision(y).exp()
-    b = (full_g - p * full_g.sum(dim, True)).to(y.dtype)
-    return b if out is None else out.copy_(b)
+@along
+def log_softmax_tangent(t: Tensor, y: Tensor) -> Tensor:
+    """t - <p, t>"""
+    return t - dot(torch.exp(y), t, 1)

@@ -21,6 +21,6 @@ CASES = [
     Case("embedding", lambda: (words(2, 5), real(6, 3)), keeps=(0,), label="two axes"),
     Case("embedding", lambda: (words(), real(6, 3)), keeps=(0,), label="one word"),
     Case("embedding", lambda: (words(2, 5), real(6, 3)), {"padding_idx": -4}, keeps=(0,), except_for=DEFINED),
-    Case("embedding", lambda: (words(2, 5), real(6, 3)), {"scale_grad_by_freq": True}, keeps=(0,), except_for=DEFINED),
+    Case("embedding", lambda: (words(2, 5), real(6, 3)), {"scale_grad_by_freq": True}, keeps=(0,), except_for=DEFINED | {"second_order_of_an_infinite_gradient_is_torchs": "torch's second derivative leaves the frequencies out"}),
 ]
 # fmt: on

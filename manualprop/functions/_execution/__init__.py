@@ -1,0 +1,19 @@
+"""How a formula runs.  Nothing here knows any mathematics, and no rule knows any of this.
+
+``_formula.py`` decides, ``_program.py`` makes the program for eager mode by the spellings of ``_lowering.py``,
+``_kernels.py`` the compiled kernel.  ``_words.py`` has the few words that formulas use beside torch's.
+"""
+
+from manualprop.functions._execution._formula import FORMULAS as FORMULAS
+from manualprop.functions._execution._formula import HALF as HALF
+from manualprop.functions._execution._formula import LARGE as LARGE
+from manualprop.functions._execution._formula import Runner as Runner
+from manualprop.functions._execution._formula import formula as formula
+from manualprop.functions._execution._formula import full as full
+from manualprop.functions._execution._formula import read as read
+from manualprop.functions._execution._formula import recorded as recorded
+from manualprop.functions._execution._words import chosen as chosen
+from manualprop.functions._execution._words import decay as decay
+from manualprop.functions._execution._words import erfc as erfc
+from manualprop.functions._execution._words import indicator as indicator
+from manualprop.functions._execution._words import inside as inside

@@ -1,0 +1,269 @@
+"""How a formula runs: the one place where this is decided, for all rules.
+
+A rule states its mathematics as plain functions of tensors, marked with :func:`formula`.  A call runs
+
+- the function as it is written, where somebody watches each step: while a gradient is recorded, under
+  ``torch.func`` and forward mode, within :func:`torch.compile`, for tensor subclasses;
+- else a program made of it once (``_program.py``): the same steps with fewer passes over the memory;
+- on large tensors that program chunk by chunk, so that what it makes on its way stays in the cache, or one kernel
+  compiled by inductor (``_kernels.py``).
+
+In half precision all of these compute in float32 and round each result once, unless a formula asks not to.
+"""
+
+import functools
+import itertools
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
+from torch.autograd import forward_ad
+
+from manualprop.functions._execution import _kernels
+from manualprop.functions._execution._program import Program
+from manualprop.functions._execution._program import program as make
+
+HALF = frozenset({torch.float16, torch.bfloat16})
+ORDINARY = frozenset({Tensor, torch.nn.Parameter})
+LARGE = (
+    2**18
+)  # elements from which chunks and kernels pay: a chunk takes 10 us of Python, a kernel 70 us to start
+CHUNK = 2**17  # elements of a chunk, for each thread: it and what is made of it stay in a core's cache
+STEPS = 3  # of a program that leaves something in the cache from step to step
+SIZES = (11, 13, 17, 19, 23)  # of the axes of samples: no two alike
+MOST = 512  # programs of one formula; then it begins anew
+
+Formula = Callable[..., Any]
+FORMULAS: list["Runner"] = []  # every formula, in the order in which they were marked
+
+
+class Legend(NamedTuple):
+    """The shapes of a formula's tensors, in letters; ``N`` is the axis along which it works chunk by chunk."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[str, ...], ...]
+    results: tuple[
+        int | tuple[str, ...], ...
+    ]  # the argument whose shape and dtype a result has, or its shape
+
+    @property
+    def elementwise(self) -> bool:
+        return all(shape == ("N",) for shape in self.shapes)
+
+    def samples(self, dtypes: Sequence[torch.dtype | None]) -> list[Tensor | None]:
+        """A small tensor for each argument.
+
+        Not one without data, on the device "meta": its kernels load the compiler, which takes seconds.
+        """
+        letters = dict.fromkeys(letter for shape in self.shapes for letter in shape if letter != "1")
+        sizes = {"1": 1} | dict(zip(letters, SIZES, strict=False))
+        return [
+            None if d is None else torch.zeros([sizes[s] for s in shape], dtype=d, device="cpu")
+            for shape, d in zip(self.shapes, dtypes, strict=True)
+        ]
+
+
+def read(legend: str) -> Legend:
+    """``"g (N, D), W (D) -> dx like g"`` as a :class:`Legend`."""
+    left, _, right = legend.partition(" -> ")
+    tensors = dict(re.findall(r"(\w+) \(([^)]*)\)", left))
+    names, shapes = tuple(tensors), tuple(tuple(re.findall(r"\w+", shape)) for shape in tensors.values())
+    found = re.findall(r"\w+ (?:like (\w+)|\(([^)]*)\))", right)
+    if not names or not found or not {like for like, _ in found if like} <= {*names}:
+        raise ValueError(f"formula: a legend is written 'g (N, D), W (D) -> dx like g'. Got {legend!r}.")
+    results = [names.index(like) if like else tuple(re.findall(r"\w+", shape)) for like, shape in found]
+    return Legend(names, shapes, tuple(results))
+
+
+def formula(legend: str, lift: bool = True) -> Callable[[Formula], "Runner"]:
+    """Mark a function of tensors, then of numbers, as a formula.
+
+    Args:
+        legend: the shapes of the tensors and what the results are like, as in ``"g (N, D), W (D) -> dx like g"``.
+            A result that is like a tensor is rounded to its precision; one with a shape of its own stays in full
+            precision, and of one without an axis ``N`` the chunks are added up.
+        lift: whether half precision is computed in float32.
+    """
+
+    def marked(function: Formula) -> Runner:
+        run = Runner(function, read(legend), lift)
+        FORMULAS.append(run)
+        return run
+
+    return marked
+
+
+def recorded(apply: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """``plain``, or ``apply``, which a tape records, where somebody will differentiate the result."""
+
+    def either(*arguments: Any) -> Any:
+        return apply(*arguments) if torch.is_grad_enabled() else plain(*arguments)
+
+    return either
+
+
+def full(t: Tensor) -> Tensor:
+    """``t`` in float32 if it is in half precision."""
+    return t.float() if t.dtype in HALF else t
+
+
+class Runner:
+    """Runs one formula: a function of the same arguments."""
+
+    def __init__(self, function: Formula, legend: Legend, lift: bool) -> None:
+        functools.update_wrapper(self, function)
+        self.function, self.legend, self.count, self.lift = function, legend, len(legend.names), lift
+        self.programs: dict[Any, Program] = {}
+
+    def __call__(
+        self, *arguments: Any, over: int | None = None, needs: tuple[bool, ...] | None = None
+    ) -> Any:
+        """The results.
+
+        Args:
+            arguments: the tensors, each of which may be None, then the numbers.
+            over: the place of a tensor that may be overwritten.
+            needs: which of the results are needed; the others are None.
+        """
+        tensors, numbers = arguments[: self.count], arguments[self.count :]
+        if watched(tensors):
+            return self.plain(arguments, [None if t is None else t.dtype for t in tensors], needs)
+        if tensors[0].numel() >= LARGE:
+            return self._large(tensors, numbers, over, needs)
+        return self.program(tensors, numbers, over, needs).run(*tensors)
+
+    def plain(
+        self,
+        arguments: Sequence[Any],
+        dtypes: Sequence[torch.dtype | None],
+        needs: tuple[bool, ...] | None = None,
+    ) -> Any:
+        """The formula as it is written; half precision is lifted to float32, and each result is rounded once."""
+        lift = self.lift and not HALF.isdisjoint(dtypes)
+        if not lift and needs is None:
+            return self.function(*arguments)
+        tensors = [t.float() if lift and d in HALF else t for t, d in zip(arguments, dtypes, strict=False)]
+        results = self.function(*tensors, *arguments[self.count :])
+        several = list(_several(results))
+        for j, like in enumerate(self.legend.results):
+            if needs is not None and not needs[j]:
+                several[j] = None
+            elif lift and isinstance(like, int) and several[j] is not None:
+                several[j] = several[j].to(dtypes[like])
+        return tuple(several) if isinstance(results, tuple) else several[0]
+
+    def program(
+        self,
+        tensors: Sequence[Any],
+        numbers: tuple[Any, ...],
+        over: int | None = None,
+        needs: tuple[bool, ...] | None = None,
+    ) -> Program:
+        """The program for tensors of these dtypes and for these numbers."""
+        dtypes = tuple([None if t is None else t.dtype for t in tensors])
+        key = (dtypes, numbers, over, needs)
+        found = self.programs.get(key)
+        if found is None:
+            if len(self.programs) >= MOST:
+                self.programs.clear()
+            given = frozenset(() if over is None else (over,))
+            samples = self.legend.samples(dtypes)
+            found = make(lambda *a: self.plain((*a, *numbers), dtypes, needs), samples, given)
+            self.programs[key] = found
+        return found
+
+    # ----- large tensors -----
+
+    def _large(
+        self,
+        tensors: Sequence[Any],
+        numbers: tuple[Any, ...],
+        over: int | None,
+        needs: tuple[bool, ...] | None,
+    ) -> Any:
+        like = None
+        if self.legend.elementwise:
+            flat = flattened(*tensors)
+            if flat is None:
+                return self.program(tensors, numbers, over, needs).run(*tensors)
+            like, *tensors = flat
+        if _kernels.backend() == "inductor":
+            results = _kernels.run(self, tensors, numbers, needs)
+        else:
+            results = self._in_chunks(self.program(tensors, numbers, over, needs), tensors)
+        if like is None:
+            return results
+        views = [r.as_strided(like.shape, like.stride()) for r in _several(results)]
+        return tuple(views) if isinstance(results, tuple) else views[0]
+
+    def _in_chunks(self, program: Program, tensors: Sequence[Any]) -> Any:
+        first, along = tensors[0], ["N" in shape for shape in self.legend.shapes]
+        N = first.shape[0] if along[0] else 1
+        rows = max(CHUNK * torch.get_num_threads() * N // first.numel(), 1)
+        if not first.is_cpu or N < 2 * rows or program.steps < STEPS:
+            return program.run(*tensors)
+        kinds = [kind for kind, made in zip(self.legend.results, program.made, strict=True) if made]
+        wholes = [
+            torch.empty(tensors[k].shape, dtype=tensors[k].dtype) if isinstance(k, int) and along[k] else None
+            for k in kinds
+        ]
+        pieces = [_pieces(t, rows) if n else itertools.repeat(t) for t, n in zip(tensors, along, strict=True)]
+        pieces += [_pieces(whole, rows) for whole in wholes]
+        parts = [
+            [r for r in _several(program.run(*chunk)) if r is not None]
+            for chunk in zip(*pieces, strict=False)
+        ]
+        for j, (kind, whole) in enumerate(zip(kinds, wholes, strict=True)):
+            if whole is None:
+                of_rows = not isinstance(kind, int) and "N" in kind
+                part = [p[j] for p in parts]
+                wholes[j] = torch.cat(part) if of_rows else torch.stack(part).sum(0)
+        results = iter(wholes)
+        several = tuple(next(results) if made else None for made in program.made)
+        return several if len(several) > 1 else several[0]
+
+
+def _pieces(t: Tensor | None, rows: int) -> Iterable[Tensor | None]:
+    return itertools.repeat(None) if t is None else t.split(rows)
+
+
+def _several(results: Any) -> tuple[Any, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
+
+# ----- which tensors -----
+
+
+def watched(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether somebody looks at each step of a formula, so that it must run as it is written."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or _transformed():
+        return True
+    for t in tensors:
+        if t is not None and (type(t) not in ORDINARY or is_legacy_batchedtensor(t)):
+            return True
+    return False
+
+
+def _transformed() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def flattened(*tensors: Tensor) -> list[Tensor] | None:
+    """A tensor, and one-dimensional views of all in the order of its elements; None where there are none."""
+    like = next((t for t in tensors if any(t.stride())), tensors[0])
+    if not (like.is_contiguous() or like.is_contiguous(memory_format=torch.channels_last)):
+        return None
+    views = [like]
+    for t in tensors:
+        if t.shape != like.shape:
+            return None
+        if t.stride() == like.stride():
+            views.append(t.detach().as_strided((t.numel(),), (1,)))
+        elif not any(t.stride()):  # one number, expanded: the gradient of a sum
+            views.append(t.detach().as_strided((t.numel(),), (0,)))
+        else:
+            return None
+    return views

@@ -469,6 +469,7 @@ print(os.environ.get("MANUALPROP_COMMAND"), os.environ.get("MANUALPROP_CALLED_FR
 def test_the_console_command_and_how_to_call_it_again(tree, tmp_path_factory):
     """The words that the user typed come back, and work from where they stand."""
     (tree.root / "manualprop").mkdir()
+    tree.write("manualprop/__init__.py", "")  # or the installed package, which is no namespace, comes first
     tree.write("manualprop/__main__.py", CONSOLE)
     tree.echo()
     elsewhere = tmp_path_factory.mktemp("else where")
@@ -477,6 +478,7 @@ def test_the_console_command_and_how_to_call_it_again(tree, tmp_path_factory):
     # The driver looks for run.py beside itself.
     environment = {**os.environ, "PYTHONPATH": str(tree.root / "scripts")}
     done = subprocess.run(words, cwd=elsewhere, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     command, folder, arguments, at = done.stdout.strip().split("|")
     assert arguments == "['fit', '--name', 'a b']", done.stderr
     assert (folder, at) == (str(elsewhere), str(tree.root))

@@ -55,7 +55,10 @@ NOT_IN_MODULE_DB = {
     **{f"{n}Dropout": NO_MODULE_INFO for n in ("", "Alpha", "FeatureAlpha")},
     **{f"Dropout{d}d": NO_MODULE_INFO for d in (1, 2, 3)},
 }
-NOT_IN_OP_DB = {"dropout1d": "torch has no OpInfo for it; its module is dropout's"}
+NOT_IN_OP_DB = {
+    "dropout1d": "torch has no OpInfo for it; its module is dropout's",
+    "relu_squared": "torch has no function of that name; its rows hold it against relu(x).square()",
+}
 NOT_IN_OP_DB |= dict.fromkeys(
     (
         "activation_linear",

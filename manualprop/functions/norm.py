@@ -411,10 +411,12 @@ class BatchNormEvaluation(Rule):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, W, m, v = ctx.saved_tensors
-        whole, _, column = of_channels(x)
-        rows, columns = (shaped(t, whole) for t in (g, x)), (shaped(t, column) for t in (W, m, v))
+        whole, _, column = of_channels(g)
+        # Without a gradient of W, what is saved in the place of x may have another list of axes under vmap.
+        rows = (shaped(t, whole) for t in (g, x if ctx.needs_input_grad[1] else g))
+        columns = (shaped(t, column) for t in (W, m, v))
         dx, dW, db = evaluation_gradients(*rows, *columns, ctx.eps, needs=tuple(ctx.needs_input_grad[:3]))
-        dx = None if dx is None else flat(shaped(dx, x.shape), x)
+        dx = None if dx is None else flat(shaped(dx, g.shape), x)
         dW = None if dW is None else dW.reshape(W.shape).to(W.dtype)
         db = None if db is None else db.reshape(ctx.like_b[0]).to(ctx.like_b[1])
         return dx, dW, db, None, None, None

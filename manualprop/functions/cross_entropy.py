@@ -20,8 +20,7 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
 from manualprop.functions._elementwise_loss import Curvature, ElementwiseLoss
-from manualprop.functions._kernels import flattened, rows_of_a_block
-from manualprop.functions._legacy import minus
+from manualprop.functions._kernels import flattened, minus, rows_of_a_block
 from manualprop.functions._rule import (
     HALF,
     Rule,

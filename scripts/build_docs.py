@@ -41,7 +41,6 @@ from cases import CASES, Case  # noqa: E402
 from routes import COMPILED, COMPILED_SECOND, FORWARD, REVERSE, SECOND, Route  # noqa: E402
 
 from manualprop import functional as F  # noqa: E402
-from manualprop.functions.activation import GELU_C, SELU_ALPHA, SELU_LAMBDA  # noqa: E402
 
 # ----- accuracy: the exact functions -----
 
@@ -49,60 +48,22 @@ mpf = mpmath.mpf
 DIGITS = 60
 
 
-def _sigmoid(x: Any) -> Any:
-    return 1 / (1 + mpmath.exp(-x))
+def title(case: Case) -> str:
+    """A row's name on the page, as in "gelu (tanh)"."""
+    return " ".join([case.name, *(f"({value})" for value in case.kwargs.values())])
 
 
-def _softplus(x: Any) -> Any:
-    return mpmath.log1p(mpmath.exp(x))
-
-
-class Exact(NamedTuple):
-    """A function in many digits, at torch's default parameters, and its kinks."""
-
-    f: Callable[[Any], Any]
-    kinks: tuple[float, ...] = ()
-
-
-# fmt: off
-EXACT = {
-    "celu":        Exact(lambda x: x if x > 0 else mpmath.expm1(x), (0,)),
-    "elu":         Exact(lambda x: x if x > 0 else mpmath.expm1(x), (0,)),
-    "gelu":        Exact(lambda x: x * mpmath.erfc(-x / mpmath.sqrt(2)) / 2),
-    "gelu (tanh)": Exact(lambda x: x * _sigmoid(2 * mpmath.sqrt(2 / mpmath.pi) * (x + mpf(GELU_C) * x**3))),
-    "hardshrink":  Exact(lambda x: x if abs(x) > 0.5 else mpf(0), (-0.5, 0.5)),
-    "hardsigmoid": Exact(lambda x: min(max(x + 3, 0), 6) / mpf(6), (-3, 3)),
-    "hardswish":   Exact(lambda x: x * min(max(x + 3, 0), 6) / mpf(6), (-3, 3)),
-    "hardtanh":    Exact(lambda x: min(max(x, mpf(-1)), mpf(1)), (-1, 1)),
-    "leaky_relu":  Exact(lambda x: x if x > 0 else x * mpf(0.01), (0,)),
-    "logsigmoid":  Exact(lambda x: -_softplus(-x)),
-    "mish":        Exact(lambda x: x * mpmath.tanh(_softplus(x))),
-    "relu":        Exact(lambda x: max(x, mpf(0)), (0,)),
-    "relu6":       Exact(lambda x: min(max(x, mpf(0)), mpf(6)), (0, 6)),
-    "relu_squared": Exact(lambda x: max(x, mpf(0)) ** 2, (0,)),
-    "selu":        Exact(lambda x: mpf(SELU_LAMBDA) * (x if x > 0 else mpf(SELU_ALPHA) * mpmath.expm1(x)), (0,)),
-    "sigmoid":     Exact(_sigmoid),
-    "silu":        Exact(lambda x: x * _sigmoid(x)),
-    "softplus":    Exact(_softplus),
-    "softshrink":  Exact(lambda x: x - mpmath.sign(x) / 2 if abs(x) > 0.5 else mpf(0), (-0.5, 0.5)),
-    "softsign":    Exact(lambda x: x / (1 + abs(x)), (0,)),
-    "tanh":        Exact(mpmath.tanh),
-    "tanhshrink":  Exact(lambda x: x - mpmath.tanh(x)),
-}
-# fmt: on
-# Elementwise functions without a row: a parameter is random or has no default, or another row says the same.
-WITHOUT_DEFAULTS = {
-    "packed_relu": "relu, with a bit kept",
-    "rrelu": "random in training, leaky_relu otherwise",
-    "threshold": "relu in general",
-}
+# The rows that say what is exact, and those that say why nothing is.
+EXACT = {title(c): c for c in sorted(CASES, key=title) if callable(c.exact)}
+WITHOUT_EXACT = {c.name: c.exact for c in sorted(CASES, key=title) if c.exact and isinstance(c.exact, str)}
 SYMBOLS = ("f", "f'", "f''")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def exact(name: str, x: float, order: int) -> float:
     with mpmath.workdps(DIGITS):
-        found = mpmath.diff(EXACT[name].f, mpf(x), order) if order else EXACT[name].f(mpf(x))
+        f = EXACT[name].exact
+        found = mpmath.diff(f, mpf(x), order) if order else f(mpf(x))
         return float(found)
 
 
@@ -113,14 +74,6 @@ def points(name: str, dtype: torch.dtype) -> Tensor:
     x = torch.cat([x, extremes, -extremes]).to(dtype).unique()
     kinks = torch.tensor([*EXACT[name].kinks, torch.inf], dtype=torch.float64)
     return x[(x.double().unsqueeze(1) - kinks).abs().min(1).values > 1e-6]
-
-
-def call(module: Any, name: str) -> Callable[[Tensor], Tensor]:
-    if name == "gelu (tanh)":
-        return functools.partial(module.gelu, approximate="tanh")
-    if name == "relu_squared" and module is torch_F:
-        return lambda x: torch.relu(x).square()
-    return getattr(module, name)  # type: ignore[no-any-return]
 
 
 def derivatives(f: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor | None]:
@@ -162,7 +115,7 @@ def errors(name: str, dtype_name: str) -> Errors:
     truth = [torch.tensor([exact(name, v, n) for v in x.tolist()], dtype=torch.float64) for n in range(3)]
     keep = torch.stack([t.abs() < torch.finfo(dtype).max for t in truth]).all(0)
     x, truth = x[keep], [t[keep] for t in truth]
-    return Errors(x, truth, derivatives(call(F, name), x), derivatives(call(torch_F, name), x))
+    return Errors(x, truth, derivatives(EXACT[name], x), derivatives(EXACT[name].torchs, x))
 
 
 def worst_pair(name: str, dtype_name: str, order: int) -> tuple[float | None, float | None]:
@@ -225,7 +178,7 @@ def accuracy_page() -> Iterator[str]:
     yield "The place of torch's largest relative error, float32, where it is over 1 % and a hundred times ours.\n\n"
     yield markdown_table(["function", "x", "exact", "ours", "torch"], list(poor_places())) + "\n\n"
     yield "## At a kink\n\n" + prelu_at_zero() + "\n\n"
-    names = ", ".join(f"{name} ({reason})" for name, reason in WITHOUT_DEFAULTS.items())
+    names = ", ".join(f"{name} ({reason})" for name, reason in WITHOUT_EXACT.items())
     yield f"Functions without a row: {names}.\n"
 
 

@@ -426,8 +426,14 @@ def test_threads_share_the_kernels() -> None:
         torch.testing.assert_close(found[i], expected)
 
 
-@pytest.mark.parametrize("backend", _kernels.BACKENDS)
-@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "mish", "relu", "silu", "tanh"])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        pytest.param(name, b, marks=[pytest.mark.slow] * (b == "inductor" and name != "gelu"))
+        for name in ACTIVATIONS
+        for b in _kernels.BACKENDS
+    ],
+)
 def test_value_and_gradient_at_once(name: str, backend: str) -> None:
     u, g = points(7, 9), points(7, 9) + 1
     manualprop.kernels(backend)

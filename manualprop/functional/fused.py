@@ -1,8 +1,9 @@
 """Blocks of layers as one function: the exact composition of their parts, with fewer bytes kept for backward.
 
-``activation`` is a name: ``"gelu"``, ``"gelu_tanh"``, ``"mish"``, ``"relu"``, ``"relu_squared"``, ``"silu"`` or
-``"tanh"``.  ``keep`` is ``"pre-activation"`` or ``"input"``: with the latter nothing is kept for a hidden element, and the products that lead
-to the activation are computed a second time in backward.  With the same seed dropout drops what it drops in the parts.
+``activation`` is a name that a rule declares by ``fuses``, as ``"gelu"``, ``"gelu_tanh"``, ``"relu"`` or ``"silu"``.  The
+error for an unknown name lists them all.  ``keep`` is ``"pre-activation"`` or ``"input"``: with the latter nothing is kept
+for a hidden element, and the products that lead to the activation are computed a second time in backward.  With the
+same seed dropout drops what it drops in the parts.
 """
 
 import torch
@@ -15,6 +16,7 @@ from manualprop.functional.dropout import _check_probability, _kept
 from manualprop.functional.linear import _autocast_low, linear
 from manualprop.functions._in_place import write_over
 from manualprop.functions.fused import ACTIVATIONS as ACTIVATIONS
+from manualprop.functions.fused import FUSES as FUSES
 
 KEEP = ("pre-activation", "input")
 

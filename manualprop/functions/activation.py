@@ -80,6 +80,7 @@ class Tanh(Elementwise):
     """
 
     saves = "output"
+    fuses = "tanh"
 
     @staticmethod
     def f(x: Tensor) -> Tensor:
@@ -199,6 +200,8 @@ class SiLU(Elementwise):
         Elfwing, Uchibe and Doya, 2017, https://arxiv.org/abs/1702.03118
     """
 
+    fuses = "silu"
+
     @staticmethod
     def f(x: Tensor) -> Tensor:
         return F.silu(x)
@@ -231,6 +234,8 @@ class Mish(Elementwise):
     Reference
         Misra, 2019, https://arxiv.org/abs/1908.08681
     """
+
+    fuses = "mish"
 
     @staticmethod
     def f(x: Tensor) -> Tensor:
@@ -457,6 +462,8 @@ class GELU(Elementwise):
         Hendrycks and Gimpel, 2016, https://arxiv.org/abs/1606.08415
     """
 
+    fuses = "gelu"
+
     @staticmethod
     def f(x: Tensor) -> Tensor:
         return F.gelu(x)
@@ -491,6 +498,8 @@ class GELUTanh(Elementwise):
     Reference
         Hendrycks and Gimpel, 2016, https://arxiv.org/abs/1606.08415: c is theirs, fitted.
     """
+
+    fuses = "gelu_tanh"
 
     @staticmethod
     def f(x: Tensor) -> Tensor:

@@ -21,12 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manualprop.functions import activation as activations
+from manualprop.functions import piecewise
+from manualprop.functions._elementwise import Elementwise
 from manualprop.functions._execution import recorded
 from manualprop.functions._execution._bits import keep_bits, kept_bytes
 from manualprop.functions._rule import Rule, transforms_active
-from manualprop.functions.activation import GELU, GELUTanh, Mish, SiLU, Tanh
 from manualprop.functions.linear import Linear
-from manualprop.functions.piecewise import ReLU, ReLUSquared
 
 
 class Activation(NamedTuple):
@@ -39,6 +40,12 @@ class Activation(NamedTuple):
     from_output: bool  # whether f' is written in h, not in u
 
 
+# By the names that the rules declare.
+FUSES: dict[str, type[Elementwise]] = {
+    rule.fuses: rule
+    for rule in (*vars(activations).values(), *vars(piecewise).values())
+    if isinstance(rule, type) and issubclass(rule, Elementwise) and rule.fuses
+}
 ACTIVATIONS = {
     name: Activation(
         recorded(rule.apply, rule.f),
@@ -47,15 +54,7 @@ ACTIVATIONS = {
         rule.chain.apply,
         rule.saves == "output",
     )
-    for name, rule in {
-        "gelu": GELU,
-        "gelu_tanh": GELUTanh,
-        "mish": Mish,
-        "relu": ReLU,
-        "relu_squared": ReLUSquared,
-        "silu": SiLU,
-        "tanh": Tanh,
-    }.items()
+    for name, rule in sorted(FUSES.items())
 }
 
 

@@ -32,6 +32,7 @@ class ReLU(Elementwise):
 
     saves = "output"
     chooses = exact = True
+    fuses = "relu"
 
     @staticmethod
     def f(x: Tensor) -> Tensor:
@@ -305,6 +306,7 @@ class ReLUSquared(Elementwise):
 
     saves = "output"
     chooses = True
+    fuses = "relu_squared"
 
     @staticmethod
     def f(x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class LinearActivation(nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as :class:`torch.nn.Linear`; ``state_dict`` is the same.
-        activation: ``"gelu"``, ``"gelu_tanh"``, ``"mish"``, ``"relu"``, ``"relu_squared"``, ``"silu"`` or ``"tanh"``.
+        activation: a name, as ``"gelu"``: see :mod:`manualprop.functional.fused`.
         keep: ``"pre-activation"`` (for ReLU, its square and Tanh the output), or ``"input"``, which computes the product again.
 
     Shape:
@@ -61,7 +61,7 @@ class ActivationLinear(nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as :class:`torch.nn.Linear`; ``state_dict`` is the same.
-        activation: ``"gelu"``, ``"gelu_tanh"``, ``"mish"``, ``"relu"``, ``"relu_squared"``, ``"silu"`` or ``"tanh"``.
+        activation: a name, as ``"gelu"``: see :mod:`manualprop.functional.fused`.
         dropout: probability that an activation is dropped in training, in [0, 1].
 
     Shape:
@@ -103,7 +103,7 @@ class MLP(nn.Module):
 
     Args:
         in_features, hidden_features, out_features: sizes of the three layers of numbers.
-        activation: ``"gelu"``, ``"gelu_tanh"``, ``"mish"``, ``"relu"``, ``"relu_squared"``, ``"silu"`` or ``"tanh"``.
+        activation: a name, as ``"gelu"``: see :mod:`manualprop.functional.fused`.
         dropout: probability that a hidden activation is dropped in training, in [0, 1].
         bias: whether the layers have biases.
         keep: ``"pre-activation"``, or ``"input"``, which computes the hidden layer again in backward.
@@ -165,7 +165,7 @@ class GatedMLP(nn.Module):
 
     Args:
         in_features, hidden_features, out_features: sizes of the three layers of numbers.
-        activation: ``"silu"``, ``"gelu"``, ``"relu"``, ``"relu_squared"``, ``"gelu_tanh"``, ``"mish"`` or ``"tanh"``.
+        activation: a name, as ``"silu"``: see :mod:`manualprop.functional.fused`.
         bias: whether the layers have biases.
         keep: ``"pre-activation"`` for the two branches, or ``"input"``, which computes them again in backward.
         device, dtype: as :class:`torch.nn.Linear`.

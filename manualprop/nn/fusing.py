@@ -12,19 +12,25 @@ import torch.nn.functional as torch_F
 from torch import Tensor, nn
 
 from manualprop import functional as F
+from manualprop.functional.fused import FUSES
+from manualprop.nn import activation
 from manualprop.nn._heard import is_heard
-from manualprop.nn.activation import GELU, Mish, ReLU, ReLUSquared, SiLU, Tanh
+from manualprop.nn.activation import GELU
 from manualprop.nn.dropout import Dropout
 from manualprop.nn.linear import Linear
 from manualprop.nn.norm import LayerNorm, RMSNorm
 
-ACTIVATIONS = {Mish: "mish", ReLU: "relu", ReLUSquared: "relu_squared", SiLU: "silu", Tanh: "tanh"}
+# The layers and functions whose rules declare that blocks take them.
+ACTIVATIONS = {
+    getattr(activation, rule.__name__): name
+    for name, rule in FUSES.items()
+    if hasattr(activation, rule.__name__)
+}
 FUNCTIONS = {
-    torch_F.gelu: "gelu", torch_F.mish: "mish", torch_F.relu: "relu", torch_F.silu: "silu", torch_F.tanh: "tanh",
-    torch.relu: "relu", torch.tanh: "tanh",
-}  # fmt: skip
-# Ours are differentiated from the output, which a linear layer after it keeps.
-KEPT_ANYWAY = ("relu", "relu_squared", "tanh")
+    getattr(module, name): name for module in (torch, torch_F) for name in FUSES if hasattr(module, name)
+}
+# Those that are differentiated from the output, which a linear layer after them keeps.
+KEPT_ANYWAY = {name for name, rule in FUSES.items() if rule.saves == "output"}
 
 # A layer, or an activation as a function, or its name.
 Part = nn.Module | Callable[[Tensor], Tensor] | str

@@ -18,6 +18,18 @@ from manualprop.functions._in_place import write_over
 from manualprop.functions.fused import ACTIVATIONS as ACTIVATIONS
 from manualprop.functions.fused import FUSES as FUSES
 
+__all__ = [
+    "activation_linear",
+    "gated_linear",
+    "gated_mlp",
+    "layer_norm_linear",
+    "linear_activation",
+    "mlp",
+    "packed_relu",
+    "relu_dropout",
+    "rms_norm_linear",
+]
+
 KEEP = ("pre-activation", "input")
 
 

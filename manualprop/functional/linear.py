@@ -8,6 +8,8 @@ from torch import Tensor
 from manualprop import functions as rules
 from manualprop.functional._checks import refuse_complex
 
+__all__ = ["bilinear", "linear"]
+
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Like :func:`torch.nn.functional.linear`, by :class:`manualprop.functions.Linear`.

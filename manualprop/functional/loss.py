@@ -20,6 +20,20 @@ from manualprop.functional._reduction import (
 from manualprop.functions._elementwise_loss import ElementwiseLoss
 from manualprop.functions._rule import plain_eager
 
+__all__ = [
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "cross_entropy",
+    "gaussian_nll_loss",
+    "huber_loss",
+    "kl_div",
+    "l1_loss",
+    "mse_loss",
+    "nll_loss",
+    "poisson_nll_loss",
+    "smooth_l1_loss",
+]
+
 # ----- regression -----
 
 

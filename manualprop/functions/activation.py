@@ -17,6 +17,24 @@ from torch import Tensor
 from manualprop.functions._elementwise import Elementwise
 from manualprop.functions._execution import decay, erfc, indicator
 
+__all__ = [
+    "CELU",
+    "ELU",
+    "GELU",
+    "SELU",
+    "ELUFromInput",
+    "GELUTanh",
+    "LogSigmoid",
+    "Mish",
+    "SiLU",
+    "Sigmoid",
+    "Softplus",
+    "SoftplusFromInput",
+    "Softsign",
+    "Tanh",
+    "Tanhshrink",
+]
+
 # Constants stand outside of the classes: compiled autograd cannot read an attribute of a Function.
 
 SELU_ALPHA = 1.6732632423543772848170429916717

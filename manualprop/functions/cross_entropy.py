@@ -32,6 +32,8 @@ from manualprop.functions._rule import (
 )
 from manualprop.functions.softmax import dot
 
+__all__ = ["BCE", "NLL", "BCEWithLogits", "BCEWithPosWeight", "CrossEntropy", "SoftCrossEntropy"]
+
 MANY = 2**15  # numbers from which finding their places in memory pays, measured
 
 

@@ -16,6 +16,8 @@ from manualprop.functions._execution import chosen, formula, indicator
 from manualprop.functions._execution._bits import keep_bits, kept_bytes
 from manualprop.functions._rule import Rule, flat
 
+__all__ = ["AlphaDropout", "Dropout", "ReLUDropout"]
+
 
 class Dropout(Rule):
     r"""$y = k x / q$ with $k = 1$ with probability $q$, else 0

@@ -29,6 +29,8 @@ from manualprop.functions._execution._bits import keep_bits, kept_bytes
 from manualprop.functions._rule import Rule, transforms_active
 from manualprop.functions.linear import Linear
 
+__all__ = ["MLP", "ActivationLinear", "LinearActivation"]
+
 
 class Activation(NamedTuple):
     """What the rules below use of an activation's: compiled autograd cannot read the attributes of a rule."""

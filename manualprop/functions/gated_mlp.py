@@ -30,6 +30,8 @@ from manualprop.functions.fused import (
 )
 from manualprop.functions.linear import Linear
 
+__all__ = ["GatedLinear", "GatedMLP"]
+
 
 class GatedLinear(Rule):
     r"""$y = (f(a) \, c) V^\top + e$, of which the branches $a$ and $c$ are kept

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from manualprop.functions._rule import Rule, transforms_active
 
+__all__ = ["Bilinear", "Linear"]
+
 FEW = 2**11  # rows that a product may add one after the other; a sum adds more by halves, which rounds less
 
 

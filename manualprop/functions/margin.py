@@ -21,6 +21,17 @@ from manualprop.functions._execution import indicator
 from manualprop.functions._rule import Rule, flat, in_full_precision, plain_eager
 from manualprop.functions.cross_entropy import constant_zeros, lifted, scattered
 
+__all__ = [
+    "CosineEmbedding",
+    "HingeEmbedding",
+    "MarginRanking",
+    "MultiLabelMargin",
+    "MultiMargin",
+    "PairwiseDistance",
+    "SoftMargin",
+    "TripletMargin",
+]
+
 
 class HingeEmbedding(ElementwiseLoss):
     r"""$l = x$ for a label $t = 1$, and $\max(m - x, 0)$ for $t = -1$

@@ -27,6 +27,8 @@ from manualprop.functions._execution import Runner, formula
 from manualprop.functions._execution import _normalisation as aten
 from manualprop.functions._rule import Rule, flat
 
+__all__ = ["BatchNorm", "BatchNormEvaluation", "GroupNorm", "LayerNorm", "RMSNorm"]
+
 
 class Axes(NamedTuple):
     """Over which axes m is the mean, by whether W changes along them, and which are left for the sums of dW and db."""

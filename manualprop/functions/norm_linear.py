@@ -32,6 +32,8 @@ from manualprop.functions.norm import (
     weighted,
 )
 
+__all__ = ["LayerNormLinear", "RMSNormLinear"]
+
 
 class LayerNormLinear(Rule):
     r"""$y = n W^\top + b$ with $n = w z + c$ and $z = r (x - m)$, of which $x$, $m$ and $r$ are kept

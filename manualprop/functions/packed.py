@@ -15,6 +15,8 @@ from manualprop.functions._execution import chosen, formula, indicator
 from manualprop.functions._execution._bits import keep_bits, kept_bytes
 from manualprop.functions._rule import Rule, flat
 
+__all__ = ["PackedReLU"]
+
 
 class PackedReLU(Rule):
     r"""$y = \max(x, 0)$, of which one bit per element is kept

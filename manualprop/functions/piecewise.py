@@ -12,6 +12,21 @@ from torch import Tensor
 from manualprop.functions._elementwise import Elementwise
 from manualprop.functions._execution import indicator, inside
 
+__all__ = [
+    "Hardshrink",
+    "Hardsigmoid",
+    "Hardswish",
+    "Hardtanh",
+    "LeakyReLU",
+    "LeakyReLUFromInput",
+    "ReLU",
+    "ReLU6",
+    "ReLUSquared",
+    "ReLUSquaredFromInput",
+    "Softshrink",
+    "Threshold",
+]
+
 # ----- piecewise linear: the second derivative is 0 -----
 
 

@@ -12,6 +12,17 @@ from manualprop.functional.fused import _activate, _check_names
 from manualprop.nn import linear, norm
 from manualprop.nn._heard import is_heard
 
+__all__ = [
+    "MLP",
+    "ActivationLinear",
+    "GatedMLP",
+    "LayerNormLinear",
+    "LinearActivation",
+    "PackedReLU",
+    "RMSNormLinear",
+    "ReLUDropout",
+]
+
 PLAIN = (nn.Linear, linear.Linear, nn.LayerNorm, norm.LayerNorm, nn.RMSNorm, norm.RMSNorm)
 
 

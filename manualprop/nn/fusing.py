@@ -20,6 +20,8 @@ from manualprop.nn.dropout import Dropout
 from manualprop.nn.linear import Linear
 from manualprop.nn.norm import LayerNorm, RMSNorm
 
+__all__ = ["FusedSequential"]
+
 # The layers and functions whose rules declare that blocks take them.
 ACTIVATIONS = {
     getattr(activation, rule.__name__): name

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -120,7 +120,7 @@ def of_a_gradient(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def of_some(ctx: Any, *g: Tensor | None) -> Any:
-        if all(one is None for one in g):
+        if g[0] is None and all(one is None for one in g):
             return (None,) * len(ctx.needs_input_grad)
         return backward(ctx, *g)
 
@@ -170,9 +170,11 @@ class Rule(Function):
 
     generate_vmap_rule = True
     abstract = False  # True in the statement of a class that rules are derived from, and that is none itself
+    _apply: ClassVar[Callable[..., Any]]  # what Function.apply calls in the end
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls._apply = super(Function, cls).apply  # type: ignore[misc]
         if not vars(cls).get("abstract", False):
             require_methods(cls, "forward", "setup_context", "backward")
             _require_tangents(cls)
@@ -192,7 +194,7 @@ class Rule(Function):
             return _local.recorder(cls, args)
         if transforms_active():
             return super().apply(*args)
-        return super(Function, cls).apply(*[_usable(a, cls) if isinstance(a, Tensor) else a for a in args])  # type: ignore[misc]
+        return cls._apply(*[_usable(a, cls) if isinstance(a, Tensor) else a for a in args])
 
 
 def _require_tangents(rule: type[Rule]) -> None:
@@ -209,7 +211,9 @@ def _require_tangents(rule: type[Rule]) -> None:
 
 def _usable(a: Tensor, rule: type[Rule]) -> Tensor:
     """``a``, or the real tensor where it outlived its transform and is a dead wrapper around that one."""
-    if a.is_nested and a.requires_grad and torch.is_grad_enabled():
+    if not a.is_nested:
+        return unwrap_if_dead(a)
+    if a.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError(
             f"{rule.__name__}: the hand-derived gradients are those of ordinary tensors, without ragged axes. Got a "
             f"nested tensor of layout {a.layout} that requires a gradient. Apply the layer to its values() or to a "

@@ -11,7 +11,7 @@ from cases._case import Case, real
 from manualprop.functions.fused import FUSES
 
 # What the next layer keeps anyway.
-FROM_OUTPUT = {name for name, rule in FUSES.items() if rule.saves == "output"}
+FROM_OUTPUT = [name for name, rule in FUSES.items() if rule.saves == "output"]
 
 
 # The first row of each activation says what torch does.

@@ -60,10 +60,16 @@ ACTIVATIONS = [
     if isinstance(rule, type) and issubclass(rule, functions.Elementwise) and name in vars(nn)
     if name != "Threshold"
 ]
+OFF = {"Hardsigmoid": 1e-7}  # torch multiplies by a 1/6 rounded to float32
 
 ROWS = [
     *(
-        Row(f"activation-{name}", lambda name=name: mlp(getattr(nn, name)()), steps=50)
+        Row(
+            f"activation-{name}",
+            lambda name=name: mlp(getattr(nn, name)()),
+            steps=50,
+            within=OFF.get(name, 1e-10),
+        )
         for name in ACTIVATIONS
     ),
     Row("activation-LeakyReLU-negative", lambda: mlp(nn.LeakyReLU(-0.3)), steps=50),

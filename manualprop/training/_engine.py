@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -21,11 +21,8 @@ from torch import Tensor
 from manualprop._backprop import WAY_OUT, Backprop
 from manualprop.descent import sum_and_denominator
 from manualprop.training._checks import untouched
+from manualprop.training._trainable import Trainable
 
-if TYPE_CHECKING:
-    from manualprop.training.module import DescentModule
-
-EngineName = Literal["tape-free", "autograd", "auto"]
 Finite = Callable[[float, Tensor, Tensor], float]
 
 # What Lightning calls around autograd and optimizer.step(), neither of which a folded update goes through.
@@ -46,7 +43,7 @@ class Engine(ABC):
         finite: returns the loss of some inputs and targets, and refuses one that is not finite.
     """
 
-    def __init__(self, module: DescentModule, finite: Finite) -> None:
+    def __init__(self, module: Trainable, finite: Finite) -> None:
         self.module, self.finite = module, finite
 
     @abstractmethod
@@ -98,7 +95,7 @@ class Autograd(Engine):
 class TapeFree(Engine):
     """The formulas written out, by :class:`manualprop.Backprop`; where it can, the update is folded into them."""
 
-    def __init__(self, module: DescentModule, finite: Finite) -> None:
+    def __init__(self, module: Trainable, finite: Finite) -> None:
         super().__init__(module, finite)
         self.backprop = self._backprop(module.loss)
         self._summed: Backprop | None = None
@@ -174,7 +171,7 @@ class TapeFree(Engine):
             pass  # of the data, not of the engine: the update itself will say so
 
 
-def obstacle(module: DescentModule) -> str | None:
+def obstacle(module: Trainable) -> str | None:
     """Return why a module that is about to be trained cannot be without a tape; None where it can.
 
     Args:
@@ -207,11 +204,9 @@ def shortened(refusal: Exception) -> str:
     return str(refusal).removeprefix("Backprop: ").removesuffix(".").removesuffix(WAY_OUT).rstrip(". ")
 
 
-def _overridden(module: DescentModule) -> str | None:
+def _overridden(module: Trainable) -> str | None:
     """Name the first of somebody's own methods that the tape-free engine would pass by."""
-    from manualprop.training.module import DescentModule
-
-    if is_overridden("forward", module, DescentModule):
+    if is_overridden("forward", module, Trainable):
         return f"{type(module).__name__} has its own forward"
     owners: list[tuple[Any, type, tuple[str, ...]]] = [(module, LightningModule, _MODULE_HOOKS)]
     trainer: Any = module.trainer

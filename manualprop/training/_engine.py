@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from manualprop._backprop import WAY_OUT, Backprop
+from manualprop._backprop import WAY_OUT, Backprop, NotFinite
 from manualprop.descent import sum_and_denominator
 from manualprop.training._checks import untouched
 from manualprop.training._trainable import Trainable
@@ -109,8 +109,8 @@ class TapeFree(Engine):
         """Make one update; see `Engine.update`."""
         try:
             loss = self.backprop(x, target)
-        except FloatingPointError:
-            self._refuse(self.backprop, x, target)
+        except NotFinite as error:
+            self.finite(error.loss, x, target)
             raise
         # As LightningOptimizer.step does, which a folded update does not go through.
         self._made.increment_by(1)
@@ -123,9 +123,9 @@ class TapeFree(Engine):
         for x, target in pairs:
             try:
                 made.append((backprop(x, target), backprop.output))
-            except FloatingPointError:
+            except NotFinite as error:
                 self._made.increment_by(len(made))
-                self._refuse(backprop, x, target)
+                self.finite(error.loss, x, target)
                 raise
         self._made.increment_by(len(made))
         return made
@@ -138,8 +138,8 @@ class TapeFree(Engine):
             self._summed = self._backprop(loss)
         try:
             gradients = self._summed.gradients(x, target)
-        except FloatingPointError:
-            self._refuse(self._summed, x, target)
+        except NotFinite as error:
+            self.finite(error.loss, x, target)
             raise
         for name, gradient in gradients.items():
             parameter = self.module.model.get_parameter(name)
@@ -148,11 +148,6 @@ class TapeFree(Engine):
         with torch.no_grad():
             total, divisor = sum_and_denominator(self.module.loss, output, target)
         return total.item(), divisor, output
-
-    def _refuse(self, backprop: Backprop, x: Tensor, target: Tensor) -> None:
-        """Name the update in the error, where the loss is what was not finite."""
-        with torch.no_grad():
-            self.finite(float(backprop.criterion.loss(backprop.output, target)), x, target)
 
     def rehearse(self, x: Tensor, target: Tensor) -> None:
         """Run forwards and backwards without a trace: some layers are refused when they meet their input only.

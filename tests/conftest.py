@@ -2,6 +2,8 @@
 
 import gc
 
+import hypothesis  # noqa: F401  # its plugins ask who refers to an object, which gc.freeze hides: so before that
+
 
 def pytest_collection_finish() -> None:
     gc.collect()

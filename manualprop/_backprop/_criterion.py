@@ -15,7 +15,7 @@ from manualprop import functions as rules
 from manualprop import nn
 from manualprop._backprop._context import Application, applications
 from manualprop._backprop._stages import WAY_OUT, refusal
-from manualprop.descent import compares_elements, denominator
+from manualprop._splitting import compares_elements, denominator
 from manualprop.functions._elementwise_loss import ElementwiseLoss
 from manualprop.functions._kernels import SMALLEST
 from manualprop.functions._narrow import log_softmax

@@ -24,7 +24,7 @@ from manualprop._backprop._destinations import Factors, Guarded
 from manualprop._backprop._graph import Body, Graphs, Hyperparameters, with_tensors
 from manualprop._backprop._plan import Collection, Plan
 from manualprop._backprop._stages import Backward, Forward, flat
-from manualprop.descent import check_splittable, is_sum
+from manualprop._splitting import check_splittable, is_sum
 
 Way = Callable[[Tensor, Tensor], tuple[float, Tensor]]
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from manualprop._backprop import not_finite
-from manualprop.descent import Descent, MiniBatch, Stochastic, compares_elements, is_sum
+from manualprop._splitting import compares_elements, is_sum
+from manualprop.descent import Descent, MiniBatch, Stochastic
 from manualprop.training._errors import InputTypeError, InputValueError, UserError
 
 Examples = tuple[Tensor, Tensor]

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from manualprop._backprop import WAY_OUT, Backprop, NotFinite
-from manualprop.descent import sum_and_denominator
+from manualprop._splitting import sum_and_denominator
 from manualprop.training._checks import untouched
 from manualprop.training._trainable import Trainable
 

@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from manualprop.descent import Batch, Descent, Stochastic, check_splittable, is_sum
+from manualprop._splitting import check_splittable, is_sum
+from manualprop.descent import Batch, Descent, Stochastic
 from manualprop.training._errors import InputTypeError
 
 EngineName = Literal["tape-free", "autograd", "auto"]

@@ -27,16 +27,8 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from manualprop._backprop import data_at_fault, not_finite
-from manualprop.descent import (
-    Batch,
-    Descent,
-    MiniBatch,
-    Stochastic,
-    check_splittable,
-    finish_gradient,
-    is_sum,
-    sum_and_denominator,
-)
+from manualprop._splitting import check_splittable, finish_gradient, is_sum, sum_and_denominator
+from manualprop.descent import Batch, Descent, MiniBatch, Stochastic
 from manualprop.training import _objects, _resume
 from manualprop.training._checks import (
     Fit,

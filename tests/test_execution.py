@@ -26,7 +26,7 @@ from manualprop.functions._execution import (
     read,
 )
 from manualprop.functions._execution._program import program
-from manualprop.functions.fused import ACTIVATIONS, activated_and_through, through
+from manualprop.functions.fused.mlp import ACTIVATIONS, activated_and_through, through
 
 # The compiler loads parts of torch that torch itself has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")

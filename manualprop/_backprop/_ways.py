@@ -23,7 +23,7 @@ from manualprop._backprop._descend_op import Updates
 from manualprop._backprop._destinations import Factors, Guarded
 from manualprop._backprop._graph import Body, Graphs, Hyperparameters, with_tensors
 from manualprop._backprop._plan import Collection, Plan
-from manualprop._backprop._stages import Backward, Forward, flat
+from manualprop._backprop._stages import Backward, Forward, chain_of
 from manualprop._splitting import check_splittable, is_sum
 
 Way = Callable[[Tensor, Tensor], tuple[float, Tensor]]
@@ -55,7 +55,7 @@ def repeated(plan: Plan, output: Tensor, target: Tensor) -> Repeated | None:
         output: of that step.
         target: its target.
     """
-    chain = flat(plan.stage)
+    chain = chain_of(plan.stage)
     if sum(stage.kept() for stage in chain) > KEPT:
         return None
     ways = [stage.repeated() for stage in chain]

@@ -117,7 +117,7 @@ def _refuse_others(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
 
 
-def check_examples(before: int | None, now: int) -> None:
+def check_same_examples(before: int | None, now: int) -> None:
     """Refuse a training set of another size: then the order of the examples, and the count of epochs, are others.
 
     Args:

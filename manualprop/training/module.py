@@ -512,7 +512,7 @@ class DescentModule(Trainable):
             return
         loader = self.trainer.train_dataloader
         if isinstance(loader, TrainingRows):
-            _resume.check_examples(restored["examples"], len(loader.x))
+            _resume.check_same_examples(restored["examples"], len(loader.x))
             if not restored["rows"]:
                 # With a limit on steps Lightning takes a whole epoch for one to go on with, and counts it again.
                 restarting: Any = _Loop.restarting

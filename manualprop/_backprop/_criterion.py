@@ -16,6 +16,7 @@ from manualprop import nn
 from manualprop._backprop._context import Application, applications
 from manualprop._backprop._stages import WAY_OUT, refusal
 from manualprop._splitting import compares_elements, denominator
+from manualprop._torch import nll_loss
 from manualprop.functions._elementwise_loss import ElementwiseLoss
 from manualprop.functions._kernels import SMALLEST
 from manualprop.functions._narrow import log_softmax
@@ -23,8 +24,6 @@ from manualprop.functions._rule import HALF
 
 MEAN, SUM = 1, 2  # ATen's numbers of the reductions
 
-# What torch.nn.functional.nll_loss calls; its stub names other types.
-nll_loss: Any = torch._C._nn.nll_loss_nd
 minus_target = rules.CrossEntropy.minus_target
 
 # (loss, gradient), from (output, target)

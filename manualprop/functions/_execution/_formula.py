@@ -19,11 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch._C import _are_functorch_transforms_active as are_functorch_transforms_active
-from torch._C._functorch import is_legacy_batchedtensor
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+from manualprop._torch import forward_level, is_legacy_batchedtensor, transforms_active
 from manualprop.functions._execution import _kernels
 from manualprop.functions._execution._program import Program
 from manualprop.functions._execution._program import program as make
@@ -243,9 +241,9 @@ def _several(results: Any) -> tuple[Any, ...]:
 
 def watched(tensors: Sequence[Tensor | None]) -> bool:
     """Whether somebody looks at each step of a formula, so that it must run as it is written."""
-    if is_grad_enabled() or is_compiling() or are_functorch_transforms_active():
+    if is_grad_enabled() or is_compiling() or transforms_active():
         return True
-    if forward_ad._current_level >= 0:
+    if forward_level() >= 0:
         return True
     for t in tensors:
         if t is not None and (type(t) not in ORDINARY or is_legacy_batchedtensor(t)):

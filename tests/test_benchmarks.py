@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import manualprop
+from manualprop import functions
 from manualprop import nn as our_nn
 
-TINY = bench_layers.Settings(rounds=2, seconds=1e-5, big=(32, 64), compiled=False)
+TINY = bench_layers.Settings(rounds=2, seconds=1e-5, middle=(32, 64), big=(32, 64), compiled=False)
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +30,21 @@ def test_every_entry_runs_and_is_the_twin(name: str) -> None:
     ours, torchs, _ = bench_layers.pair(bench_layers.LAYERS[name], 32, 64)
     assert type(ours).__bases__[0] is type(torchs) and type(ours).__module__.startswith(our_nn.__name__)
     cells = bench_layers.measure(name, TINY)
-    assert set(cells) == {"small", "big"}
+    assert set(cells) == {"small", "middle", "big"}
     assert all(cell.ratio.median > 0 and min(cell.bytes) >= 0 for cell in cells.values())
+
+
+def test_the_activations_are_those_of_the_package() -> None:
+    kinds = {name: layer.targets for name, layer in bench_layers.activations().items()}
+    rules = {
+        name
+        for name, rule in vars(functions).items()
+        if isinstance(rule, type) and issubclass(rule, functions.Elementwise)
+    }
+    assert kinds.keys() == rules & vars(our_nn).keys() & vars(torch.nn).keys() and len(kinds) > 15
+    assert kinds["ReLU"] == kinds["Threshold"] == bench_layers.PIECEWISE
+    assert kinds["SiLU"] == kinds["Mish"] == bench_layers.SMOOTH
+    assert kinds["GELU"].middle == 2.2 and kinds["Tanh"].big == 1.3
 
 
 def test_every_twin_has_an_entry(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,7 +79,7 @@ def test_a_miss_is_marked() -> None:
     assert bench_layers.Cell(ratio, (9, 8), None).missed
     assert not bench_layers.Cell(ratio, (8, 8), 1.4).missed
     table = bench_layers.rows({"X": {"big": bench_layers.Cell(ratio, (3_000_000, 2_000_000), 1.3)}})
-    assert table[0][2] == "1.40 (1.3) !" and table[0][5] == "3.0 / 2.0 !"
+    assert table[0][3] == "1.40 (1.3) !" and table[0][7] == "3.0 / 2.0 !"
 
 
 def test_a_layer_that_does_not_compile_is_named() -> None:

@@ -18,6 +18,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from manualprop import _torch as _torch  # warns of an untested version
+
 if TYPE_CHECKING:
     from rich.table import Table
 

@@ -35,6 +35,8 @@ from torch.nn import Parameter
 from torch.optim import LBFGS, SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from manualprop import _torch as _torch  # warns of an untested version
+
 __all__ = [
     "Batch",
     "Descent",

@@ -3,7 +3,7 @@
 
 It needs nothing but Python. The first call installs everything into `.venv`; later calls hand over to it at once.
 `test --torch 2.14.1` does the same with `.venv-torch-2.14.1`. In an environment, `set-up` is the stamp: it names what
-is installed, once the last step is done. `suite.xml` is the last whole run of the tests, for `docs versions`.
+is installed, once the last step is done. `suite.json` is the last whole run of the tests, for `docs versions`.
 """
 
 import hashlib
@@ -82,10 +82,11 @@ class Environment:
 
     def set_up(self) -> None:
         if not (find_spec("venv") and find_spec("ensurepip")):  # Debian's python3 has the first alone
-            reason = (
-                "this Python cannot make virtual environments: its `venv` or `ensurepip` module is missing."
+            raise Stop(
+                "this Python cannot make environments: its module `venv` or `ensurepip` is missing. "
+                f"On Debian and Ubuntu: sudo apt install python{VERSION}-venv",
+                2,
             )
-            raise Stop(f"{reason} On Debian and Ubuntu: sudo apt install python{VERSION}-venv", 2)
         began = time.monotonic()
         say(f"setting up {self.name}: torch, Lightning, test tools. It takes a few minutes.")
         # After a change of pins alone pip can install on top. Anything else, an interrupted set-up above all (pip
@@ -183,8 +184,8 @@ def show_progress(child: "subprocess.Popen[bytes]", log: Path) -> None:
         try:
             child.wait(0.25 if width else 10)
         except subprocess.TimeoutExpired:
-            lines = re.findall(r"(?m)^(?!WARNING).+$", log.read_text(errors="replace")) or [""]
-            line = f"  {time.monotonic() - began:4.0f} s  {lines[-1].strip()}"
+            lines = re.findall(r"(?m)^ *((?:[A-Z]\w+ing|Using cached) .+)$", log.read_text(errors="replace"))
+            line = f"  {time.monotonic() - began:4.0f} s  {lines[-1] if lines else 'beginning'}"
             print(line[: width or 100].ljust(width), end="\r" if width else "\n", file=sys.stderr, flush=True)
     print(" " * width, end="\r" * bool(width), file=sys.stderr, flush=True)
 
@@ -193,13 +194,10 @@ def explain(output: str, status: int, index: str) -> str:
     """Why a step failed. Without a network pip says "no matching distribution", which misleads."""
     errors = re.findall(r"(?:ERROR|error): (?!subprocess-exited|ResolutionImpossible)(.*)", output)
     last = (errors or output.strip().splitlines() or ["no output"])[-1].strip()
-    answered = re.search(r"\(from versions: (?!none\b)", output)
+    offline = re.search("(?i)connection (broken|error)|max retries|timed out|IncompleteRead", output)
     if "No space left on device" in output or "Errno 28" in output:
         return "the disk is full"
-    if (
-        re.search("(?i)connection (broken|error)|max retries|timed out|IncompleteRead", output)
-        and not answered
-    ):
+    if offline and not re.search(r"\(from versions: (?!none\b)", output):  # no index has answered
         return f"{index} could not be reached: check the network, and pip's proxy and index settings"
     if "No matching distribution" in output or "ResolutionImpossible" in output:
         return f"pip found no fitting version for Python {VERSION} on {sys.platform}: {last}"
@@ -232,7 +230,7 @@ def test(arguments: list[str]) -> Work:
             raise Stop(f"--torch takes a version, as in: test --torch 2.14.1. Got {torch!r}", 2)
     environment = Environment(torch, full)
     options = [] if full else ["-m", "not slow"]  # before the user's own: the last -m counts, the last -n too
-    options += [] if rest else [f"--junitxml={environment.folder / 'suite.xml'}"]
+    options += [] if rest else [f"--record={environment.folder / 'suite.json'}"]  # a run of the whole suite
     if cores() > 1 and not {"--pdb", "--trace", "no:xdist"} & set(rest):
         options += ["-n", str(min(cores(), 8))]  # each worker loads torch: 300 MB
     # As many workers as cores already; without its cache pytest compiles every test file anew.
@@ -323,14 +321,11 @@ def run(name: str, arguments: list[str]) -> int:
         near = get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else "see --help."
         raise Stop(f"no command {name!r}: {hint} Commands: {', '.join(COMMANDS)}", 2)
-    steps, environment, more = COMMANDS[name][0](
-        arguments
-    )  # before the set-up: a typing error costs no minutes
-    environment.make_ready()
-    variables = environment.variables(**more)
+    work = COMMANDS[name][0](arguments)  # before the set-up: a typing error should not cost minutes
+    work.environment.make_ready()
     worst = 0
-    for step in steps:
-        status = call([str(environment.python), *step], variables)
+    for step in work.steps:
+        status = call([str(work.environment.python), *step], work.environment.variables(**work.variables))
         if status == INTERRUPTED:
             return status
         worst = worst or status  # the later ones run all the same: lint shows everything at once
@@ -340,8 +335,8 @@ def run(name: str, arguments: list[str]) -> int:
 def main(argv: list[str]) -> int:
     # As an exception, so that each `finally` ends its child.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    asked = {"-h", "--help", "help"} & set(argv[:2] if argv[:1] in (["bench"], ["lint"]) else argv[:1])
-    if asked or not argv:
+    words = argv[:2] if argv[:1] in (["bench"], ["lint"]) else argv[:1]  # nothing behind these could answer
+    if not argv or {"-h", "--help", "help"} & set(words):
         rows = "\n".join(f"  {name:12}{text}" for name, (_, text) in COMMANDS.items())
         print(USAGE.format(commands=rows), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2

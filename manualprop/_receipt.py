@@ -18,6 +18,8 @@ from torch.nn.parameter import is_lazy
 
 from manualprop._torch import is_wrapper, tree_leaves
 
+from manualprop import _torch as _torch  # warns of an untested version
+
 if TYPE_CHECKING:
     from rich.table import Table
 

@@ -1,15 +1,36 @@
-"""Every private name of torch that this package uses, a line each: what for, and the versions it was seen in.
+"""Every private name of torch that this package uses, a line each, and one warning for a version that is not tested.
 
-A private name may change with any version.  What differs between versions is settled here, and nowhere else.  Attributes of
+Beside each name: what it is for, and the versions it was seen in.  A private name may change with any version.  What differs between versions is settled here, and nowhere else.  Attributes of
 torch's objects that are private too: ``Tensor._base``, ``Tensor._is_view()``, ``UntypedStorage._cdata`` (2.11 to 2.14);
 ``Optimizer._optimizer_step_pre_hooks``, ``._optimizer_step_post_hooks`` and ``._opt_called`` (2.11 to 2.14).
 """
 
+import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+
+# The range of pyproject.toml: from the first on, below the second. docs/versions.md has what passes on each.
+FIRST, BEYOND = (2, 13), (2, 15)
+
+
+def warn_if_untested(version: str) -> None:
+    """Warn of a version outside of the range. Parts of torch that this package calls are private, and change."""
+    release = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    if FIRST <= release < BEYOND:
+        return
+    first, beyond = (".".join(map(str, bound)) for bound in (FIRST, BEYOND))
+    warnings.warn(
+        f"manualprop is tested with torch {first} and later, below {beyond}. This is torch {version}: some of it may "
+        f"fail. Check your model with manualprop.swap(model, check=inputs), or: pip install 'torch>={first},<{beyond}'",
+        stacklevel=2,
+    )
+
+
+warn_if_untested(torch.__version__)  # before a name that it may lack
 
 # Whether a torch.func transform (vmap, grad, jvp, ...) encloses this call.  2.11 to 2.14
 from torch._C import _are_functorch_transforms_active as transforms_active

@@ -29,7 +29,7 @@ from manualprop.functions._execution._program import program
 from manualprop.functions.fused.mlp import ACTIVATIONS, activated_and_through, through
 
 # The compiler loads parts of torch that torch itself has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
 
 ONE_ROW = list({c.name: c for c in CASES if c.elementwise}.values())
 COMPILED = [c for c in ONE_ROW if c.name in ("hardtanh", "selu", "softplus", "silu", "gelu")]

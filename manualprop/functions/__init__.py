@@ -1,5 +1,6 @@
 """The mathematics: one hand-derived :class:`torch.autograd.Function` for each function, by family."""
 
+from manualprop import _torch as _torch  # warns of an untested version
 from manualprop.functions._elementwise import Elementwise as Elementwise
 from manualprop.functions._rule import Rule as Rule
 from manualprop.functions.activation import *

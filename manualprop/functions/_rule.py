@@ -120,7 +120,7 @@ def of_a_gradient(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def of_some(ctx: Any, *g: Tensor | None) -> Any:
-        if all(one is None for one in g):
+        if g[0] is None and all(one is None for one in g):
             return (None,) * len(ctx.needs_input_grad)
         return backward(ctx, *g)
 

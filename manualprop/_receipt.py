@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parameter import is_lazy
 
-from manualprop._torch import is_wrapper, tree_leaves
-
 from manualprop import _torch as _torch  # warns of an untested version
+from manualprop._torch import is_wrapper, tree_leaves
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -29,9 +29,7 @@ from torch.nn import Parameter
 from torch.optim import LBFGS, SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-<<<<<<< HEAD
 from manualprop import _torch as _torch  # warns of an untested version
-=======
 from manualprop._splitting import (
     check_splittable,
     denominator,
@@ -40,7 +38,6 @@ from manualprop._splitting import (
     is_sum,
     sum_and_denominator,
 )
->>>>>>> main
 
 __all__ = [
     "Batch",

@@ -66,7 +66,9 @@ def run(runner: Any, tensors: Sequence[Any], numbers: tuple[Any, ...], needs: tu
         if kernel is not None:
             return kernel(*tensors)
         kernel = _compiled(lambda *a: runner.plain((*a, *numbers), dtypes, needs))
-        results = _first_use(kernel, tensors, [shape[0] in ("N", "B") for shape in runner.legend.shapes])
+        results = _first_use(
+            kernel, tensors, [shape[:1] in (("N",), ("B",)) for shape in runner.legend.shapes]
+        )
     _made[key] = kernel
     return results
 

@@ -37,14 +37,14 @@ class Program(NamedTuple):
 # Functions of torch that write into ``out``.
 WRITES_OUT = frozenset(
     "abs add addcdiv addcmul ceil clamp cos div eq erf erfc exp exp2 expm1 ge gt le log log1p lt maximum minimum "
-    "mm mul multiplied_or_chosen mv ne neg pow reciprocal rsqrt sigmoid sign sin sqrt square sub tanh threshold where where_not xlogy".split()
+    "mm mul multiplied_or_chosen mv ne neg pow reciprocal rsqrt sigmoid sign sin softmax sqrt square sub tanh threshold where where_not xlogy".split()
 )
 # Methods that are functions of torch's with the same arguments.
 METHODS = WRITES_OUT - {"multiplied_or_chosen", "where", "where_not"} | frozenset(
-    "detach index_add masked_fill scatter scatter_add softmax squeeze sum unsqueeze".split()
+    "detach index_add masked_fill scatter scatter_add squeeze sum unsqueeze".split()
 )
 # Those of them that may not read what they write; where_not may, its first argument.
-PRODUCTS = frozenset({"mm", "multiplied_or_chosen", "mv"})
+PRODUCTS = frozenset({"mm", "multiplied_or_chosen", "mv", "softmax"})
 COMPARISONS = frozenset({"torch.eq", "torch.ge", "torch.gt", "torch.le", "torch.lt", "torch.ne"})
 COMMUTES = frozenset({"add", "mul"})
 # Functions whose numbers may be tensors without axes.

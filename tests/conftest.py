@@ -7,6 +7,7 @@ import json
 import platform
 from pathlib import Path
 
+import hypothesis  # noqa: F401  # its plugins ask who refers to an object, which gc.freeze hides: so before that
 import pytest
 
 

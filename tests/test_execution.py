@@ -23,10 +23,10 @@ from manualprop.functions._execution import (
     formula,
     indicator,
     inside,
-    read,
+    read_legend,
 )
 from manualprop.functions._execution._program import program
-from manualprop.functions.fused import ACTIVATIONS, activated_and_through, through
+from manualprop.functions.fused.mlp import ACTIVATIONS, activated_and_through, through
 
 # The compiler loads parts of torch that torch itself has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
@@ -227,7 +227,7 @@ def test_sums_over_chunks_are_added_up_and_rows_put_together(monkeypatch: pytest
 @pytest.mark.parametrize("bad", ["", "g (N)", "g N -> dx like g", "-> dx like g"])
 def test_a_legend_that_is_not_understood(bad: str) -> None:
     with pytest.raises(ValueError, match="a legend is written"):
-        read(bad)
+        read_legend(bad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -9,14 +9,12 @@ from manualprop.functions.dropout import *
 from manualprop.functions.embedding import *
 from manualprop.functions.fused import *
 from manualprop.functions.gated import *
-from manualprop.functions.gated_mlp import *
 from manualprop.functions.likelihood import *
 from manualprop.functions.linear import *
 from manualprop.functions.linear_cross_entropy import *
 from manualprop.functions.loss import *
 from manualprop.functions.margin import *
 from manualprop.functions.norm import *
-from manualprop.functions.norm_linear import *
 from manualprop.functions.packed import *
 from manualprop.functions.piecewise import *
 from manualprop.functions.softmax import *

@@ -154,12 +154,12 @@ class AlphaDropout(Rule):
 def scaled(x: Tensor, k: Tensor, q: float) -> Tensor:
     """x k / q; ``k`` are bytes and may broadcast."""
     k = k if k.shape == x.shape else k.expand(x.shape)
-    y: Tensor = product(x, k, q)
+    y: Tensor = dropped(x, k, q)
     return y
 
 
 @formula("x (N), k (N) -> y like x", lift=False)  # k / q in the precision of x, as torch
-def product(x: Tensor, k: Tensor, q: float) -> Tensor:
+def dropped(x: Tensor, k: Tensor, q: float) -> Tensor:
     return x * (indicator(k, x) / q)
 
 

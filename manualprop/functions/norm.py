@@ -58,7 +58,7 @@ def normalised(x: Tensor, m: Tensor | None, r: Tensor) -> Tensor:
     return r * x if m is None else r * (x - m)
 
 
-def gradients(
+def norm_gradients(
     g: Tensor,
     x: Tensor,
     m: Tensor | None,
@@ -99,7 +99,7 @@ def gradients(
     return dx, dW, db
 
 
-def tangents(
+def norm_tangents(
     dx: Tensor | None,
     x: Tensor,
     m: Tensor | None,
@@ -114,7 +114,7 @@ def tangents(
     r"""dy, dm and dr: forward mode of all the norms.
 
     Derivation
-        dm = mean(dx),  dr = -r^2 mean(z dx)                       dm/dx and dr/dx as in :func:`gradients`
+        dm = mean(dx),  dr = -r^2 mean(z dx)                       dm/dx and dr/dx as in :func:`norm_gradients`
         dz = r (dx - dm - z mean(z dx))
         dy = W dz + z dW + db                                      product rule
     """
@@ -198,11 +198,13 @@ class Normalisation(Rule):
 
 
 def formulas(x: str, stats: str, W: str, axes: Axes) -> tuple[Runner, Runner]:
-    """:func:`gradients` and :func:`tangents` for tensors of these axes."""
+    """:func:`norm_gradients` and :func:`norm_tangents` for tensors of these axes."""
     saved = f"x ({x}), m ({stats}), r ({stats}), W ({W})"
     backwards = f"g ({x}), {saved}, gm ({stats}), gr ({stats}) -> dx like x, dW ({W}), db ({W})"
     forwards = f"dx ({x}), {saved}, dW ({W}), db ({W}) -> dy like x, dm like m, dr like r"
-    return formula(backwards)(partial(gradients, axes=axes)), formula(forwards)(partial(tangents, axes=axes))
+    return formula(backwards)(partial(norm_gradients, axes=axes)), formula(forwards)(
+        partial(norm_tangents, axes=axes)
+    )
 
 
 def shaped(t: Any, shape: Shape) -> Any:
@@ -224,7 +226,7 @@ class LayerNorm(Normalisation):
     r"""$y = W z + b$ with $z = r (x - m)$, mean $m$ and $r = (\tfrac1D \sum_d (x_d - m)^2 + \epsilon)^{-1/2}$
 
     Derivation
-        :func:`gradients` and :func:`tangents`, for one of the N rows: n = D.
+        :func:`norm_gradients` and :func:`norm_tangents`, for one of the N rows: n = D.
     Second order
         m and r are outputs with derivatives of their own: autograd differentiates the formulas as written, to
         every order.  (torch states its second derivative by hand, and its third is silently wrong.)
@@ -256,7 +258,7 @@ class RMSNorm(Rule):
     r"""$y = W z$ with $z = r x$ and $r = (\tfrac1D \sum_d x_d^2 + \epsilon)^{-1/2}$
 
     Derivation
-        :func:`gradients` and :func:`tangents` without a mean, for one of the N rows: n = D.
+        :func:`norm_gradients` and :func:`norm_tangents` without a mean, for one of the N rows: n = D.
     Second order
         As :class:`LayerNorm`: r is an output with a derivative of its own.
     Shape
@@ -304,7 +306,7 @@ class GroupNorm(Normalisation):
     r"""$y_c = W_c z_c + b_c$, where $z$ is normalised as in :class:`LayerNorm` over the channels of a group
 
     Derivation, for one example and one group, with n = K L elements
-        :func:`gradients` and :func:`tangents`; W is constant within a channel: c1 = sum_k W_k sum_l g_kl / n
+        :func:`norm_gradients` and :func:`norm_tangents`; W is constant within a channel: c1 = sum_k W_k sum_l g_kl / n
     Second order
         As :class:`LayerNorm`: m and r are outputs with derivatives of their own.
     Shape
@@ -342,7 +344,7 @@ class BatchNorm(Normalisation):
     r"""$y_c = W_c z_c + b_c$, where $z$ is normalised as in :class:`LayerNorm` over the batch: training
 
     Derivation, for one channel, with n = N L elements
-        :func:`gradients` and :func:`tangents`, where W is constant
+        :func:`norm_gradients` and :func:`norm_tangents`, where W is constant
     Second order
         As :class:`LayerNorm`: m and r are outputs with derivatives of their own.
     Running statistics

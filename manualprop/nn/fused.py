@@ -26,7 +26,7 @@ __all__ = [
 PLAIN = (nn.Linear, linear.Linear, nn.LayerNorm, norm.LayerNorm, nn.RMSNorm, norm.RMSNorm)
 
 
-def plain(*parts: nn.Module) -> bool:
+def nobody_listens(*parts: nn.Module) -> bool:
     """Whether each part is a layer of torch's or ours and nothing else, so that its parameters say what it does."""
     return all(type(part) in PLAIN and not is_heard(part) for part in parts)
 
@@ -148,7 +148,7 @@ class MLP(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         first, second = self.linear1, self.linear2
-        if plain(first, second):
+        if nobody_listens(first, second):
             return F.mlp(
                 input,
                 first.weight,
@@ -208,7 +208,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        if plain(gate, up, down):
+        if nobody_listens(gate, up, down):
             weights, biases = (gate.weight, up.weight, down.weight), (gate.bias, up.bias, down.bias)
             return F.gated_mlp(input, *weights, *biases, self.activation, self.keep)
         output: Tensor = down(_activate(gate(input), self.activation) * up(input))
@@ -279,7 +279,7 @@ class LayerNormLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         first, second = self.norm, self.linear
-        if plain(first, second) and len(first.normalized_shape) == 1:
+        if nobody_listens(first, second) and len(first.normalized_shape) == 1:
             return F.layer_norm_linear(input, first.weight, first.bias, second.weight, second.bias, first.eps)
         output: Tensor = second(first(input))
         return output
@@ -313,7 +313,7 @@ class RMSNormLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         first, second = self.norm, self.linear
-        if plain(first, second) and len(first.normalized_shape) == 1:
+        if nobody_listens(first, second) and len(first.normalized_shape) == 1:
             return F.rms_norm_linear(input, first.weight, second.weight, second.bias, first.eps)
         output: Tensor = second(first(input))
         return output

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cases import activation as activations
 from cases._case import Case, real
-from manualprop.functions.fused import FUSES
+from manualprop.functions.fused.mlp import FUSES
 
 # What the next layer keeps anyway.
 FROM_OUTPUT = [name for name, rule in FUSES.items() if rule.saves == "output"]

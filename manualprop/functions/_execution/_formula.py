@@ -68,7 +68,7 @@ class Legend(NamedTuple):
         ]
 
 
-def read(legend: str) -> Legend:
+def read_legend(legend: str) -> Legend:
     """``"g (N, D), W (D) -> dx like g"`` as a :class:`Legend`."""
     left, _, right = legend.partition(" -> ")
     tensors = dict(re.findall(r"(\w+) \(([^)]*)\)", left))
@@ -91,7 +91,7 @@ def formula(legend: str, lift: bool = True) -> Callable[[Formula], "Runner"]:
     """
 
     def marked(function: Formula) -> Runner:
-        run = Runner(function, read(legend), lift)
+        run = Runner(function, read_legend(legend), lift)
         FORMULAS.append(run)
         return run
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from manualprop.functions._execution import _normalisation as aten
 from manualprop.functions._execution import formula
 from manualprop.functions._rule import Rule
-from manualprop.functions.fused import linear_tangent, moves
+from manualprop.functions.fused.mlp import linear_tangent, moves
 from manualprop.functions.linear import Linear, rows
 from manualprop.functions.norm import (
     normalised,

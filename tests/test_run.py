@@ -353,9 +353,7 @@ def test_a_failing_pip_gives_one_line(tree: Tree, says: str, reason: str) -> Non
 def test_what_cannot_be_set_up_gives_one_line(tree: Tree) -> None:
     status, _, err = tree.run("bench", "echo", "no-ensurepip")
     assert status == 2 and not (tree.root / ".venv").exists()
-    assert re.fullmatch(
-        r"run.py: .* `ensurepip` is missing.* sudo apt install python3\.\d+-venv\n", err
-    )
+    assert re.fullmatch(r"run.py: .* `ensurepip` is missing.* sudo apt install python3\.\d+-venv\n", err)
     (tree.root / ".venv.lock").unlink()
     (tree.root / ".venv.lock").mkdir()  # cannot be opened for writing, not even by root
     status, _, err = tree.run("bench", "echo")

@@ -30,8 +30,9 @@ HALF = frozenset({torch.float16, torch.bfloat16})
 ORDINARY = frozenset({Tensor, torch.nn.Parameter})
 LARGE = (
     2**18
-)  # elements from which chunks and kernels pay: a chunk takes 10 us of Python, a kernel 70 us to start
+)  # elements from which a kernel pays, which takes 70 us to start; with fewer no other way is looked for
 CHUNK = 2**17  # elements of a chunk, for each thread: it and what is made of it stay in a core's cache
+FEWEST = 8  # chunks that pay: fewer fit into the larger caches as they are, and a chunk takes 10 us of Python
 STEPS = 3  # of a program that leaves something in the cache from step to step
 SIZES = (11, 13, 17, 19, 23)  # of the axes of samples: no two alike
 MOST = 512  # programs of one formula; then it begins anew
@@ -205,7 +206,7 @@ class Runner:
         first, along = tensors[0], ["N" in shape for shape in self.legend.shapes]
         N = first.shape[0] if along[0] else 1
         rows = max(CHUNK * torch.get_num_threads() * N // first.numel(), 1)
-        if not first.is_cpu or N < 2 * rows or program.steps < STEPS:
+        if not first.is_cpu or N < FEWEST * rows or program.steps < STEPS:
             return program.run(*tensors)
         kinds = [kind for kind, made in zip(self.legend.results, program.made, strict=True) if made]
         wholes = [

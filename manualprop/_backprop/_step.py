@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -26,13 +26,29 @@ from manualprop._backprop._descend_op import Updates
 from manualprop._backprop._destinations import Collect, Descend, Destinations, Factors, Guarded
 from manualprop._backprop._graph import Body, Graphs, Hyperparameters, with_tensors
 from manualprop._backprop._stages import Added, Affine, Backward, Chained, Forward, build, flat
-from manualprop._backprop._trace import Record, headline, observed, record
+from manualprop._backprop._trace import Note, Record, headline, record, recorder, watched
 from manualprop.descent import Batch, Descent, Stochastic, check_splittable, is_sum
 
 Collected = Mapping[Parameter, Collect]
 
 # Elements kept from step to step, at most; with more, making tensors is nothing beside the work on them.
 KEPT = 2**20
+
+
+class Observed(NamedTuple):
+    """What a step makes, as :meth:`Backprop.observe` saw it.
+
+    - ``output``     of the model.
+    - ``loss``       and ``divisor``, what its mean divides by.
+    - ``g``          the gradient of the loss with respect to the output.
+    - ``gradients``  of the parameters that learn, by name.
+    """
+
+    output: Tensor
+    loss: Tensor
+    divisor: float
+    g: Tensor
+    gradients: dict[str, Tensor]
 
 
 class Backprop:
@@ -414,19 +430,36 @@ class Backprop:
         self._check()
         with torch.no_grad(), self._collecting() as to:
             self._propagate(x, target)
+        return self._named(to)
+
+    def _named(self, to: Collected) -> dict[str, Tensor]:
         named = {p: name for name, p in self.model.named_parameters()}
         return {named[p]: destination.made for p, destination in to.items()}
 
+    def observe(self, x: Tensor, target: Tensor, note: Note) -> Observed:
+        """Run forward and backward propagation under the eyes of ``note``; no weight changes.
+
+        Args:
+            x: inputs of all examples of the update.
+            target: their targets.
+            note: called after each stage's work with the stage, "forward" or "backward", what it was given and what it
+                made.
+        """
+        self._check()
+        with torch.no_grad(), self._collecting() as to, watched(self._leaves, note):
+            output = self.stage.forward(x)
+            loss, divisor, g = self.criterion(output, target)
+            kept = g.clone()  # the last stage may write over it
+            self.stage.backward(g)
+        return Observed(output, loss, float(divisor), kept, self._named(to))
+
     def trace(self, x: Tensor, target: Tensor) -> Iterator[Record]:
         """Yield one record for each forward and backward step, in order; no weight changes."""
-        self._check()
         records: list[Record] = []
-        with torch.no_grad(), self._collecting(), observed(self._leaves, records):
-            output = self.stage.forward(x)
-            loss, _, g = self.criterion(output, target)
-            records.append(record("loss", "loss", self.criterion.loss, headline(self.criterion.loss), loss))
-            records.append(
-                record("backward", "loss", self.criterion.loss, "dL/dy, the gradient that starts", g)
-            )
-            self.stage.backward(g)
-        yield from records
+        made = self.observe(x, target, recorder(records))
+        loss = self.criterion.loss
+        turn = sum(one.direction == "forward" for one in records)  # where the way back begins
+        yield from records[:turn]
+        yield record("loss", "loss", loss, headline(loss), made.loss)
+        yield record("backward", "loss", loss, "dL/dy, the gradient that starts", made.g)
+        yield from records[turn:]

@@ -29,6 +29,8 @@ MAY_IMPORT = {
     "verify": set(),
     "training": {"_backprop", "nn", "descent", "functional", "_invocation"},
     "_backprop": {"nn", "descent", "functions"},
+    "_explain": {"_backprop", "nn", "descent", "functions"},
+    "_explain_command": {"_explain", "nn", "descent", "training", "_invocation"},
     "_receipt": set(),
     "_receipt_command": {"_receipt", "_swap"},
     "_verify_command": {"verify"},
@@ -39,6 +41,7 @@ MAY_IMPORT = {
     "__init__": {
         "_backprop",
         "descent",
+        "_explain",
         "functional",
         "functions",
         "interop",

@@ -44,6 +44,7 @@ class Block:
         shown: the tensors, what the step makes first.
         by_hand: whether it is this package's formula, of a gradient.
         remarks: what its numbers tell.
+        why: the reason of a formula that surprises; mathematics between dollar signs.
     """
 
     layer: str
@@ -56,6 +57,7 @@ class Block:
     shown: tuple[Shown, ...]
     by_hand: bool = True
     remarks: tuple[str, ...] = ()
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,7 @@ class _Writer:
         shown = (Shown("loss:g", "g", "dL/dx of the output", {"kind": "loss_gradient"}),)
         return Block(
             "loss", name, -1, _typeset(line), line, source if self.loss_by_hand else "torch's autograd",
-            formulas.derivation(self.loss_rule), shown, self.loss_by_hand, self._divided() + self._why(),
+            formulas.derivation(self.loss_rule), shown, self.loss_by_hand, self._divided(), self._why(),
         )  # fmt: skip
 
     def _divided(self) -> tuple[str, ...]:
@@ -237,14 +239,15 @@ class _Writer:
             return ()
         return (f"L is the mean over {self.seen.divisor:g}, so g is that divided by {self.seen.divisor:g}",)
 
-    def _why(self) -> tuple[str, ...]:
+    def _why(self) -> str:
         """Why the gradient of softmax and cross-entropy is p - onehot(t)."""
         if not isinstance(self.loss_rule, type) or self.loss_rule.__name__ != "CrossEntropy":
-            return ()
+            return ""
         return (
-            "Why p - onehot(t): log p_t = x_t - log(sum_k e^{x_k}). Its derivative in x_k is 1[k = t] - p_k, because "
-            "the derivative of log(sum) is e^{x_k} / sum = p_k. The loss is -log p_t, so the sign turns: "
-            "p_k - 1[k = t]. The exponentials and the logarithm have cancelled.",
+            r"Why $p - y$, with $y$ 1 at the target and 0 elsewhere: $\log p_t = x_t - \log \sum_k e^{x_k}$. The derivative "
+            r"of $\log \sum_k e^{x_k}$ with respect to $x_k$ is $e^{x_k} / \sum_j e^{x_j} = p_k$, so that of the loss $-\log p_t$ "
+            r"is $p_k - 1$ for the target and $p_k$ for every other class. The exponential of the softmax and the logarithm of "
+            r"the loss have cancelled."
         )
 
     def _slope(self, i: int, layer: Layer) -> list[Block]:
@@ -335,7 +338,16 @@ class _Writer:
         remarks = (f"update to weight, root mean square: {', '.join(ratios)}",) if ratios else ()
         formula = formulas.update_formula()
         return Block(
-            path, kind, i, formula, formulas.plain(formula), rule_of(self.descent), "", shown, True, remarks
+            path,
+            kind,
+            i,
+            formula,
+            formulas.plain(formula),
+            f"{type(self.descent).__name__}: {rule_of(self.descent)}",
+            "",
+            shown,
+            True,
+            remarks,
         )
 
 
@@ -358,8 +370,8 @@ def ratio(weight: Weight) -> float | None:
 def _initial(i: int, path: str, kind: str, weights: list[Weight]) -> Block:
     affine = kind == "Linear" and bool(weights)
     fan = weights[0].value.shape[-1] if affine and weights[0].value.dim() == 2 else 0
-    formula = r"at first, $W_{oi} \sim U(-1/\sqrt{I}, 1/\sqrt{I})$, and $b$ likewise" if affine else ""
-    line = f"at first, W_oi and b_o uniform in ±1/√I, here ±{fan**-0.5:.3g}" if fan else ""
+    formula = r"at first, $W_{oi}$ and $b_o$ uniform between $\pm 1 / \sqrt{\text{inputs}}$" if affine else ""
+    line = f"at first, W_oi and b_o uniform between ±1/√inputs, here ±{fan**-0.5:.3g}" if fan else ""
     shown = tuple(Shown(f"p:{w.name}", _letter(w), w.name, {"kind": "weight"}) for w in weights)
     source = f"nn.{kind}.reset_parameters (torch's)" if i >= 0 else "the model's own"
     return Block(path, kind, i, formula, line, source, "", shown)
@@ -377,12 +389,10 @@ def _health(layer: Layer) -> tuple[str, ...]:
     found = []
     share = dead(layer)
     if share is not None:
-        found.append(f"{100 * share:.0f} % of the units are dead: 0 in every example of the batch")
+        found.append(f"{100 * share:.0f} % of the units are dead (0 in every example of the batch)")
     share = saturated(layer)
     if share is not None:
-        found.append(
-            f"{100 * share:.0f} % of the numbers are saturated: the slope is under a fiftieth of the steepest"
-        )
+        found.append(f"{100 * share:.0f} % of the numbers are saturated (slope under 1/50 of the steepest)")
     return tuple(found)
 
 

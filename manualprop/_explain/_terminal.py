@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from manualprop._explain import _formulas as formulas
 from manualprop._explain._explanation import Explanation
 from manualprop._explain._numbers import statistics
 from manualprop._explain._steps import Block, Shown, Step
@@ -78,6 +79,8 @@ def _block(e: Explanation, block: Block, example: int, verbose: bool) -> Iterato
     if verbose and block.derivation:
         yield Padding(Text(block.derivation, "dim"), (0, 0, 0, 4))
     yield Padding(_Numbers(e, block.shown if verbose else block.shown[:2], example, verbose), (0, 0, 0, 2))
+    if block.why:
+        yield Padding(Text(formulas.plain(block.why)), (0, 0, 0, 2))
     for remark in block.remarks:
         yield Padding(Text(remark), (0, 0, 0, 2))
 

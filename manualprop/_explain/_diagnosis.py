@@ -18,7 +18,7 @@ from manualprop._explain._steps import ratio
 VANISHES = 1e-3  # of the gradient at the first layer to that at the last
 DROPS = 0.3  # of the gradient from one layer to the one before, where vanishing is said to begin
 DEAD, SATURATED = 0.25, 0.3  # shares from which on they are told
-TOO_LARGE, TOO_SMALL = 0.1, 1e-6  # of the update to its weight
+TOO_LARGE, TOO_SMALL = 0.3, 1e-6  # of the update to its weight
 IMBALANCED, FEW = 10, 20  # of the largest class to the smallest; examples below which no class is judged
 
 
@@ -188,15 +188,16 @@ def _examples(layer: Layer) -> int:
 
 
 def _update_size(seen: Observation) -> Iterator[Finding]:
-    for weight in seen.weights():
-        share = ratio(weight) if weight.value.dim() > 1 else None
-        if share is None or not share or TOO_SMALL <= share <= TOO_LARGE:
-            continue
-        large = share > TOO_LARGE
-        yield Finding(
-            f"the update is much too {'large' if large else 'small'}", weight.name,
-            f"it is {share:.2g} of its weight (root mean square); about 0.001 to 0.01 is usual",
-            "a smaller learning rate, or clip_gradient_norm in the descent"
-            if large
-            else "a larger learning rate; if gradients vanish, mend that first",
-        )  # fmt: skip
+    shares = {w.name: ratio(w) or 0.0 for w in seen.weights() if w.value.dim() > 1}
+    large = {name: share for name, share in shares.items() if share > TOO_LARGE}
+    small = {name: share for name, share in shares.items() if 0 < share < TOO_SMALL}
+    for found, size, helps in (
+        (large, "large", "a smaller learning rate, or clip_gradient_norm in the descent"),
+        (small, "small", "a larger learning rate; if gradients vanish, mend that first"),
+    ):
+        if found:
+            told = ", ".join(f"{share:.2g} in {name}" for name, share in found.items())
+            yield Finding(
+                f"the update is much too {size}", next(iter(found)),
+                f"against its weight (root mean square) it is {told}; about 0.001 to 0.01 is usual", helps,
+            )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.nn import Module
 
 from manualprop import functions as rules
@@ -309,6 +310,9 @@ class _Writer:
         made: dict[str, Any] = {"kind": "layer", "name": layer.name}
         if layer.kind == AFFINE and layer.x.dim() <= 3:
             made = {"kind": "input_gradient", "g": f"g:{i}", "W": f"p:{layer.weights[0].name}"}
+            own = rules.Linear.input_gradient(layer.g, layer.weights[0].value)  # type: ignore[arg-type]
+            # Autograd adds up what all users of a tensor hand back: the page tells what comes from others.
+            made["shared"] = not torch.allclose(own, layer.dx, rtol=1e-3, atol=1e-3 * rms(own))
         name = "" if layer.rule is None else f"functions.{layer.rule.__name__}"
         source = f"{name}.input_gradient" if layer.kind == AFFINE else f"{name or layer.name}.backward"
         return [

@@ -63,9 +63,9 @@ def _step(
 ) -> Iterator[RenderableType]:
     yield Text()
     yield Text.assemble((f"{step.number:>2}  {step.title}", ACCENT), (f"   {step.direction}", "dim"))
-    yield Padding(Text(step.text), (0, 0, 0, 4))
+    yield Padding(Text(step.text), (0, 0, 0, 4), expand=False)
     for block in blocks:
-        yield Padding(Group(*_block(e, block, example, verbose)), (0, 0, 0, 4))
+        yield Padding(Group(*_block(e, block, example, verbose)), (0, 0, 0, 4), expand=False)
 
 
 def _block(e: Explanation, block: Block, example: int, verbose: bool) -> Iterator[RenderableType]:
@@ -74,15 +74,17 @@ def _block(e: Explanation, block: Block, example: int, verbose: bool) -> Iterato
         head.append("  not by hand", "yellow")
     yield head
     if block.line:
-        yield Padding(Text(block.line, "italic"), (0, 0, 0, 2))
-    yield Padding(Text(f"by {block.source}", "dim"), (0, 0, 0, 2))
+        yield Padding(Text(block.line, "italic"), (0, 0, 0, 2), expand=False)
+    yield Padding(Text(f"by {block.source}", "dim"), (0, 0, 0, 2), expand=False)
     if verbose and block.derivation:
-        yield Padding(Text(block.derivation, "dim"), (0, 0, 0, 4))
-    yield Padding(_Numbers(e, block.shown if verbose else block.shown[:2], example, verbose), (0, 0, 0, 2))
+        yield Padding(Text(block.derivation, "dim"), (0, 0, 0, 4), expand=False)
+    yield Padding(
+        _Numbers(e, block.shown if verbose else block.shown[:2], example, verbose), (0, 0, 0, 2), expand=False
+    )
     if block.why:
-        yield Padding(Text(formulas.plain(block.why)), (0, 0, 0, 2))
+        yield Padding(Text(formulas.plain(block.why)), (0, 0, 0, 2), expand=False)
     for remark in block.remarks:
-        yield Padding(Text(remark), (0, 0, 0, 2))
+        yield Padding(Text(remark), (0, 0, 0, 2), expand=False)
 
 
 class _Numbers:
@@ -136,10 +138,10 @@ def _findings(e: Explanation) -> Iterator[RenderableType]:
     yield Text()
     yield Text("Diagnosis", ACCENT)
     if not e.findings:
-        yield Padding(Text("Nothing conspicuous in this update."), (0, 0, 0, 4))
+        yield Padding(Text("Nothing conspicuous in this update."), (0, 0, 0, 4), expand=False)
     for finding in e.findings:
         told = Text.assemble((finding.name, "bold red"), f" ({finding.where}): {finding.evidence}.")
-        yield Padding(Group(told, Text(f"What usually helps: {finding.helps}.")), (0, 0, 0, 4))
+        yield Padding(Group(told, Text(f"What usually helps: {finding.helps}.")), (0, 0, 0, 4), expand=False)
 
 
 def _updates(e: Explanation) -> Iterator[RenderableType]:
@@ -147,19 +149,19 @@ def _updates(e: Explanation) -> Iterator[RenderableType]:
     yield Text("The updates that follow", ACCENT)
     at, frames = e.recording.at, e.recording.frames
     told = f"Loss of these examples: {frames[0].loss:.4g} now, {frames[-1].loss:.4g} after {at[-1]} updates."
-    yield Padding(Text(told), (0, 0, 0, 4))
+    yield Padding(Text(told), (0, 0, 0, 4), expand=False)
     if e.recording.stopped:
-        yield Padding(Text(e.recording.stopped, "yellow"), (0, 0, 0, 4))
+        yield Padding(Text(e.recording.stopped, "yellow"), (0, 0, 0, 4), expand=False)
     if isinstance(e.descents, str):
-        yield Padding(Text(e.descents), (0, 0, 0, 4))
+        yield Padding(Text(e.descents), (0, 0, 0, 4), expand=False)
         return
     found = e.descents
     told = f"The three descents, {found.updates} updates with learning rate {found.rate:g} on {found.examples} examples. "
     told += "Noise: the scatter of single gradients, against the gradient of all examples."
-    yield Padding(Text(told), (0, 0, 0, 4))
+    yield Padding(Text(told), (0, 0, 0, 4), expand=False)
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("descent", "examples of an update", "noise"):
         table.add_column(name, justify="left" if name == "descent" else "right")
     for path in found.paths:
         table.add_row(path.name, str(path.examples), path.refused or f"{path.noise:.2f}")
-    yield Padding(table, (0, 0, 0, 4))
+    yield Padding(table, (0, 0, 0, 4), expand=False)

@@ -90,7 +90,9 @@ class Grid {
       const v = values[r * cols + c], rgb = colour(v, top);
       paint.fillStyle = css(rgb);
       paint.fillRect(x, y, w + 0.3, h + 0.3);
-      if (!this.image && w >= 40 && h >= 14) { paint.fillStyle = ink(rgb); paint.fillText(shown(v, 2), x + w - 3, y + h / 2 + 4, w - 4); }
+      if (this.image || w < 14 || h < 14) continue;
+      const text = shown(v, 2);
+      if (paint.measureText(text).width < w - 3) { paint.fillStyle = ink(rgb); paint.fillText(text, x + w - 3, y + h / 2 + 4); }
     }
     this.frameRow(paint);
     const at = state.at && state.at.grid === this.grid ? state.at : null;

@@ -37,8 +37,9 @@ function edges(from, to, k, place) {
   const layer = to.layer, lines = [];
   const follows = layer.x === from.key;
   const W = layer.kind === 'affine' && follows ? table(layer.W) : null;
+  if (!W && !(follows && (layer.kind === 'activation' || layer.kind === 'same'))) return arrow(k, place);
   to.units.forEach((o, j) => from.units.forEach((i, h) => {
-    if (!W && (!follows || i !== o)) return;
+    if (!W && i !== o) return;
     const flow = W ? (o < W.rows && i < W.cols ? W.at(o, i) * (state.backward ? valueOf(to, o) : valueOf(from, i)) : 0) : valueOf(state.backward ? to : from, i);
     lines.push({ a: place(k - 1, h), b: place(k, j), flow });
   }));
@@ -48,6 +49,12 @@ function edges(from, to, k, place) {
     if (!(share > 0.02)) return '';
     return `<line x1="${a[0] + RADIUS}" y1="${a[1]}" x2="${b[0] - RADIUS}" y2="${b[1]}" stroke="${css(flow < 0 ? palette.minus : palette.plus)}" stroke-width="${(0.5 + 2.5 * share).toFixed(2)}" opacity="${(0.15 + 0.85 * share).toFixed(2)}"/>`;
   }).join('');
+}
+// Between layers whose numbers are no plain sum of the ones before.
+function arrow(k, place) {
+  const [x] = place(k, 0), y = (TOP + Math.max(...COLUMNS.map((c) => c.units.length)) * APART / 2).toFixed(0), from = x - between() + 3 * RADIUS, to = x - 3 * RADIUS;
+  const [a, b] = state.backward ? [to, from] : [from, to], back = state.backward ? 7 : -7;
+  return `<path d="M${a} ${y}H${b}M${b + back} ${y - 5}L${b} ${y}L${b + back} ${+y + 5}" fill="none" stroke="${palette.muted}" stroke-width="2"/>`;
 }
 function units(column, k, place, height) {
   const BETWEEN = between();

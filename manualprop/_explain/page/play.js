@@ -3,7 +3,7 @@
 // ----- a line of numbers, drawn -----
 
 // lines: [{points: [[x, y]], kind}], marks: [[x, y]]; returns SVG.
-function chart(lines, marks, { label, low, high, left, right, height = 110 }) {
+function chart(lines, marks, { label, left, right, caption, height = 110 }) {
   const all = lines.flatMap((l) => l.points).filter(([, y]) => Number.isFinite(y));
   const xs = all.map((p) => p[0]), ys = all.map((p) => p[1]);
   const x0 = Math.min(...xs), x1 = Math.max(...xs), y0 = Math.min(...ys), y1 = Math.max(...ys), W = window.innerWidth < 600 ? 340 : 640, L = 62, R = 12, T = 10, B = 24;
@@ -11,8 +11,8 @@ function chart(lines, marks, { label, low, high, left, right, height = 110 }) {
   const drawn = lines.map(({ points, kind }) => `<polyline class="${kind}" points="${points.filter(([, y]) => Number.isFinite(y)).map(([x, y]) => `${X(x).toFixed(1)},${Y(y).toFixed(1)}`).join(' ')}"/>`);
   const dots = marks.filter(([, y]) => Number.isFinite(y)).map(([x, y, big]) => `<circle class="mark" cx="${X(x).toFixed(1)}" cy="${Y(y).toFixed(1)}" r="${big ? 6 : 2.5}"/>`);
   return `<svg viewBox="0 0 ${W} ${height}" role="img" aria-label="${escaped(label)}"><path class="axis" d="M${L} ${T}V${height - B}H${W - R}"/>` +
-    `<text class="quiet" x="${L - 6}" y="${T + 8}" text-anchor="end">${shown(high ?? y1, 3)}</text><text class="quiet" x="${L - 6}" y="${height - B}" text-anchor="end">${shown(low ?? y0, 3)}</text>` +
-    `<text class="quiet" x="${L}" y="${height - 6}">${escaped(left)}</text><text class="quiet" x="${W - R}" y="${height - 6}" text-anchor="end">${escaped(right)}</text>${drawn.join('')}${dots.join('')}</svg>`;
+    `<text class="quiet" x="${L - 6}" y="${T + 8}" text-anchor="end">${shown(y1, 3)}</text><text class="quiet" x="${L - 6}" y="${height - B}" text-anchor="end">${shown(y0, 3)}</text>` +
+    `<text class="quiet" x="${L}" y="${height - 6}">${escaped(left)}</text><text class="quiet" x="${W - R}" y="${height - 6}" text-anchor="end">${escaped(right)}</text>${drawn.join('')}${dots.join('')}</svg><p class="muted caption">${escaped(caption)}</p>`;
 }
 
 // ----- the recorded updates -----
@@ -23,7 +23,7 @@ function drawCurve() {
   $('when').textContent = `update ${DATA.at[state.frame]} of ${DATA.losses.length}, loss ${shown(DATA.frameLosses[state.frame])}`;
   if (!losses.length && own.length < 2) return;
   const told = `Loss of each update's own examples, from ${shown(losses[0]?.[1])} to ${shown(losses.at(-1)?.[1])}; dots: loss of the explained examples`;
-  $('curve').innerHTML = chart([{ points: losses.length ? losses : own, kind: 'drawn' }], own, { label: told, left: 'update 0: line, the loss of each update; dots, of these examples', right: String(DATA.losses.length) });
+  $('curve').innerHTML = chart([{ points: losses.length ? losses : own, kind: 'drawn' }], own, { label: told, left: 'update 0', right: String(DATA.losses.length), caption: `${DATA.stopped ? `${DATA.stopped}. ` : ''}Line: the loss of each update, before it. Dots: that of the explained examples.` });
 }
 watchers.push(drawCurve);
 
@@ -88,7 +88,7 @@ function drawNudge() {
   const at = Array.from({ length: 25 }, (_, k) => (k - 12) / 12 * reach);
   const curve = at.map((d) => [d, lossWith(key, row, col, d)]), line = at.map((d) => [d, before + slope * d]);
   $('nudge-curve').innerHTML = chart([{ points: curve, kind: 'drawn' }, { points: line, kind: 'straight' }], [[by, before + real, true]],
-    { label: `The loss as W[${row},${col}] changes, and the straight line that the gradient draws; at ${shown(by, 3)} the loss is ${shown(before + real)}`, left: `${shown(-reach, 3)}: line, the loss; dashes, the gradient`, right: `+${shown(reach, 3)}`, height: 150 });
+    { label: `The loss as W[${row},${col}] changes, and the straight line that the gradient draws; at ${shown(by, 3)} the loss is ${shown(before + real)}`, left: shown(-reach, 3), right: `+${shown(reach, 3)}`, caption: 'Line: the loss, computed anew. Dashes: what the gradient predicts.', height: 150 });
 }
 function nudgeThis(key, row, col) {
   $('nudge-layer').value = key; $('nudge-row').value = row; $('nudge-col').value = col;
@@ -147,7 +147,7 @@ function drawHistory() {
   $('history').hidden = false;
   const line = (name) => rows.filter((row) => row[name] !== undefined).map((row) => [row.epoch, row[name]]), last = rows.at(-1);
   const lines = [{ points: line('train_loss'), kind: 'drawn' }, { points: line('val_loss'), kind: 'straight' }].filter((l) => l.points.length);
-  $('history-body').innerHTML = chart(lines, [], { label: `Loss of the run by epoch; at the end ${shown(last.train_loss)} in training`, left: `epoch ${rows[0].epoch}: line, training loss; dashes, validation loss`, right: String(last.epoch), height: 150 });
+  $('history-body').innerHTML = chart(lines, [], { label: `Loss of the run by epoch; at the end ${shown(last.train_loss)} in training`, left: `epoch ${rows[0].epoch}`, right: String(last.epoch), caption: 'Line: the training loss. Dashes: the validation loss.', height: 150 });
 }
 
 // What the numbers of each recorded update tell.

@@ -29,10 +29,10 @@ const MAKERS = {
     for (let n = 0; n < G.rows; n++) terms.push({ label: `g[${n},${o}]`, text: '', value: G.at(n, o) });
     return { head: `db[${o}] = Σₙ g[n,${o}], over the examples`, terms, whole: G.rows === G.of[0] };
   },
-  input_gradient({ g, W }, n, i) {
+  input_gradient({ g, W, shared }, n, i) {
     const G = table(g), w = table(W);
     const terms = products(Math.min(G.cols, w.rows), (o) => [`g[${n},${o}] W[${o},${i}]`, G.at(n, o), w.at(o, i)]);
-    return { head: `dL/dx[${n},${i}] = Σₒ g[${n},o] W[o,${i}], over the units that it feeds`, terms, whole: G.cols === G.of[1] && w.rows === w.of[0] };
+    return { head: `dL/dx[${n},${i}] = Σₒ g[${n},o] W[o,${i}], over the units that it feeds`, terms, others: shared, whole: !shared && G.cols === G.of[1] && w.rows === w.of[0] };
   },
   loss(_, n, o, value) {
     if (DATA.loss.kind !== 'cross entropy') return { head: `l[${n}]`, terms: [], more: `<p>${escaped(DATA.loss.kind)} of this example's output and target: ${datum(value, 6)}.</p>` };
@@ -101,7 +101,7 @@ function showSum(grid, row, col, aloud) {
   if (left.length) rows.push({ label: `${left.length} other terms`, text: '', value: left.reduce((a, t) => a + t.value, 0) });
   rows.push(...kept);
   const sum = terms.reduce((a, t) => a + t.value, 0);
-  if (terms.length && !found.whole) rows.push({ label: 'not on this page', text: 'the total less the terms shown', value: found.value - sum });
+  if (terms.length && !found.whole) rows.push({ label: found.others ? 'from elsewhere' : 'not on this page', text: found.others ? 'other layers that take x' : 'the total less the terms shown', value: found.value - sum });
   const longest = Math.max(...rows.map((t) => Math.abs(t.value)), 1e-300);
   const lines = rows.map((t) => `<tr><td>${escaped(t.label)}</td><td>${escaped(t.text)}</td><td class="value">${datum(t.value)}</td>` +
     `<td class="bar"><i style="width:${100 * Math.abs(t.value) / longest}%;background:${css(t.value < 0 ? palette.minus : palette.plus)}"></i></td></tr>`);

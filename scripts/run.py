@@ -215,7 +215,7 @@ def pip_steps(full: bool) -> list[list[str]]:
     # -I: a PYTHONPATH or user site with a torch in it must not count as installed.
     pip = [str(PYTHON), "-I", "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
     pip += ["--progress-bar", "off", "-c", str(CONSTRAINTS)]
-    steps = [[*pip, "-e", ".[training,test]"]]
+    steps = [[*pip, "-e", ".[training,explain,test]"]]
     index = os.environ.get("MANUALPROP_TORCH_INDEX", "").strip()
     if index:
         # torch alone: such an index may hold other versions of what torch needs than the pinned ones.
@@ -377,6 +377,19 @@ def docs(arguments: list[str]) -> list[list[str]]:
     return [["scripts/build_docs.py", *arguments]]
 
 
+def browser(arguments: list[str]) -> list[list[str]]:
+    """Debian's Chromium and its driver, for the tests of the page; nothing where they are there."""
+    if shutil.which("chromium") and shutil.which("chromedriver"):
+        return []
+    if not shutil.which("apt-get"):
+        raise Stop(
+            "browser installs by Debian's apt-get, which is not here. Install chromium and chromedriver."
+        )
+    apt = [*([] if os.getuid() == 0 else ["sudo"]), "apt-get", "-o", "Acquire::http::Timeout=20"]
+    each = [[*apt, "update", "-q"], [*apt, "install", "-qy", "chromium", "chromium-driver"]]
+    return [["-c", f"import subprocess; [subprocess.run(step, check=True) for step in {each!r}]"]]
+
+
 class Command(NamedTuple):
     steps: Callable[[list[str]], list[list[str]]]  # the user's arguments -> arguments of .venv's Python
     needs: str  # a glob of files without which the command cannot work, and is not offered
@@ -392,6 +405,7 @@ TABLE = {
     "bench": Command(
         bench, "scripts/bench_*.py", "a benchmark: bench NAME; NAME is " + " or ".join(benchmarks())
     ),
+    "browser": Command(browser, "tests/test_explain_page.py", "install Chromium, for the tests of the page"),
     "docs": Command(docs, "scripts/build_docs.py", "write the generated pages and the texts of --help"),
     "lint": Command(lint, "pyproject.toml", "ruff check, ruff format, mypy; --fix repairs what it can"),
 }

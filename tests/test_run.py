@@ -568,10 +568,10 @@ def test_ci_fails_with_lint_and_with_tests(tmp_path, lint, test, result):
     (tmp_path / ".ci").mkdir()
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / ".ci/run", tmp_path / ".ci/run")
-    stub = f"import sys; print(sys.argv[1]); sys.exit(dict(lint={lint}, test={test})[sys.argv[1]])"
+    stub = f"import sys; print(sys.argv[1]); sys.exit(dict(lint={lint}, browser=1, test={test})[sys.argv[1]])"
     (tmp_path / "scripts/run.py").write_text(stub)
     done = subprocess.run([tmp_path / ".ci/run"], cwd="/", capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (result, "lint\ntest\n")
+    assert (done.returncode, done.stdout) == (result, "lint\nbrowser\ntest\n")
     assert ("lint failed" in done.stderr) == bool(lint)
 
 
@@ -584,6 +584,7 @@ def test_every_dependency_is_pinned():
     wanted = [
         *project["dependencies"],
         *extras["training"],
+        *extras["explain"],
         *extras["test"],
         *extras["interop"],
         *extras["release"],

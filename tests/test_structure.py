@@ -97,8 +97,8 @@ def test_importing_the_package_is_light() -> None:
     script = """
 import sys, manualprop
 assert "torch" not in sys.modules
-manualprop.nn, manualprop.functional, manualprop.descent, manualprop.swap, manualprop.interop
-heavy = {"lightning", "pytest", "torchmetrics", "matplotlib", "torch._dynamo", "jsonargparse", "opacus"} & set(sys.modules)
+manualprop.nn, manualprop.functional, manualprop.descent, manualprop.swap, manualprop.interop, manualprop.explain
+heavy = {"lightning", "pytest", "rich", "latex2mathml", "torchmetrics", "matplotlib", "torch._dynamo", "jsonargparse", "opacus"} & set(sys.modules)
 assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

@@ -198,12 +198,6 @@ class Trainee:
                 got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
                 raise TypeError(f"explain: the loss must be one number. Got {got}; use reduction='mean'.")
 
-    def value(self, x: Tensor, target: Tensor) -> float:
-        """Return the loss."""
-        with torch.no_grad(), self._drawing():
-            found: Tensor = self.loss(self.model(x), target)
-            return found.item()
-
     def gradient(self, x: Tensor, target: Tensor) -> Tensor:
         """Return the gradient of every parameter that learns, as one vector."""
         with self._drawing():

@@ -16,7 +16,7 @@ from manualprop._explain import _formulas as formulas
 from manualprop._explain._explanation import Explanation
 from manualprop._explain._numbers import affine_of
 from manualprop._explain._steps import Block, rule_of, steps
-from manualprop._explain._tables import Functions, functions, passes_on, tables
+from manualprop._explain._tables import Functions, cropped, functions, passes_on, tables, whole_tables
 from manualprop._explain._training import Slice
 
 FOLDER = Path(__file__).parent / "page"
@@ -215,6 +215,7 @@ def _data(
         "loss": _loss_kind(e),
         "image": e.image,
         "nudge": not computed.refused,
+        "whole": whole_tables(e) if cropped(packed) and not computed.refused else {},
         "layers": [
             {
                 "path": layer.path,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from torch import Tensor
 from torch.nn import Module
 
 from manualprop import functions as rules
@@ -312,7 +312,7 @@ class _Writer:
             made = {"kind": "input_gradient", "g": f"g:{i}", "W": f"p:{layer.weights[0].name}"}
             own = rules.Linear.input_gradient(layer.g, layer.weights[0].value)  # type: ignore[arg-type]
             # Autograd adds up what all users of a tensor hand back: the page tells what comes from others.
-            made["shared"] = not torch.allclose(own, layer.dx, rtol=1e-3, atol=1e-3 * rms(own))
+            made["shared"] = not _alike(own, layer.dx)
         name = "" if layer.rule is None else f"functions.{layer.rule.__name__}"
         source = f"{name}.input_gradient" if layer.kind == AFFINE else f"{name or layer.name}.backward"
         return [
@@ -379,6 +379,12 @@ def _initial(i: int, path: str, kind: str, weights: list[Weight]) -> Block:
     shown = tuple(Shown(f"p:{w.name}", _letter(w), w.name, {"kind": "weight"}) for w in weights)
     source = f"nn.{kind}.reset_parameters (torch's)" if i >= 0 else "the model's own"
     return Block(path, kind, i, formula, line, source, "", shown)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal but for rounding; what is not finite counts as equal."""
+    difference = rms(a.reshape(b.shape) - b)
+    return not difference > 1e-3 * rms(a)
 
 
 def _letter(weight: Weight) -> str:

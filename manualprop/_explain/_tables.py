@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ROOM = 230_000  # numbers that a page holds; at 16 characters for 3 of them, 1.2 MB
 FRAME = 100_000  # of one recorded update
+WHOLE = 130_000  # that the loss is computed anew from, where the tables hold a part of them
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def tables(e: Explanation) -> tuple[dict[str, Any], list[int]]:
         size = sum(cut(key, e.numbers[key]).numel() for key in keys)
         if size <= FRAME:
             break
-    count = max(1, min(len(e.recording.frames), ROOM // max(1, size)))
+    room = ROOM if limits is SIZES[0] else ROOM - WHOLE // 2  # which the whole network may come on top of
+    count = max(1, min(len(e.recording.frames), room // max(1, size)))
     chosen = _evenly(len(e.recording.frames), count)
     frames = [numbers(e.recording.frames[k], e.links) for k in chosen]
     return {key: _table(key, frames, cut) for key in keys}, chosen
@@ -166,9 +168,24 @@ def functions(e: Explanation, packed_tables: Mapping[str, Any]) -> Functions:
         loss = _loss(e.loss, seen)
     except javascript.NotPrintable as error:
         refused = refused or f"The loss cannot be printed as JavaScript: {error}."
-    if not refused and any([t["rows"], t["cols"]] != t["of"] for t in packed_tables.values()):
-        refused = "The page holds a part of this network's numbers, and the loss needs them all."
+    size = sum(e.numbers[key].numel() for key in _needed(e))
+    if not refused and cropped(packed_tables) and size > WHOLE:
+        refused = f"The loss depends on {size:,} numbers, and a page has room for {WHOLE:,}."
     return Functions(activations, loss, refused)
+
+
+def cropped(packed_tables: Mapping[str, Any]) -> bool:
+    """Whether the page holds a part of some tensors only."""
+    return any([t["rows"], t["cols"]] != t["of"] for t in packed_tables.values())
+
+
+def whole_tables(e: Explanation) -> dict[str, Any]:
+    """All that the loss depends on, before the explained update."""
+    return {key: _table(key, [dict(e.numbers)], lambda key, t: flattened(key, t)) for key in _needed(e)}
+
+
+def _needed(e: Explanation) -> list[str]:
+    return ["x", "target", *(key for key in e.numbers if key.startswith("p:"))]
 
 
 def _activation(layer: Layer) -> tuple[str, str, str]:

@@ -215,7 +215,7 @@ def _run(
 ) -> tuple[Tensor | str, float]:
     """Every so many weights of a path, and the noise of its gradients; in place of the weights, why there are none."""
     trainee = Trainee(model, loss, descent, seed)
-    points = [_vector(trainee.model)]
+    points, noise = [_vector(trainee.model)], 0.0
     try:
         noise = _noise(trainee, x, target, seed)
         for number, chosen in enumerate(itertools.islice(batches(descent, len(x), seed), STEPS), start=1):
@@ -283,8 +283,10 @@ def _grid(
     trainee = Trainee(model, loss, Batch(learning_rate=1.0), seed)
     learning = [p for p in trainee.model.parameters() if p.requires_grad]
     found = torch.empty(len(down), len(across), dtype=torch.float64)
-    for (i, b), (j, a) in itertools.product(enumerate(down), enumerate(across)):
-        place = start.double() + a * basis[0] + b * basis[1]
-        vector_to_parameters(place.to(start.dtype), learning)
-        found[i, j] = trainee.value(x, target)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for (i, b), (j, a) in itertools.product(enumerate(down), enumerate(across)):
+            place = start.double() + a * basis[0] + b * basis[1]
+            vector_to_parameters(place.to(start.dtype), learning)
+            torch.manual_seed(seed)  # random layers draw the same everywhere
+            found[i, j] = trainee.loss(trainee.model(x), target)
     return found

@@ -51,15 +51,20 @@ for (const radio of document.querySelectorAll('input[name="direction"]')) {
 
 // ----- the nudge -----
 
+// Where the tables hold a part of the network, the whole of it is there as it was before the explained update.
+const WHOLE = Object.fromEntries(Object.entries(DATA.whole).map(([key, t]) => [key, new Numbers(key, t)]));
+const whole = (key) => WHOLE[key] ?? table(key);
+const nudged = () => (WHOLE.x ? 0 : state.frame);
+
 // The loss of all examples of the update, with `by` added to one number of a weight.
 function lossWith(key, row, col, by) {
-  const count = table('x').rows;
+  const X = whole('x'), T = whole('target'), frame = nudged(), count = X.rows;
   let sum = 0;
   for (let n = 0; n < count; n++) {
-    let v = Array.from({ length: table('x').cols }, (_, i) => table('x').at(n, i));
+    let v = Array.from({ length: X.cols }, (_, i) => X.at(n, i, frame));
     DATA.layers.forEach((layer, k) => {
       if (layer.kind === 'affine') {
-        const W = table(layer.W), w = W.array(), b = layer.b ? table(layer.b).array() : null;
+        const W = whole(layer.W), w = W.array(frame), b = layer.b ? whole(layer.b).array(frame) : null;
         v = Array.from({ length: W.rows }, (_, o) => {
           let z = b ? b[o] : 0;
           for (let i = 0; i < W.cols; i++) z += w[o * W.cols + i] * v[i];
@@ -67,13 +72,13 @@ function lossWith(key, row, col, by) {
         });
       } else if (layer.kind === 'activation') v = v.map(ACTIVATIONS[k].f);
     });
-    const target = table('target'), t = target.cols === 1 && v.length > 1 ? target.at(n, 0) : Array.from({ length: target.cols }, (_, c) => target.at(n, c));
+    const t = T.cols === 1 && v.length > 1 ? T.at(n, 0, frame) : Array.from({ length: T.cols }, (_, c) => T.at(n, c, frame));
     sum += total(LOSS(v, t));
   }
   return sum / DATA.divisor;
 }
 function nudgeScale(key) {
-  const values = table(key).array();
+  const values = table(key).array(nudged());
   return Math.max(0.5, 4 * Math.sqrt(values.reduce((a, v) => a + v * v, 0) / values.length));
 }
 function drawNudge() {
@@ -81,9 +86,9 @@ function drawNudge() {
   $('nudge-row').max = W.rows - 1; $('nudge-col').max = W.cols - 1;
   if (!(row >= 0 && row < W.rows && col >= 0 && col < W.cols && Number.isInteger(row) && Number.isInteger(col))) return;
   const reach = nudgeScale(key), by = Number($('nudge-by').value) / 100 * reach;
-  const slope = table(key.replace('p:', 'd:')).at(row, col), before = lossWith(key, row, col, 0);
+  const slope = table(key.replace('p:', 'd:')).at(row, col, nudged()), before = lossWith(key, row, col, 0);
   const real = lossWith(key, row, col, by) - before;
-  $('nudge-value').textContent = `W[${row},${col}] = ${shown(W.at(row, col))} ${by < 0 ? '−' : '+'} ${shown(Math.abs(by), 3)}`;
+  $('nudge-value').textContent = `W[${row},${col}] = ${shown(W.at(row, col, nudged()))} ${by < 0 ? '−' : '+'} ${shown(Math.abs(by), 3)}`;
   for (const [id, v] of [['predicted', slope * by], ['recomputed', real], ['missed', real - slope * by]]) { $(id).value = v; $(id).textContent = shown(v); }
   const at = Array.from({ length: 25 }, (_, k) => (k - 12) / 12 * reach);
   const curve = at.map((d) => [d, lossWith(key, row, col, d)]), line = at.map((d) => [d, before + slope * d]);

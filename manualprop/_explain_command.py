@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="manualprop explain",
         description="Show the ten steps of an update with the numbers of a real batch:\n"
-        "of the digits recipe, of a run (--name), or of a model of your own (MODULE:NAME).",
+        "of the digits recipe, of a run (--name), or of your own model (MODULE:NAME).",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -52,6 +52,12 @@ def explained(
     )
 
 
+@pytest.fixture(scope="module")
+def full() -> Explanation:
+    """With recorded updates and the three descents, which take most of the time."""
+    return explained(updates=4)
+
+
 def close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
@@ -180,8 +186,8 @@ def test_the_ten_steps_in_order() -> None:
         ["0", "2"], ["0"], ["1"], ["2"], ["loss"], ["loss"], ["1"], ["2", "0"], ["2"], ["0", "2"],
     ]  # fmt: skip
     assert [step.direction for step in found.steps] == ["forward"] * 5 + ["backward"] * 5
-    for step, block in ((step, block) for step in found.steps for block in step.blocks):
-        assert block.shown and all(shown.key in found.numbers for shown in block.shown), step.title
+    for block in (block for step in found.steps for block in step.blocks):
+        assert block.shown and all(shown.key in found.numbers for shown in block.shown), block.layer
         others = [
             v for shown in block.shown for v in shown.made.values() if isinstance(v, str) and v[1:2] == ":"
         ]
@@ -410,8 +416,8 @@ def test_descents_that_cannot_run_say_why() -> None:
 # ----- JSON, text, figure -----
 
 
-def test_json_holds_the_numbers() -> None:
-    found = explained(updates=4)
+def test_json_holds_the_numbers(full: Explanation) -> None:
+    found = full
     data = json.loads(found.to_json())
     assert [step["title"] for step in data["steps"]] == [TITLES[k][1] for k in range(1, 11)]
     for key, entry in data["numbers"].items():
@@ -421,8 +427,8 @@ def test_json_holds_the_numbers() -> None:
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_the_terminal_shows_the_steps_in_order(width: int) -> None:
-    text = _terminal.text(explained(updates=4), width)
+def test_the_terminal_shows_the_steps_in_order(full: Explanation, width: int) -> None:
+    text = _terminal.text(full, width)
     places = [text.index(f"{number:>2}  {title}") for number, (_, title, _) in TITLES.items()]
     assert places == sorted(places)
     assert max(map(len, text.splitlines())) <= width
@@ -436,7 +442,7 @@ def test_the_terminal_shows_the_steps_in_order(width: int) -> None:
         "Stochastic",
     ):
         assert words in text
-    assert f"{explained().numbers['y:0'][0, 0].item():.3g}" in text
+    assert f"{full.numbers['y:0'][0, 0].item():.3g}" in text
 
 
 def shown(found: Explanation, **options: Any) -> str:
@@ -457,12 +463,12 @@ def test_layer_example_and_verbose() -> None:
     assert "quotient rule" not in shown(found) and "quotient rule" in shown(found, verbose=True)
     with pytest.raises(ValueError, match=r"layer must be one of 0, 2, 1, loss. Got 'x'"):
         found.render(layer="x")
-    with pytest.raises(ValueError, match="example must be from 0 to 11, one of the update. Got 12"):
+    with pytest.raises(ValueError, match=r"example must be from 0 to 11, one of the update\. Got 12"):
         found.render(example=12)
 
 
-def test_the_figure_shows_layers_losses_and_paths() -> None:
-    drawn = explained(updates=4).figure()
+def test_the_figure_shows_layers_losses_and_paths(full: Explanation) -> None:
+    drawn = full.figure()
     titles = [axis.get_title() for axis in drawn.axes]
     assert {"input", "0 (Linear)", "gradient at 2", "loss over the updates"} <= set(titles)
     assert sum("noise" in title for title in titles) == 3

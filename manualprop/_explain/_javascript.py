@@ -105,7 +105,7 @@ def _traced(formula: Callable[..., Tensor], samples: list[Tensor]) -> fx.GraphMo
     table: Any = decomposition_table
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            made = make_fx(formula, decomposition_table=table)(*samples)
+            made = make_fx(lambda *given: formula(*given), decomposition_table=table)(*samples)
     except RuntimeError as error:  # it looks at its numbers, which a trace has not
         raise NotPrintable(str(error)) from error
     made.graph.eliminate_dead_code()

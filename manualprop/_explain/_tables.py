@@ -199,8 +199,7 @@ def _loss(loss: Module, seen: Observation) -> str:
         raise javascript.NotPrintable("it does not tell the loss of a single example")
     if seen.output.dim() != 2:
         raise javascript.NotPrintable("the output has more than one row for an example")
-    single = loss_of_each(loss)
-    return javascript.of_rows(lambda x, t: single(x, t), seen.output, seen.target)
+    return javascript.of_rows(loss_of_each(loss), seen.output, seen.target)
 
 
 def loss_of_each(loss: Module) -> Module:

@@ -198,7 +198,7 @@ def test_real_old_pythons():
 def test_first_call_installs_second_does_not(tree):
     assert re.search(r"(?s)setting up \.venv.*set-up finished", tree.echo())
     assert len(tree.pip_calls) == 1
-    assert "-c" in tree.pip_calls[0] and tree.pip_calls[0].endswith("-e .[training,test]")
+    assert "-c" in tree.pip_calls[0] and tree.pip_calls[0].endswith("-e .[training,explain,test]")
     assert tree.echo() == ""
     assert len(tree.pip_calls) == 1
 
@@ -222,7 +222,7 @@ def test_torch_index_goes_to_pip(tree):
     assert (
         torch.endswith("--no-deps --index-url https://example.org/cpu torch") and "constraints.txt" in torch
     )
-    assert "--index-url" not in rest and rest.endswith("-e .[training,test]")
+    assert "--index-url" not in rest and rest.endswith("-e .[training,explain,test]")
     tree.echo(MANUALPROP_TORCH_INDEX="https://example.org/other")
     assert len(tree.pip_calls) == 2
 

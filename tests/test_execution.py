@@ -15,6 +15,7 @@ from manualprop import functional as F
 from manualprop.functions._execution import (
     FORMULAS,
     Runner,
+    _classes,
     _formula,
     _kernels,
     _lowering,
@@ -23,13 +24,16 @@ from manualprop.functions._execution import (
     formula,
     indicator,
     inside,
-    read,
+    less_on_class,
+    of_class,
+    on_class,
+    read_legend,
 )
 from manualprop.functions._execution._program import program
-from manualprop.functions.fused import ACTIVATIONS, activated_and_through, through
+from manualprop.functions.fused.mlp import ACTIVATIONS, activated_and_through, through
 
 # The compiler loads parts of torch that torch itself has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
 
 ONE_ROW = list({c.name: c for c in CASES if c.elementwise}.values())
 COMPILED = [c for c in ONE_ROW if c.name in ("hardtanh", "selu", "softplus", "silu", "gelu")]
@@ -152,6 +156,46 @@ def test_spellings(f: Any, expected: list[str]) -> None:
     torch.testing.assert_close(run.run(x, y), f(x, y))
 
 
+CLASSES = torch.tensor([[2], [0], [4]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("f", "text"),
+    [
+        (lambda x, r: less_on_class(torch.exp(x), r, CLASSES), "scatter_add_(1"),
+        (lambda x, r: less_on_class(torch.exp(x), 0.25, CLASSES), "scatter_(1"),
+        (lambda x, r: on_class(-r, CLASSES, x), "put_on_class("),
+        (lambda x, r: 1.0 * (x * on_class(1.0, CLASSES, x)), "on_class("),
+        (lambda x, r: of_class(x, CLASSES) + of_class(x[0], CLASSES) * r, "of_class("),
+    ],
+)
+def test_words_of_classes(f: Any, text: str, dtype: torch.dtype) -> None:
+    """One-hot vectors by a comparison, and what a program makes of them."""
+    x, r = points(3, 5, dtype=dtype), points(3, 1, dtype=dtype)
+    run = program(f, [x, r], frozenset())
+    assert text in run.code
+    onehot = (torch.arange(5) == CLASSES).to(dtype)
+    by_hand = {
+        "scatter_add_(1": torch.exp(x) - r * onehot,
+        "scatter_(1": torch.exp(x) - 0.25 * onehot,
+        "put_on_class(": -r * onehot,
+        "on_class(": x * onehot,
+        "of_class(": (x * onehot).sum(1, keepdim=True) + x[0][CLASSES] * r,
+    }[text]
+    for found in (run.run(x, r), f(x, r)):
+        torch.testing.assert_close(found, by_hand)
+
+
+def test_a_look_at_the_targets() -> None:
+    """Only where nobody watches, and where a negative number stands for an ignored one."""
+    every, some = torch.tensor([0, 3]), torch.tensor([0, -100])
+    with torch.no_grad():
+        assert _classes.occurring(-100, every) is None
+        assert _classes.occurring(-100, some) == -100 and _classes.occurring(3, every) == 3
+    assert _classes.occurring(-100, every) == -100
+
+
 @pytest.mark.parametrize(("axis", "weights", "text"), [(1, (13,), "mv(a0, a1)"), (0, (11, 1), "torch.t(a0)")])
 def test_a_weighted_sum_is_a_product_of_matrices(axis: int, weights: tuple[int, ...], text: str) -> None:
     def f(a: Tensor, w: Tensor) -> Tensor:
@@ -227,7 +271,7 @@ def test_sums_over_chunks_are_added_up_and_rows_put_together(monkeypatch: pytest
 @pytest.mark.parametrize("bad", ["", "g (N)", "g N -> dx like g", "-> dx like g"])
 def test_a_legend_that_is_not_understood(bad: str) -> None:
     with pytest.raises(ValueError, match="a legend is written"):
-        read(bad)
+        read_legend(bad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -426,8 +470,14 @@ def test_threads_share_the_kernels() -> None:
         torch.testing.assert_close(found[i], expected)
 
 
-@pytest.mark.parametrize("backend", _kernels.BACKENDS)
-@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "mish", "relu", "silu", "tanh"])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        pytest.param(name, b, marks=[pytest.mark.slow] * (b == "inductor" and name != "gelu"))
+        for name in ACTIVATIONS
+        for b in _kernels.BACKENDS
+    ],
+)
 def test_value_and_gradient_at_once(name: str, backend: str) -> None:
     u, g = points(7, 9), points(7, 9) + 1
     manualprop.kernels(backend)

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from manualprop import descent as descents
 from manualprop import functions as rules
 from manualprop import nn
 from manualprop._backprop import Backprop
 from manualprop._backprop._stages import Activation, Affine, Applied, Stage, build
+from manualprop._splitting import compares_elements, denominator, gradient
 from manualprop.descent import Descent
 from manualprop.functions import Rule
 
@@ -166,7 +166,7 @@ class Trainee:
         if self.step is not None:
             return self.step(x, target)
         self.optimizer.zero_grad()
-        value = descents.gradient(self.model, self.loss, [(x, target)])
+        value = gradient(self.model, self.loss, [(x, target)])
         self.descent.clip_gradients(self.model.parameters())
         self.optimizer.step()
         if self.lr_scheduler is not None and self.descent.lr_scheduler_interval == "update":
@@ -187,7 +187,7 @@ class Trainee:
                     f"explain: the model must return one tensor. Got {type(output).__name__}; wrap it in a module that "
                     "returns the tensor to compare with the target."
                 )
-            if descents.compares_elements(self.loss) and output.shape != target.shape:
+            if compares_elements(self.loss) and output.shape != target.shape:
                 raise ValueError(
                     f"explain: {type(self.loss).__name__} must be given an output and a target of one shape. Got "
                     f"{tuple(output.shape)} and {tuple(target.shape)}; reshape the target, or choose another loss."
@@ -205,7 +205,7 @@ class Trainee:
                 found = self.step.gradients(x, target)
             else:
                 self.optimizer.zero_grad()
-                descents.gradient(self.model, self.loss, [(x, target)])
+                gradient(self.model, self.loss, [(x, target)])
                 found = {
                     name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None
                 }
@@ -306,7 +306,7 @@ class Trainee:
         gradients = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
         self.model.zero_grad()
         try:
-            divisor: float | None = float(descents.denominator(self.loss, output, target))
+            divisor: float | None = float(denominator(self.loss, output, target))
         except (TypeError, AttributeError):
             divisor = None
         output = output.detach()

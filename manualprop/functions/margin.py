@@ -18,8 +18,19 @@ from torch import Tensor
 
 from manualprop.functions._elementwise_loss import Curvature, ElementwiseLoss
 from manualprop.functions._execution import indicator
+from manualprop.functions._kernels import constant_zeros, lifted, scattered
 from manualprop.functions._rule import Rule, flat, in_full_precision, plain_eager
-from manualprop.functions.cross_entropy import constant_zeros, lifted, scattered
+
+__all__ = [
+    "CosineEmbedding",
+    "HingeEmbedding",
+    "MarginRanking",
+    "MultiLabelMargin",
+    "MultiMargin",
+    "PairwiseDistance",
+    "SoftMargin",
+    "TripletMargin",
+]
 
 
 class HingeEmbedding(ElementwiseLoss):

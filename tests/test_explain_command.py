@@ -23,6 +23,8 @@ pytestmark = pytest.mark.filterwarnings(
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "digits" / "minibatch.yaml"
 
+PAGE = RECIPE.parents[2] / "docs" / "explain.md"
+
 MODULE = """
 import torch
 from torch import nn as theirs
@@ -76,6 +78,30 @@ def test_alone_it_explains_the_digits(capsys: pytest.CaptureFixture[str]) -> Non
     assert places == sorted(places) and max(map(len, out.splitlines())) <= 80
     assert "The digits recipe" in out and "functions.Linear.weight_gradient" in out
     assert "explain --page explain.html" in out.splitlines()[-1]
+    for block in re.findall(r"^```text\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S):
+        assert_shown(block.split(), out.split())
+
+
+def assert_shown(block: list[str], out: list[str]) -> None:
+    """The words of the page's block follow each other in the output; numbers may differ by rounding."""
+    for start in (i for i, word in enumerate(out) if word == block[0]):
+        if all(alike(a, b) for a, b in zip(block, out[start:], strict=False)):
+            return
+    raise AssertionError(f"docs/explain.md shows what is not printed any more: {' '.join(block[:12])} ...")
+
+
+def alike(a: str, b: str) -> bool:
+    try:
+        return abs(float(a) - float(b)) <= 0.02 * abs(float(b))
+    except ValueError:
+        return a == b
+
+
+def test_a_page_that_shows_something_else_is_seen() -> None:
+    assert_shown(["a", "1.001"], ["x", "a", "1.0", "b"])
+    for wrong in (["a", "2"], ["a", "b"], ["c"]):
+        with pytest.raises(AssertionError, match="not printed any more"):
+            assert_shown(wrong, ["x", "a", "1.0", "b"])
 
 
 def test_the_digits_are_those_of_the_recipe() -> None:

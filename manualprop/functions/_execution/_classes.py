@@ -5,6 +5,7 @@ in the cache.  Of many numbers those at the targets are picked by their places i
 to four times as long along an axis that is not the last.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from manualprop.functions._execution import _formula
-from manualprop.functions._execution._formula import HALF, flattened, formula, full, watched
+from manualprop.functions._execution._formula import HALF, flattened, formula, full, plain_eager, watched
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # ATen's numbers
 MANY = 2**15  # numbers from which finding their places in memory pays, measured
@@ -98,6 +99,41 @@ def rows_of_a_chunk(x: Tensor, t: Tensor) -> int:
 def _lifted(w: Tensor | None, x: Tensor) -> Tensor | None:
     """Class weights in full precision, if they are of x's dtype; if not, ATen has its say on the mismatch."""
     return full(w) if w is not None and w.dtype == x.dtype else w
+
+
+def lifted(value: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``value``, whose tensors of the first one's precision come in full precision, if that is half."""
+
+    @functools.wraps(value)
+    def in_full(*arguments: Any) -> Tensor:
+        half = arguments[0].dtype
+        if half in HALF:
+            arguments = tuple(
+                a.float() if isinstance(a, Tensor) and a.dtype == half else a for a in arguments
+            )
+        return value(*arguments)
+
+    return in_full
+
+
+def kernel(aten: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Mark a function that ATen has a kernel for, but vmap no rule, and the compiler no quick form: these run the function."""
+
+    def marked(value: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @lifted
+        def either(*arguments: Any) -> Tensor:
+            return aten(*arguments) if plain_eager() else value(*arguments)
+
+        return either
+
+    return marked
+
+
+def longest(leading: Tensor) -> int:
+    """The length of the longest of lists (N, K) whose entries lead; K where nobody may look."""
+    if not leading.numel() or not plain_eager() or type(leading) is not Tensor:
+        return leading.shape[-1]
+    return int(leading.sum(-1).max())
 
 
 # ----- places in memory -----

@@ -247,6 +247,11 @@ def watched(tensors: Sequence[Tensor | None]) -> bool:
     return False
 
 
+def plain_eager() -> bool:
+    """Whether neither a ``torch.func`` transform nor the compiler watches, which may see no number and no kernel."""
+    return not (torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling())
+
+
 def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 

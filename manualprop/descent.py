@@ -12,22 +12,16 @@ This file needs torch only, so that a plain PyTorch loop and Lightning run the s
             gradient(model, loss, [(x[rows], y[rows]) for rows in pieces])
             descent.clip_gradients(model.parameters())
             optimizer.step()
-
-Why a gradient computed in pieces is exact here. A mean loss is a quotient, $L = \sum_i w_i l_i / \sum_i w_i$, where
-w is 1, a class weight, or 0 for an ignored target. Neither the mean of the pieces' means nor their mean weighted by
-the number of examples equals L. The numerator and the denominator do add up over pieces, so both are summed and the
-gradient is divided once, at the end (`sum_and_denominator`, `finish_gradient`).
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -35,34 +29,28 @@ from torch.nn import Parameter
 from torch.optim import LBFGS, SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from manualprop import _torch as _torch  # warns of an untested version
+from manualprop._splitting import (
+    check_splittable,
+    denominator,
+    finish_gradient,
+    gradient,
+    is_sum,
+    sum_and_denominator,
+)
+
 __all__ = [
     "Batch",
     "Descent",
     "MiniBatch",
     "Stochastic",
     "check_splittable",
-    "compares_elements",
     "denominator",
     "finish_gradient",
     "gradient",
     "is_sum",
     "sum_and_denominator",
 ]
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-
-# Losses of torch whose mean divides by the number of elements compared, whatever their weights are.
-_MEAN_OVER_ELEMENTS = (
-    nn.BCELoss,
-    nn.BCEWithLogitsLoss,
-    nn.HuberLoss,
-    nn.KLDivLoss,
-    nn.L1Loss,
-    nn.MSELoss,
-    nn.PoissonNLLLoss,
-    nn.SmoothL1Loss,
-    nn.SoftMarginLoss,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,145 +298,3 @@ def _order(n: int, seed: int, epoch: int) -> Tensor:
     # torch's CPU generator looks at the low 32 bits of its seed only: hash the pair, so that (0, 1) and (1, 0) differ.
     digest = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=4).digest()
     return torch.randperm(n, generator=torch.Generator().manual_seed(int.from_bytes(digest, "big")))
-
-
-def gradient(model: nn.Module, loss: Loss, pieces: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """Add the exact gradient of one update to every `.grad` and return the loss.
-
-    Args:
-        model: called on the inputs of each piece.
-        loss: called on (output, target); see `check_splittable` for what several pieces ask of it.
-        pieces: (input, target) pairs that together are the examples of the update. The `.grad` must be None or zero
-            where there are several, because the sum over all pieces is divided at the end.
-
-    Raises:
-        TypeError: when there are several pieces and the loss cannot be split exactly.
-    """
-    if len(pieces) == 1:
-        x, target = pieces[0]
-        value = loss(model(x), target)
-        value.backward()
-        return value.item()
-    check_splittable(loss, model)
-    total = divisor = 0.0
-    for x, target in pieces:
-        piece, weight = sum_and_denominator(loss, model(x), target)
-        piece.backward()
-        total, divisor = total + piece.item(), divisor + weight
-    return finish_gradient(model.parameters(), loss, total, divisor)
-
-
-def finish_gradient(parameters: Iterable[Parameter], loss: Loss, total: float, divisor: float) -> float:
-    """Turn the gradient of the summed loss in every `.grad` into the gradient of the loss, which is returned.
-
-    Args:
-        parameters: whose `.grad` is divided where there is one; left alone when the loss is a sum.
-        loss: of which `total` is the sum.
-        total: sum of the loss over all pieces.
-        divisor: sum of the pieces' denominators; 0 (nothing but ignored targets) gives nan, as it does in torch.
-    """
-    if is_sum(loss):
-        return total
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad.div_(divisor)
-    return total / divisor if divisor else math.nan
-
-
-def is_sum(loss: Loss) -> bool:
-    """Return whether the loss is a sum over examples, which needs no division to add up over pieces.
-
-    Args:
-        loss: with or without an attribute `reduction`.
-    """
-    return getattr(loss, "reduction", None) == "sum"
-
-
-def sum_and_denominator(loss: Loss, output: Tensor, target: Tensor) -> tuple[Tensor, float]:
-    """Return a loss summed over a piece, and what its mean over the piece would divide by.
-
-    Args:
-        loss: with an attribute `reduction`; see `check_splittable`.
-        output: of the model.
-        target: to compare with.
-
-    Raises:
-        TypeError: when the loss cannot be split into pieces exactly.
-    """
-    check_splittable(loss)
-    if is_sum(loss):
-        return loss(output, target), float(len(output))
-    summed: Any = copy.copy(loss)  # shallow: class weights and other buffers stay shared
-    summed.reduction = "sum"
-    return summed(output, target), denominator(loss, output, target)
-
-
-def denominator(loss: Any, output: Tensor, target: Tensor) -> float:
-    """Return what the mean of a loss over a piece divides by; it adds up over pieces.
-
-    Args:
-        loss: accepted by `check_splittable`, with reduction "mean" or "batchmean".
-        output: of the model.
-        target: to compare with.
-    """
-    # A Python float: as a bfloat16 tensor, 1297 examples would count as 1296.
-    if hasattr(loss, "denominator"):
-        return float(loss.denominator(output, target))
-    if loss.reduction == "batchmean":
-        return float(len(output))
-    if not isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss):
-        return float(math.prod(torch.broadcast_shapes(output.shape, target.shape)))
-    if target.is_floating_point():  # class probabilities: their mean does not look at the class weights
-        return output.numel() / output.shape[min(1, output.dim() - 1)]
-    kept = target[target != loss.ignore_index]
-    return float(kept.numel() if loss.weight is None else loss.weight[kept].sum())
-
-
-def check_splittable(loss: Loss, model: nn.Module | None = None) -> None:
-    """Refuse a loss or a model whose gradient over a whole does not follow from those over the pieces.
-
-    Known are the losses of torch.nn and manualprop.nn with reduction "mean" or "sum". A loss of your own, module or
-    other callable, is split when it has an attribute `reduction` that it follows, and this is "sum"; or "mean", with
-    a method `denominator(output, target)` that returns what the mean divides by. A model must treat every example
-    alone, which batch normalisation in training mode does not.
-
-    Args:
-        loss: called on (output, target).
-        model: checked too when given.
-
-    Raises:
-        TypeError: for any other loss.
-        ValueError: for a model with batch normalisation in training mode.
-    """
-    reduction = getattr(loss, "reduction", None)
-    divides = _is_known(loss) or hasattr(loss, "denominator")
-    if not (reduction == "sum" or (reduction in ("mean", "batchmean") and divides)):
-        raise TypeError(
-            "A gradient computed in pieces must be exact, and it is not known what the mean of "
-            f"{getattr(loss, '__name__', type(loss).__name__)} divides by. Got reduction={reduction!r}. Give it an "
-            "attribute reduction='sum', or reduction='mean' and a method denominator(output, target) that returns "
-            "what its mean divides by; or compute each update in one piece (micro_batch_size=None, one process)."
-        )
-    for path, module in model.named_modules() if model is not None else ():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-            raise ValueError(
-                "A gradient computed in pieces must be exact, and batch normalisation makes every example depend on "
-                f"its piece. Got {type(module).__name__} at {path!r} in training mode. Use LayerNorm or GroupNorm, or "
-                "compute each update in one piece (micro_batch_size=None, one process)."
-            )
-
-
-def compares_elements(loss: Loss) -> bool:
-    """Return whether a loss of torch.nn or manualprop.nn pairs output and target element by element.
-
-    Args:
-        loss: called on (output, target).
-    """
-    return _is_known(loss) and isinstance(loss, _MEAN_OVER_ELEMENTS)
-
-
-def _is_known(loss: Loss) -> bool:
-    # A subclass from elsewhere may have changed `forward`, so the class itself must come from torch or from us.
-    home = type(loss).__module__.partition(".")[0]
-    known = (*_MEAN_OVER_ELEMENTS, nn.CrossEntropyLoss, nn.NLLLoss)
-    return home in ("torch", "manualprop") and isinstance(loss, known)

@@ -19,6 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import manualprop
 from manualprop import nn as ours
+from manualprop.nn.fusing import ACTIVATIONS
 
 # ----- the blocks -----
 
@@ -62,14 +63,10 @@ class Block(NamedTuple):
     halves: bool = False  # whether at most half of eager torch's bytes are promised
 
 
-F = {
-    "gelu": nn.GELU,
-    "gelu_tanh": lambda: nn.GELU("tanh"),
-    "silu": nn.SiLU,
-    "mish": nn.Mish,
-    "relu": nn.ReLU,
-    "tanh": nn.Tanh,
-}
+# Every activation that blocks take and torch has.
+F: dict[str, Callable[[], nn.Module]] = {
+    name: getattr(nn, layer.__name__) for layer, name in ACTIVATIONS.items() if hasattr(nn, layer.__name__)
+} | {"gelu_tanh": lambda: nn.GELU("tanh")}
 
 
 def mlp(f: str, p: float = 0.0, keep: str = "pre-activation") -> Block:

@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""Write what is generated: two pages that are measured afresh, and the help.
+"""Write what is generated: pages that are measured, and the help.
 
     accuracy   docs/accuracy.md: errors of every elementwise function and its
                derivatives, ours and torch's
     routes     docs/routes.md: every function on every route of
                differentiation (some minutes)
+    versions   docs/versions.md: what passes on which torch, from the last whole
+               run of the tests in each environment
     help       manualprop/training/help/: what `manualprop fit --help` shows
 
-The pages name the processor that they were made on, for their last digits
+The first two name the processor that they were made on, for their last digits
 depend on it. Elsewhere they are left as they are, unless asked for by name.
 docs/benchmarks.md is written by `run.py bench NAME --write`.
 """
@@ -15,6 +17,7 @@ docs/benchmarks.md is written by `run.py bench NAME --write`.
 import argparse
 import dataclasses
 import functools
+import json
 import math
 import re
 import sys
@@ -41,7 +44,6 @@ from cases import CASES, Case  # noqa: E402
 from routes import COMPILED, COMPILED_SECOND, FORWARD, REVERSE, SECOND, Route  # noqa: E402
 
 from manualprop import functional as F  # noqa: E402
-from manualprop.functions.activation import GELU_C, SELU_ALPHA, SELU_LAMBDA  # noqa: E402
 
 # ----- accuracy: the exact functions -----
 
@@ -49,60 +51,22 @@ mpf = mpmath.mpf
 DIGITS = 60
 
 
-def _sigmoid(x: Any) -> Any:
-    return 1 / (1 + mpmath.exp(-x))
+def title(case: Case) -> str:
+    """A row's name on the page, as in "gelu (tanh)"."""
+    return " ".join([case.name, *(f"({value})" for value in case.kwargs.values())])
 
 
-def _softplus(x: Any) -> Any:
-    return mpmath.log1p(mpmath.exp(x))
-
-
-class Exact(NamedTuple):
-    """A function in many digits, at torch's default parameters, and its kinks."""
-
-    f: Callable[[Any], Any]
-    kinks: tuple[float, ...] = ()
-
-
-# fmt: off
-EXACT = {
-    "celu":        Exact(lambda x: x if x > 0 else mpmath.expm1(x), (0,)),
-    "elu":         Exact(lambda x: x if x > 0 else mpmath.expm1(x), (0,)),
-    "gelu":        Exact(lambda x: x * mpmath.erfc(-x / mpmath.sqrt(2)) / 2),
-    "gelu (tanh)": Exact(lambda x: x * _sigmoid(2 * mpmath.sqrt(2 / mpmath.pi) * (x + mpf(GELU_C) * x**3))),
-    "hardshrink":  Exact(lambda x: x if abs(x) > 0.5 else mpf(0), (-0.5, 0.5)),
-    "hardsigmoid": Exact(lambda x: min(max(x + 3, 0), 6) / mpf(6), (-3, 3)),
-    "hardswish":   Exact(lambda x: x * min(max(x + 3, 0), 6) / mpf(6), (-3, 3)),
-    "hardtanh":    Exact(lambda x: min(max(x, mpf(-1)), mpf(1)), (-1, 1)),
-    "leaky_relu":  Exact(lambda x: x if x > 0 else x * mpf(0.01), (0,)),
-    "logsigmoid":  Exact(lambda x: -_softplus(-x)),
-    "mish":        Exact(lambda x: x * mpmath.tanh(_softplus(x))),
-    "relu":        Exact(lambda x: max(x, mpf(0)), (0,)),
-    "relu6":       Exact(lambda x: min(max(x, mpf(0)), mpf(6)), (0, 6)),
-    "relu_squared": Exact(lambda x: max(x, mpf(0)) ** 2, (0,)),
-    "selu":        Exact(lambda x: mpf(SELU_LAMBDA) * (x if x > 0 else mpf(SELU_ALPHA) * mpmath.expm1(x)), (0,)),
-    "sigmoid":     Exact(_sigmoid),
-    "silu":        Exact(lambda x: x * _sigmoid(x)),
-    "softplus":    Exact(_softplus),
-    "softshrink":  Exact(lambda x: x - mpmath.sign(x) / 2 if abs(x) > 0.5 else mpf(0), (-0.5, 0.5)),
-    "softsign":    Exact(lambda x: x / (1 + abs(x)), (0,)),
-    "tanh":        Exact(mpmath.tanh),
-    "tanhshrink":  Exact(lambda x: x - mpmath.tanh(x)),
-}
-# fmt: on
-# Elementwise functions without a row: a parameter is random or has no default, or another row says the same.
-WITHOUT_DEFAULTS = {
-    "packed_relu": "relu, with a bit kept",
-    "rrelu": "random in training, leaky_relu otherwise",
-    "threshold": "relu in general",
-}
+# The rows that say what is exact, and those that say why nothing is.
+EXACT = {title(c): c for c in sorted(CASES, key=title) if callable(c.exact)}
+WITHOUT_EXACT = {c.name: c.exact for c in sorted(CASES, key=title) if c.exact and isinstance(c.exact, str)}
 SYMBOLS = ("f", "f'", "f''")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def exact(name: str, x: float, order: int) -> float:
     with mpmath.workdps(DIGITS):
-        found = mpmath.diff(EXACT[name].f, mpf(x), order) if order else EXACT[name].f(mpf(x))
+        f = EXACT[name].exact
+        found = mpmath.diff(f, mpf(x), order) if order else f(mpf(x))
         return float(found)
 
 
@@ -113,14 +77,6 @@ def points(name: str, dtype: torch.dtype) -> Tensor:
     x = torch.cat([x, extremes, -extremes]).to(dtype).unique()
     kinks = torch.tensor([*EXACT[name].kinks, torch.inf], dtype=torch.float64)
     return x[(x.double().unsqueeze(1) - kinks).abs().min(1).values > 1e-6]
-
-
-def call(module: Any, name: str) -> Callable[[Tensor], Tensor]:
-    if name == "gelu (tanh)":
-        return functools.partial(module.gelu, approximate="tanh")
-    if name == "relu_squared" and module is torch_F:
-        return lambda x: torch.relu(x).square()
-    return getattr(module, name)  # type: ignore[no-any-return]
 
 
 def derivatives(f: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor | None]:
@@ -162,7 +118,7 @@ def errors(name: str, dtype_name: str) -> Errors:
     truth = [torch.tensor([exact(name, v, n) for v in x.tolist()], dtype=torch.float64) for n in range(3)]
     keep = torch.stack([t.abs() < torch.finfo(dtype).max for t in truth]).all(0)
     x, truth = x[keep], [t[keep] for t in truth]
-    return Errors(x, truth, derivatives(call(F, name), x), derivatives(call(torch_F, name), x))
+    return Errors(x, truth, derivatives(EXACT[name], x), derivatives(EXACT[name].torchs, x))
 
 
 def worst_pair(name: str, dtype_name: str, order: int) -> tuple[float | None, float | None]:
@@ -225,7 +181,7 @@ def accuracy_page() -> Iterator[str]:
     yield "The place of torch's largest relative error, float32, where it is over 1 % and a hundred times ours.\n\n"
     yield markdown_table(["function", "x", "exact", "ours", "torch"], list(poor_places())) + "\n\n"
     yield "## At a kink\n\n" + prelu_at_zero() + "\n\n"
-    names = ", ".join(f"{name} ({reason})" for name, reason in WITHOUT_DEFAULTS.items())
+    names = ", ".join(f"{name} ({reason})" for name, reason in WITHOUT_EXACT.items())
     yield f"Functions without a row: {names}.\n"
 
 
@@ -381,6 +337,38 @@ def _verdicts(case: Case, base: dict[str, Route], family: dict[str, Route]) -> I
             yield verdict(name, route, p, truth)
 
 
+# ----- versions of torch -----
+
+VERSIONS = """# Versions of torch
+
+Generated by `python3 scripts/run.py docs versions`; do not edit.
+
+The whole suite without its slow tests, on a CPU, as `python3 scripts/run.py test --torch VERSION` last ended in the
+environment of each version; `python3 scripts/run.py test` is the row of the version in `scripts/constraints.txt`. The
+range in `pyproject.toml` follows from it. Outside of the range the package works as far as it works, and warns once.
+
+"""
+HEADER = ["torch", "Python", "day", "passed", "skipped", "failed", "which"]
+
+
+def version_files() -> dict[Path, str]:
+    """The page; a row stays as it is where no environment here has run that version."""
+    path = ROOT / "docs" / "versions.md"
+    kept = re.findall(r"^\| (\d.*) \|$", path.read_text(encoding="utf-8") if path.exists() else "", re.M)
+    rows = [line.split(" | ") for line in kept] + [version_row(p) for p in ROOT.glob(".venv*/suite.json")]
+    latest = {(row[0], row[1]): row for row in rows}
+    ordered = sorted(latest.values(), key=lambda row: [int(n) for n in f"{row[0]}.{row[1]}".split(".")])
+    return {path: VERSIONS + markdown_table(HEADER, ordered[::-1]) + "\n"}
+
+
+def version_row(path: Path) -> list[str]:
+    """What tests/conftest.py has recorded of a run."""
+    run = json.loads(path.read_text(encoding="utf-8"))
+    failed = ", ".join(f"`{name}`" for name in run["failed"])
+    numbers = [str(run["passed"]), str(run["skipped"]), str(len(run["failed"]))]
+    return [run["torch"], run["python"], run["day"], *numbers, failed or "-"]
+
+
 # ----- the help of the console command -----
 
 
@@ -393,7 +381,7 @@ def help_files() -> dict[Path, str]:
 # ----- the command -----
 
 PAGES: dict[str, Callable[[], Iterator[str]]] = {"accuracy": accuracy_page, "routes": routes_page}
-PARTS = [*PAGES, "help"]
+PARTS = [*PAGES, "versions", "help"]
 
 
 def main(argv: list[str]) -> int:
@@ -424,8 +412,8 @@ def _is_due(name: str, asked: list[str]) -> bool:
 
 
 def _build(name: str, check: bool) -> bool:
-    if name == "help":
-        files = help_files()
+    if name in ("versions", "help"):
+        files = version_files() if name == "versions" else help_files()
     else:
         files = {ROOT / "docs" / f"{name}.md": "".join(PAGES[name]()).rstrip() + "\n"}
         progress(1, 1, f"{name}: done")

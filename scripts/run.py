@@ -1,14 +1,9 @@
 #!/usr/bin/env python3
 """The one door to this repository: `python3 scripts/run.py COMMAND [ARGUMENTS]`, see `--help`.
 
-It needs nothing but Python. The first call makes `.venv` beside pyproject.toml and installs everything there;
-every later call hands over to that environment at once. Set-up leaves behind:
-
-    .venv/set-up        the stamp: what was installed, or UNFINISHED. Written last, and atomically, so whatever
-                        interrupts a set-up leaves UNFINISHED, and the next call starts afresh
-    .venv/interop       the same stamp, once the packages are there that only `test --full` needs
-    .venv/install.log   what venv and pip said
-    .venv.lock          locked (not merely present) while a set-up runs
+It needs nothing but Python. The first call installs everything into `.venv`; later calls hand over to it at once.
+`test --torch 2.14.1` does the same with `.venv-torch-2.14.1`. In an environment, `set-up` is the stamp: it names what
+is installed, once the last step is done. `suite.json` is the last whole run of the tests, for `docs versions`.
 """
 
 import hashlib
@@ -22,8 +17,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 # Python 3.6 understands all imports above and the *syntax* of all that follows, so that the user of an old Python
 # gets to read this one line. (Python 2 stops at the next line but one, and shows it.)
@@ -32,154 +29,132 @@ if sys.version_info < (3, 11):
     sys.stderr.write("run.py: Python 3.11 or newer is needed, this is %s (%s).\n" % (found, sys.executable))
     sys.exit(2)
 
+import tomllib
+
 if sys.platform == "win32":
     import msvcrt
 else:
     import fcntl
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
-PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-STAMP = VENV / "set-up"
-INTEROP = VENV / "interop"
-LOG = VENV / "install.log"
-LOCK = ROOT / ".venv.lock"
-PROJECT = ROOT / "pyproject.toml"
-CONSTRAINTS = ROOT / "scripts" / "constraints.txt"
-UNFINISHED = "unfinished\n"
+VERSION = "%d.%d" % sys.version_info[:2]
+INTERRUPTED = 128 + signal.SIGINT
+PLACE = f"Python {VERSION} at {ROOT}\n"  # an environment can follow neither another Python nor a moved folder
 
 
 class Stop(Exception):
-    """Ends the run with one line on stderr; status 2 for what the user can put right, 1 for what failed."""
-
-    def __init__(self, message: str, status: int = 2) -> None:
-        super().__init__(message)
-        self.status = status
+    """A line for the user and an exit status: 2 for what they can put right, 1 for what failed."""
 
 
 def say(text: str) -> None:
     print(f"run.py: {text}", file=sys.stderr, flush=True)
 
 
-# ---------------------------------------------------------------------------------------------- the environment
+# ----- the environment -----
 
 
-def place() -> str:
-    """What ties an environment to its spot: a venv can follow neither another Python nor a moved folder."""
-    return f"Python {sys.version_info[0]}.{sys.version_info[1]} at {ROOT}"
+class Environment:
+    """A folder with packages of its own: a version of torch, and if `full` what only `test --full` needs."""
 
+    def __init__(self, torch: str = "", full: bool = False) -> None:
+        self.name = f".venv-torch-{torch}" if torch else ".venv"
+        self.folder = ROOT / self.name
+        self.python = self.folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        self.stamp, self.log = self.folder / "set-up", self.folder / "install.log"
+        self.full = full
+        self.project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        self.pins = (ROOT / "scripts/constraints.txt").read_text(encoding="utf-8")
+        if torch:  # another version has its own needs of setuptools
+            self.pins = re.sub(r"(?m)^(torch|setuptools)==.*\n", "", self.pins) + f"torch=={torch}\n"
+        pins = hashlib.sha256((self.project + self.pins).encode()).hexdigest()
+        self.wanted = f"{PLACE}{pins}\n" + "full\n" * full
 
-def wanted_stamp() -> str:
-    pins = hashlib.sha256(PROJECT.read_bytes() + b"\0" + CONSTRAINTS.read_bytes()).hexdigest()
-    return f"{place()}\n{pins}\n"
+    def holds(self, start: str) -> bool:
+        """Whether all of its set-up was done, and its stamp begins like this."""
+        stamped = self.python.exists() and self.stamp.is_file()
+        return stamped and self.stamp.read_text(encoding="utf-8").startswith(start)
 
+    def make_ready(self) -> None:
+        if not self.holds(self.wanted):
+            with locked():
+                if not self.holds(self.wanted):  # while we waited for the lock, another run may have done it
+                    self.set_up()
 
-def read_stamp(stamp: Path = STAMP) -> str:
-    """The stamp, or "" where there is none."""
-    try:
-        return stamp.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        return ""
-
-
-def write_stamp(text: str) -> None:
-    fresh = STAMP.with_name("set-up.new")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, STAMP)
-
-
-def is_ready(full: bool) -> bool:
-    stamps = [STAMP, INTEROP] if full else [STAMP]
-    return PYTHON.exists() and all(read_stamp(stamp) == wanted_stamp() for stamp in stamps)
-
-
-def make_ready(full: bool) -> None:
-    """Set up unless that is done. Reads a few small files when it is: no lock, nothing written.
-
-    Args:
-        full: with the packages too that only `test --full` needs.
-    """
-    if is_ready(full):
-        return
-    try:
-        with locked():
-            if not is_ready(full):  # while we waited for the lock, another run may have done it
-                set_up(full)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        raise Stop(f"cannot set up .venv in {ROOT}: {where}{error.strerror or error}", 1) from None
-
-
-def set_up(full: bool) -> None:
-    if not has_venv():
-        version = f"{sys.version_info[0]}.{sys.version_info[1]}"
-        raise Stop(
-            "this Python cannot make virtual environments: its `venv` or `ensurepip` module is missing. "
-            f"On Debian and Ubuntu: sudo apt install python{version}-venv"
-        )
-    began = time.monotonic()
-    say("setting up .venv: torch, Lightning, test tools. It takes a few minutes.")
-    # After a change of pins alone pip can install on top. Anything else, an interrupted set-up above all (pip
-    # takes a half-written package for an installed one), needs an empty environment.
-    keep = PYTHON.exists() and read_stamp().startswith(place() + "\n")
-    if not keep:
-        move_away_foreign()
-    VENV.mkdir(exist_ok=True)
-    write_stamp(UNFINISHED)
-    if not keep:
-        clear_venv()
-        install_step([base_python(), "-I", "-m", "venv", str(VENV)], "making .venv")
-    for step in pip_steps(full):
-        install_step(step, "asking the package index")
-    if full:
-        INTEROP.write_text(wanted_stamp(), encoding="utf-8")
-    write_stamp(wanted_stamp())
-    say(f"set-up finished after {time.monotonic() - began:.0f} s.")
-
-
-def has_venv() -> bool:
-    """Debian's python3 without python3-venv has `venv` but not the `ensurepip` that it calls."""
-    from importlib.util import find_spec
-
-    return find_spec("venv") is not None and find_spec("ensurepip") is not None
-
-
-def base_python() -> str:
-    """The Python beneath any virtual environment: this script may run on the very .venv it is about to remake."""
-    return getattr(sys, "_base_executable", None) or sys.executable
-
-
-def move_away_foreign() -> None:
-    """A .venv without our stamp may be somebody's own: keep it."""
-    ours = read_stamp() or not os.path.lexists(VENV) or (VENV.is_dir() and not any(VENV.iterdir()))
-    if ours:
-        return
-    number = 1
-    while os.path.lexists(ROOT / f".venv.old{number}"):
-        number += 1
-    os.rename(VENV, ROOT / f".venv.old{number}")
-    say(f"there was a .venv that this script had not made: it is now .venv.old{number}.")
-
-
-def clear_venv() -> None:
-    """Empty the folder but for the stamp, which says whose it is. (The folder may be a link to a larger disk.)"""
-    for entry in VENV.iterdir():
-        if entry == STAMP:
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
+    def set_up(self) -> None:
+        if not (find_spec("venv") and find_spec("ensurepip")):  # Debian's python3 has the first alone
+            raise Stop(
+                "this Python cannot make environments: its module `venv` or `ensurepip` is missing. "
+                f"On Debian and Ubuntu: sudo apt install python{VERSION}-venv",
+                2,
+            )
+        began = time.monotonic()
+        say(f"setting up {self.name}: torch, Lightning, test tools. It takes a few minutes.")
+        # After a change of pins alone pip can install on top. Anything else, an interrupted set-up above all (pip
+        # takes a half-written package for an installed one), needs an empty folder.
+        if self.holds(PLACE):
+            self.stamp.write_text("unfinished\n")
         else:
-            entry.unlink()
+            self.clear()
+            # The Python beneath any virtual environment: this script may run on the very one that it remakes.
+            python = getattr(sys, "_base_executable", None) or sys.executable
+            self.install([python, "-I", "-m", "venv", str(self.folder)])
+        for step in self.pip_steps():
+            self.install(step)
+        self.stamp.write_text(self.wanted, encoding="utf-8")
+        say(f"set-up finished after {time.monotonic() - began:.0f} s.")
 
+    def clear(self) -> None:
+        """Leave a folder with our stamp alone; a folder without it may be somebody's own, and is moved away."""
+        if self.folder.is_dir() and any(self.folder.iterdir()) and not self.stamp.exists():
+            number = next(n for n in range(1, 1000) if not os.path.lexists(f"{self.folder}.old{n}"))
+            os.rename(self.folder, f"{self.folder}.old{number}")
+            say(f"there was a {self.name} that this script had not made: it is now {self.name}.old{number}.")
+        self.folder.mkdir(exist_ok=True)
+        self.stamp.write_text("unfinished\n")
+        for entry in set(self.folder.iterdir()) - {self.stamp}:  # the folder may be a link to a larger disk
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
 
-# ----------------------------------------------------------------------------------------------------- the lock
+    def pip_steps(self) -> list[list[str]]:
+        pins = self.folder / "constraints.txt"
+        pins.write_text(self.pins, encoding="utf-8")
+        extras = tomllib.loads(self.project)["project"]["optional-dependencies"]
+        names = ("training", "test", "interop", "release") if self.full else ("training", "test")
+        packages = [package for name in names for package in extras[name]]
+        # -I: a PYTHONPATH or user site with a torch in it must not count as installed.
+        pip = [str(self.python), "-I", "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
+        pip += ["--progress-bar", "off", "-c", str(pins)]
+        # --no-deps: torch's index may hold other versions of what torch needs than the pinned ones; the package may
+        # be tested with a torch out of its range; BackPACK asks for a torchvision that fits one build of torch only.
+        index = os.environ.get("MANUALPROP_TORCH_INDEX", "").strip()
+        steps = [[*pip, "--no-deps", "--index-url", index, "torch"]] if index else []
+        steps += [[*pip, "torch", *packages], [*pip, "--no-deps", "-e", "."]]
+        return steps + [[*pip, "--no-deps", "backpack-for-pytorch"]] * self.full
+
+    def install(self, command: list[str]) -> None:
+        """Run one command of the set-up, its output into the log, and show that it is alive."""
+        # PIP_USER would send packages out of the environment; close_fds=False hands the lock down.
+        options = {"env": self.variables(PIP_USER="0"), "stdin": subprocess.DEVNULL, "close_fds": False}
+        with open(self.log, "w") as log, child_process(command, stdout=log, stderr=log, **options) as child:
+            show_progress(child, self.log)
+        if child.returncode:
+            index = "MANUALPROP_TORCH_INDEX" if "--index-url" in command else "the package index"
+            reason = explain(self.log.read_text(errors="replace"), child.returncode, index)
+            raise Stop(f"set-up failed: {reason}. Full log: {self.log}. The next call tries again.", 1)
+
+    def variables(self, **more: str) -> dict[str, str]:
+        """PYTHONHOME names the files of one particular Python; another one does not start with it."""
+        kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONHOME", "__PYVENV_LAUNCHER__")}
+        path = os.pathsep.join([str(self.python.parent), kept.get("PATH", os.defpath)])
+        return {**kept, "PATH": path, **more}
 
 
 def try_lock(file: IO[str]) -> bool:
     """The system drops such a lock when its holder dies, so a dead holder needs no healing."""
     try:
         if sys.platform == "win32":
-            file.seek(4096)  # a locked byte cannot be read by others, and they read the holder's name
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -190,319 +165,168 @@ def try_lock(file: IO[str]) -> bool:
 
 @contextmanager
 def locked() -> Iterator[None]:
-    """One set-up at a time; who comes second waits, and says for whom."""
-    with open(LOCK, "a+", encoding="utf-8") as file:
+    """One set-up at a time; who comes second waits, and says so."""
+    with open(ROOT / ".venv.lock", "a") as file:
         if not try_lock(file):
-            time.sleep(0.2)  # the holder may have got it this instant, and still be writing its name
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            say(f"another run (process {holder}) is setting up .venv: waiting for it to finish.")
+            say("another run is setting up an environment: waiting for it to finish.")
             while not try_lock(file):
                 time.sleep(0.2)
-        file.seek(0)
-        file.truncate()
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        # pip inherits the lock: if this process alone is killed, nobody clears .venv beneath a pip still at work.
+        # pip inherits the lock: if this process alone is killed, nobody clears the folder beneath a pip at work.
         os.set_inheritable(file.fileno(), True)
         yield
 
 
-# ---------------------------------------------------------------------------------------------------------- pip
-
-
-def pip_steps(full: bool) -> list[list[str]]:
-    # -I: a PYTHONPATH or user site with a torch in it must not count as installed.
-    pip = [str(PYTHON), "-I", "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
-    pip += ["--progress-bar", "off", "-c", str(CONSTRAINTS)]
-    steps = [[*pip, "-e", ".[training,test]"]]
-    index = os.environ.get("MANUALPROP_TORCH_INDEX", "").strip()
-    if index:
-        # torch alone: such an index may hold other versions of what torch needs than the pinned ones.
-        steps.insert(0, [*pip, "--no-deps", "--index-url", index, "torch"])
-    if full:
-        # BackPACK alone: the torchvision that it asks for fits one build of torch only, and it does without.
-        steps += [[*pip, "-e", ".[interop,release]"], [*pip, "--no-deps", "backpack-for-pytorch"]]
-    return steps
-
-
-def install_step(command: list[str], title: str) -> None:
-    """Run one command of the set-up, its output into the log, and show that it is alive."""
-    with open(LOG, "a", encoding="utf-8", errors="replace") as log:
-        start = log.tell()
-        # close_fds=False hands the lock down; PIP_USER would send packages out of the environment.
-        child = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**clean_environment(), "PIP_USER": "0"},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            close_fds=False,
-        )
-    try:
-        watch(child, title, start)
-    finally:
-        if child.poll() is None:  # Ctrl-C, or SIGTERM: leave no pip behind
-            child.terminate()
-            child.wait()
-    if child.returncode:
-        with open(LOG, encoding="utf-8", errors="replace") as log:
-            log.seek(start)
-            index = "MANUALPROP_TORCH_INDEX" if "--index-url" in command else "the package index"
-            raise Stop(explain(log.read(), child.returncode, index), 1)
-
-
-def watch(child: subprocess.Popen[bytes], title: str, start: int) -> None:
-    """Show what the child is at, from its log, until it ends."""
+def show_progress(child: "subprocess.Popen[bytes]", log: Path) -> None:
+    """Show the log's last line: on a terminal in one place, elsewhere (CI) as a plain line every ten seconds."""
+    width = shutil.get_terminal_size().columns - 1 if sys.stderr.isatty() else 0
     began = time.monotonic()
-    progress = Progress()
-    doing = title
-    with open(LOG, encoding="utf-8", errors="replace") as log:
-        log.seek(start)
+    while child.returncode is None:
         try:
-            while child.poll() is None:
-                doing = latest(log.readlines()) or doing
-                progress.show(f"  {time.monotonic() - began:4.0f} s  {doing}")
-                try:
-                    child.wait(0.25)
-                except subprocess.TimeoutExpired:
-                    pass
-        finally:
-            progress.wipe()
+            child.wait(0.25 if width else 10)
+        except subprocess.TimeoutExpired:
+            lines = re.findall(r"(?m)^ *((?:[A-Z]\w+ing|Using cached) .+)$", log.read_text(errors="replace"))
+            line = f"  {time.monotonic() - began:4.0f} s  {lines[-1] if lines else 'beginning'}"
+            print(line[: width or 100].ljust(width), end="\r" if width else "\n", file=sys.stderr, flush=True)
+    print(" " * width, end="\r" * bool(width), file=sys.stderr, flush=True)
 
 
-class Progress:
-    """On a terminal one line, rewritten; elsewhere (CI) a plain line every ten seconds."""
-
-    def __init__(self) -> None:
-        self.width = shutil.get_terminal_size().columns - 1 if sys.stderr.isatty() else 0
-        self.shown = time.monotonic()
-
-    def show(self, line: str) -> None:
-        if self.width:
-            sys.stderr.write("\r" + line[: self.width].ljust(self.width))
-            sys.stderr.flush()
-        elif time.monotonic() - self.shown >= 10:
-            self.shown = time.monotonic()
-            print(line, file=sys.stderr, flush=True)
-
-    def wipe(self) -> None:
-        if self.width:
-            sys.stderr.write("\r" + " " * self.width + "\r")
-            sys.stderr.flush()
-
-
-def latest(lines: list[str]) -> str:
-    """The last thing that pip says it is doing, cut to its gist; "" if it says nothing of the kind."""
-    for line in reversed(lines):
-        if "Installing collected packages" in line:
-            count = line.count(",") + 1
-            return f"unpacking {count} package{'s' * (count > 1)}"
-        match = re.match(
-            r"\s*(Collecting|Downloading|Using cached) (?:\S*/)?([^-\s]+)(?:-([\d.]+))?.*?(\(.*B\))?$", line
-        )
-        if match:
-            return " ".join(part for part in (match[1].lower(), *match.groups()[1:]) if part)
-        match = re.match(r"\s*((?:Installing|Preparing|Building|Getting) [\w ]+)", line)
-        if match:
-            return match[1].strip().lower()
-    return ""
-
-
-UNREACHABLE = re.compile(
-    "connection broken by|Max retries exceeded|Failed to establish a new connection|Name or service not known"
-    "|name resolution|Network is unreachable|Connection refused|Connection reset|Read timed out|ConnectTimeout"
-    "|ProxyError|ConnectionError|IncompleteRead|SSLError"
-)
-
-
-def explain(output: str, status: int, index: str = "the package index") -> str:
-    """One line for a failed step. Without a network pip says "no matching distribution", which misleads."""
+def explain(output: str, status: int, index: str) -> str:
+    """Why a step failed. Without a network pip says "no matching distribution", which misleads."""
     errors = re.findall(r"(?:ERROR|error): (?!subprocess-exited|ResolutionImpossible)(.*)", output)
     last = (errors or output.strip().splitlines() or ["no output"])[-1].strip()
-    chosen = re.search(r"\(from versions: (?!none\b)", output)  # then an index was reached, and it answered
+    offline = re.search("(?i)connection (broken|error)|max retries|timed out|IncompleteRead", output)
     if "No space left on device" in output or "Errno 28" in output:
-        reason = "the disk is full"
-    elif UNREACHABLE.search(output) and not chosen:
-        reason = f"{index} could not be reached: check the network, and pip's proxy and index settings"
-    elif "No matching distribution" in output or "ResolutionImpossible" in output:
-        reason = f"pip found no fitting version for {place().partition(' at ')[0]} on {sys.platform}: {last}"
-    elif status < 0:
-        reason = f"the installer was killed by signal {-status}"
-    else:
-        reason = last
-    return f"set-up failed: {reason}. Full log: {LOG}. The next call tries again."
+        return "the disk is full"
+    if offline and not re.search(r"\(from versions: (?!none\b)", output):  # no index has answered
+        return f"{index} could not be reached: check the network, and pip's proxy and index settings"
+    if "No matching distribution" in output or "ResolutionImpossible" in output:
+        return f"pip found no fitting version for Python {VERSION} on {sys.platform}: {last}"
+    return f"the installer was killed by signal {-status}" if status < 0 else last
 
 
-# ------------------------------------------------------------------------------------------------- the commands
+# ----- the commands -----
 
 
-def train(arguments: list[str]) -> list[list[str]]:
-    return [["recipes/digits/descents.py", *arguments]]
+class Work(NamedTuple):
+    """What a command does: each step is the arguments of one call of the environment's Python."""
+
+    steps: list[list[str]]
+    environment: Environment = Environment()
+    variables: dict[str, str] = {}
 
 
-def console(arguments: list[str]) -> list[list[str]]:
-    return [["-m", "manualprop", *arguments]]
+def script(*words: str, **variables: str) -> Callable[[list[str]], Work]:
+    """A command that hands its arguments on as they are."""
+    return lambda arguments: Work([[*words, *arguments]], variables=variables)
 
 
-def test(arguments: list[str]) -> list[list[str]]:
-    options = [] if "--full" in arguments else ["-m", "not slow"]  # before the user's own: the last -m counts
-    arguments = [argument for argument in arguments if argument != "--full"]
-    alone = "-n|--numprocesses|--dist|-?.*no:xdist|--pdb|--trace$|-h$|--help$|--version$"
-    if cores() > 1 and not any(re.match(alone, argument) for argument in arguments):
+def test(arguments: list[str]) -> Work:
+    full, torch, rest = "--full" in arguments, "", [a for a in arguments if a != "--full"]
+    if "--torch" in rest:
+        at = rest.index("--torch")
+        torch = "".join(rest[at + 1 : at + 2])
+        del rest[at : at + 2]
+        if not re.fullmatch(r"\d+\.\d+\.\d+", torch):
+            raise Stop(f"--torch takes a version, as in: test --torch 2.14.1. Got {torch!r}", 2)
+    environment = Environment(torch, full)
+    options = [] if full else ["-m", "not slow"]  # before the user's own: the last -m counts, the last -n too
+    options += [] if rest else [f"--record={environment.folder / 'suite.json'}"]  # a run of the whole suite
+    if cores() > 1 and not {"--pdb", "--trace", "no:xdist"} & set(rest):
         options += ["-n", str(min(cores(), 8))]  # each worker loads torch: 300 MB
-    return [["-m", "pytest", *options, *arguments]]
-
-
-def lint(arguments: list[str]) -> list[list[str]]:
-    if arguments not in ([], ["--fix"]):
-        raise Stop(f"lint takes --fix or nothing. Got {' '.join(arguments)}")
-    check = [] if arguments else ["--check"]
-    return [["-m", "ruff", "check", *arguments], ["-m", "ruff", "format", *check], ["-m", "mypy"]]
-
-
-def benchmarks() -> list[str]:
-    return sorted(path.stem.partition("_")[2] for path in ROOT.glob("scripts/bench_*.py"))
-
-
-def bench(arguments: list[str]) -> list[list[str]]:
-    if not arguments or arguments[0] not in benchmarks():
-        given = f"no benchmark {arguments[0]!r}." if arguments else "which benchmark?"
-        raise Stop(f"{given} There are: {', '.join(benchmarks())}")
-    return [[f"scripts/bench_{arguments[0]}.py", *arguments[1:]]]
-
-
-def docs(arguments: list[str]) -> list[list[str]]:
-    return [["scripts/build_docs.py", *arguments]]
-
-
-class Command(NamedTuple):
-    steps: Callable[[list[str]], list[list[str]]]  # the user's arguments -> arguments of .venv's Python
-    needs: str  # a glob of files without which the command cannot work, and is not offered
-    help: str
-
-
-TABLE = {
-    "train": Command(train, "recipes/digits/descents.py", "train on the digits with all three descents"),
-    "manualprop": Command(
-        console, "manualprop/__main__.py", "the console command, as in: manualprop fit --help"
-    ),
-    "test": Command(test, "tests", "pytest; -m quick: a part, under a minute; --full: slow ones too"),
-    "bench": Command(
-        bench, "scripts/bench_*.py", "a benchmark: bench NAME; NAME is " + " or ".join(benchmarks())
-    ),
-    "docs": Command(docs, "scripts/build_docs.py", "write the generated pages and the texts of --help"),
-    "lint": Command(lint, "pyproject.toml", "ruff check, ruff format, mypy; --fix repairs what it can"),
-}
-
-
-def offered() -> dict[str, Command]:
-    return {name: command for name, command in TABLE.items() if any(ROOT.glob(command.needs))}
-
-
-def usage() -> str:
-    rows = [f"  {name:12}{command.help}" for name, command in offered().items()]
-    return "\n".join(
-        [
-            "usage: python3 scripts/run.py COMMAND [ARGUMENTS]",
-            "",
-            *rows,
-            "",
-            "ARGUMENTS go to the command: `test -k tanh -x` is pytest's -k and -x, and",
-            "`train --help` lists train's own. Commands run in the repository root, wherever",
-            "they are called from: paths among the ARGUMENTS are relative to it.",
-            "",
-            "The first call installs everything into .venv (a few minutes); delete .venv to",
-            "start over. On a Linux machine without a GPU, take torch from PyTorch's own CPU",
-            "index and spare gigabytes:",
-            "",
-            "  MANUALPROP_TORCH_INDEX=https://download.pytorch.org/whl/cpu",
-        ]
-    )
+    # As many workers as cores already; without its cache pytest compiles every test file anew.
+    variables = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONDONTWRITEBYTECODE": ""}
+    return Work([["-m", "pytest", *options, *rest]], environment, variables)
 
 
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def clean_environment() -> dict[str, str]:
-    """PYTHONHOME names the files of one particular Python; another one does not start with it."""
-    drop = ("PYTHONHOME", "__PYVENV_LAUNCHER__")
-    return {key: value for key, value in os.environ.items() if key not in drop}
+def lint(arguments: list[str]) -> Work:
+    if arguments not in ([], ["--fix"]):
+        raise Stop(f"lint takes --fix or nothing. Got {' '.join(arguments)}", 2)
+    check = [] if arguments else ["--check"]
+    return Work([["-m", "ruff", "check", *arguments], ["-m", "ruff", "format", *check], ["-m", "mypy"]])
 
 
-def typed() -> list[str]:
-    """The user's words up to this script: what to type again for another command."""
-    return sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+BENCHMARKS = sorted(path.stem.partition("_")[2] for path in ROOT.glob("scripts/bench_*.py"))
 
 
-def command_environment(name: str) -> dict[str, str]:
-    environment = clean_environment()
-    environment["PATH"] = os.pathsep.join([str(PYTHON.parent), environment.get("PATH", os.defpath)])
-    if name in (
-        "train",
-        "manualprop",
-    ):  # the commands and paths that they print must work where the user stands
-        environment["MANUALPROP_COMMAND"] = shlex.join([*typed(), "manualprop"])
-        environment["MANUALPROP_CALLED_FROM"] = os.getcwd()
-    if name == "test":
-        environment.setdefault("OMP_NUM_THREADS", "1")  # as many workers as cores already
-        environment.pop(
-            "PYTHONDONTWRITEBYTECODE", None
-        )  # pytest compiles every test file anew without its cache
-    return environment
+def bench(arguments: list[str]) -> Work:
+    if not arguments or arguments[0] not in BENCHMARKS:
+        given = f"no benchmark {arguments[0]!r}." if arguments else "which benchmark?"
+        raise Stop(f"{given} There are: {', '.join(BENCHMARKS)}", 2)
+    return Work([[f"scripts/bench_{arguments[0]}.py", *arguments[1:]]])
 
 
-def call(command: list[str], environment: dict[str, str]) -> int:
-    """Run to its end, return its exit status; 130 after Ctrl-C, once the child has wound up."""
-    child = subprocess.Popen(command, cwd=ROOT, env=environment)
-    interrupted = False
+# What prints commands and paths must know how it was called: they have to work where the user stands.
+TYPED = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+CALLED = {"MANUALPROP_COMMAND": shlex.join([*TYPED, "manualprop"]), "MANUALPROP_CALLED_FROM": os.getcwd()}
+COMMANDS = {
+    "train": (script("recipes/digits/descents.py", **CALLED), "train on the digits with all three descents"),
+    "manualprop": (script("-m", "manualprop", **CALLED), "the console command, as in: manualprop fit --help"),
+    "test": (test, "pytest; -m quick: a part, under a minute; --full: slow ones too"),
+    "bench": (bench, f"bench NAME measures {', '.join(BENCHMARKS)}"),
+    "docs": (script("scripts/build_docs.py"), "write the generated pages and the texts of --help"),
+    "lint": (lint, "ruff check, ruff format, mypy; --fix repairs what it can"),
+}
+USAGE = """usage: python3 scripts/run.py COMMAND [ARGUMENTS]
+
+{commands}
+
+ARGUMENTS go to the command: `test -k tanh -x` is pytest's -k and -x, and
+`train --help` lists train's own. Commands run in the repository root, wherever
+they are called from: paths among the ARGUMENTS are relative to it.
+`test --torch 2.14.1` tests with that version, in an environment of its own.
+
+The first call installs everything into .venv (a few minutes); delete .venv to
+start over. On a Linux machine without a GPU, take torch from PyTorch's own CPU
+index and spare gigabytes:
+
+  MANUALPROP_TORCH_INDEX=https://download.pytorch.org/whl/cpu"""
+
+
+@contextmanager
+def child_process(command: list[str], **options: Any) -> Iterator["subprocess.Popen[bytes]"]:
+    """A process in the repository that does not outlive the block, whatever ends it."""
+    child = subprocess.Popen(command, cwd=ROOT, **options)
     try:
-        while True:
-            try:
-                status = child.wait()
-                break
-            except KeyboardInterrupt:
-                interrupted = True
-                pass_on_interrupt(child)
+        yield child
     finally:
-        if child.poll() is None:  # SIGTERM
+        if child.poll() is None:
             child.terminate()
             child.wait()
+
+
+def call(command: list[str], variables: dict[str, str]) -> int:
+    """Run to its end, return its exit status; 130 after Ctrl-C, once the child has wound up."""
+    interrupted = False
+    with child_process(command, env=variables) as child:
+        while child.returncode is None:
+            try:
+                child.wait()
+            except KeyboardInterrupt:
+                interrupted = True
+                time.sleep(0.5)
+                # A terminal's Ctrl-C reaches the child by itself; a second one would cut its winding-up short.
+                if child.poll() is None and not (sys.stdin and sys.stdin.isatty()):
+                    child.send_signal(signal.SIGINT)
     if interrupted:
-        return 128 + signal.SIGINT
-    return 128 - status if status < 0 else status
-
-
-def pass_on_interrupt(child: subprocess.Popen[bytes]) -> None:
-    """A terminal's Ctrl-C reaches the child by itself, and a second one would cut its winding-up short."""
-    try:
-        child.wait(0.5)
-    except subprocess.TimeoutExpired:
-        if not sys.stdin or not sys.stdin.isatty():
-            child.send_signal(signal.SIGINT)
-
-
-def choose(name: str) -> Command:
-    if name in offered():
-        return offered()[name]
-    if name in TABLE:
-        raise Stop(f"{name}: this checkout has no {TABLE[name].needs}")
-    from difflib import get_close_matches
-
-    near = get_close_matches(name, offered(), n=1)
-    hint = f"did you mean {near[0]}?" if near else "see --help."
-    raise Stop(f"no command {name!r}: {hint} Commands: {', '.join(offered())}")
+        return INTERRUPTED
+    return 128 - child.returncode if child.returncode < 0 else child.returncode
 
 
 def run(name: str, arguments: list[str]) -> int:
-    steps = choose(name).steps(arguments)  # before the set-up: a typing error should not cost minutes
-    make_ready(full=name == "test" and "--full" in arguments)
+    if name not in COMMANDS:
+        near = get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else "see --help."
+        raise Stop(f"no command {name!r}: {hint} Commands: {', '.join(COMMANDS)}", 2)
+    work = COMMANDS[name][0](arguments)  # before the set-up: a typing error should not cost minutes
+    work.environment.make_ready()
     worst = 0
-    for step in steps:
-        status = call([str(PYTHON), *step], command_environment(name))
-        if status == 128 + signal.SIGINT:
+    for step in work.steps:
+        status = call([str(work.environment.python), *step], work.environment.variables(**work.variables))
+        if status == INTERRUPTED:
             return status
         worst = worst or status  # the later ones run all the same: lint shows everything at once
     return worst
@@ -511,23 +335,20 @@ def run(name: str, arguments: list[str]) -> int:
 def main(argv: list[str]) -> int:
     # As an exception, so that each `finally` ends its child.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    helps = ("-h", "--help")
-    # bench and lint have nothing behind them that could answer.
-    if (
-        not argv
-        or argv[0] in (*helps, "help")
-        or (argv[0] in ("bench", "lint") and argv[1:2] and argv[1] in helps)
-    ):
-        print(usage(), file=sys.stdout if argv else sys.stderr)
+    words = argv[:2] if argv[:1] in (["bench"], ["lint"]) else argv[:1]  # nothing behind these could answer
+    if not argv or {"-h", "--help", "help"} & set(words):
+        rows = "\n".join(f"  {name:12}{text}" for name, (_, text) in COMMANDS.items())
+        print(USAGE.format(commands=rows), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     try:
         return run(argv[0], argv[1:])
-    except Stop as stop:
-        say(str(stop))
-        return stop.status
+    except (Stop, OSError) as error:
+        message, status = error.args if isinstance(error, Stop) else (f"cannot set up in {ROOT}: {error}", 1)
+        say(message)
+        return status
     except KeyboardInterrupt:
         say("interrupted. An unfinished set-up starts afresh on the next call.")
-        return 128 + signal.SIGINT
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

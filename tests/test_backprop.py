@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import manualprop
-from manualprop import Backprop, descent, nn
+from manualprop import Backprop, descent, functions, nn
 from manualprop._backprop import _graph
 
 FEATURES, CLASSES = 6, 4
@@ -53,14 +53,23 @@ def sgd(**options: Any) -> dict[str, Any]:
     return {"optimizer": lambda parameters: torch.optim.SGD(parameters, **options)}
 
 
-ACTIVATIONS = (
-    "CELU ELU GELU Hardshrink Hardswish Hardtanh LeakyReLU LogSigmoid Mish ReLU ReLU6 SELU Sigmoid SiLU "
-    "Softplus Softshrink Softsign Tanh Tanhshrink"
-).split()
+# Layers of one rule y = f(x), without options that must be given.
+ACTIVATIONS = [
+    name
+    for name, rule in vars(functions).items()
+    if isinstance(rule, type) and issubclass(rule, functions.Elementwise) and name in vars(nn)
+    if name != "Threshold"
+]
+OFF = {"Hardsigmoid": 1e-7}  # torch multiplies by a 1/6 rounded to float32
 
 ROWS = [
     *(
-        Row(f"activation-{name}", lambda name=name: mlp(getattr(nn, name)()), steps=50)
+        Row(
+            f"activation-{name}",
+            lambda name=name: mlp(getattr(nn, name)()),
+            steps=50,
+            within=OFF.get(name, 1e-10),
+        )
         for name in ACTIVATIONS
     ),
     Row("activation-LeakyReLU-negative", lambda: mlp(nn.LeakyReLU(-0.3)), steps=50),

@@ -102,8 +102,16 @@ ROUTES = [second, mapped, tangent, transposed, compiled]
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch, about itself, when it compiles
-@pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.__name__)
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize(
+    ("name", "route"),
+    [
+        pytest.param(
+            name, r, id=f"{name}-{r.__name__}", marks=[pytest.mark.slow] * (r is compiled and name != "relu")
+        )
+        for name in CHOICES
+        for r in ROUTES
+    ],
+)
 def test_so_it_is_on_every_route(name: str, route: Callable[..., Tensor]) -> None:
     x = torch.tensor(POINTS)
     x = x[:-2] if route is compiled else x  # without NaN, of which inductor's own softshrink makes 0

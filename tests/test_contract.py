@@ -6,7 +6,12 @@ import pytest
 import torch
 from cases import CASES, IN_PLACE, Case
 from properties import ELEMENTWISE_PROPERTIES, PROPERTIES
-from special_values import DERIVATIVE_PROPERTIES, VALUE_PROPERTIES, same_kind
+from special_values import (
+    DERIVATIVE_PROPERTIES,
+    VALUE_PROPERTIES,
+    same_kind,
+    second_order_of_some_at_infinities,
+)
 
 EVERY = (*PROPERTIES, *VALUE_PROPERTIES, *DERIVATIVE_PROPERTIES, *ELEMENTWISE_PROPERTIES)
 # A sum, or no reduction, has the derivatives of the mean but for a factor.
@@ -17,9 +22,19 @@ ROWS = CASES + IN_PLACE
 FIRST = {c.name: c for c in reversed(CASES)}
 
 
+# Whose many subsets and points take a second of a block: on the first rows always, on all of them under --full.
+COSTLY = (second_order_of_some_at_infinities,)
+
+
+def marks(holds: Callable[[Case], None], case: Case) -> list[pytest.MarkDecorator]:
+    if case is FIRST[case.name]:
+        return [pytest.mark.quick]
+    return [pytest.mark.slow] if holds in COSTLY else []
+
+
 def pairs(properties: tuple[Callable[[Case], None], ...], cases: list[Case]) -> list[object]:
     return [
-        pytest.param(p, c, id=f"{p.__name__}-{c}", marks=[pytest.mark.quick] if c is FIRST[c.name] else [])
+        pytest.param(p, c, id=f"{p.__name__}-{c}", marks=marks(p, c))
         for p in properties
         for c in cases
         if p.__name__ not in c.except_for

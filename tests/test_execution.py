@@ -27,13 +27,13 @@ from manualprop.functions._execution import (
     less_on_class,
     of_class,
     on_class,
-    read,
+    read_legend,
 )
 from manualprop.functions._execution._program import program
-from manualprop.functions.fused import ACTIVATIONS, activated_and_through, through
+from manualprop.functions.fused.mlp import ACTIVATIONS, activated_and_through, through
 
 # The compiler loads parts of torch that torch itself has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
 
 ONE_ROW = list({c.name: c for c in CASES if c.elementwise}.values())
 COMPILED = [c for c in ONE_ROW if c.name in ("hardtanh", "selu", "softplus", "silu", "gelu")]
@@ -271,7 +271,7 @@ def test_sums_over_chunks_are_added_up_and_rows_put_together(monkeypatch: pytest
 @pytest.mark.parametrize("bad", ["", "g (N)", "g N -> dx like g", "-> dx like g"])
 def test_a_legend_that_is_not_understood(bad: str) -> None:
     with pytest.raises(ValueError, match="a legend is written"):
-        read(bad)
+        read_legend(bad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -470,8 +470,14 @@ def test_threads_share_the_kernels() -> None:
         torch.testing.assert_close(found[i], expected)
 
 
-@pytest.mark.parametrize("backend", _kernels.BACKENDS)
-@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "mish", "relu", "silu", "tanh"])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        pytest.param(name, b, marks=[pytest.mark.slow] * (b == "inductor" and name != "gelu"))
+        for name in ACTIVATIONS
+        for b in _kernels.BACKENDS
+    ],
+)
 def test_value_and_gradient_at_once(name: str, backend: str) -> None:
     u, g = points(7, 9), points(7, 9) + 1
     manualprop.kernels(backend)

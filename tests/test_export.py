@@ -84,7 +84,7 @@ WAYS: dict[str, tuple[Callable[[nn.Module, Tensor], nn.Module], bool]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 @pytest.mark.parametrize("way", WAYS)
 def test_who_keeps_the_rule(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule tripled on purpose comes out tripled, but not of an exported program: it differentiates the forward."""
@@ -104,7 +104,7 @@ NOT_WARNED = pytest.mark.filterwarnings(
 
 
 @NOT_WARNED
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize(
     "ours", [pytest.param(c, id=c.__name__) for c in TWINS.values() if c.forward is not nn.Identity.forward]
 )
@@ -115,7 +115,7 @@ def test_scripting_is_refused(ours: type[nn.Module]) -> None:
         torch.jit.script(make(ours))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_a_trace_runs_but_cannot_be_saved(tmp_path: Path) -> None:
     script = torch.jit.trace(model(), X)
     torch.testing.assert_close(script(X[:3]), model()(X[:3]))

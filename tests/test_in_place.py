@@ -276,7 +276,7 @@ def test_compiles_within_a_swapped_model(cls: type[nn.Module]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:`torch.jit")  # inductor's own
 @pytest.mark.parametrize("name", ["relu", "silu", "threshold", "dropout"])
 def test_inductor_gives_the_same(name: str) -> None:
     case = next(c for c in IN_PLACE if c.name == name)

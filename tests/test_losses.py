@@ -189,16 +189,22 @@ def test_triplets_of_equal_points(p: float, swap: bool) -> None:
     """Zero distances and ties: torch's first derivative, and a second that is finite."""
     a, b, c = double(0, 0, 1, -1), double(0, 0, 1, -1), double(0, 1, 1, 2)
     a, b, c = (v.reshape(2, 2) for v in (a, b, c))
+    options = {"margin": 1.5, "p": p, "swap": swap, "eps": 0.0}
     ours, torchs = (
-        gradient(lambda z, M=M: M.triplet_margin_loss(z, b, c, p=p, swap=swap, eps=0.0), a)
-        for M in (F, torch_F)
+        gradient(lambda z, M=M: M.triplet_margin_loss(z, b, c, **options), a) for M in (F, torch_F)
     )
     torch.testing.assert_close(ours, torchs)
-    assert (
-        torch.func.hessian(lambda z: F.triplet_margin_loss(z, b, c, p=p, swap=swap, eps=0.0))(a)
-        .isfinite()
-        .all()
-    )
+    assert torch.func.hessian(lambda z: F.triplet_margin_loss(z, b, c, **options))(a).isfinite().all()
+
+
+def test_the_corner_of_a_hinge() -> None:
+    """The slope there is that of the side where the loss grows, on every torch; torch's own is 0 from 2.14 on."""
+    a, b, c = double(0, 0).reshape(1, 2), double(0, 0).reshape(1, 2), double(0, 1).reshape(1, 2)
+    corner = gradient(lambda z: F.triplet_margin_loss(z, b, c, margin=1.0, eps=0.0), a)
+    torch.testing.assert_close(corner, double(0, 1).reshape(1, 2))
+    zero, one = double(0), double(1)
+    torch.testing.assert_close(gradient(lambda z: F.margin_ranking_loss(z, zero, one, margin=1.0), one), -one)
+    torch.testing.assert_close(gradient(lambda z: F.hinge_embedding_loss(z, -one, margin=1.0), one), -one)
 
 
 def test_a_distance_of_ones_own() -> None:

@@ -53,11 +53,16 @@ def test_third_derivative(case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", ["layer_norm", "batch_norm", "instance_norm"])
-def test_torchs_third_derivative_is_wrong(name: str) -> None:
+def test_torchs_third_derivative_is_wrong_or_refused(name: str) -> None:
     """Should torch mend it, this fails, and the remarks in the rules and in the documentation go."""
     case = next(c for c in CASES if c.name == name and c.kwargs.get("training", True) is True)
     x, *rest = case.made(grad=False)
-    assert third_derivative_error(lambda z: case.torchs(z, *rest), x) > 1e-3
+    try:
+        error = third_derivative_error(lambda z: case.torchs(z, *rest), x)
+    except RuntimeError:
+        assert name != "layer_norm"  # batch norm raises from torch 2.14 on
+    else:
+        assert error > 1e-3
 
 
 def with_statistics(rule: Any, *options: Any) -> Callable[..., Any]:

@@ -164,7 +164,7 @@ def test_compiled_and_scripted_parts_run_as_one() -> None:
     report = receipt(nn.Sequential(compiled, nn.Tanh()), x())
     assert [layer.path for layer in report.layers] == ["0", "1"]
     assert by_path(report)["0"].kept >= N * H * FLOAT
-    with pytest.warns(DeprecationWarning, match="script"):
+    with pytest.warns((DeprecationWarning, FutureWarning), match="script"):
         scripted = torch.jit.script(nn.Sequential(nn.Linear(I, H), nn.BatchNorm1d(H)))
     assert receipt(nn.Sequential(scripted), x()).kept >= N * H * FLOAT
     assert scripted[1].num_batches_tracked == 0

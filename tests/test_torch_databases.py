@@ -55,24 +55,12 @@ NOT_IN_MODULE_DB = {
     **{f"{n}Dropout": NO_MODULE_INFO for n in ("", "Alpha", "FeatureAlpha")},
     **{f"Dropout{d}d": NO_MODULE_INFO for d in (1, 2, 3)},
 }
-NOT_IN_OP_DB = {
-    "dropout1d": "torch has no OpInfo for it; its module is dropout's",
-    "relu_squared": "torch has no function of that name; its rows hold it against relu(x).square()",
+NOT_IN_OP_DB = {"dropout1d": "torch has no OpInfo for it; its module is dropout's"}
+NOT_IN_OP_DB |= {
+    name: "torch has no function of that name: its rows hold it against a composition of others"
+    for name in FUNCTIONS
+    if not hasattr(torch.nn.functional, name)
 }
-NOT_IN_OP_DB |= dict.fromkeys(
-    (
-        "activation_linear",
-        "gated_linear",
-        "gated_mlp",
-        "layer_norm_linear",
-        "linear_activation",
-        "mlp",
-        "packed_relu",
-        "relu_dropout",
-        "rms_norm_linear",
-    ),
-    "a block of ours, held against the composition of torch's functions in test_fused.py",
-)
 # {(module or function, order of the derivative): how far from torch's}
 GRADIENTS = {
     ("hardsigmoid", 1): Allowed(1e-8, "torch multiplies by a 1/6 rounded to float32"),

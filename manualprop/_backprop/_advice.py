@@ -6,6 +6,18 @@ from torch import Tensor
 from torch.nn import Module
 
 
+class NotFinite(FloatingPointError):
+    """Of an update that was not made.
+
+    Attributes:
+        loss: of its examples.
+    """
+
+    def __init__(self, loss: float, text: str) -> None:
+        super().__init__(text)
+        self.loss = loss
+
+
 def not_finite(tensor: Tensor) -> str:
     """Return which entry is the first that is nan or infinite, and how many there are; "" where all are finite.
 

@@ -14,7 +14,8 @@ from torch.nn import Module
 from manualprop import nn
 from manualprop._backprop._context import Application, applications
 from manualprop._backprop._stages import WAY_OUT, refusal
-from manualprop.descent import compares_elements, denominator
+from manualprop._splitting import compares_elements, denominator
+from manualprop._torch import nll_loss
 from manualprop.functions._elementwise_loss import ElementwiseLoss
 from manualprop.functions._kernels import SMALLEST, class_and_weight, minus_target
 from manualprop.functions._narrow import log_softmax
@@ -22,11 +23,9 @@ from manualprop.functions._rule import HALF
 
 MEAN, SUM = 1, 2  # ATen's numbers of the reductions
 
-# What torch.nn.functional.nll_loss calls; its stub names other types.
-nll_loss: Any = torch._C._nn.nll_loss_nd
 
 # (loss, gradient), from (output, target)
-Repeated = Callable[[Tensor, Tensor], tuple[float, Tensor]]
+Evaluated = Callable[[Tensor, Tensor], tuple[float, Tensor]]
 # (loss, its divisor, gradient), from (output, target, whether to divide)
 Evaluate = Callable[[Tensor, Tensor, bool], tuple[Tensor, "Tensor | float", Tensor]]
 
@@ -56,7 +55,7 @@ class Criterion:
     ) -> tuple[Tensor, Tensor | float, Tensor]:
         return self._evaluate(output, target, divide and not self.is_sum)
 
-    def repeated(self, x: Tensor, t: Tensor) -> Repeated:
+    def repeated(self, x: Tensor, t: Tensor) -> Evaluated:
         """Loss and gradient of further outputs and targets of these shapes."""
         if x.numel() >= SMALLEST or x.dtype in HALF:
             return self.evaluate
@@ -72,7 +71,7 @@ class Criterion:
         loss, _, g = self(x, t)
         return loss.item(), g
 
-    def _repeated_cross_entropy(self, x: Tensor) -> Repeated:
+    def _repeated_cross_entropy(self, x: Tensor) -> Evaluated:
         reduction, ignored, general = SUM if self.is_sum else MEAN, self._ignored, self.evaluate
         p: Any = None
         minus_ones = self._minus(x)
@@ -94,7 +93,7 @@ class Criterion:
 
         return evaluate
 
-    def _repeated_for_one(self, x: Tensor) -> Repeated:
+    def _repeated_for_one(self, x: Tensor) -> Evaluated:
         """For one example, whose loss is read off: -log p of its class."""
         p, minus_one, classes, general = (
             torch.empty_like(x),
@@ -115,7 +114,7 @@ class Criterion:
 
         return evaluate
 
-    def _repeated_elementwise(self, x: Tensor, t: Tensor) -> Repeated:
+    def _repeated_elementwise(self, x: Tensor, t: Tensor) -> Evaluated:
         """For a loss that pairs output and target element by element."""
         if x.shape != t.shape or x.dtype != t.dtype or not _divides_by_shape(self.loss):
             return self.evaluate

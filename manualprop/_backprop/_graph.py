@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from manualprop._backprop._destinations import HYPERPARAMETERS, on
+from manualprop._torch import inductor
 
 Body = Callable[..., tuple[Tensor, ...]]
 
@@ -50,7 +51,7 @@ class Graphs:
 
     def _make(self, body: Body, inputs: list[Tensor], changed: list[Tensor]) -> Body:
         before = [c.clone() for c in changed]
-        graph = compiled(body, inputs) if self.compile else body
+        graph = compiled_graph(body, inputs) if self.compile else body
         graph = captured(graph, inputs) if self.capture else graph
         for c, b in zip(changed, before, strict=True):  # neither tracing nor warming up is a step
             c.copy_(b)
@@ -92,7 +93,7 @@ def with_tensors(groups: list[dict[str, Any]], tensors: Iterable[Tensor]) -> lis
     return [group | {name: next(given) for name in HYPERPARAMETERS if on(group[name])} for group in groups]
 
 
-def compiled(body: Body, inputs: list[Tensor]) -> Body:
+def compiled_graph(body: Body, inputs: list[Tensor]) -> Body:
     """``body`` as one compiled graph for inputs of these shapes."""
     # Not Dynamo: it would have to follow the rules' plumbing, and guard every object on the way in every step.
     graph = make_fx(lambda *given: body(*given), tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
@@ -107,10 +108,7 @@ def compiled(body: Body, inputs: list[Tensor]) -> Body:
 
 def make(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
     """Compile a graph."""
-    from torch._inductor import compile as inductor  # seconds to import
-
-    run: Callable[..., Any] = inductor(graph, [*inputs])
-    return run
+    return inductor(graph, [*inputs])
 
 
 def lifted(graph: GraphModule) -> list[Tensor]:

@@ -354,10 +354,10 @@ class Added(Stage):
         return before or self.learns
 
 
-def flat(stage: Stage) -> list[Stage]:
+def chain_of(stage: Stage) -> list[Stage]:
     """The stages in the order of their work, those of nested chains among them."""
     if isinstance(stage, Chained):
-        return [inner for within in stage.chain for inner in flat(within)]
+        return [inner for within in stage.chain for inner in chain_of(within)]
     return [stage]
 
 

@@ -38,29 +38,43 @@ class Record:
     norm: float
 
 
-@contextmanager
-def observed(stages: Sequence[Stage], records: list[Record]) -> Iterator[None]:
-    """Note what every stage makes, on its way forwards and backwards."""
+# Called with a stage, "forward" or "backward", what the stage was given, and what it made of that.
+Note = Callable[[Stage, str, tuple[Any, ...], "Tensor | None"], None]
 
-    def observe(
+
+@contextmanager
+def watched(stages: Sequence[Stage], note: Note) -> Iterator[None]:
+    """Within, every stage tells ``note`` what it is given and what it makes, forwards and backwards."""
+
+    def watch(
         stage: Stage, direction: str, run: Callable[..., Tensor | None]
     ) -> Callable[..., Tensor | None]:
-        def watched(*arguments: Any) -> Tensor | None:
-            made = run(*arguments)
-            formula = headline(stage.layer) if direction == "forward" else derivation(stage.layer)
-            records.append(record(direction, stage.path, stage.layer, formula, made))
+        def told(*given: Any) -> Tensor | None:
+            kept = tuple(one.clone() for one in given)  # a stage may write over the gradient that arrives
+            made = run(*given)
+            note(stage, direction, kept, made)
             return made
 
-        return watched
+        return told
 
     for stage in stages:
-        stage.forward = observe(stage, "forward", stage.forward)  # type: ignore[method-assign,assignment]
-        stage.backward = observe(stage, "backward", stage.backward)  # type: ignore[method-assign]
+        stage.forward = watch(stage, "forward", stage.forward)  # type: ignore[method-assign,assignment]
+        stage.backward = watch(stage, "backward", stage.backward)  # type: ignore[method-assign]
     try:
         yield
     finally:
         for stage in stages:
             del stage.forward, stage.backward
+
+
+def recorder(records: list[Record]) -> Note:
+    """A note of one record for each step of each stage."""
+
+    def note(stage: Stage, direction: str, given: tuple[Any, ...], made: Tensor | None) -> None:
+        formula = headline(stage.layer) if direction == "forward" else derivation(stage.layer)
+        records.append(record(direction, stage.path, stage.layer, formula, made))
+
+    return note
 
 
 def record(direction: str, path: str, layer: Module, formula: str, made: Tensor | None) -> Record:

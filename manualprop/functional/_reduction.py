@@ -4,8 +4,8 @@ import warnings
 
 import torch
 from torch import Tensor
-from torch.nn import _reduction
 
+from manualprop._torch import any_autocast, reductions
 from manualprop.functional._offer import OFFERING
 from manualprop.functions._rule import HALF
 
@@ -17,9 +17,9 @@ def legacy_reduction(size_average: bool | None, reduce: bool | None, reduction: 
     if size_average is None and reduce is None and reduction in NAMES:
         return reduction
     if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+        reduction = reductions.legacy_get_string(size_average, reduce)
     # ValueError for an unknown one, as in torch, and a warning for the old name of "mean"
-    return NAMES[_reduction.get_enum(reduction)]
+    return NAMES[reductions.get_enum(reduction)]
 
 
 def reduced(loss: Tensor, reduction: str, dtype: torch.dtype, mass: Tensor | int | None = None) -> Tensor:
@@ -41,7 +41,7 @@ def loss_dtype(input: Tensor) -> torch.dtype:
     """The dtype of a loss: the input's, but autocast runs most losses in float32 and leaves them there."""
     if not input.is_floating_point():
         return torch.get_default_dtype()
-    if input.dtype not in HALF or not torch._C._is_any_autocast_enabled():
+    if input.dtype not in HALF or not any_autocast():
         return input.dtype
     device = input.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -16,6 +16,8 @@ from manualprop.functions._in_place import write_over
 from manualprop.functions._rule import Rule, transforms_active
 from manualprop.functions.activation import SELU
 
+__all__ = ["alpha_dropout", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout"]
+
 SATURATED = SELU.LAMBDA * SELU.ALPHA  # SELU falls to its negative
 
 

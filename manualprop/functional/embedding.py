@@ -6,6 +6,8 @@ from torch import Tensor
 from manualprop import functions as rules
 from manualprop.functional._checks import refuse_complex
 
+__all__ = ["embedding"]
+
 
 def embedding(
     input: Tensor,

@@ -1,20 +1,35 @@
 """Blocks of layers as one function: the exact composition of their parts, with fewer bytes kept for backward.
 
-``activation`` is a name: ``"gelu"``, ``"gelu_tanh"``, ``"mish"``, ``"relu"``, ``"relu_squared"``, ``"silu"`` or
-``"tanh"``.  ``keep`` is ``"pre-activation"`` or ``"input"``: with the latter nothing is kept for a hidden element, and the products that lead
-to the activation are computed a second time in backward.  With the same seed dropout drops what it drops in the parts.
+``activation`` is a name that a rule declares by ``fuses``, as ``"gelu"``, ``"gelu_tanh"``, ``"relu"`` or ``"silu"``.  The
+error for an unknown name lists them all.  ``keep`` is ``"pre-activation"`` or ``"input"``: with the latter nothing is kept
+for a hidden element, and the products that lead to the activation are computed a second time in backward.  With the
+same seed dropout drops what it drops in the parts.
 """
 
 import torch
 from torch import Tensor
 
 from manualprop import functions as rules
+from manualprop._torch import any_autocast
 from manualprop.functional import activation as activations
 from manualprop.functional._checks import refuse_complex
 from manualprop.functional.dropout import _check_probability, _kept
 from manualprop.functional.linear import _autocast_low, linear
 from manualprop.functions._in_place import write_over
-from manualprop.functions.fused import ACTIVATIONS as ACTIVATIONS
+from manualprop.functions.fused.mlp import ACTIVATIONS as ACTIVATIONS
+from manualprop.functions.fused.mlp import FUSES as FUSES
+
+__all__ = [
+    "activation_linear",
+    "gated_linear",
+    "gated_mlp",
+    "layer_norm_linear",
+    "linear_activation",
+    "mlp",
+    "packed_relu",
+    "relu_dropout",
+    "rms_norm_linear",
+]
 
 KEEP = ("pre-activation", "input")
 
@@ -307,7 +322,7 @@ def _check_fit(name: str, input: Tensor, weight: Tensor) -> None:
             f"{name}: the last axis of input must be in_features of weight. Got shapes {tuple(input.shape)} and "
             f"{tuple(weight.shape)}."
         )
-    if input.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
+    if input.dtype != weight.dtype and not any_autocast():
         raise RuntimeError(
             f"{name}: input and weight must have one dtype. Got {input.dtype} and {weight.dtype}; convert one."
         )

@@ -11,6 +11,8 @@ from manualprop.functional.activation import leaky_relu
 from manualprop.functional.linear import _autocast_low
 from manualprop.functions._in_place import write_over
 
+__all__ = ["glu", "prelu", "rrelu"]
+
 
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
     """Like :func:`torch.nn.functional.prelu`, by :class:`manualprop.functions.PReLU`.

@@ -13,6 +13,8 @@ from manualprop.functions._execution._classes import divisor
 from manualprop.functions._rule import plain_eager
 from manualprop.functions.linear_cross_entropy import probability_mass
 
+__all__ = ["linear_cross_entropy"]
+
 ROWS = 256  # of a chunk at least: with fewer, adding up dW takes longer than making it
 LOGITS = 2**22  # of a chunk, where the rows are short
 

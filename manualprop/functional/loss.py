@@ -22,6 +22,20 @@ from manualprop.functions._elementwise_loss import ElementwiseLoss
 from manualprop.functions._rule import plain_eager
 from manualprop.functions.cross_entropy import weighted_probabilities
 
+__all__ = [
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "cross_entropy",
+    "gaussian_nll_loss",
+    "huber_loss",
+    "kl_div",
+    "l1_loss",
+    "mse_loss",
+    "nll_loss",
+    "poisson_nll_loss",
+    "smooth_l1_loss",
+]
+
 # ----- regression -----
 
 

@@ -16,6 +16,18 @@ from manualprop.functional._reduction import (
     refuse_gradient,
 )
 
+__all__ = [
+    "cosine_embedding_loss",
+    "hinge_embedding_loss",
+    "margin_ranking_loss",
+    "multi_margin_loss",
+    "multilabel_margin_loss",
+    "multilabel_soft_margin_loss",
+    "soft_margin_loss",
+    "triplet_margin_loss",
+    "triplet_margin_with_distance_loss",
+]
+
 
 def hinge_embedding_loss(
     input: Tensor,

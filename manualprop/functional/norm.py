@@ -9,6 +9,8 @@ from torch import Tensor
 from manualprop import functions as rules
 from manualprop.functional._checks import refuse_complex
 
+__all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
+
 
 def layer_norm(
     input: Tensor,

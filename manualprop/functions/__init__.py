@@ -1,80 +1,20 @@
 """The mathematics: one hand-derived :class:`torch.autograd.Function` for each function, by family."""
 
+from manualprop import _torch as _torch  # warns of an untested version
 from manualprop.functions._elementwise import Elementwise as Elementwise
 from manualprop.functions._rule import Rule as Rule
-from manualprop.functions.activation import CELU as CELU
-from manualprop.functions.activation import ELU as ELU
-from manualprop.functions.activation import GELU as GELU
-from manualprop.functions.activation import SELU as SELU
-from manualprop.functions.activation import ELUFromInput as ELUFromInput
-from manualprop.functions.activation import GELUTanh as GELUTanh
-from manualprop.functions.activation import LogSigmoid as LogSigmoid
-from manualprop.functions.activation import Mish as Mish
-from manualprop.functions.activation import Sigmoid as Sigmoid
-from manualprop.functions.activation import SiLU as SiLU
-from manualprop.functions.activation import Softplus as Softplus
-from manualprop.functions.activation import SoftplusFromInput as SoftplusFromInput
-from manualprop.functions.activation import Softsign as Softsign
-from manualprop.functions.activation import Tanh as Tanh
-from manualprop.functions.activation import Tanhshrink as Tanhshrink
-from manualprop.functions.cross_entropy import BCE as BCE
-from manualprop.functions.cross_entropy import NLL as NLL
-from manualprop.functions.cross_entropy import BCEWithLogits as BCEWithLogits
-from manualprop.functions.cross_entropy import BCEWithPosWeight as BCEWithPosWeight
-from manualprop.functions.cross_entropy import CrossEntropy as CrossEntropy
-from manualprop.functions.cross_entropy import SoftCrossEntropy as SoftCrossEntropy
-from manualprop.functions.dropout import AlphaDropout as AlphaDropout
-from manualprop.functions.dropout import Dropout as Dropout
-from manualprop.functions.dropout import ReLUDropout as ReLUDropout
-from manualprop.functions.embedding import Embedding as Embedding
-from manualprop.functions.fused import MLP as MLP
-from manualprop.functions.fused import ActivationLinear as ActivationLinear
-from manualprop.functions.fused import LinearActivation as LinearActivation
-from manualprop.functions.gated import GLU as GLU
-from manualprop.functions.gated import PReLU as PReLU
-from manualprop.functions.gated import RReLU as RReLU
-from manualprop.functions.gated_mlp import GatedLinear as GatedLinear
-from manualprop.functions.gated_mlp import GatedMLP as GatedMLP
-from manualprop.functions.likelihood import GaussianNLL as GaussianNLL
-from manualprop.functions.likelihood import KLDiv as KLDiv
-from manualprop.functions.likelihood import KLDivLogTarget as KLDivLogTarget
-from manualprop.functions.likelihood import PoissonNLL as PoissonNLL
-from manualprop.functions.likelihood import PoissonNLLFromRate as PoissonNLLFromRate
-from manualprop.functions.linear import Bilinear as Bilinear
-from manualprop.functions.linear import Linear as Linear
-from manualprop.functions.linear_cross_entropy import LinearCrossEntropy as LinearCrossEntropy
-from manualprop.functions.linear_cross_entropy import LinearCrossEntropyOnce as LinearCrossEntropyOnce
-from manualprop.functions.loss import L1 as L1
-from manualprop.functions.loss import MSE as MSE
-from manualprop.functions.loss import Huber as Huber
-from manualprop.functions.loss import SmoothL1 as SmoothL1
-from manualprop.functions.margin import CosineEmbedding as CosineEmbedding
-from manualprop.functions.margin import HingeEmbedding as HingeEmbedding
-from manualprop.functions.margin import MarginRanking as MarginRanking
-from manualprop.functions.margin import MultiLabelMargin as MultiLabelMargin
-from manualprop.functions.margin import MultiMargin as MultiMargin
-from manualprop.functions.margin import PairwiseDistance as PairwiseDistance
-from manualprop.functions.margin import SoftMargin as SoftMargin
-from manualprop.functions.margin import TripletMargin as TripletMargin
-from manualprop.functions.norm import BatchNorm as BatchNorm
-from manualprop.functions.norm import BatchNormEvaluation as BatchNormEvaluation
-from manualprop.functions.norm import GroupNorm as GroupNorm
-from manualprop.functions.norm import LayerNorm as LayerNorm
-from manualprop.functions.norm import RMSNorm as RMSNorm
-from manualprop.functions.norm_linear import LayerNormLinear as LayerNormLinear
-from manualprop.functions.norm_linear import RMSNormLinear as RMSNormLinear
-from manualprop.functions.packed import PackedReLU as PackedReLU
-from manualprop.functions.piecewise import Hardshrink as Hardshrink
-from manualprop.functions.piecewise import Hardsigmoid as Hardsigmoid
-from manualprop.functions.piecewise import Hardswish as Hardswish
-from manualprop.functions.piecewise import Hardtanh as Hardtanh
-from manualprop.functions.piecewise import LeakyReLU as LeakyReLU
-from manualprop.functions.piecewise import LeakyReLUFromInput as LeakyReLUFromInput
-from manualprop.functions.piecewise import ReLU as ReLU
-from manualprop.functions.piecewise import ReLU6 as ReLU6
-from manualprop.functions.piecewise import ReLUSquared as ReLUSquared
-from manualprop.functions.piecewise import ReLUSquaredFromInput as ReLUSquaredFromInput
-from manualprop.functions.piecewise import Softshrink as Softshrink
-from manualprop.functions.piecewise import Threshold as Threshold
-from manualprop.functions.softmax import LogSoftmax as LogSoftmax
-from manualprop.functions.softmax import Softmax as Softmax
+from manualprop.functions.activation import *
+from manualprop.functions.cross_entropy import *
+from manualprop.functions.dropout import *
+from manualprop.functions.embedding import *
+from manualprop.functions.fused import *
+from manualprop.functions.gated import *
+from manualprop.functions.likelihood import *
+from manualprop.functions.linear import *
+from manualprop.functions.linear_cross_entropy import *
+from manualprop.functions.loss import *
+from manualprop.functions.margin import *
+from manualprop.functions.norm import *
+from manualprop.functions.packed import *
+from manualprop.functions.piecewise import *
+from manualprop.functions.softmax import *

@@ -38,12 +38,14 @@ class Elementwise(Rule):
     - ``chooses``     whether dx is 0 where f'(x) is 0, and f'' g where f'' is, whatever g is: sqrt(relu(x)) has an
       infinite g at x = 0.
     - ``exact``       whether g f'(x) is free of rounding: f' is 0 or 1.
+    - ``fuses``       the name by which fused blocks of layers take it; without one they do not.
     """
 
     abstract = True
     saves: ClassVar[Literal["input", "output"]] = "input"
     chooses: ClassVar[bool] = False
     exact: ClassVar[bool] = False
+    fuses: ClassVar[str] = ""
     f: ClassVar[Callable[..., Tensor]]
     df: ClassVar[Callable[..., Tensor]]
     ddf: ClassVar[Callable[..., Tensor] | None] = None
@@ -85,6 +87,10 @@ def _check(rule: type[Elementwise]) -> None:
     require_choice(rule, "saves", ("input", "output"))
     require_choice(rule, "chooses", (False, True))
     require_choice(rule, "exact", (False, True))
+    if not isinstance(rule.fuses, str) or (rule.fuses and len(parameters(rule.f) or "x") > 1):
+        raise TypeError(
+            f"{rule.__name__}: fuses must be a name, of a function f(x) without parameters. Got {rule.fuses!r}."
+        )
     require_methods(rule, "f", "df", *(() if rule.ddf is None else ("ddf",)))
     other = {"input": "y", "output": "x"}[rule.saves]
     for name in ("df", "ddf"):
@@ -99,7 +105,7 @@ def _check(rule: type[Elementwise]) -> None:
         require_parameters(rule, "ddf", "f")
 
 
-DECLARATIONS = {"saves", "f", "df", "ddf", "chooses", "exact"}
+DECLARATIONS = {"saves", "f", "df", "ddf", "chooses", "exact", "fuses"}
 
 
 class Chain(Rule):

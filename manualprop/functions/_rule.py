@@ -8,35 +8,33 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._C._functorch import (
-    _add_batch_dim,
+from torch.autograd import Function
+
+from manualprop._torch import (
+    DYNAMO,
+    add_batch_dim,
+    forward_mode,
     get_unwrapped,
     is_batchedtensor,
     is_legacy_batchedtensor,
     maybe_get_bdim,
     maybe_get_level,
+    unpack_dual,
     unwrap_if_dead,
 )
-from torch.autograd import Function
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
-
+from manualprop._torch import transforms_active as transforms_active
 from manualprop.functions._declaration import parameters, require_methods
 
 HALF = frozenset({torch.float16, torch.bfloat16})
 
 
-def transforms_active() -> bool:
-    """Whether a ``torch.func`` transform (vmap, grad, jvp, ...) encloses this call."""
-    return torch._C._are_functorch_transforms_active()
-
-
 def plain_eager() -> bool:
     """Whether neither a ``torch.func`` transform nor the compiler watches, which both refuse some in-place forms."""
-    return not (torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling())
+    return not (transforms_active() or torch.compiler.is_compiling())
 
 
 def times(fresh: Tensor, other: Tensor) -> Tensor:
@@ -71,7 +69,7 @@ def at_every_level(jvp: Callable[..., Any]) -> Callable[..., Any]:
     def every_level(ctx: Any, *tangents: Any) -> Any:
         if not transforms_active():
             return jvp(ctx, *tangents)
-        with _set_fwd_grad_enabled(True):
+        with forward_mode(True):
             return jvp(_WithPrimals(ctx), *tangents)
 
     return every_level
@@ -92,9 +90,9 @@ def _primal(t: Tensor | None) -> Tensor | None:
         return None
     if is_batchedtensor(t):  # vmap within forward mode: the tangents lie under the batch
         inner: Any = _primal(get_unwrapped(t))
-        batched: Tensor = _add_batch_dim(inner, maybe_get_bdim(t), maybe_get_level(t))
+        batched: Tensor = add_batch_dim(inner, maybe_get_bdim(t), maybe_get_level(t))
         return batched
-    primal: Tensor = torch._VF._unpack_dual(t, level=0)[0]
+    primal: Tensor = unpack_dual(t, level=0)[0]
     return primal
 
 
@@ -170,9 +168,11 @@ class Rule(Function):
 
     generate_vmap_rule = True
     abstract = False  # True in the statement of a class that rules are derived from, and that is none itself
+    _apply: ClassVar[Callable[..., Any]]  # what Function.apply calls in the end
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls._apply = super(Function, cls).apply  # type: ignore[misc]
         if not vars(cls).get("abstract", False):
             require_methods(cls, "forward", "setup_context", "backward")
             _require_tangents(cls)
@@ -192,7 +192,7 @@ class Rule(Function):
             return _local.recorder(cls, args)
         if transforms_active():
             return super().apply(*args)
-        return super(Function, cls).apply(*[_usable(a, cls) if isinstance(a, Tensor) else a for a in args])  # type: ignore[misc]
+        return cls._apply(*[_usable(a, cls) if isinstance(a, Tensor) else a for a in args])
 
 
 def _require_tangents(rule: type[Rule]) -> None:
@@ -209,7 +209,9 @@ def _require_tangents(rule: type[Rule]) -> None:
 
 def _usable(a: Tensor, rule: type[Rule]) -> Tensor:
     """``a``, or the real tensor where it outlived its transform and is a dead wrapper around that one."""
-    if a.is_nested and a.requires_grad and torch.is_grad_enabled():
+    if not a.is_nested:
+        return unwrap_if_dead(a)
+    if a.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError(
             f"{rule.__name__}: the hand-derived gradients are those of ordinary tensors, without ragged axes. Got a "
             f"nested tensor of layout {a.layout} that requires a gradient. Apply the layer to its values() or to a "
@@ -229,7 +231,7 @@ _waiting: list[type[Rule]] = []
 
 
 def _register(cls: type[Rule]) -> None:
-    if "torch._dynamo" in sys.modules:
+    if DYNAMO in sys.modules:
         torch.compiler.allow_in_graph(cls)
     else:
         _waiting.append(cls)
@@ -241,7 +243,7 @@ class _AfterDynamo(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != "torch._dynamo":
+        if fullname != DYNAMO:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
@@ -257,7 +259,7 @@ class _AfterDynamo(importlib.abc.MetaPathFinder):
         return spec
 
 
-if "torch._dynamo" not in sys.modules:
+if DYNAMO not in sys.modules:
     sys.meta_path.insert(0, _AfterDynamo())
 
 

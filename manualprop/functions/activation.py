@@ -17,6 +17,24 @@ from torch import Tensor
 from manualprop.functions._elementwise import Elementwise
 from manualprop.functions._execution import decay, erfc, indicator
 
+__all__ = [
+    "CELU",
+    "ELU",
+    "GELU",
+    "SELU",
+    "ELUFromInput",
+    "GELUTanh",
+    "LogSigmoid",
+    "Mish",
+    "SiLU",
+    "Sigmoid",
+    "Softplus",
+    "SoftplusFromInput",
+    "Softsign",
+    "Tanh",
+    "Tanhshrink",
+]
+
 # Constants stand outside of the classes: compiled autograd cannot read an attribute of a Function.
 
 SELU_ALPHA = 1.6732632423543772848170429916717
@@ -80,6 +98,7 @@ class Tanh(Elementwise):
     """
 
     saves = "output"
+    fuses = "tanh"
 
     @staticmethod
     def f(x: Tensor) -> Tensor:
@@ -199,6 +218,8 @@ class SiLU(Elementwise):
         Elfwing, Uchibe and Doya, 2017, https://arxiv.org/abs/1702.03118
     """
 
+    fuses = "silu"
+
     @staticmethod
     def f(x: Tensor) -> Tensor:
         return F.silu(x)
@@ -231,6 +252,8 @@ class Mish(Elementwise):
     Reference
         Misra, 2019, https://arxiv.org/abs/1908.08681
     """
+
+    fuses = "mish"
 
     @staticmethod
     def f(x: Tensor) -> Tensor:
@@ -457,6 +480,8 @@ class GELU(Elementwise):
         Hendrycks and Gimpel, 2016, https://arxiv.org/abs/1606.08415
     """
 
+    fuses = "gelu"
+
     @staticmethod
     def f(x: Tensor) -> Tensor:
         return F.gelu(x)
@@ -491,6 +516,8 @@ class GELUTanh(Elementwise):
     Reference
         Hendrycks and Gimpel, 2016, https://arxiv.org/abs/1606.08415: c is theirs, fitted.
     """
+
+    fuses = "gelu_tanh"
 
     @staticmethod
     def f(x: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ from manualprop.functions._rule import Rule, flat
 from manualprop.functions.norm import shaped
 from manualprop.functions.softmax import dot
 
+__all__ = ["BCE", "NLL", "BCEWithLogits", "BCEWithPosWeight", "CrossEntropy", "SoftCrossEntropy"]
+
 
 class Mass(NamedTuple):
     """The mass m that a target puts on the classes, m_c = r 1[c = t] + b_c, and M = sum_c m_c: of every cross-entropy.

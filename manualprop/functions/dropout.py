@@ -16,6 +16,8 @@ from manualprop.functions._execution import chosen, formula, indicator
 from manualprop.functions._execution._bits import keep_bits, kept_bytes
 from manualprop.functions._rule import Rule, flat
 
+__all__ = ["AlphaDropout", "Dropout", "ReLUDropout"]
+
 
 class Dropout(Rule):
     r"""$y = k x / q$ with $k = 1$ with probability $q$, else 0
@@ -152,12 +154,12 @@ class AlphaDropout(Rule):
 def scaled(x: Tensor, k: Tensor, q: float) -> Tensor:
     """x k / q; ``k`` are bytes and may broadcast."""
     k = k if k.shape == x.shape else k.expand(x.shape)
-    y: Tensor = product(x, k, q)
+    y: Tensor = dropped(x, k, q)
     return y
 
 
 @formula("x (N), k (N) -> y like x", lift=False)  # k / q in the precision of x, as torch
-def product(x: Tensor, k: Tensor, q: float) -> Tensor:
+def dropped(x: Tensor, k: Tensor, q: float) -> Tensor:
     return x * (indicator(k, x) / q)
 
 

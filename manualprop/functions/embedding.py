@@ -13,6 +13,8 @@ from torch import Tensor
 from manualprop.functions._execution import full
 from manualprop.functions._rule import Rule
 
+__all__ = ["Embedding"]
+
 
 class Embedding(Rule):
     r"""$y_n = W_{i_n}$, the rows of $W$ chosen by the indices $i$

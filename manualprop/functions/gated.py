@@ -16,6 +16,8 @@ from torch import Tensor
 from manualprop.functions._execution import chosen, formula
 from manualprop.functions._rule import Rule, flat
 
+__all__ = ["GLU", "PReLU", "RReLU"]
+
 
 class PReLU(Rule):
     r"""$y = x$ for $x > 0$, else $W_c x$, with a slope $W_c$ for each channel or one for all

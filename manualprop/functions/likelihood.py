@@ -17,6 +17,8 @@ from torch import Tensor
 from manualprop.functions._elementwise_loss import Curvature, ElementwiseLoss
 from manualprop.functions._execution import indicator
 
+__all__ = ["GaussianNLL", "KLDiv", "KLDivLogTarget", "PoissonNLL", "PoissonNLLFromRate"]
+
 
 class PoissonNLL(ElementwiseLoss):
     r"""$l = e^x - t x + s(t)$, the count $t$ under a Poisson distribution of rate $e^x$

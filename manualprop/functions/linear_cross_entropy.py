@@ -38,6 +38,8 @@ from manualprop.functions._rule import (
 )
 from manualprop.functions.linear import Linear
 
+__all__ = ["LinearCrossEntropy", "LinearCrossEntropyOnce"]
+
 CACHED = 2**18  # float32 numbers that an elementwise step finds in the cache again when it is done with them
 
 Tangent = Tensor | None

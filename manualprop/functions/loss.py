@@ -16,6 +16,8 @@ from torch import Tensor
 from manualprop.functions._elementwise_loss import Curvature, ElementwiseLoss
 from manualprop.functions._execution import indicator
 
+__all__ = ["L1", "MSE", "Huber", "SmoothL1"]
+
 
 class L1(ElementwiseLoss):
     r"""$l = |x - t|$

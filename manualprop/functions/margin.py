@@ -28,6 +28,17 @@ from manualprop.functions._rule import Rule, flat
 from manualprop.functions.norm import shaped
 from manualprop.functions.softmax import dot
 
+__all__ = [
+    "CosineEmbedding",
+    "HingeEmbedding",
+    "MarginRanking",
+    "MultiLabelMargin",
+    "MultiMargin",
+    "PairwiseDistance",
+    "SoftMargin",
+    "TripletMargin",
+]
+
 
 class HingeEmbedding(ElementwiseLoss):
     r"""$l = x$ for a label $t = 1$, and $\max(m - x, 0)$ for $t = -1$

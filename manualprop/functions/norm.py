@@ -16,8 +16,8 @@ Statistics
     is computed twice.  In half precision the statistics are float32.
 """
 
-import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -26,6 +26,8 @@ from torch import Tensor
 from manualprop.functions._execution import Runner, formula
 from manualprop.functions._execution import _normalisation as aten
 from manualprop.functions._rule import Rule, flat
+
+__all__ = ["BatchNorm", "BatchNormEvaluation", "GroupNorm", "LayerNorm", "RMSNorm"]
 
 
 class Axes(NamedTuple):
@@ -56,7 +58,7 @@ def normalised(x: Tensor, m: Tensor | None, r: Tensor) -> Tensor:
     return r * x if m is None else r * (x - m)
 
 
-def gradients(
+def norm_gradients(
     g: Tensor,
     x: Tensor,
     m: Tensor | None,
@@ -64,8 +66,9 @@ def gradients(
     W: Tensor | None,
     gm: Tensor | None,
     gr: Tensor | None,
-    axes: Axes,
     n: int,
+    *,
+    axes: Axes,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""dL/dx, dL/dW and dL/db of $y = W z + b$ with $z = r (x - m)$: the one gradient of all the norms.
 
@@ -92,10 +95,11 @@ def gradients(
         dx = dx + gm / n
     if gr is not None:
         dx = dx - gr * r * r * z / n
-    return dx, total(sum_gz, axes.batch), total(sum_g, axes.batch)
+    dW, db = (s.sum(axes.batch) if axes.batch else s for s in (sum_gz, sum_g))
+    return dx, dW, db
 
 
-def tangents(
+def norm_tangents(
     dx: Tensor | None,
     x: Tensor,
     m: Tensor | None,
@@ -103,13 +107,14 @@ def tangents(
     W: Tensor | None,
     dW: Tensor | None,
     db: Tensor | None,
-    axes: Axes,
     n: int,
+    *,
+    axes: Axes,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""dy, dm and dr: forward mode of all the norms.
 
     Derivation
-        dm = mean(dx),  dr = -r^2 mean(z dx)                       dm/dx and dr/dx as in :func:`gradients`
+        dm = mean(dx),  dr = -r^2 mean(z dx)                       dm/dx and dr/dx as in :func:`norm_gradients`
         dz = r (dx - dm - z mean(z dx))
         dy = W dz + z dW + db                                      product rule
     """
@@ -131,22 +136,31 @@ def tangents(
 Shape = tuple[int, ...]
 
 
+class Shapes(NamedTuple):
+    """The shapes in which x, its statistics and its weights broadcast, and how many elements share a mean."""
+
+    x: Shape
+    stats: Shape
+    W: Shape
+    n: int  # 1 where there are none, whose sums are 0
+
+
 class Normalisation(Rule):
     """Base of the norms with a mean.  A subclass states its value and its shapes.
 
-    - ``arranged(x, *options)``   the shapes in which x, its statistics and its weights broadcast.
+    - ``shapes(x, *options)``     how x, its statistics and its weights broadcast.
     - ``letters``                 the same shapes in letters, as :func:`formula` reads them.
     - ``axes``                    over which of these axes the mean and the sums run.
     """
 
     abstract = True
-    arranged: ClassVar[Callable[..., tuple[Shape, Shape, Shape]]]
+    shapes: ClassVar[Callable[..., Shapes]]
     letters: ClassVar[tuple[str, str, str]]
     axes: ClassVar[Axes]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        arranged, axes = cls.arranged, cls.axes
-        backwards, forwards = formulas(*cls.letters)
+        shapes = cls.shapes
+        backwards, forwards = formulas(*cls.letters, cls.axes)
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
             x, W, b, *ctx.options = inputs
@@ -158,26 +172,23 @@ class Normalisation(Rule):
             ctx: Any, g: Tensor | None, gm: Tensor | None, gr: Tensor | None
         ) -> tuple[Tensor | None, ...]:
             x, W, m, r = ctx.saved_tensors
-            whole, stats, weights = arranged(x, *ctx.options)
-            rows = [shaped(t, whole) for t in (torch.zeros_like(x) if g is None else g, x)]
-            m, r, gm, gr = (shaped(t, stats) for t in (m, r, gm, gr))
-            needs = tuple(ctx.needs_input_grad[:3])
-            dx, dW, db = backwards(
-                *rows, m, r, shaped(W, weights), gm, gr, axes, size(whole, axes), needs=needs
-            )
-            dx = shaped(dx, x.shape)
-            dW = None if dW is None else dW.reshape(W.shape).to(W.dtype)
-            db = None if db is None else db.reshape(ctx.like_b[0]).to(ctx.like_b[1])
-            return dx, dW, db, *[None] * len(ctx.options)
+            to = shapes(x, *ctx.options)
+            rows = [shaped(t, to.x) for t in (torch.zeros_like(x) if g is None else g, x)]
+            m, r, gm, gr = [shaped(t, to.stats) for t in (m, r, gm, gr)]
+            needs = ctx.needs_input_grad[:3]
+            dx, dW, db = backwards(*rows, m, r, shaped(W, to.W), gm, gr, to.n, needs=needs)
+            dW = None if dW is None else shaped(dW, W.shape).to(W.dtype)
+            db = None if db is None else shaped(db, ctx.like_b[0]).to(ctx.like_b[1])
+            return shaped(dx, x.shape), dW, db, *[None] * len(ctx.options)
 
         def jvp(
             ctx: Any, dx: Tensor | None, dW: Tensor | None, db: Tensor | None, *_: None
         ) -> tuple[Tensor, ...]:
             x, W, m, r = ctx.saved_tensors
-            whole, stats, weights = arranged(x, *ctx.options)
-            dx, rows = shaped(dx, whole), shaped(x, whole)
-            W, dW, db = (shaped(t, weights) for t in (W, dW, db))
-            moved = forwards(dx, rows, shaped(m, stats), shaped(r, stats), W, dW, db, axes, size(whole, axes))
+            to = shapes(x, *ctx.options)
+            dx, rows = shaped(dx, to.x), shaped(x, to.x)
+            W, dW, db = (shaped(t, to.W) for t in (W, dW, db))
+            moved = forwards(dx, rows, shaped(m, to.stats), shaped(r, to.stats), W, dW, db, to.n)
             return tuple(t.reshape(like.shape) for t, like in zip(moved, (x, m, r), strict=True))
 
         # Closures of plain functions, not classmethods: compiled autograd cannot trace those.
@@ -186,12 +197,14 @@ class Normalisation(Rule):
         super().__init_subclass__(**kwargs)
 
 
-def formulas(x: str, stats: str, W: str) -> tuple[Runner, Runner]:
-    """:func:`gradients` and :func:`tangents` for tensors of these axes."""
+def formulas(x: str, stats: str, W: str, axes: Axes) -> tuple[Runner, Runner]:
+    """:func:`norm_gradients` and :func:`norm_tangents` for tensors of these axes."""
     saved = f"x ({x}), m ({stats}), r ({stats}), W ({W})"
     backwards = f"g ({x}), {saved}, gm ({stats}), gr ({stats}) -> dx like x, dW ({W}), db ({W})"
     forwards = f"dx ({x}), {saved}, dW ({W}), db ({W}) -> dy like x, dm like m, dr like r"
-    return formula(backwards)(gradients), formula(forwards)(tangents)
+    return formula(backwards)(partial(norm_gradients, axes=axes)), formula(forwards)(
+        partial(norm_tangents, axes=axes)
+    )
 
 
 def shaped(t: Any, shape: Shape) -> Any:
@@ -199,27 +212,21 @@ def shaped(t: Any, shape: Shape) -> Any:
     return t if t is None or t.shape == shape else t.reshape(shape)
 
 
-def size(shape: Shape, axes: Axes) -> int:
-    """n: how many elements share m and r; 1 where there are none, whose sums are 0."""
-    return math.prod([shape[axis] for axis in axes.mean]) or 1
-
-
-def of_rows(x: Tensor, axes: int, eps: float) -> tuple[Shape, Shape, Shape]:
-    """The shapes of x, its statistics and its weights for a norm over the last axes."""
+def of_rows(x: Tensor, axes: int, eps: float) -> Shapes:
+    """The shapes of a norm over the last axes."""
     N, D = x.shape[:-axes].numel(), x.shape[-axes:].numel()
-    return (N, D), (N, 1), (D,)
+    return Shapes((N, D), (N, 1), (D,), D or 1)
 
 
-ROWS = Axes(
-    weighted=(1,), unweighted=(), batch=(0,)
-)  # not of a class: compiled autograd reads no attribute of one
+# Not of a class: compiled autograd reads no attribute of one.
+ROWS = Axes(weighted=(1,), unweighted=(), batch=(0,))
 
 
 class LayerNorm(Normalisation):
     r"""$y = W z + b$ with $z = r (x - m)$, mean $m$ and $r = (\tfrac1D \sum_d (x_d - m)^2 + \epsilon)^{-1/2}$
 
     Derivation
-        :func:`gradients` and :func:`tangents`, for one of the N rows: n = D.
+        :func:`norm_gradients` and :func:`norm_tangents`, for one of the N rows: n = D.
     Second order
         m and r are outputs with derivatives of their own: autograd differentiates the formulas as written, to
         every order.  (torch states its second derivative by hand, and its third is silently wrong.)
@@ -237,7 +244,7 @@ class LayerNorm(Normalisation):
     axes = ROWS
 
     @staticmethod
-    def arranged(x: Tensor, axes: int, eps: float) -> tuple[Shape, Shape, Shape]:
+    def shapes(x: Tensor, axes: int, eps: float) -> Shapes:
         return of_rows(x, axes, eps)
 
     @staticmethod
@@ -251,7 +258,7 @@ class RMSNorm(Rule):
     r"""$y = W z$ with $z = r x$ and $r = (\tfrac1D \sum_d x_d^2 + \epsilon)^{-1/2}$
 
     Derivation
-        :func:`gradients` and :func:`tangents` without a mean, for one of the N rows: n = D.
+        :func:`norm_gradients` and :func:`norm_tangents` without a mean, for one of the N rows: n = D.
     Second order
         As :class:`LayerNorm`: r is an output with a derivative of its own.
     Shape
@@ -277,33 +284,29 @@ class RMSNorm(Rule):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, gr: Tensor | None) -> tuple[Tensor | None, ...]:
         x, W, r = ctx.saved_tensors
-        whole, stats, weights = of_rows(x, *ctx.options)
-        g, x_rows = (shaped(t, whole) for t in (torch.zeros_like(x) if g is None else g, x))
-        r, gr = shaped(r, stats), shaped(gr, stats)
-        needs = (*ctx.needs_input_grad[:2], False)
-        dx, dW, _ = rows_backwards(
-            g, x_rows, None, r, shaped(W, weights), None, gr, ROWS, whole[1] or 1, needs=needs
-        )
-        return shaped(dx, x.shape), None if dW is None else dW.reshape(W.shape).to(W.dtype), None, None
+        to = of_rows(x, *ctx.options)
+        g, x_rows = (shaped(t, to.x) for t in (torch.zeros_like(x) if g is None else g, x))
+        r, gr, needs = shaped(r, to.stats), shaped(gr, to.stats), (*ctx.needs_input_grad[:2], False)
+        dx, dW, _ = rows_backwards(g, x_rows, None, r, shaped(W, to.W), None, gr, to.n, needs=needs)
+        return shaped(dx, x.shape), None if dW is None else shaped(dW, W.shape).to(W.dtype), None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dW: Tensor | None, *_: None) -> tuple[Tensor, Tensor]:
         x, W, r = ctx.saved_tensors
-        whole, stats, weights = of_rows(x, *ctx.options)
-        dx, x_rows = shaped(dx, whole), shaped(x, whole)
-        W, dW = shaped(W, weights), shaped(dW, weights)
-        dy, _, dr = rows_forwards(dx, x_rows, None, shaped(r, stats), W, dW, None, ROWS, whole[1] or 1)
+        to = of_rows(x, *ctx.options)
+        dx, x_rows, W, dW = shaped(dx, to.x), shaped(x, to.x), shaped(W, to.W), shaped(dW, to.W)
+        dy, _, dr = rows_forwards(dx, x_rows, None, shaped(r, to.stats), W, dW, None, to.n)
         return dy.reshape(x.shape), dr.reshape(r.shape)
 
 
-rows_backwards, rows_forwards = formulas(*LayerNorm.letters)
+rows_backwards, rows_forwards = formulas(*LayerNorm.letters, ROWS)
 
 
 class GroupNorm(Normalisation):
     r"""$y_c = W_c z_c + b_c$, where $z$ is normalised as in :class:`LayerNorm` over the channels of a group
 
     Derivation, for one example and one group, with n = K L elements
-        :func:`gradients` and :func:`tangents`; W is constant within a channel: c1 = sum_k W_k sum_l g_kl / n
+        :func:`norm_gradients` and :func:`norm_tangents`; W is constant within a channel: c1 = sum_k W_k sum_l g_kl / n
     Second order
         As :class:`LayerNorm`: m and r are outputs with derivatives of their own.
     Shape
@@ -320,9 +323,9 @@ class GroupNorm(Normalisation):
     axes = Axes(weighted=(2,), unweighted=(3,), batch=(0,))
 
     @staticmethod
-    def arranged(x: Tensor, G: int, eps: float) -> tuple[Shape, Shape, Shape]:
+    def shapes(x: Tensor, G: int, eps: float) -> Shapes:
         N, K, L = x.shape[0], x.shape[1] // G, x.shape[2:].numel()
-        return (N, G, K, L), (N, G, 1, 1), (G, K, 1)
+        return Shapes((N, G, K, L), (N, G, 1, 1), (G, K, 1), K * L or 1)
 
     @staticmethod
     def forward(
@@ -331,17 +334,17 @@ class GroupNorm(Normalisation):
         return aten.group_norm(x, G, W, b, eps)
 
 
-def of_channels(x: Tensor) -> tuple[Shape, Shape, Shape]:
-    """The shapes of x, its statistics and its weights for a norm over the batch."""
+def of_channels(x: Tensor) -> Shapes:
+    """The shapes of a norm over the batch."""
     B, C, L = x.shape[0], x.shape[1], x.shape[2:].numel()
-    return (B, C, L), (1, C, 1), (C, 1)
+    return Shapes((B, C, L), (1, C, 1), (C, 1), B * L or 1)
 
 
 class BatchNorm(Normalisation):
     r"""$y_c = W_c z_c + b_c$, where $z$ is normalised as in :class:`LayerNorm` over the batch: training
 
     Derivation, for one channel, with n = N L elements
-        :func:`gradients` and :func:`tangents`, where W is constant
+        :func:`norm_gradients` and :func:`norm_tangents`, where W is constant
     Second order
         As :class:`LayerNorm`: m and r are outputs with derivatives of their own.
     Running statistics
@@ -361,7 +364,7 @@ class BatchNorm(Normalisation):
     axes = Axes(weighted=(), unweighted=(0, 2), batch=())
 
     @staticmethod
-    def arranged(x: Tensor, *options: Any) -> tuple[Shape, Shape, Shape]:
+    def shapes(x: Tensor, *options: Any) -> Shapes:
         return of_channels(x)
 
     @staticmethod
@@ -411,21 +414,21 @@ class BatchNormEvaluation(Rule):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, W, m, v = ctx.saved_tensors
-        whole, _, column = of_channels(g)
+        to = of_channels(g)
         # Without a gradient of W, what is saved in the place of x may have another list of axes under vmap.
-        rows = (shaped(t, whole) for t in (g, x if ctx.needs_input_grad[1] else g))
-        columns = (shaped(t, column) for t in (W, m, v))
-        dx, dW, db = evaluation_gradients(*rows, *columns, ctx.eps, needs=tuple(ctx.needs_input_grad[:3]))
+        rows = (shaped(t, to.x) for t in (g, x if ctx.needs_input_grad[1] else g))
+        columns = (shaped(t, to.W) for t in (W, m, v))
+        dx, dW, db = evaluation_gradients(*rows, *columns, ctx.eps, needs=ctx.needs_input_grad[:3])
         dx = None if dx is None else flat(shaped(dx, g.shape), x)
-        dW = None if dW is None else dW.reshape(W.shape).to(W.dtype)
-        db = None if db is None else db.reshape(ctx.like_b[0]).to(ctx.like_b[1])
+        dW = None if dW is None else shaped(dW, W.shape).to(W.dtype)
+        db = None if db is None else shaped(db, ctx.like_b[0]).to(ctx.like_b[1])
         return dx, dW, db, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dW: Tensor | None, db: Tensor | None, *_: None) -> Tensor:
         x, W, m, v = ctx.saved_tensors
-        whole, __, column = of_channels(x)
-        rows, columns = (shaped(t, whole) for t in (dx, x)), (shaped(t, column) for t in (W, m, v, dW, db))
+        to = of_channels(x)
+        rows, columns = (shaped(t, to.x) for t in (dx, x)), (shaped(t, to.W) for t in (W, m, v, dW, db))
         dy: Tensor = evaluation_tangent(*rows, *columns, ctx.eps)
         return dy.reshape(x.shape)
 

@@ -15,6 +15,8 @@ from manualprop.functions._execution import chosen, formula, indicator
 from manualprop.functions._execution._bits import keep_bits, kept_bytes
 from manualprop.functions._rule import Rule, flat
 
+__all__ = ["PackedReLU"]
+
 
 class PackedReLU(Rule):
     r"""$y = \max(x, 0)$, of which one bit per element is kept
@@ -51,15 +53,15 @@ class PackedReLU(Rule):
         bits, nothing = ctx.saved_tensors
         if g is None:  # a second derivative
             return torch.zeros_like(kept_bytes(ctx, bits), dtype=nothing.dtype)
-        return flat(masked(g, kept_bytes(ctx, bits)), nothing)
+        return flat(kept_of(g, kept_bytes(ctx, bits)), nothing)
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor) -> tuple[Tensor, Tensor]:
         bits, _ = ctx.saved_tensors
-        return masked(dx, kept_bytes(ctx, bits)), dx.new_empty(0)
+        return kept_of(dx, kept_bytes(ctx, bits)), dx.new_empty(0)
 
 
 @formula("g (N), k (N) -> dx like g", lift=False)
-def masked(g: Tensor, k: Tensor) -> Tensor:
+def kept_of(g: Tensor, k: Tensor) -> Tensor:
     """g where k is 1, else 0, whatever g is there."""
     return chosen(indicator(k, g), g)

@@ -12,6 +12,21 @@ from torch import Tensor
 from manualprop.functions._elementwise import Elementwise
 from manualprop.functions._execution import indicator, inside
 
+__all__ = [
+    "Hardshrink",
+    "Hardsigmoid",
+    "Hardswish",
+    "Hardtanh",
+    "LeakyReLU",
+    "LeakyReLUFromInput",
+    "ReLU",
+    "ReLU6",
+    "ReLUSquared",
+    "ReLUSquaredFromInput",
+    "Softshrink",
+    "Threshold",
+]
+
 # ----- piecewise linear: the second derivative is 0 -----
 
 
@@ -32,6 +47,7 @@ class ReLU(Elementwise):
 
     saves = "output"
     chooses = exact = True
+    fuses = "relu"
 
     @staticmethod
     def f(x: Tensor) -> Tensor:
@@ -305,6 +321,7 @@ class ReLUSquared(Elementwise):
 
     saves = "output"
     chooses = True
+    fuses = "relu_squared"
 
     @staticmethod
     def f(x: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ from torch import Tensor
 from manualprop.functions._execution import decay, formula
 from manualprop.functions._rule import Rule
 
+__all__ = ["LogSoftmax", "Softmax"]
+
 
 def dot(a: Tensor, b: Tensor, dim: int) -> Tensor:
     """<a, b> along ``dim``."""

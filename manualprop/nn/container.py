@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+__all__ = ["Parallel", "Residual"]
+
 
 class Residual(nn.Sequential):
     """$y = x + f(x)$, where f is the layers in sequence: the gradient takes both ways, $dx = g + g f'(x)$.

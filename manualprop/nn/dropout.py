@@ -4,6 +4,8 @@ from torch import Tensor, nn
 
 from manualprop import functional as F
 
+__all__ = ["AlphaDropout", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "FeatureAlphaDropout"]
+
 
 class Dropout(nn.Dropout):
     """:class:`torch.nn.Dropout` by :class:`manualprop.functions.Dropout`."""

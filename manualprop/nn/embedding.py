@@ -4,6 +4,8 @@ from torch import Tensor, nn
 
 from manualprop import functional as F
 
+__all__ = ["Embedding"]
+
 
 class Embedding(nn.Embedding):
     """:class:`torch.nn.Embedding` by :class:`manualprop.functions.Embedding`."""

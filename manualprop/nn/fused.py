@@ -12,10 +12,21 @@ from manualprop.functional.fused import _activate, _check_names
 from manualprop.nn import linear, norm
 from manualprop.nn._heard import is_heard
 
+__all__ = [
+    "MLP",
+    "ActivationLinear",
+    "GatedMLP",
+    "LayerNormLinear",
+    "LinearActivation",
+    "PackedReLU",
+    "RMSNormLinear",
+    "ReLUDropout",
+]
+
 PLAIN = (nn.Linear, linear.Linear, nn.LayerNorm, norm.LayerNorm, nn.RMSNorm, norm.RMSNorm)
 
 
-def plain(*parts: nn.Module) -> bool:
+def nobody_listens(*parts: nn.Module) -> bool:
     """Whether each part is a layer of torch's or ours and nothing else, so that its parameters say what it does."""
     return all(type(part) in PLAIN and not is_heard(part) for part in parts)
 
@@ -25,7 +36,7 @@ class LinearActivation(nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as :class:`torch.nn.Linear`; ``state_dict`` is the same.
-        activation: ``"gelu"``, ``"gelu_tanh"``, ``"mish"``, ``"relu"``, ``"relu_squared"``, ``"silu"`` or ``"tanh"``.
+        activation: a name, as ``"gelu"``: see :mod:`manualprop.functional.fused`.
         keep: ``"pre-activation"`` (for ReLU, its square and Tanh the output), or ``"input"``, which computes the product again.
 
     Shape:
@@ -61,7 +72,7 @@ class ActivationLinear(nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as :class:`torch.nn.Linear`; ``state_dict`` is the same.
-        activation: ``"gelu"``, ``"gelu_tanh"``, ``"mish"``, ``"relu"``, ``"relu_squared"``, ``"silu"`` or ``"tanh"``.
+        activation: a name, as ``"gelu"``: see :mod:`manualprop.functional.fused`.
         dropout: probability that an activation is dropped in training, in [0, 1].
 
     Shape:
@@ -103,7 +114,7 @@ class MLP(nn.Module):
 
     Args:
         in_features, hidden_features, out_features: sizes of the three layers of numbers.
-        activation: ``"gelu"``, ``"gelu_tanh"``, ``"mish"``, ``"relu"``, ``"relu_squared"``, ``"silu"`` or ``"tanh"``.
+        activation: a name, as ``"gelu"``: see :mod:`manualprop.functional.fused`.
         dropout: probability that a hidden activation is dropped in training, in [0, 1].
         bias: whether the layers have biases.
         keep: ``"pre-activation"``, or ``"input"``, which computes the hidden layer again in backward.
@@ -137,7 +148,7 @@ class MLP(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         first, second = self.linear1, self.linear2
-        if plain(first, second):
+        if nobody_listens(first, second):
             return F.mlp(
                 input,
                 first.weight,
@@ -165,7 +176,7 @@ class GatedMLP(nn.Module):
 
     Args:
         in_features, hidden_features, out_features: sizes of the three layers of numbers.
-        activation: ``"silu"``, ``"gelu"``, ``"relu"``, ``"relu_squared"``, ``"gelu_tanh"``, ``"mish"`` or ``"tanh"``.
+        activation: a name, as ``"silu"``: see :mod:`manualprop.functional.fused`.
         bias: whether the layers have biases.
         keep: ``"pre-activation"`` for the two branches, or ``"input"``, which computes them again in backward.
         device, dtype: as :class:`torch.nn.Linear`.
@@ -197,7 +208,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        if plain(gate, up, down):
+        if nobody_listens(gate, up, down):
             weights, biases = (gate.weight, up.weight, down.weight), (gate.bias, up.bias, down.bias)
             return F.gated_mlp(input, *weights, *biases, self.activation, self.keep)
         output: Tensor = down(_activate(gate(input), self.activation) * up(input))
@@ -268,7 +279,7 @@ class LayerNormLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         first, second = self.norm, self.linear
-        if plain(first, second) and len(first.normalized_shape) == 1:
+        if nobody_listens(first, second) and len(first.normalized_shape) == 1:
             return F.layer_norm_linear(input, first.weight, first.bias, second.weight, second.bias, first.eps)
         output: Tensor = second(first(input))
         return output
@@ -302,7 +313,7 @@ class RMSNormLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         first, second = self.norm, self.linear
-        if plain(first, second) and len(first.normalized_shape) == 1:
+        if nobody_listens(first, second) and len(first.normalized_shape) == 1:
             return F.rms_norm_linear(input, first.weight, second.weight, second.bias, first.eps)
         output: Tensor = second(first(input))
         return output

@@ -4,6 +4,8 @@ from torch import Tensor, nn
 
 from manualprop import functional as F
 
+__all__ = ["GLU", "PReLU", "RReLU"]
+
 
 class GLU(nn.GLU):
     """:class:`torch.nn.GLU` by :class:`manualprop.functions.GLU`."""

@@ -4,6 +4,8 @@ from torch import Tensor, nn
 
 from manualprop import functional as F
 
+__all__ = ["Bilinear", "Identity", "LazyLinear", "Linear"]
+
 
 class Bilinear(nn.Bilinear):
     """:class:`torch.nn.Bilinear` by :class:`manualprop.functions.Bilinear`."""

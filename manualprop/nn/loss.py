@@ -6,6 +6,32 @@ from torch import Tensor, nn
 
 from manualprop import functional as F
 
+__all__ = [
+    "BCELoss",
+    "BCEWithLogitsLoss",
+    "CosineEmbeddingLoss",
+    "CrossEntropyLoss",
+    "GaussianNLLLoss",
+    "HingeEmbeddingLoss",
+    "HuberLoss",
+    "KLDivLoss",
+    "L1Loss",
+    "LinearCrossEntropy",
+    "LinearCrossEntropyLoss",
+    "MSELoss",
+    "MarginRankingLoss",
+    "MultiLabelMarginLoss",
+    "MultiLabelSoftMarginLoss",
+    "MultiMarginLoss",
+    "NLLLoss",
+    "NLLLoss2d",
+    "PoissonNLLLoss",
+    "SmoothL1Loss",
+    "SoftMarginLoss",
+    "TripletMarginLoss",
+    "TripletMarginWithDistanceLoss",
+]
+
 
 class BCELoss(nn.BCELoss):
     """:class:`torch.nn.BCELoss` by :class:`manualprop.functions.BCE`."""
@@ -225,3 +251,6 @@ class TripletMarginWithDistanceLoss(nn.TripletMarginWithDistanceLoss):
             swap=self.swap,
             reduction=self.reduction,
         )
+
+
+LinearCrossEntropy = LinearCrossEntropyLoss  # its short name

@@ -9,6 +9,21 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from manualprop import functional as F
 
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LayerNorm",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "RMSNorm",
+]
+
 
 class LayerNorm(nn.LayerNorm):
     """:class:`torch.nn.LayerNorm` by :class:`manualprop.functions.LayerNorm`."""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from manualprop._backprop import not_finite
-from manualprop.descent import Descent, MiniBatch, Stochastic, compares_elements, is_sum
+from manualprop._splitting import compares_elements, is_sum
+from manualprop.descent import Descent, MiniBatch, Stochastic
 from manualprop.training._errors import InputTypeError, InputValueError, UserError
 
 Examples = tuple[Tensor, Tensor]
@@ -351,3 +352,35 @@ def _reshape(output: Tensor, target: Tensor) -> str:
     if target[0].numel() == output[0].numel():
         return f"use target.reshape({('-1, ' + ', '.join(map(str, output.shape[1:]))).rstrip(', ')})"
     return "give the model's last layer as many outputs as a target has entries"
+
+
+def features(model: nn.Module) -> int | None:
+    """Return in_features of the layer that a model begins with; None where that is no linear layer.
+
+    Args:
+        model: a layer, or layers in a row.
+    """
+    while isinstance(model, nn.Sequential) and len(model):
+        model = model[0]
+    return model.in_features if isinstance(model, nn.Linear) else None
+
+
+def examples_of(batch: Any) -> tuple[Tensor, Tensor]:
+    """Return the inputs and the targets of a batch.
+
+    Args:
+        batch: as a data loader made it.
+
+    Raises:
+        TypeError: for anything but a pair of tensors.
+    """
+    if (
+        isinstance(batch, list | tuple)
+        and len(batch) == 2
+        and all(isinstance(part, Tensor) for part in batch)
+    ):
+        return batch[0], batch[1]
+    raise InputTypeError(
+        f"DescentModule: a batch must be a pair of tensors (inputs, targets). Got {type(batch).__name__}; hand your "
+        "data over through TensorDataModule, or make your data loader return such pairs."
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -18,14 +18,11 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from manualprop._backprop import WAY_OUT, Backprop
-from manualprop.descent import sum_and_denominator
+from manualprop._backprop import WAY_OUT, Backprop, NotFinite
+from manualprop._splitting import sum_and_denominator
 from manualprop.training._checks import untouched
+from manualprop.training._trainable import Trainable
 
-if TYPE_CHECKING:
-    from manualprop.training.module import DescentModule
-
-EngineName = Literal["tape-free", "autograd", "auto"]
 Finite = Callable[[float, Tensor, Tensor], float]
 
 # What Lightning calls around autograd and optimizer.step(), neither of which a folded update goes through.
@@ -46,7 +43,7 @@ class Engine(ABC):
         finite: returns the loss of some inputs and targets, and refuses one that is not finite.
     """
 
-    def __init__(self, module: DescentModule, finite: Finite) -> None:
+    def __init__(self, module: Trainable, finite: Finite) -> None:
         self.module, self.finite = module, finite
 
     @abstractmethod
@@ -98,7 +95,7 @@ class Autograd(Engine):
 class TapeFree(Engine):
     """The formulas written out, by :class:`manualprop.Backprop`; where it can, the update is folded into them."""
 
-    def __init__(self, module: DescentModule, finite: Finite) -> None:
+    def __init__(self, module: Trainable, finite: Finite) -> None:
         super().__init__(module, finite)
         self.backprop = self._backprop(module.loss)
         self._summed: Backprop | None = None
@@ -112,8 +109,8 @@ class TapeFree(Engine):
         """Make one update; see `Engine.update`."""
         try:
             loss = self.backprop(x, target)
-        except FloatingPointError:
-            self._refuse(self.backprop, x, target)
+        except NotFinite as error:
+            self.finite(error.loss, x, target)
             raise
         # As LightningOptimizer.step does, which a folded update does not go through.
         self._made.increment_by(1)
@@ -126,9 +123,9 @@ class TapeFree(Engine):
         for x, target in pairs:
             try:
                 made.append((backprop(x, target), backprop.output))
-            except FloatingPointError:
+            except NotFinite as error:
                 self._made.increment_by(len(made))
-                self._refuse(backprop, x, target)
+                self.finite(error.loss, x, target)
                 raise
         self._made.increment_by(len(made))
         return made
@@ -141,8 +138,8 @@ class TapeFree(Engine):
             self._summed = self._backprop(loss)
         try:
             gradients = self._summed.gradients(x, target)
-        except FloatingPointError:
-            self._refuse(self._summed, x, target)
+        except NotFinite as error:
+            self.finite(error.loss, x, target)
             raise
         for name, gradient in gradients.items():
             parameter = self.module.model.get_parameter(name)
@@ -151,11 +148,6 @@ class TapeFree(Engine):
         with torch.no_grad():
             total, divisor = sum_and_denominator(self.module.loss, output, target)
         return total.item(), divisor, output
-
-    def _refuse(self, backprop: Backprop, x: Tensor, target: Tensor) -> None:
-        """Name the update in the error, where the loss is what was not finite."""
-        with torch.no_grad():
-            self.finite(float(backprop.criterion.loss(backprop.output, target)), x, target)
 
     def rehearse(self, x: Tensor, target: Tensor) -> None:
         """Run forwards and backwards without a trace: some layers are refused when they meet their input only.
@@ -174,7 +166,7 @@ class TapeFree(Engine):
             pass  # of the data, not of the engine: the update itself will say so
 
 
-def obstacle(module: DescentModule) -> str | None:
+def obstacle(module: Trainable) -> str | None:
     """Return why a module that is about to be trained cannot be without a tape; None where it can.
 
     Args:
@@ -207,11 +199,9 @@ def shortened(refusal: Exception) -> str:
     return str(refusal).removeprefix("Backprop: ").removesuffix(".").removesuffix(WAY_OUT).rstrip(". ")
 
 
-def _overridden(module: DescentModule) -> str | None:
+def _overridden(module: Trainable) -> str | None:
     """Name the first of somebody's own methods that the tape-free engine would pass by."""
-    from manualprop.training.module import DescentModule
-
-    if is_overridden("forward", module, DescentModule):
+    if is_overridden("forward", module, Trainable):
         return f"{type(module).__name__} has its own forward"
     owners: list[tuple[Any, type, tuple[str, ...]]] = [(module, LightningModule, _MODULE_HOOKS)]
     trainer: Any = module.trainer

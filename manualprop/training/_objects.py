@@ -14,7 +14,7 @@ import io
 import itertools
 import pickle
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,12 @@ from manualprop import descent as descents
 from manualprop import nn as hand
 from manualprop.training import networks
 from manualprop.training._errors import InputValueError
-
-if TYPE_CHECKING:
-    from manualprop.training.module import DescentModule
+from manualprop.training._trainable import Trainable
 
 KEPT = ("model", "loss", "descent", "seed", "engine")
 
 
-def stored(module: DescentModule) -> dict[str, Tensor]:
+def stored(module: Trainable) -> dict[str, Tensor]:
     """Return what makes a module anew, without the weights; what cannot be written down is left out.
 
     Args:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
@@ -19,19 +19,17 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from manualprop.descent import Descent
 from manualprop.training._errors import InputValueError
-
-if TYPE_CHECKING:
-    from manualprop.training.module import DescentModule
+from manualprop.training._trainable import Trainable
 
 KEY, VERSION = "manualprop", 1
 
-# What every checkpoint of a DescentModule under training holds.
+# What every checkpoint of a Trainable under training holds.
 _NEEDED = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", KEY)
 
 _START_ANEW = "start a run of its own with another --name"
 
 
-def settings(module: DescentModule) -> dict[str, Any]:
+def settings(module: Trainable) -> dict[str, Any]:
     """Return the settings of a module, as its checkpoints hold them.
 
     Args:
@@ -75,7 +73,7 @@ def check_foreign(checkpoint: Mapping[str, Any]) -> None:
         )
 
 
-def take_up(module: DescentModule, checkpoint: dict[str, Any]) -> list[str]:
+def take_up(module: Trainable, checkpoint: dict[str, Any]) -> list[str]:
     """Put the settings of a module in the place of a checkpoint's, and return what has changed.
 
     Args:
@@ -119,7 +117,7 @@ def _refuse_others(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
 
 
-def check_examples(before: int | None, now: int) -> None:
+def check_same_examples(before: int | None, now: int) -> None:
     """Refuse a training set of another size: then the order of the examples, and the count of epochs, are others.
 
     Args:
@@ -136,7 +134,7 @@ def check_examples(before: int | None, now: int) -> None:
         )
 
 
-def _refuse_past(module: DescentModule, checkpoint: Mapping[str, Any]) -> None:
+def _refuse_past(module: Trainable, checkpoint: Mapping[str, Any]) -> None:
     epochs = int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
     limit = module.trainer.max_epochs
     if limit is not None and 0 <= limit < epochs:
@@ -147,7 +145,7 @@ def _refuse_past(module: DescentModule, checkpoint: Mapping[str, Any]) -> None:
 
 
 def _optimizer_changes(
-    module: DescentModule, checkpoint: dict[str, Any], before: Mapping[str, Any], now: Mapping[str, Any]
+    module: Trainable, checkpoint: dict[str, Any], before: Mapping[str, Any], now: Mapping[str, Any]
 ) -> list[str]:
     state = checkpoint["optimizer_states"][0]
     _refuse_without_state(module, state["state"], before["groups"], now["groups"])
@@ -203,7 +201,7 @@ def _set_base_rates(states: list[dict[str, Any]], old: list[Any], new: list[Any]
 
 
 def _refuse_without_state(
-    module: DescentModule, state: Mapping[Any, Mapping[str, Any]], old: list[Any], new: list[Any]
+    module: Trainable, state: Mapping[Any, Mapping[str, Any]], old: list[Any], new: list[Any]
 ) -> None:
     """Refuse options that ask for a state which the checkpoint lacks, as Adam's amsgrad does."""
     if not state or old == new:
@@ -224,7 +222,7 @@ def _refuse_without_state(
         )
 
 
-def _callbacks(module: DescentModule, checkpoint: Mapping[str, Any]) -> None:
+def _callbacks(module: Trainable, checkpoint: Mapping[str, Any]) -> None:
     """Keep what a callback was given in this run, where its state would bring the earlier value back."""
     for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
         state = checkpoint["callbacks"].get(callback.state_key)
@@ -235,7 +233,7 @@ def _callbacks(module: DescentModule, checkpoint: Mapping[str, Any]) -> None:
 # --- settings as text and numbers -------------------------------------------------------------------------------------
 
 
-def _made(module: DescentModule) -> tuple[Optimizer, LRScheduler | None]:
+def _made(module: Trainable) -> tuple[Optimizer, LRScheduler | None]:
     optimizer = module.descent.make_optimizer(module.parameters())
     return optimizer, module.descent.make_lr_scheduler(optimizer)
 

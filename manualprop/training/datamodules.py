@@ -11,7 +11,6 @@ import functools
 import gzip
 from collections.abc import Iterable, Iterator
 from importlib import resources
-from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
@@ -22,9 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from manualprop.descent import Batch, Descent, MiniBatch
 from manualprop.training._checks import check_examples
 from manualprop.training._errors import InputValueError
-
-if TYPE_CHECKING:
-    from manualprop.training.module import DescentModule
+from manualprop.training._trainable import Trainable
 
 Examples = tuple[Tensor, Tensor]
 
@@ -75,7 +72,7 @@ class TrainingRows(Rows):
         module: whose descent, seed and `trainer` decide.
     """
 
-    def __init__(self, examples: Examples, module: DescentModule) -> None:
+    def __init__(self, examples: Examples, module: Trainable) -> None:
         self.module, self.descent = module, module.descent
         n = len(examples[0])
         try:
@@ -217,11 +214,9 @@ class TensorDataModule(LightningDataModule):
         return Rows(examples, self.evaluation_batch_size, rank, devices)
 
 
-def _descent_module(trainer: Trainer | None) -> DescentModule | None:
-    from manualprop.training.module import DescentModule
-
+def _descent_module(trainer: Trainer | None) -> Trainable | None:
     module = trainer.lightning_module if trainer is not None else None
-    return module if isinstance(module, DescentModule) else None
+    return module if isinstance(module, Trainable) else None
 
 
 class DigitsDataModule(TensorDataModule):

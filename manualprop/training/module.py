@@ -8,16 +8,14 @@ an update comes about is the engine's business; either counts it, so that `train
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 import random
 from collections.abc import Callable
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import torch
 from lightning.fabric.utilities.cloud_io import _load
-from lightning.pytorch import LightningModule
 from lightning.pytorch.core.saving import _load_from_checkpoint
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.trainer.states import TrainerFn
@@ -29,33 +27,26 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from manualprop._backprop import data_at_fault, not_finite
-from manualprop.descent import (
-    Batch,
-    Descent,
-    MiniBatch,
-    Stochastic,
-    check_splittable,
-    finish_gradient,
-    is_sum,
-    sum_and_denominator,
-)
+from manualprop._splitting import check_splittable, finish_gradient, is_sum, sum_and_denominator
+from manualprop.descent import Batch, Descent, MiniBatch, Stochastic
 from manualprop.training import _objects, _resume
 from manualprop.training._checks import (
     Fit,
     attempt,
     check_architecture,
+    examples_of,
+    features,
     highest_loss,
     one_number,
     untouched,
 )
-from manualprop.training._engine import Autograd, Engine, EngineName, TapeFree, obstacle, shortened
+from manualprop.training._engine import Autograd, Engine, TapeFree, obstacle, shortened
 from manualprop.training._errors import DivergedError, InputTypeError, InputValueError, NonFiniteLossError
+from manualprop.training._trainable import EngineName, Trainable
 from manualprop.training.datamodules import CHUNK, Rows, TensorDataModule, TrainingRows, searches_rate
 
-Examples = tuple[Tensor, Tensor]
 
-
-class DescentModule(LightningModule):
+class DescentModule(Trainable):
     """Train a model on a loss by batch, stochastic or mini-batch descent.
 
     A training step is handed (inputs, targets): with `MiniBatch` the examples of one update, with `Stochastic` any
@@ -88,19 +79,15 @@ class DescentModule(LightningModule):
         seed: int = 0,
         engine: EngineName = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(model, loss, descent, seed, engine)
         self.automatic_optimization = False
-        _check_types(model, loss, descent)
-        self.model, self.loss, self.descent, self.seed = model, loss, descent, int(seed)
-        self.engine, self.engine_taken = _engine_name(engine), ""
+        self.engine_taken = ""
         self.observers: list[Callable[[], object]] = []
         self.changes: list[str] = []
-        _check_loss(model, loss, descent)
         self._sum = self._divisor = 0.0
         self._restored: dict[str, Any] | None = None
         self._description: dict[str, Any] = {}  # for checkpoints, from one start of training to the next
         self._said = ""
-        self.rows_before = self.epochs_made = 0
         self._highest: float | None = None
         self._left_at = 0
         self._stopped = self._check_due = self._searching = False
@@ -119,21 +106,11 @@ class DescentModule(LightningModule):
         assert isinstance(ignored, int)
         return ignored
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the model's output."""
-        output = self.model(x)
-        if not isinstance(output, Tensor):
-            raise InputTypeError(
-                f"DescentModule: the model must return one tensor. Got {type(output).__name__}; wrap it in a module that "
-                "returns the tensor to compare with the target."
-            )
-        return output
-
     # --- training -----------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
         """Make the updates that a portion of the training set is good for; return the loss of the last."""
-        x, target = _examples(batch)
+        x, target = examples_of(batch)
         if len(x) == 0 and self.trainer.world_size == 1:
             return None  # made before a resumed run was interrupted
         self._fit.check_inputs(x)
@@ -374,14 +351,14 @@ class DescentModule(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the model's output: for a cross-entropy loss, the probability of every class."""
-        x = _examples(batch)[0] if isinstance(batch, list | tuple) else batch
+        x = examples_of(batch)[0] if isinstance(batch, list | tuple) else batch
         output: Tensor = self._output(x)
         if isinstance(self.loss, nn.NLLLoss):
             return torch.exp(output)
         return torch.softmax(output, dim=1) if self.classifies else output
 
     def _evaluate(self, stage: str, batch: Any) -> None:
-        x, target = _examples(batch)
+        x, target = examples_of(batch)
         output = self._output(x)
         if len(x):
             self._fit.check_targets(output, target, whole=False)
@@ -437,7 +414,7 @@ class DescentModule(LightningModule):
 
     @property
     def _fit(self) -> Fit:
-        return Fit(self.model, self.loss, self.descent, _features(self.model))
+        return Fit(self.model, self.loss, self.descent, features(self.model))
 
     def _check_trainer(self) -> None:
         """Refuse what would train silently wrong: on several devices, or with scaled gradients."""
@@ -535,7 +512,7 @@ class DescentModule(LightningModule):
             return
         loader = self.trainer.train_dataloader
         if isinstance(loader, TrainingRows):
-            _resume.check_examples(restored["examples"], len(loader.x))
+            _resume.check_same_examples(restored["examples"], len(loader.x))
             if not restored["rows"]:
                 # With a limit on steps Lightning takes a whole epoch for one to go on with, and counts it again.
                 restarting: Any = _Loop.restarting
@@ -590,21 +567,6 @@ class DescentModule(LightningModule):
     # --- what Lightning's Tuner reads and sets --------------------------------------------------------------------
 
     @property
-    def learning_rate(self) -> float:
-        """The step size, which `Tuner.lr_find` sets."""
-        if self.descent.learning_rate is not None:
-            return self.descent.learning_rate
-        return float(self.descent.make_optimizer([nn.Parameter(torch.zeros(1))]).param_groups[0]["lr"])
-
-    @learning_rate.setter
-    def learning_rate(self, rate: float) -> None:
-        if self.descent.optimizer is None:
-            self.descent = dataclasses.replace(self.descent, learning_rate=rate)
-        else:
-            optimizer: Any = self.descent.optimizer
-            self.descent = dataclasses.replace(self.descent, optimizer=functools.partial(optimizer, lr=rate))
-
-    @property
     def batch_size(self) -> int:
         """The examples of one update of mini-batch descent, which `Tuner.scale_batch_size` sets."""
         return self._mini_batch().batch_size
@@ -627,67 +589,8 @@ class DescentModule(LightningModule):
         return len(data.train[0]) if isinstance(data, TensorDataModule) else None
 
 
-def _engine_name(engine: str) -> str:
-    if engine not in get_args(EngineName):
-        raise ValueError(
-            f"DescentModule: engine must be one of {', '.join(map(repr, get_args(EngineName)))}. Got engine={engine!r}."
-        )
-    return engine
-
-
 def _no_tape_free(why: str) -> InputTypeError:
     return InputTypeError(
         f"DescentModule: engine='tape-free' must be able to train the model as it is. It cannot: {why}. Set "
         "engine='auto' or 'autograd', where the same modules work."
-    )
-
-
-def _check_types(model: Any, loss: Any, descent: Any) -> None:
-    wanted: dict[str, tuple[Any, type, str]] = {
-        "model": (model, nn.Module, "a module"),
-        "loss": (loss, nn.Module, "a module"),
-        "descent": (descent, Descent, "a descent of manualprop.descent"),
-    }
-    for name, (value, kind, what) in wanted.items():
-        if not isinstance(value, kind):
-            got = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
-            example = (
-                "MiniBatch(learning_rate=0.1)" if name == "descent" else "manualprop.nn.CrossEntropyLoss()"
-            )
-            raise InputTypeError(
-                f"DescentModule: {name} must be {what}. Got {got}; give one, such as {example}."
-            )
-
-
-def _check_loss(model: nn.Module, loss: nn.Module, descent: Descent) -> None:
-    if isinstance(descent, Batch) and descent.micro_batch_size is not None:
-        check_splittable(loss, model)
-    if getattr(loss, "reduction", None) == "none":
-        raise ValueError(
-            "DescentModule: the loss must be one number. Got reduction='none'; use 'mean' or 'sum'."
-        )
-    weighted = isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and loss.weight is not None
-    if isinstance(descent, Stochastic) and weighted and not is_sum(loss):
-        raise ValueError(
-            "Stochastic: class weights cancel in the mean over one example, so they would have no effect. Got a loss "
-            "with weight and reduction='mean'; use reduction='sum', which is the weighted loss of that example."
-        )
-
-
-def _features(model: nn.Module) -> int | None:
-    while isinstance(model, nn.Sequential) and len(model):
-        model = model[0]
-    return model.in_features if isinstance(model, nn.Linear) else None
-
-
-def _examples(batch: Any) -> Examples:
-    if (
-        isinstance(batch, list | tuple)
-        and len(batch) == 2
-        and all(isinstance(part, Tensor) for part in batch)
-    ):
-        return batch[0], batch[1]
-    raise InputTypeError(
-        f"DescentModule: a batch must be a pair of tensors (inputs, targets). Got {type(batch).__name__}; hand your "
-        "data over through TensorDataModule, or make your data loader return such pairs."
     )

@@ -4,6 +4,7 @@
 the layers of this package, and only torch is imported.
 """
 
+from manualprop import _torch as _torch  # warns of an untested version
 from manualprop.verify._case import Case as Case
 from manualprop.verify._check import check as check
 from manualprop.verify._pytest import gradient_tests as gradient_tests

@@ -32,6 +32,8 @@ class Case:
                       or at the edge of what it may be.
     - ``another_form`` why our value is computed another way than torch's, or summed in another order: it is then torch's to
                       some units in the last place, and not to the bit.
+    - ``exact``       f in as many digits as mpmath has: the page of accuracy is made of the rows that state it, or say
+                      in words why there is nothing to measure.
     - ``random``      draws random numbers: every call is preceded by the same seed.
     - ``except_for``  {property: reason}: tests that cannot hold for this row, named by their function.
     """
@@ -48,6 +50,7 @@ class Case:
     by_name: tuple[str, ...] = ()
     edges: tuple[Callable[[], tuple[Any, ...]], ...] = ()
     another_form: str = ""
+    exact: Callable[[Any], Any] | str = ""
     random: bool = False
     reference: Callable[..., Any] | None = None
     except_for: dict[str, str] = field(default_factory=dict)

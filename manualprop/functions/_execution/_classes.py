@@ -12,15 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manualprop._torch import cross_entropy_loss, nll_loss
 from manualprop.functions._execution import _formula
 from manualprop.functions._execution._formula import HALF, flattened, formula, full, plain_eager, watched
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # ATen's numbers
 MANY = 2**15  # numbers from which finding their places in memory pays, measured
-
-# What torch.nn.functional calls; its stubs name other types.
-aten_cross_entropy: Any = torch._C._nn.cross_entropy_loss
-aten_nll: Any = torch._C._nn.nll_loss_nd
 
 
 def occurring(ignored: int, t: Tensor) -> int | None:
@@ -53,8 +50,8 @@ def cross_entropy(x: Tensor, t: Tensor, w: Tensor | None, ignored: int, e: float
         if e == 0 and _by_places(x, t, w):
             return nll(torch.log_softmax(x, 1), t, w, ignored, reduction)
         if t.is_floating_point() and torch.compiler.is_compiling():  # which sums row by row on its way
-            return reduced(aten_cross_entropy(x, t, w, 0, ignored, e), t, w, ignored, reduction)
-        loss: Tensor = aten_cross_entropy(x, t, w, number, ignored, e)
+            return reduced(cross_entropy_loss(x, t, w, 0, ignored, e), t, w, ignored, reduction)
+        loss: Tensor = cross_entropy_loss(x, t, w, number, ignored, e)
         return loss
     n = rows_of_a_chunk(x, t)
     if n == len(x):
@@ -70,7 +67,7 @@ def nll(x: Tensor, t: Tensor, w: Tensor | None, ignored: int, reduction: str) ->
     """-w_t x_t of log-probabilities x."""
     x_t = _picked(x, t, ignored) if _by_places(x, t, w) else None
     if x_t is None:
-        loss: Tensor = aten_nll(full(x), t, _lifted(w, x), REDUCTIONS[reduction], ignored)
+        loss: Tensor = nll_loss(full(x), t, _lifted(w, x), REDUCTIONS[reduction], ignored)
         return loss
     counted = t != ignored
     if w is not None:

@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
-from torch.autograd import forward_ad
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 
+from manualprop._torch import forward_level, is_legacy_batchedtensor, transforms_active
 from manualprop.functions._execution import _kernels
 from manualprop.functions._execution._program import Program
 from manualprop.functions._execution._program import program as make
@@ -66,7 +66,7 @@ class Legend(NamedTuple):
         ]
 
 
-def read(legend: str) -> Legend:
+def read_legend(legend: str) -> Legend:
     """``"g (N, D), W (D) -> dx like g"`` as a :class:`Legend`."""
     left, _, right = legend.partition(" -> ")
     tensors = dict(re.findall(r"(\w+) \(([^)]*)\)", left))
@@ -89,7 +89,7 @@ def formula(legend: str, lift: bool = True) -> Callable[[Formula], "Runner"]:
     """
 
     def marked(function: Formula) -> Runner:
-        run = Runner(function, read(legend), lift)
+        run = Runner(function, read_legend(legend), lift)
         FORMULAS.append(run)
         return run
 
@@ -129,11 +129,13 @@ class Runner:
             needs: which of the results are needed; the others are None.
         """
         tensors, numbers = arguments[: self.count], arguments[self.count :]
+        dtypes = tuple([None if t is None else t.dtype for t in tensors])
         if watched(tensors):
-            return self.plain(arguments, [None if t is None else t.dtype for t in tensors], needs)
+            return self.plain(arguments, dtypes, needs)
         if tensors[0].numel() >= LARGE:
             return self._large(tensors, numbers, over, needs)
-        return self.program(tensors, numbers, over, needs).run(*tensors)
+        found = self.programs.get((dtypes, numbers, over, needs))
+        return (found or self.program(tensors, numbers, over, needs)).run(*tensors)
 
     def plain(
         self,
@@ -239,7 +241,9 @@ def _several(results: Any) -> tuple[Any, ...]:
 
 def watched(tensors: Sequence[Tensor | None]) -> bool:
     """Whether somebody looks at each step of a formula, so that it must run as it is written."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or _transformed():
+    if is_grad_enabled() or is_compiling() or transforms_active():
+        return True
+    if forward_level() >= 0:
         return True
     for t in tensors:
         if t is not None and (type(t) not in ORDINARY or is_legacy_batchedtensor(t)):
@@ -249,11 +253,7 @@ def watched(tensors: Sequence[Tensor | None]) -> bool:
 
 def plain_eager() -> bool:
     """Whether neither a ``torch.func`` transform nor the compiler watches, which may see no number and no kernel."""
-    return not (torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling())
-
-
-def _transformed() -> bool:
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return not (transforms_active() or is_compiling())
 
 
 def flattened(*tensors: Tensor) -> list[Tensor] | None:

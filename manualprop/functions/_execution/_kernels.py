@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manualprop._torch import mark_dynamic
+
 BACKENDS = ("eager", "inductor")
 
 # One for the process, not for the thread: the backward of a CUDA tensor runs in a thread of autograd's own.
@@ -88,7 +90,7 @@ def _first_use(kernel: Callable[..., Any], tensors: Sequence[Any], along: Sequen
         for t, n in zip(tensors, along, strict=True):
             if t is not None and n:
                 # The length alone: dynamic=True would take a formula's constants for variables, too.
-                torch._dynamo.maybe_mark_dynamic(t, 0)
+                mark_dynamic(t, 0)
         return kernel(*tensors)
     except Exception as error:
         # What follows the first paragraph is advice on debugging Dynamo.

@@ -249,8 +249,8 @@ def where_not(x: Tensor, g: Tensor, bound: float, out: Tensor | None = None) -> 
     The bits of g are multiplied by integers 0 and 1: ATen's kernels that choose take 4 to 40 times as long.
     """
     if x.numel() < FEW or not x.is_cpu:
-        zero = _number(0.0, g.dtype, g.dtype)
-        return torch.where(x != bound if bound else x.bool(), g, zero, out=out)
+        zero, differs = _number(0.0, g.dtype, g.dtype), x != bound if bound else x.bool()
+        return torch.where(differs, g, zero) if out is None else torch.where(differs, g, zero, out=out)
     integers = BITS[g.itemsize]
     out = torch.empty_like(x, dtype=g.dtype) if out is None else out
     k = out.view(integers)

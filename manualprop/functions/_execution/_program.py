@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import _disable_current_modes
 
+from manualprop._torch import without_modes
 from manualprop.functions._execution._lowering import lowered, where_not
 
 
@@ -78,7 +78,7 @@ def program(
         arguments: a sample for each of its arguments, with a size of its own for each axis that may differ.
         given: the arguments that may be overwritten.
     """
-    with _disable_current_modes():  # nobody's mode is to count these steps, or to make tensors of its own
+    with without_modes():  # nobody's mode is to count these steps, or to make tensors of its own
         graph = traced(formula, arguments)
         lowered(graph)
         measure(graph, arguments)

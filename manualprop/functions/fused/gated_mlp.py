@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manualprop.functions._rule import Rule, transforms_active
-from manualprop.functions.fused import (
+from manualprop.functions.fused.mlp import (
     activated,
     activated_and_through,
     linear_tangent,
@@ -29,6 +29,8 @@ from manualprop.functions.fused import (
     through,
 )
 from manualprop.functions.linear import Linear
+
+__all__ = ["GatedLinear", "GatedMLP"]
 
 
 class GatedLinear(Rule):

@@ -21,16 +21,17 @@ from torch import Tensor
 from manualprop.functions._execution import _normalisation as aten
 from manualprop.functions._execution import formula
 from manualprop.functions._rule import Rule
-from manualprop.functions.fused import linear_tangent, moves
+from manualprop.functions.fused.mlp import linear_tangent, moves
 from manualprop.functions.linear import Linear, rows
 from manualprop.functions.norm import (
-    ROWS,
     normalised,
     rows_backwards,
     rows_forwards,
     shaped,
     weighted,
 )
+
+__all__ = ["LayerNormLinear", "RMSNormLinear"]
 
 
 class LayerNormLinear(Rule):
@@ -77,8 +78,8 @@ class LayerNormLinear(Rule):
         db = Linear.bias_gradient(g) if needs_b else None
         dn = Linear.input_gradient(g, W).to(x.dtype)  # (N, O) (O, I) -> (N, I)
         needs = (needs_x, needs_w, needs_c)
-        dx, dw, dc = rows_backwards(dn, x_rows, m, r, w, gm, gr, ROWS, I or 1, needs=needs)
-        dw, dc = (None if d is None else d.reshape(t.shape).to(t.dtype) for d, t in ((dw, w), (dc, c)))
+        dx, dw, dc = rows_backwards(dn, x_rows, m, r, w, gm, gr, I or 1, needs=needs)
+        dw, dc = (None if d is None else shaped(d, t.shape).to(t.dtype) for d, t in ((dw, w), (dc, c)))
         return shaped(dx, x.shape), dw, dc, dW, db, None
 
     @staticmethod
@@ -95,7 +96,7 @@ class LayerNormLinear(Rule):
         I, N = x.shape[-1], r.numel()
         dx, x_rows = shaped(dx, (N, I)), shaped(x, (N, I))
         m_rows, r_rows = shaped(m, (N, 1)), shaped(r, (N, 1))
-        dn, dm, dr = rows_forwards(dx, x_rows, m_rows, r_rows, w, dw, dc, ROWS, I or 1)
+        dn, dm, dr = rows_forwards(dx, x_rows, m_rows, r_rows, w, dw, dc, I or 1)
         n = remade(x_rows, m_rows, r_rows, w, c)
         n, dn = (t.to(W.dtype).view(x.shape) for t in (n, dn))
         dy = linear_tangent(n, W, dn if moves(dx, dw, dc) else None, dW, db)
@@ -142,8 +143,8 @@ class RMSNormLinear(Rule):
         db = Linear.bias_gradient(g) if needs_b else None
         dn = Linear.input_gradient(g, W).to(x.dtype)  # (N, O) (O, I) -> (N, I)
         needs = (needs_x, needs_w, False)
-        dx, dw, _ = rows_backwards(dn, x_rows, None, r, w, None, gr, ROWS, I or 1, needs=needs)
-        return shaped(dx, x.shape), None if dw is None else dw.reshape(w.shape).to(w.dtype), dW, db, None
+        dx, dw, _ = rows_backwards(dn, x_rows, None, r, w, None, gr, I or 1, needs=needs)
+        return shaped(dx, x.shape), None if dw is None else shaped(dw, w.shape).to(w.dtype), dW, db, None
 
     @staticmethod
     def jvp(
@@ -152,7 +153,7 @@ class RMSNormLinear(Rule):
         x, w, W, r = ctx.saved_tensors
         I, N = x.shape[-1], r.numel()
         dx, x_rows, r_rows = shaped(dx, (N, I)), shaped(x, (N, I)), shaped(r, (N, 1))
-        dn, _, dr = rows_forwards(dx, x_rows, None, r_rows, w, dw, None, ROWS, I or 1)
+        dn, _, dr = rows_forwards(dx, x_rows, None, r_rows, w, dw, None, I or 1)
         n = remade(x_rows, None, r_rows, w, None)
         n, dn = (t.to(W.dtype).view(x.shape) for t in (n, dn))
         return linear_tangent(n, W, dn if moves(dx, dw) else None, dW, db), dr.view(r.shape)

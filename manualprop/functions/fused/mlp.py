@@ -21,15 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manualprop.functions import activation as activations
+from manualprop.functions import piecewise
+from manualprop.functions._elementwise import Elementwise
 from manualprop.functions._execution import recorded
 from manualprop.functions._execution._bits import keep_bits, kept_bytes
 from manualprop.functions._rule import Rule, transforms_active
-from manualprop.functions.activation import GELU, GELUTanh, Mish, SiLU, Tanh
 from manualprop.functions.linear import Linear
-from manualprop.functions.piecewise import ReLU, ReLUSquared
+
+__all__ = ["MLP", "ActivationLinear", "LinearActivation"]
 
 
-class Activation(NamedTuple):
+class ActivationFormulas(NamedTuple):
     """What the rules below use of an activation's: compiled autograd cannot read the attributes of a rule."""
 
     f: Callable[[Tensor], Tensor]  # u -> h
@@ -39,23 +42,21 @@ class Activation(NamedTuple):
     from_output: bool  # whether f' is written in h, not in u
 
 
+# By the names that the rules declare.
+FUSES: dict[str, type[Elementwise]] = {
+    rule.fuses: rule
+    for rule in (*vars(activations).values(), *vars(piecewise).values())
+    if isinstance(rule, type) and issubclass(rule, Elementwise) and rule.fuses
+}
 ACTIVATIONS = {
-    name: Activation(
+    name: ActivationFormulas(
         recorded(rule.apply, rule.f),
         rule.chain.gradient,
         rule.chain.value_and_gradient,
         rule.chain.apply,
         rule.saves == "output",
     )
-    for name, rule in {
-        "gelu": GELU,
-        "gelu_tanh": GELUTanh,
-        "mish": Mish,
-        "relu": ReLU,
-        "relu_squared": ReLUSquared,
-        "silu": SiLU,
-        "tanh": Tanh,
-    }.items()
+    for name, rule in sorted(FUSES.items())
 }
 
 
@@ -169,7 +170,7 @@ class ActivationLinear(Rule):
         u, W, bits = ctx.saved_tensors
         needs_u, needs_W, needs_b, *_ = ctx.needs_input_grad
         mask = None if u is None else dropout_mask(ctx, bits, u.dtype)
-        du, dW = gradients(ctx.activation, g, u, W, mask, needs_u, needs_W)
+        du, dW = block_gradients(ctx.activation, g, u, W, mask, needs_u, needs_W)
         db = Linear.bias_gradient(g) if needs_b else None
         return du, dW, db, None, None, None
 
@@ -230,7 +231,7 @@ class MLP(Rule):
         before = needs_x or needs_W or needs_b
         if before or needs_V:
             u, mask = pre_activation(x, W, b), dropout_mask(ctx, bits, x.dtype)
-            du, dV = gradients(ctx.activation, g, u, V, mask, before, needs_V)
+            du, dV = block_gradients(ctx.activation, g, u, V, mask, before, needs_V)
         dc = Linear.bias_gradient(g) if needs_c else None
         if du is not None:
             dx = Linear.input_gradient(du, W) if needs_x else None
@@ -269,7 +270,7 @@ def pre_activation(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
 linear = recorded(Linear.apply, F.linear)
 
 
-def gradients(
+def block_gradients(
     activation: str, g: Tensor, u: Tensor, W: Tensor, mask: Tensor | None, needs_u: bool, needs_W: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """du and dW of y = d W^T with d = mask f(u); under autocast u may be in a higher precision than W."""

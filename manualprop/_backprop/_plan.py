@@ -1,0 +1,141 @@
+"""Who learns, where its gradient goes, and what a loss that is not finite says: what every way of running a step needs."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.optim import SGD, Optimizer
+
+from manualprop._backprop._advice import NotFinite, data_at_fault
+from manualprop._backprop._criterion import Criterion
+from manualprop._backprop._destinations import Collect, Descend, Destinations
+from manualprop._backprop._stages import Added, Affine, Chained, Stage
+from manualprop.descent import Batch, Descent
+
+Collection = Mapping[Parameter, Collect]
+
+
+class Plan:
+    """A model's stages, its loss and its optimizer as they are now.
+
+    Args:
+        model: to be trained.
+        stage: of the whole model.
+        criterion: its loss.
+        descent: the update.
+        optimizer: the descent's.
+        hooks: whether somebody watches the optimizer's step.
+
+    Attributes:
+        leaves: the stages that work on tensors themselves.
+        learning: the parameters that learn.
+        ties: whether one of them stands in several places.
+        folds: whether the update is folded into what makes the gradient.
+        descend: where it is, the destinations that do so.
+        micro: the examples of a piece of an update; None for whole updates.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        stage: Stage,
+        criterion: Criterion,
+        descent: Descent,
+        optimizer: Optimizer,
+        hooks: bool,
+    ) -> None:
+        self.model, self.stage, self.criterion = model, stage, criterion
+        self.descent, self.optimizer, self.groups = descent, optimizer, optimizer.param_groups
+        self.parameters = list(model.parameters())
+        stage.need(False)
+        self.leaves = [s for s in stage.stages() if not isinstance(s, Chained | Added)]
+        uses = Counter(p for leaf in self.leaves for p in leaf.parameters())
+        self.learning, self.ties = list(uses), len(uses) < uses.total()
+        groups = self._groups()
+        clips = descent.clip_gradient_norm is not None or descent.clip_gradient_value is not None
+        self.folds = type(optimizer) is SGD and not clips and not hooks
+        self.descend = {p: Descend(p, groups[p], optimizer.state) for p in self.learning if self.folds}
+        self.micro = descent.micro_batch_size if isinstance(descent, Batch) else None
+        affine = [leaf for leaf in self.leaves if isinstance(leaf, Affine)]
+        for leaf in affine:
+            leaf.is_last = leaf is affine[-1]
+        self._send(self.descend)
+
+    def _groups(self) -> dict[Any, dict[str, Any]]:
+        """The optimizer's group of each parameter."""
+        groups = {p: group for group in self.groups for p in group["params"]}
+        missing = [p for p in self.learning if p not in groups]
+        if missing:  # it did not require a gradient when the optimizer was made
+            self.optimizer.add_param_group({"params": missing})
+            groups |= dict.fromkeys(missing, self.groups[-1])
+        return groups
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether an update is one backward pass, and folded into it."""
+        return self.folds and not self.ties and self.micro is None
+
+    def has_buffers(self) -> bool:
+        """Whether no buffer of the momentum is missing: the first step makes them, and is a plain one."""
+        return all(d.buffer is not None for d in self.descend.values() if d.group["momentum"])
+
+    # ----- where gradients go -----
+
+    def _send(self, to: Destinations) -> None:
+        for leaf in self.leaves:
+            leaf.send(to)
+
+    @contextmanager
+    def sending(self, to: Destinations) -> Iterator[None]:
+        """Within, gradients go elsewhere than into the update, and no weight changes."""
+        self._send(to)
+        try:
+            yield
+        finally:
+            self._send(self.descend)
+
+    @contextmanager
+    def collecting(self) -> Iterator[Collection]:
+        """Within, gradients are collected, and no weight changes."""
+        to = {p: Collect(p) for p in self.learning}
+        with self.sending(to):
+            yield to
+
+    def named(self, to: Collection) -> dict[str, Tensor]:
+        """The gradients of a collection, by the names of the parameters."""
+        names = {p: name for name, p in self.model.named_parameters()}
+        return {names[p]: destination.made for p, destination in to.items()}
+
+    # ----- forward and backward propagation -----
+
+    def propagate(
+        self, x: Tensor, target: Tensor, divide: bool = True
+    ) -> tuple[Tensor, float, Tensor | float]:
+        """Forward propagation, loss, gradient of the loss, backward propagation: output, loss and its divisor."""
+        output = self.stage.forward(x)
+        loss, divisor, g = self.criterion(output, target, divide)
+        value = self.finite(loss, x, target)
+        self.stage.backward(g)
+        return output, value, divisor
+
+    def finite(self, loss: Tensor, x: Tensor, target: Tensor) -> float:
+        """The loss as a number; refused where it is not finite."""
+        value = loss.item()
+        if not math.isfinite(value):
+            self.refuse(value, x, target)
+        return value
+
+    def refuse(self, value: float, x: Tensor, target: Tensor) -> NoReturn:
+        """Say what may be at fault for a loss that is not finite."""
+        advice = data_at_fault(x, target, self.criterion.loss) or "Try a smaller learning rate"
+        raise NotFinite(
+            value,
+            f"Backprop: the loss must stay finite. Got loss={value} with learning rate {self.groups[0]['lr']:g}; no "
+            f"weight was changed. {advice}.",
+        )

@@ -1,0 +1,243 @@
+"""The ways of running a step.  Each is called on inputs and targets, makes one update, and returns loss and output.
+
+================  ==================================================================================================
+:class:`Plain`     the stages forwards and backwards, each update folded into the product that makes its gradient
+:class:`Repeated`  the same for further small inputs of one shape: no tensor and no view is made twice
+:class:`Compiled`  forward and backward pass as one compiled graph, which ends with the folded update
+:class:`Captured`  the whole step as one CUDA graph
+:class:`Collected`  gradients first, update after: in pieces, for tied weights, or for any optimizer
+================  ==================================================================================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manualprop._backprop._criterion import Evaluated
+from manualprop._backprop._descend_op import Updates
+from manualprop._backprop._destinations import Factors, Guarded
+from manualprop._backprop._graph import Body, Graphs, Hyperparameters, with_tensors
+from manualprop._backprop._plan import Collection, Plan
+from manualprop._backprop._stages import Backward, Forward, chain_of
+from manualprop._splitting import check_splittable, is_sum
+from manualprop._torch import InferenceMode
+
+Way = Callable[[Tensor, Tensor], tuple[float, Tensor]]
+
+# Elements kept from step to step, at most; with more, making tensors is nothing beside the work on them.
+KEPT = 2**20
+
+
+class Plain:
+    """Forward propagation, loss, backward propagation with the updates in it."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def __call__(self, x: Tensor, target: Tensor) -> tuple[float, Tensor]:
+        with torch.inference_mode():
+            output, loss, _ = self.plan.propagate(x, target)
+        return loss, output
+
+
+# ----- steps on inputs of one shape -----
+
+
+def repeated(plan: Plan, output: Tensor, target: Tensor) -> Repeated | None:
+    """Further steps on inputs of the last one's shape; None where they would keep too much.
+
+    Args:
+        plan: after a plain step.
+        output: of that step.
+        target: its target.
+    """
+    chain = chain_of(plan.stage)
+    if sum(stage.kept() for stage in chain) > KEPT:
+        return None
+    ways = [stage.repeated() for stage in chain]
+    first = next(i for i, stage in enumerate(chain) if stage.learns)
+    forwards = [forward for forward, _ in ways]
+    backwards = [backward for _, backward in reversed(ways[first:])]
+    return Repeated(plan, forwards, backwards, plan.criterion.repeated(output, target))
+
+
+class Repeated:
+    """A list of what is to be called, and the tensors to write into; never the output."""
+
+    def __init__(
+        self, plan: Plan, forwards: list[Forward], backwards: list[Backward], evaluate: Evaluated
+    ) -> None:
+        self.plan, self.forwards, self.backwards, self.evaluate = plan, forwards, backwards, evaluate
+
+    def __call__(self, x: Tensor, target: Tensor) -> tuple[float, Tensor]:
+        with InferenceMode(True):  # what torch.inference_mode enters, at half the price
+            y = x
+            for forward in self.forwards:
+                y = forward(y)
+            loss, g = self.evaluate(y, target)
+            if not math.isfinite(loss):
+                self.plan.refuse(loss, x, target)
+            for backward in self.backwards:
+                g = backward(g)  # type: ignore[assignment]  # None from the first that learns alone
+        return loss, y
+
+
+# ----- the whole as one graph -----
+
+
+class Graphed:
+    """Runs what a step is made of as graphs, one for each shape and mode."""
+
+    def __init__(self, plan: Plan, graphs: Graphs) -> None:
+        self.plan, self.graphs, self.modules = plan, graphs, list(plan.model.modules())
+
+    def graph(self, body: Body, form: Any, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        """``body(*inputs)``, by a graph of the form."""
+        criterion = self.plan.criterion
+        key = (body.__name__, form, *[module.training for module in self.modules])
+        criterion.traced = True
+        try:
+            return self.graphs.run(body, key, inputs, self._changed)
+        finally:
+            criterion.traced = False
+
+    def _changed(self) -> list[Tensor]:
+        """What a step changes in place."""
+        plan = self.plan
+        buffers = [destination.buffer for destination in plan.descend.values()]
+        return [*plan.parameters, *plan.model.buffers(), *(b for b in buffers if b is not None)]
+
+    def gradients(self, x: Tensor, target: Tensor, divide: bool = True) -> tuple[Tensor, ...]:
+        """Loss, divisor, output, and the gradient of every parameter that learns."""
+        plan = self.plan
+        with plan.collecting() as to:
+            output = plan.stage.forward(x)
+            loss, divisor, g = plan.criterion(output, target, divide)
+            plan.stage.backward(g)
+        divisor = divisor if isinstance(divisor, Tensor) else loss.new_full((), divisor)
+        return loss, divisor, output, *[destination.made for destination in to.values()]
+
+    def sums(self, x: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        """The same of the loss summed over the examples."""
+        return self.gradients(x, target, divide=False)
+
+
+class Captured(Graphed):
+    """One graph of forward pass, backward pass and update."""
+
+    def __init__(self, plan: Plan, graphs: Graphs) -> None:
+        super().__init__(plan, graphs)
+        self.numbers = Hyperparameters(plan.parameters[0].device)
+
+    def __call__(self, x: Tensor, target: Tensor) -> tuple[float, Tensor]:
+        form, numbers = self.numbers.of(self.plan.groups)
+        found, output = self.graph(self._step, form, [x, target, *numbers])
+        torch.autograd.graph.increment_version(self.plan.learning)  # which autograd cannot see otherwise
+        return self.plan.finite(found, x, target), output
+
+    def _step(self, x: Tensor, target: Tensor, *numbers: Tensor) -> tuple[Tensor, ...]:
+        """Loss and output; each weight is changed only if the loss is finite."""
+        plan = self.plan
+        groups = dict(zip(map(id, plan.groups), with_tensors(plan.groups, numbers), strict=True))
+        loss, _, output, *gradients = self.gradients(x, target)
+        updates = []
+        for (p, destination), gradient in zip(plan.descend.items(), gradients, strict=True):
+            updates.append(Guarded(p, groups[id(destination.group)], destination.buffer))
+            updates[-1].take(gradient)
+        finite = loss.isfinite()
+        for update in updates:
+            update.commit(finite)
+        return loss, output
+
+
+class Compiled(Graphed):
+    """A compiled graph, which ends with the update folded into the products."""
+
+    def __init__(self, plan: Plan, graphs: Graphs) -> None:
+        super().__init__(plan, graphs)
+        self.updates = Updates(plan.descend)
+
+    def __call__(self, x: Tensor, target: Tensor) -> tuple[float, Tensor]:
+        with torch.no_grad():
+            found, output = self.graph(self._descending, None, [x, target])
+        return self.plan.finite(found, x, target), output
+
+    def _descending(self, x: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        """Loss and output; what the gradients are made of goes into the update."""
+        plan = self.plan
+        to = {p: Factors(p) for p in plan.learning}
+        with plan.sending(to):
+            output = plan.stage.forward(x)
+            loss, _, g = plan.criterion(output, target)
+            plan.stage.backward(g)
+        made = [factor for factors in to.values() for factor in factors.made]
+        self.updates.record(made, [factors.method for factors in to.values()], loss)
+        return loss, output
+
+
+# ----- gradients first, update after -----
+
+
+class Collected:
+    """The gradients of the whole update, then the update; where there are graphs, each piece is one."""
+
+    def __init__(self, plan: Plan, graphs: Graphs | None) -> None:
+        self.plan, self.graphed = plan, None if graphs is None else Graphed(plan, graphs)
+        self.output = torch.empty(0)
+
+    def __call__(self, x: Tensor, target: Tensor) -> tuple[float, Tensor]:
+        size = self.plan.micro
+        whole = size is None or size >= len(x)
+        with torch.no_grad():
+            pieces = [(x, target)] if whole else list(zip(x.split(size), target.split(size), strict=True))
+            with self.plan.collecting() as to:
+                loss = self._accumulate(pieces, to)
+            self._update(to)
+        output, self.output = self.output, torch.empty(0)
+        return loss, output
+
+    def _accumulate(self, pieces: Sequence[tuple[Tensor, Tensor]], to: Collection) -> float:
+        """The gradient of the whole, from pieces: numerators and denominators add up, means do not."""
+        if len(pieces) == 1:
+            return self._collect(*pieces[0], to, divide=True)[0]
+        loss = self.plan.criterion.loss
+        check_splittable(loss, self.plan.model)
+        sums = [self._collect(x, t, to, divide=False) for x, t in pieces]
+        total, divisor = (math.fsum(column) for column in zip(*sums, strict=True))
+        if is_sum(loss):
+            return total
+        if not divisor:
+            self.plan.refuse(math.nan, *pieces[0])
+        for destination in to.values():
+            destination.made.div_(divisor)
+        return total / divisor
+
+    def _collect(self, x: Tensor, target: Tensor, to: Collection, divide: bool) -> tuple[float, float]:
+        """Loss and divisor of a piece, whose gradients go to the collection."""
+        graphed = self.graphed
+        if graphed is None:
+            self.output, value, its = self.plan.propagate(x, target, divide)
+            return value, float(its)
+        body = graphed.gradients if divide else graphed.sums
+        loss, divisor, self.output, *gradients = graphed.graph(body, None, [x, target])
+        value = self.plan.finite(loss, x, target)
+        for destination, gradient in zip(to.values(), gradients, strict=True):
+            destination.take(gradient.clone() if graphed.graphs.capture else gradient)
+        return value, divisor.item()
+
+    def _update(self, to: Collection) -> None:
+        """The update from gradients that are there."""
+        plan = self.plan
+        if plan.folds:
+            for parameter, destination in to.items():
+                plan.descend[parameter].take(destination.made)
+            return
+        for parameter, destination in to.items():
+            parameter.grad = destination.made
+        plan.descent.clip_gradients(plan.learning)
+        plan.optimizer.step()

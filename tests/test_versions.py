@@ -1,0 +1,122 @@
+"""The range of torch: one warning outside of it, the generated page, and pyproject.toml, which follows from both."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import build_docs
+import pytest
+from conftest import record
+
+from manualprop import _torch
+
+pytestmark = pytest.mark.quick
+
+ROOT = Path(__file__).resolve().parent.parent
+
+OWN = "test_the_range_is_that_of_the_versions_that_pass"
+
+# Each of the first three parts is imported as if it were the only one; all others come after them.
+OUTSIDE = """
+import sys, warnings
+import manualprop
+assert "torch" not in sys.modules
+import torch
+torch.__version__ = {version!r}
+
+def heard(*parts):
+    with warnings.catch_warnings(record=True) as all_heard:
+        warnings.simplefilter("always")
+        for part in parts:
+            __import__(f"manualprop.{{part}}")
+    return [str(w.message) for w in all_heard if "manualprop" in str(w.message)]
+
+for part in ("verify", "descent", "_receipt"):
+    (line,) = heard(part)
+    for name in [name for name in sys.modules if name.startswith("manualprop.")]:
+        del sys.modules[name]
+        vars(manualprop).pop(name.split(".")[1], None)
+(line,) = heard("functions", "functional", "nn", "verify", "descent", "_receipt", "_backprop", "_swap", "interop")
+x = torch.ones(2, 2, requires_grad=True)
+manualprop.nn.Tanh()(x).sum().backward()
+assert x.grad.shape == (2, 2)
+print(line)
+"""
+
+
+@pytest.mark.parametrize("version", ["2.9.1", "2.99.0+cpu"])
+def test_a_version_outside_of_the_range_is_told_once_and_works(version: str) -> None:
+    code = OUTSIDE.format(version=version)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"tested with torch 2.13 and later, below 2.15. This is torch {version}" in done.stdout
+    assert "pip install 'torch>=2.13,<2.15'" in done.stdout
+
+
+@pytest.mark.parametrize("version", ["2.13.0", "2.14.1+cu130", "2.14.0a0+git1234"])
+def test_a_version_in_the_range_is_not_mentioned(version: str) -> None:
+    _torch.warn_if_untested(version)  # a warning would be an error
+
+
+def test_the_range_is_that_of_the_versions_that_pass() -> None:
+    """Each minor version in the range has a whole run without failures (but for this very test), no other has."""
+    (torch,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    first, beyond = (".".join(map(str, bound)) for bound in (_torch.FIRST, _torch.BEYOND))
+    assert torch == f"torch>={first},<{beyond}"
+    page = (ROOT / "docs/versions.md").read_text()
+    rows = re.findall(r"^\| 2\.(\d+)\.\d+ \| 3\.\d+ \| \S+ \| \d{4,} \| \d+ \| \d+ \| (.*) \|$", page, re.M)
+    passing = {int(minor) for minor, which in rows if which in ("-", f"`tests/test_versions.py::{OWN}`")}
+    assert passing == set(range(_torch.FIRST[1], _torch.BEYOND[1]))
+
+
+def test_the_page_takes_up_what_was_run_and_keeps_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_docs, "ROOT", tmp_path)
+    page = tmp_path / "docs/versions.md"
+
+    def write(**changes: object) -> list[str]:
+        run = {
+            "torch": "2.9.1",
+            "python": "3.11",
+            "day": "2026-01-01",
+            "passed": 7,
+            "skipped": 1,
+            "failed": [],
+        }
+        (tmp_path / ".venv-torch-x").mkdir(exist_ok=True)
+        (tmp_path / ".venv-torch-x/suite.json").write_text(json.dumps(run | changes))
+        assert build_docs.main(["versions"]) == 0
+        return re.findall(r"^\| \d.*$", page.read_text(), re.M)
+
+    old = "| 2.9.1 | 3.11 | 2026-01-01 | 7 | 1 | 0 | - |"
+    assert write() == [old]
+    failing = "| 2.10.0 | 3.11 | 2026-01-01 | 7 | 1 | 2 | `a.py::b`, `a.py::c[x]` |"
+    assert write(torch="2.10.0", failed=["a.py::b", "a.py::c[x]"]) == [failing, old]
+    assert write(torch="2.10.0", passed=9)[0] == "| 2.10.0 | 3.11 | 2026-01-01 | 9 | 1 | 0 | - |"
+    assert build_docs.main(["versions", "--check"]) == 0
+
+
+def test_a_run_is_recorded() -> None:
+    report = pytest.TestReport("a.py::b", ("a.py", 1, "b"), {}, "failed", None, "call")
+    found = record({"passed": [report] * 3, "error": [report], "xfailed": [report], "warnings": [report]})
+    assert (found["passed"], found["skipped"], found["failed"]) == (3, 1, ["a.py::b"])
+    assert str(found["torch"]).startswith("2.")
+
+
+RECORDED = "def test_one(): pass\ndef test_two(): assert {passes}\n"
+
+
+def test_only_a_run_that_came_to_its_end_is_recorded(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text((ROOT / "tests/conftest.py").read_text())
+    for body, expected in ((RECORDED.format(passes=False), 1), ("raise KeyboardInterrupt", 2)):
+        (tmp_path / "test_it.py").write_text(body)
+        file = tmp_path / f"{expected}.json"
+        words = [sys.executable, "-m", "pytest", "-q", "-p", "no:hypothesispytest", f"--record={file}"]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == expected, done.stdout
+        assert file.exists() == (expected == 1)
+    assert json.loads((tmp_path / "1.json").read_text())["failed"] == ["test_it.py::test_two"]

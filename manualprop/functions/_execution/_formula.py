@@ -252,6 +252,11 @@ def watched(tensors: Sequence[Tensor | None]) -> bool:
     return False
 
 
+def plain_eager() -> bool:
+    """Whether neither a ``torch.func`` transform nor the compiler watches, which may see no number and no kernel."""
+    return not (transforms_active() or is_compiling())
+
+
 def flattened(*tensors: Tensor) -> list[Tensor] | None:
     """A tensor, and one-dimensional views of all in the order of its elements; None where there are none."""
     like = next((t for t in tensors if any(t.stride())), tensors[0])

@@ -96,6 +96,19 @@ def _primal(t: Tensor | None) -> Tensor | None:
     return primal
 
 
+# ----- what is kept -----
+
+
+def save(ctx: Any, *tensors: tuple[Tensor | None, bool]) -> None:
+    """Save tensors for forward mode, and for backward those that it needs.
+
+    Under vmap both must save the same tensors: torch has one list of their batch axes.
+    """
+    every = transforms_active()
+    ctx.save_for_backward(*[t if needed or every else None for t, needed in tensors])
+    ctx.save_for_forward(*[t for t, _ in tensors])
+
+
 # ----- gradients and tangents that do not exist -----
 #
 # torch hands zeros to backward and jvp for what does not exist, unless it is told not to: a rule would multiply them,

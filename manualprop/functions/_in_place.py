@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manualprop.functions._execution import written_over
 from manualprop.functions._rule import Rule, is_recorded, plain_eager
 
 
@@ -34,8 +35,12 @@ def _in_place(rule: type[Rule]) -> type[Rule]:
 
     def forward(ctx: Any, x: Tensor, sources: tuple[Tensor], *p: Any) -> Any:
         (source,) = sources
-        y, *others = _several(rule.forward(source, *p))
-        x.data.copy_(y)  # mark_dirty counts the version up
+        f, others = getattr(rule, "f", None), []
+        if f is not None and source is x:
+            written_over(f, x.data, *p)  # mark_dirty counts the version up
+        else:
+            y, *others = _several(rule.forward(source, *p))
+            x.data.copy_(y)
         ctx.mark_dirty(x)
         rule.setup_context(ctx, (source, *p), (x, *others) if others else x)
         return (x, *others) if others else x

@@ -13,6 +13,7 @@ from manualprop.functions._execution._formula import formula as formula
 from manualprop.functions._execution._formula import full as full
 from manualprop.functions._execution._formula import read_legend as read_legend
 from manualprop.functions._execution._formula import recorded as recorded
+from manualprop.functions._execution._formula import written_over as written_over
 from manualprop.functions._execution._words import chosen as chosen
 from manualprop.functions._execution._words import decay as decay
 from manualprop.functions._execution._words import erfc as erfc

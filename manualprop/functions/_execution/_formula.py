@@ -111,6 +111,22 @@ def full(t: Tensor) -> Tensor:
     return t.float() if t.dtype in HALF else t
 
 
+def written_over(function: Formula, x: Tensor, *numbers: Any) -> Tensor:
+    """``x``, after ``function(x, *numbers)`` was written into it: in one pass, where ATen has that one step in place."""
+    run = _one_step_over(function, x.dtype, numbers)
+    return x.copy_(function(x, *numbers)) if run is None else run(x)
+
+
+@functools.lru_cache(maxsize=MOST)
+def _one_step_over(
+    function: Formula, dtype: torch.dtype, numbers: tuple[Any, ...]
+) -> Callable[..., Any] | None:
+    """``function`` as a program that writes over its tensor, if that is one step: several might round otherwise."""
+    sample = torch.zeros(SIZES[0], dtype=dtype, device="cpu")
+    made = make(lambda x: function(x, *numbers), [sample], frozenset({0}))
+    return made.run if made.steps == 1 and made.run(sample) is sample else None
+
+
 class Runner:
     """Runs one formula: a function of the same arguments."""
 

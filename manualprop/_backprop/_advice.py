@@ -34,8 +34,7 @@ def not_finite(tensor: Tensor) -> str:
 
 
 def data_at_fault(x: Tensor, target: Tensor, loss: Module) -> str:
-    """Say what is wrong with the data of an update whose loss is not finite, and the remedy; "" if nothing
-    is.
+    """Say what is wrong with the data of an update whose loss is not finite, and the remedy; "" for nothing.
 
     Args:
         x: the inputs of the update.

@@ -24,8 +24,7 @@ FACTORS = {"take": 1, "take_weight": 2}  # method of a destination -> the number
 
 
 class Updates:
-    """The updates of the parameters that learn.  A graph knows them by a number: it holds only tensors and
-    numbers.
+    """The updates of the parameters that learn.  A graph holds only tensors and numbers: it has their number.
 
     The hyperparameters are read when the graph runs, so a scheduler causes no new compilation.
     """

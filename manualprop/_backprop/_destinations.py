@@ -169,8 +169,7 @@ def on(hyperparameter: float | Tensor) -> bool:
 
 
 class Guarded(Descend):
-    """The same update for a graph, which cannot read a number or raise: the update is undone if the loss is
-    bad.
+    """The same update for a graph, which cannot read a number or raise; ``commit`` decides whether it counts.
 
     Hyperparameters that are not 0 come as tensors, so a scheduler can change them without a new graph.
     """

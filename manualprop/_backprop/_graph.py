@@ -1,8 +1,8 @@
 """The step as one graph: compiled, or captured on a GPU.
 
 A graph cannot read a number or raise.  So the hyperparameters come as tensors, and the update is kept only if
-the loss is finite.  The graph is traced from the stages, run once on tensors without data: there is no second
-implementation.
+the loss is finite.  The graph is traced from the stages, which run once on tensors without data.  So there is
+no second implementation.
 """
 
 from __future__ import annotations
@@ -95,8 +95,7 @@ def with_tensors(groups: list[dict[str, Any]], tensors: Iterable[Tensor]) -> lis
 
 def compiled_graph(body: Body, inputs: list[Tensor]) -> Body:
     """``body`` as one compiled graph for inputs of these shapes."""
-    # Not Dynamo: it would trace through the rules' machinery, and check a guard for every object in every
-    # step.
+    # Not Dynamo: it would trace through the machinery of the rules, and check many guards in every step.
     graph = make_fx(lambda *given: body(*given), tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
     constants = lifted(graph)
     run = make(graph, [*inputs, *constants])

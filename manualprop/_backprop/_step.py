@@ -3,8 +3,7 @@
 A :class:`Backprop` holds one stage for each layer.  A step runs the stages forwards, takes the gradient of
 the loss, and runs the stages backwards.  Each stage sends the gradient of its parameters to its destination:
 into the parameter itself (the update is folded into the product that makes the gradient), or into a buffer.
-All formulas come from
-:mod:`manualprop.functions`.  ``_ways.py`` has the ways of running a step.
+All formulas come from :mod:`manualprop.functions`.  ``_ways.py`` has the ways of running a step.
 """
 
 from __future__ import annotations
@@ -59,30 +58,25 @@ class Backprop:
         model: the model to train, in place.
         loss: a loss of :mod:`manualprop.nn`, called on (output, target), with reduction "mean" or "sum".
         descent: a descent of :mod:`manualprop.descent`: the update, and for Batch the size of the
-        micro-batches. The
-            rows of a call are the examples of one update: one with Stochastic, any number with MiniBatch and
-            Batch.
+            micro-batches. The rows of a call are the examples of one update: one with Stochastic, any number
+            with MiniBatch and Batch.
         optimizer: the descent's optimizer, if it exists already; otherwise a new one is made.
         compile: run the step as one graph.  torch's inductor compiles it at the first step of each input
-        shape (tens
-            of seconds).  The graph calls the update, which stays folded into the product that makes the
-            gradient.  Hyperparameters are read when the graph runs, so a scheduler causes no new compilation.
-            An optimizer that needs gradients makes its own step after the graph.  It pays for many or large
-            elementwise layers.  Random layers draw other numbers than without ``compile``.
+            shape (tens of seconds).  The graph calls the update, which stays folded into the product that
+            makes the gradient.  Hyperparameters are read when the graph runs, so a scheduler causes no new
+            compilation.  An optimizer that needs gradients makes its own step after the graph.  ``compile``
+            pays for many or large elementwise layers.  Random layers draw other numbers than without it.
         capture: replay the step as a CUDA graph: for small networks on a GPU, where launching the kernels
-        takes longer
-            than their work.  It needs a CUDA device with the model, the inputs and the targets on it, and one
-            graph's memory for each input shape.  May be combined with ``compile``.
+            takes longer than their work.  It needs a CUDA device with the model, the inputs and the targets
+            on it, and one graph's memory for each input shape.  May be combined with ``compile``.
 
     Attributes:
-        output: the model's output in the latest step, before the update; with micro-batches, that of the last
-        one.
+        output: the model's output in the latest step, before the update; with micro-batches, the last one's.
 
     Raises:
         RuntimeError: for ``capture`` without a GPU.
         TypeError: for a layer or a loss that cannot run without a tape (the text names it and what to do),
-        and for
-            an argument that is not a descent.
+            and if ``descent`` is not a descent.
         ValueError: for a model without a parameter that requires a gradient.
     """
 

@@ -29,8 +29,7 @@ from manualprop._torch import InferenceMode
 
 Way = Callable[[Tensor, Tensor], tuple[float, Tensor]]
 
-# At most this many elements are kept from step to step.  For larger models the cost of making tensors is
-# negligible.
+# The most elements kept from step to step.  For larger models the cost of making tensors is negligible.
 KEPT = 2**20
 
 

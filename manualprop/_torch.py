@@ -86,7 +86,8 @@ from torch.utils._pytree import tree_map as tree_map
 # The primal of a dual number.  2.11 to 2.14
 unpack_dual: Callable[..., Any] = torch._VF._unpack_dual
 
-# What torch.nn.functional.nll_loss calls; its stub names other types.  2.11 to 2.14
+# What torch.nn.functional.cross_entropy and nll_loss call; their stubs name other types.  2.11 to 2.14
+cross_entropy_loss: Callable[..., Any] = torch._C._nn.cross_entropy_loss
 nll_loss: Callable[..., Any] = torch._C._nn.nll_loss_nd
 
 # Batch norm, with the statistics that its backward needs.  2.11 to 2.14

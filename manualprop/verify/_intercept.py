@@ -40,12 +40,12 @@ class Interceptor:
     def _wrap(self, cls: type[Function]) -> None:
         """Put our apply before the class's own."""
         self._wrapped.add(cls)
-        original: Any = vars(cls)["apply"].__func__
+        original: Any = vars(cls)["apply"]  # a classmethod, from torch 2.14 on one written in C
         watch = self
 
         def apply(this: type[Function], *args: Any, **kwargs: Any) -> Any:
             watch.note(this, args, kwargs)
-            return original(this, *args, **kwargs)
+            return original.__get__(None, this)(*args, **kwargs)
 
         cls.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
 

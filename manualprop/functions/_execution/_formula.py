@@ -30,8 +30,9 @@ HALF = frozenset({torch.float16, torch.bfloat16})
 ORDINARY = frozenset({Tensor, torch.nn.Parameter})
 LARGE = (
     2**18
-)  # from this many elements chunks and kernels pay: a chunk takes 10 us of Python, a kernel 70 us to start
+)  # from this many elements a compiled kernel pays: it takes 70 us to start.  Below, programs run whole
 CHUNK = 2**17  # elements of a chunk for each thread: a chunk and its intermediate results fit a core's cache
+FEWEST = 8  # fewer chunks than this fit the larger caches whole; a chunk takes 10 us of Python
 STEPS = 3  # shorter programs gain nothing from chunks
 SIZES = (11, 13, 17, 19, 23)  # lengths of the axes of samples: all different
 MOST = 512  # programs kept for one formula; then all are dropped
@@ -205,7 +206,7 @@ class Runner:
         first, along = tensors[0], ["N" in shape for shape in self.legend.shapes]
         N = first.shape[0] if along[0] else 1
         rows = max(CHUNK * torch.get_num_threads() * N // first.numel(), 1)
-        if not first.is_cpu or N < 2 * rows or program.steps < STEPS:
+        if not first.is_cpu or N < FEWEST * rows or program.steps < STEPS:
             return program.run(*tensors)
         kinds = [kind for kind, made in zip(self.legend.results, program.made, strict=True) if made]
         wholes = [
@@ -249,6 +250,11 @@ def watched(tensors: Sequence[Tensor | None]) -> bool:
         if t is not None and (type(t) not in ORDINARY or is_legacy_batchedtensor(t)):
             return True
     return False
+
+
+def plain_eager() -> bool:
+    """Whether no ``torch.func`` transform and no compiler is active: both refuse numbers and foreign kernels."""
+    return not (transforms_active() or is_compiling())
 
 
 def flattened(*tensors: Tensor) -> list[Tensor] | None:

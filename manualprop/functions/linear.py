@@ -1,8 +1,8 @@
 r"""Hand-derived rules of the linear and the bilinear layer.
 
 Shape legend
-    N   batch: any number of leading axes, flattened where a sum over them is taken
-    I   in_features           O   out_features        J   in2_features of a bilinear layer, whose in1_features is I
+    N   batch: any number of leading axes, flattened for a sum over them
+    I   in_features           O   out_features        I, J   in1_features, in2_features of a bilinear layer
 """
 
 from typing import Any
@@ -70,7 +70,7 @@ class Linear(Rule):
 
     @staticmethod
     def add_weight_gradient(into: Tensor, g_t: Tensor, x: Tensor, scale: float, keep: float = 1.0) -> None:
-        """``into <- keep * into + scale * dL/dW``, one product in place: dW itself is never stored."""
+        """``into <- keep * into + scale * dL/dW`` in one in-place product: dW itself is never stored."""
         if keep == 1:
             into.addmm_(g_t, x, alpha=scale)  # (O, N) (N, I) -> (O, I)
         else:
@@ -111,7 +111,7 @@ class Bilinear(Rule):
     def forward(a: Tensor, c: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         if not transforms_active():
             return F.bilinear(a, c, W, b)
-        y = Bilinear._product(a, c, W)  # vmap has no rule for torch's
+        y = Bilinear._product(a, c, W)  # torch's F.bilinear has no vmap rule
         return y if b is None else y + b
 
     @staticmethod
@@ -161,5 +161,5 @@ class Bilinear(Rule):
 
 
 def rows(x: Tensor) -> Tensor:
-    """Every axis but the last flattened into one."""
+    """All axes except the last, flattened into one."""
     return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])  # not -1: the last may be 0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from manualprop._torch import unsafe_view
 
-FEW = 2**11  # rows that a product may add one after the other; a sum adds more by halves, which rounds less
+FEW = 2**11  # above this many rows, pairwise summation rounds less than a product
 
 
 def linear(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:

@@ -1,9 +1,11 @@
-"""The versions of torch that this package is tested with, and one warning for any other."""
+"""The versions of torch that this package is tested with, one warning for any other, and a private name of torch."""
 
 from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -25,3 +27,13 @@ def warn_if_untested(version: str) -> None:
 
 
 warn_if_untested(torch.__version__)
+
+
+def leave_to_python(function: Callable[..., Any]) -> None:
+    """Keep ``torch.compile`` from compiling the frames of a function; what it calls is compiled as ever.
+
+    As ``torch._dynamo.eval_frame.skip_code``, without the import of the compiler. Seen in 2.11 to 2.14.
+    """
+    frames = torch._C._dynamo.eval_frame
+    strategy = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
+    frames.set_code_exec_strategy(function.__code__, strategy)

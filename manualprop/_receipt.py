@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
 
 from manualprop import _torch as _torch  # warns of an untested version
+from manualprop._torch import is_wrapper, tree_leaves
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -306,7 +305,7 @@ class _Watch:
 
 def _bytes(t: Tensor) -> dict[int, int]:
     """The bytes of each storage of a tensor, whole, however little of it the tensor shows."""
-    if is_traceable_wrapper_subclass(t):
+    if is_wrapper(t):
         parts = [getattr(t, name) for name in t.__tensor_flatten__()[0]]
     elif t.layout == torch.sparse_coo:
         parts = [t._indices(), t._values()]

@@ -1,6 +1,9 @@
-"""The versions of torch that this package is tested with, one warning for any other, and a private name of torch."""
+"""Every private name of torch that this package uses, a line each, and one warning for a version that is not tested.
 
-from __future__ import annotations
+Beside each name: what it is for, and the versions it was seen in.  A private name may change with any version.  What differs between versions is settled here, and nowhere else.  Attributes of
+torch's objects that are private too: ``Tensor._base``, ``Tensor._is_view()``, ``UntypedStorage._cdata`` (2.11 to 2.14);
+``Optimizer._optimizer_step_pre_hooks``, ``._optimizer_step_post_hooks`` and ``._opt_called`` (2.11 to 2.14).
+"""
 
 import re
 import warnings
@@ -8,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 # The range of pyproject.toml: from the first on, below the second. docs/versions.md has what passes on each.
 FIRST, BEYOND = (2, 13), (2, 15)
@@ -26,14 +30,96 @@ def warn_if_untested(version: str) -> None:
     )
 
 
-warn_if_untested(torch.__version__)
+warn_if_untested(torch.__version__)  # before a name that it may lack
+
+# Whether a torch.func transform (vmap, grad, jvp, ...) encloses this call.  2.11 to 2.14
+from torch._C import _are_functorch_transforms_active as transforms_active
+
+# What a class has as its __torch_function__ if it overrides nothing.  2.11 to 2.14
+from torch._C import _disabled_torch_function_impl as no_torch_function
+
+# torch.inference_mode(True) at half the price.  2.11 to 2.14
+from torch._C import _InferenceMode as InferenceMode
+
+# Whether autocast is on for any device: one call instead of one for each.  2.11 to 2.14
+from torch._C import _is_any_autocast_enabled as any_autocast
+
+# False within torch.overrides.DisableTorchFunction.  2.11 to 2.14
+from torch._C import _is_torch_function_enabled as torch_function_enabled
+
+# vmap's wrapper: put on, taken off, and asked for.  2.11 to 2.14
+from torch._C._functorch import _add_batch_dim as add_batch_dim
+from torch._C._functorch import get_unwrapped as get_unwrapped
+from torch._C._functorch import is_batchedtensor as is_batchedtensor
+from torch._C._functorch import maybe_get_bdim as maybe_get_bdim
+from torch._C._functorch import maybe_get_level as maybe_get_level
+
+# The wrapper of the older vmap, by which autograd.grad(is_grads_batched=True) works.  2.11 to 2.14
+from torch._C._functorch import is_legacy_batchedtensor as is_legacy_batchedtensor
+
+# The tensor itself, where its transform has ended.  2.11 to 2.14
+from torch._C._functorch import unwrap_if_dead as unwrap_if_dead
+
+# Forward mode on within a Function's jvp, where torch turns it off.  2.11 to 2.14
+from torch.autograd.forward_ad import _set_fwd_grad_enabled as forward_mode
+
+# The names of the reductions as torch.nn.functional reads them, with its errors and warnings.  2.11 to 2.14
+from torch.nn import _reduction as reductions
+
+# Hooks of every optimizer's step.  2.11 to 2.14
+from torch.optim.optimizer import _global_optimizer_post_hooks as optimizer_post_hooks
+from torch.optim.optimizer import _global_optimizer_pre_hooks as optimizer_pre_hooks
+
+# Sees every operation.  2.11 to 2.14
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+# Within, no mode sees anything.  2.11 to 2.14
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
+
+# Whether a tensor is of a subclass that holds other tensors.  2.11 to 2.14
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper
+
+# What lies within tuples, lists and dicts.  2.11 to 2.14
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
+
+# The primal of a dual number.  2.11 to 2.14
+unpack_dual: Callable[..., Any] = torch._VF._unpack_dual
+
+# What torch.nn.functional.cross_entropy and nll_loss call; their stubs name other types.  2.11 to 2.14
+cross_entropy_loss: Callable[..., Any] = torch._C._nn.cross_entropy_loss
+nll_loss: Callable[..., Any] = torch._C._nn.nll_loss_nd
+
+# Batch norm, with the statistics that its backward needs.  2.11 to 2.14
+batch_norm_with_statistics: Callable[..., Any] = torch._batch_norm_impl_index
+
+# A tensor that shares the memory of another without being its view.  2.11 to 2.14
+unsafe_view: Callable[..., Any] = torch.ops.aten._unsafe_view
+
+# The module of the compiler's front end, whose import takes seconds.  2.11 to 2.14
+DYNAMO = "torch._dynamo"
+
+
+def forward_level() -> int:
+    """The number of the level of forward mode, below 0 outside.  2.11 to 2.14"""
+    return forward_ad._current_level
+
+
+def mark_dynamic(t: torch.Tensor, axis: int) -> None:
+    """Let a compiled function take any length of an axis, if it can.  2.11 to 2.14"""
+    torch._dynamo.maybe_mark_dynamic(t, axis)
+
+
+def inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """A graph, compiled.  2.11 to 2.14"""
+    from torch._inductor import compile  # seconds to import
+
+    compiled: Callable[..., Any] = compile(graph, inputs)
+    return compiled
 
 
 def leave_to_python(function: Callable[..., Any]) -> None:
-    """Keep ``torch.compile`` from compiling the frames of a function; what it calls is compiled as ever.
-
-    As ``torch._dynamo.eval_frame.skip_code``, without the import of the compiler. Seen in 2.11 to 2.14.
-    """
+    """Keep the compiler from a function's own frame, as ``torch._dynamo`` does itself; no import of it.  2.11 to 2.14"""
     frames = torch._C._dynamo.eval_frame
     strategy = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
     frames.set_code_exec_strategy(function.__code__, strategy)

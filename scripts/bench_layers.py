@@ -18,9 +18,30 @@ from benchmarking import Ratio, paired, saved_bytes
 from torch import Tensor, nn
 
 import manualprop
+from manualprop import functions
 from manualprop._swap import TWINS
 
-SMALL, BIG = (32, 64), (2048, 3072)
+SMALL, MIDDLE, BIG = (32, 64), (512, 1024), (2048, 3072)
+
+
+class Targets(NamedTuple):
+    """The highest ratios that a family promises."""
+
+    small: float | None = None  # at 32x64, eager
+    middle: float | None = None  # at 512x1024, eager
+    big: float | None = None  # at 2048x3072, eager
+    kernels: float | None = None  # at both of these, with manualprop.kernels("inductor"); None: not measured
+
+
+PIECEWISE = Targets(1.6, 1.45, 1.3, 1.2)
+SMOOTH = Targets(1.6, 1.4, 2.0, 1.2)
+CHEAP = SMOOTH._replace(big=1.3)  # of a slope without an exponential
+GELU = Targets(1.6, 2.2, 2.5, 1.5)
+SOFTMAX = Targets(1.6, 1.3, 1.3, 1.2)
+NORM = Targets(2.1, 2.0, None, 1.2)
+LOSS = Targets(big=1.3)
+MASS = Targets(big=1.3, kernels=1.2)  # the cross-entropies
+UNTOLD = Targets()
 
 
 class Layer(NamedTuple):
@@ -28,21 +49,40 @@ class Layer(NamedTuple):
 
     make: Callable[[int, int], nn.Module]
     inputs: Callable[[int, int], tuple[Any, ...]]
-    small: float | None = None  # highest ratio at 32x64, eager
-    big: float | None = None  # at 2048x3072, eager
-    kernels: float | None = None  # at 2048x3072, with manualprop.kernels("inductor")
+    targets: Targets = UNTOLD
 
 
 def x(n: int, c: int) -> tuple[Tensor]:
     return (torch.randn(n, c).requires_grad_(),)
 
 
-def elementwise(make: Callable[[], nn.Module], big: float, kernels: float = 1.2) -> Layer:
-    return Layer(lambda n, c: make(), x, 2.0, big, kernels)
+# What a constructor must be given, and families that the formula alone does not tell.
+ARGUMENTS = {"Threshold": (0.1, 2.0)}
+FAMILIES = {"GELU": GELU, "Sigmoid": CHEAP, "Softsign": CHEAP, "Tanh": CHEAP}
 
 
-def loss(make: Callable[[], nn.Module], target: Callable[[int, int], tuple[Any, ...]]) -> Layer:
-    return Layer(lambda n, c: make(), lambda n, c: (*x(n, c), *target(n, c)), None, 1.3)
+def activations() -> dict[str, Layer]:
+    """An entry for every elementwise rule that has a layer of torch's."""
+    found = {}
+    for name, rule in vars(functions).items():
+        if isinstance(rule, type) and issubclass(rule, functions.Elementwise) and hasattr(nn, name):
+            of_the_module = PIECEWISE if rule.__module__ == functions.piecewise.__name__ else SMOOTH
+            found[name] = elementwise(
+                getattr(nn, name), FAMILIES.get(name, of_the_module), *ARGUMENTS.get(name, ())
+            )
+    return found
+
+
+def elementwise(make: Callable[..., nn.Module], targets: Targets, *arguments: Any) -> Layer:
+    return Layer(lambda n, c: make(*arguments), x, targets)
+
+
+def loss(
+    make: Callable[[], nn.Module],
+    target: Callable[[int, int], tuple[Any, ...]],
+    targets: Targets = LOSS,
+) -> Layer:
+    return Layer(lambda n, c: make(), lambda n, c: (*x(n, c), *target(n, c)), targets)
 
 
 def probability(n: int, c: int) -> tuple[Tensor]:
@@ -56,7 +96,7 @@ def image(channels: int, axes: int) -> Callable[[int, int], tuple[Tensor]]:
 
 
 def norm(make: Callable[[int], nn.Module], axes: int) -> Layer:
-    return Layer(lambda n, c: make(16), image(16, axes))
+    return Layer(lambda n, c: make(16), image(16, axes), NORM)
 
 
 def signs(n: int, *c: int) -> Tensor:
@@ -78,23 +118,17 @@ def three(n: int, c: int) -> tuple[Tensor, ...]:
 
 
 # fmt: off
-PIECEWISE = {c.__name__: elementwise(c, 1.3) for c in (
-    nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.Hardsigmoid, nn.Hardshrink, nn.Softshrink, nn.Hardswish,
-    nn.Softsign, nn.Sigmoid, nn.Tanh, nn.Identity)}
-EXPONENTIAL = {c.__name__: elementwise(c, 2.0) for c in (
-    nn.LogSigmoid, nn.Softplus, nn.SiLU, nn.Mish, nn.Tanhshrink, nn.ELU, nn.SELU, nn.CELU)}
-LAYERS: dict[str, Layer] = PIECEWISE | EXPONENTIAL | {
-    "Threshold":    elementwise(lambda: nn.Threshold(0.1, 2.0), 1.3),
-    "GELU":         elementwise(nn.GELU, 2.5, 1.5),
-    "GELU(tanh)":   elementwise(lambda: nn.GELU("tanh"), 2.0),
-    "PReLU":        Layer(lambda n, c: nn.PReLU(), x, 2.0, 1.3),
-    "RReLU":        Layer(lambda n, c: nn.RReLU(), x, 2.0, 1.3),
-    "GLU":          Layer(lambda n, c: nn.GLU(), x, 2.0, 2.0),
-    "Softmax":      Layer(lambda n, c: nn.Softmax(-1), x, 2.0, 1.3),
-    "Softmin":      Layer(lambda n, c: nn.Softmin(-1), x, 2.0, 1.3),
-    "LogSoftmax":   Layer(lambda n, c: nn.LogSoftmax(-1), x, 2.0, 1.3),
-    "Softmax2d":    Layer(lambda n, c: nn.Softmax2d(), image(16, 2), 2.0, 1.3),
-    "Linear":       Layer(lambda n, c: nn.Linear(c, min(c, 256)), x, 1.3, None),
+LAYERS: dict[str, Layer] = activations() | {
+    "Identity":     elementwise(nn.Identity, PIECEWISE),
+    "GELU(tanh)":   elementwise(nn.GELU, GELU._replace(big=2.0, kernels=1.2), "tanh"),
+    "PReLU":        elementwise(nn.PReLU, PIECEWISE),
+    "RReLU":        elementwise(nn.RReLU, PIECEWISE),
+    "GLU":          elementwise(nn.GLU, SMOOTH),
+    "Softmax":      elementwise(nn.Softmax, SOFTMAX, -1),
+    "Softmin":      elementwise(nn.Softmin, SOFTMAX, -1),
+    "LogSoftmax":   elementwise(nn.LogSoftmax, SOFTMAX, -1),
+    "Softmax2d":    Layer(lambda n, c: nn.Softmax2d(), image(16, 2), SOFTMAX),
+    "Linear":       Layer(lambda n, c: nn.Linear(c, min(c, 256)), x, Targets(1.1)),
     "Bilinear":     Layer(lambda n, c: nn.Bilinear(16, 16, 16), lambda n, c: (*x(n, 16), *x(n, 16))),
     "Embedding":    Layer(lambda n, c: nn.Embedding(100, c), lambda n, c: (torch.randint(100, (n,)),)),
     "Dropout":      Layer(lambda n, c: nn.Dropout(), x),
@@ -103,8 +137,8 @@ LAYERS: dict[str, Layer] = PIECEWISE | EXPONENTIAL | {
     "Dropout3d":    Layer(lambda n, c: nn.Dropout3d(), image(16, 3)),
     "AlphaDropout": Layer(lambda n, c: nn.AlphaDropout(), x),
     "FeatureAlphaDropout": Layer(lambda n, c: nn.FeatureAlphaDropout(), image(16, 2)),
-    "LayerNorm":    Layer(lambda n, c: nn.LayerNorm(c), x),
-    "RMSNorm":      Layer(lambda n, c: nn.RMSNorm(c), x),
+    "LayerNorm":    Layer(lambda n, c: nn.LayerNorm(c), x, NORM),
+    "RMSNorm":      Layer(lambda n, c: nn.RMSNorm(c), x, NORM),
     "GroupNorm":    norm(lambda c: nn.GroupNorm(4, c), 2),
     "BatchNorm1d":  norm(nn.BatchNorm1d, 1),
     "BatchNorm2d":  norm(nn.BatchNorm2d, 2),
@@ -120,27 +154,27 @@ LAYERS: dict[str, Layer] = PIECEWISE | EXPONENTIAL | {
     "GaussianNLLLoss": loss(nn.GaussianNLLLoss, lambda n, c: (torch.randn(n, c), torch.rand(n, c) + 0.1)),
     "KLDivLoss":    loss(lambda: nn.KLDivLoss(reduction="sum"), lambda n, c: (torch.rand(n, c),)),
     "BCEWithLogitsLoss": loss(nn.BCEWithLogitsLoss, lambda n, c: (torch.rand(n, c),)),
-    "BCELoss":      Layer(lambda n, c: nn.BCELoss(), lambda n, c: (*probability(n, c), torch.rand(n, c)), None, 1.3),
-    "CrossEntropyLoss": loss(nn.CrossEntropyLoss, lambda n, c: (torch.randint(c, (n,)),)),
-    "CrossEntropyLoss(weights)": Layer(lambda n, c: nn.CrossEntropyLoss(torch.rand(c)), lambda n, c: (*x(n, c), torch.randint(c, (n,))), None, 1.3),
-    "CrossEntropyLoss(smoothing)": loss(lambda: nn.CrossEntropyLoss(label_smoothing=0.1), lambda n, c: (torch.randint(c, (n,)),)),
-    "CrossEntropyLoss(probabilities)": loss(nn.CrossEntropyLoss, lambda n, c: (torch.rand(n, c).softmax(1),)),
-    "CrossEntropyLoss2d": Layer(lambda n, c: nn.CrossEntropyLoss(), pixels, None, 1.3),
-    "CrossEntropyLoss2d(weights)": Layer(lambda n, c: nn.CrossEntropyLoss(torch.rand(16)), pixels, None, 1.3),
+    "BCELoss":      Layer(lambda n, c: nn.BCELoss(), lambda n, c: (*probability(n, c), torch.rand(n, c)), LOSS),
+    "CrossEntropyLoss": loss(nn.CrossEntropyLoss, lambda n, c: (torch.randint(c, (n,)),), MASS._replace(small=1.7)),
+    "CrossEntropyLoss(weights)": Layer(lambda n, c: nn.CrossEntropyLoss(torch.rand(c)), lambda n, c: (*x(n, c), torch.randint(c, (n,))), MASS),
+    "CrossEntropyLoss(smoothing)": loss(lambda: nn.CrossEntropyLoss(label_smoothing=0.1), lambda n, c: (torch.randint(c, (n,)),), MASS),
+    "CrossEntropyLoss(probabilities)": loss(nn.CrossEntropyLoss, lambda n, c: (torch.rand(n, c).softmax(1),), MASS),
+    "CrossEntropyLoss2d": Layer(lambda n, c: nn.CrossEntropyLoss(), pixels, MASS),
+    "CrossEntropyLoss2d(weights)": Layer(lambda n, c: nn.CrossEntropyLoss(torch.rand(16)), pixels, MASS),
     # Its time and its memory are `bench head`'s.
     "LinearCrossEntropyLoss": Layer(lambda n, c: nn.LinearCrossEntropyLoss(c, 1000), lambda n, c: (*x(n, c), torch.randint(1000, (n,)))),
-    "NLLLoss":      loss(nn.NLLLoss, lambda n, c: (torch.randint(c, (n,)),)),
-    "NLLLoss2d":    Layer(lambda n, c: nn.NLLLoss(), pixels, None, 1.3),
+    "NLLLoss":      loss(nn.NLLLoss, lambda n, c: (torch.randint(c, (n,)),), MASS._replace(small=1.7)),
+    "NLLLoss2d":    Layer(lambda n, c: nn.NLLLoss(), pixels, MASS),
     "HingeEmbeddingLoss": loss(nn.HingeEmbeddingLoss, lambda n, c: (signs(n, c),)),
     "SoftMarginLoss": loss(nn.SoftMarginLoss, lambda n, c: (signs(n, c),)),
     "MultiLabelSoftMarginLoss": loss(nn.MultiLabelSoftMarginLoss, lambda n, c: (torch.randint(2, (n, c)).float(),)),
     # 128 columns at most: compiled, torch's takes rows x columns x columns numbers (77 GB at 2048x3072).
-    "MultiLabelMarginLoss": Layer(lambda n, c: nn.MultiLabelMarginLoss(), lambda n, c: (*x(n, min(c, 128)), labels(n, min(c, 128))), None, 1.3),
+    "MultiLabelMarginLoss": Layer(lambda n, c: nn.MultiLabelMarginLoss(), lambda n, c: (*x(n, min(c, 128)), labels(n, min(c, 128))), LOSS),
     "MultiMarginLoss": loss(nn.MultiMarginLoss, lambda n, c: (torch.randint(c, (n,)),)),
     "CosineEmbeddingLoss": loss(nn.CosineEmbeddingLoss, lambda n, c: (*x(n, c), signs(n))),
     "MarginRankingLoss": loss(nn.MarginRankingLoss, lambda n, c: (*x(n, c), signs(n, c))),
-    "TripletMarginLoss": Layer(lambda n, c: nn.TripletMarginLoss(), three, None, 1.3),
-    "TripletMarginWithDistanceLoss": Layer(lambda n, c: nn.TripletMarginWithDistanceLoss(), three, None, 1.3),
+    "TripletMarginLoss": Layer(lambda n, c: nn.TripletMarginLoss(), three, LOSS),
+    "TripletMarginWithDistanceLoss": Layer(lambda n, c: nn.TripletMarginWithDistanceLoss(), three, LOSS),
 }
 # fmt: on
 NOT_TIMED = {
@@ -186,6 +220,7 @@ class Refused(NamedTuple):
 class Settings(NamedTuple):
     rounds: int
     seconds: float
+    middle: tuple[int, int]
     big: tuple[int, int]
     compiled: bool
 
@@ -229,15 +264,16 @@ def _runs(module: Callable[..., Any], inputs: tuple[Any, ...]) -> bool:
 
 
 def measure(name: str, s: Settings) -> dict[str, Cell | Refused]:
-    layer = LAYERS[name]
+    layer, targets = LAYERS[name], LAYERS[name].targets
     cells: dict[str, Cell | Refused] = {}
     ours, torchs, inputs = pair(layer, *SMALL)
-    cells["small"] = compare(ours, torchs, inputs, layer.small, s)
-    ours, torchs, inputs = pair(layer, *s.big)
-    cells["big"] = compare(ours, torchs, inputs, layer.big, s)
-    if layer.kernels is not None and s.compiled:
-        with manualprop.kernels("inductor"):
-            cells["kernels"] = compare(ours, torchs, inputs, layer.kernels, s)
+    cells["small"] = compare(ours, torchs, inputs, targets.small, s)
+    for size, shape, target in (("middle", s.middle, targets.middle), ("big", s.big, targets.big)):
+        ours, torchs, inputs = pair(layer, *shape)
+        cells[size] = compare(ours, torchs, inputs, target, s)
+        if targets.kernels is not None and s.compiled:
+            with manualprop.kernels("inductor"):
+                cells[f"{size} kernels"] = compare(ours, torchs, inputs, targets.kernels, s)
     if s.compiled:
         cells["compiled"] = compare_compiled(ours, torchs, inputs, s)
     return cells
@@ -247,8 +283,10 @@ def measure(name: str, s: Settings) -> dict[str, Cell | Refused]:
 
 COLUMNS = {
     "small": "eager 32x64",
+    "middle": "eager 512x1024",
     "big": "eager 2048x3072",
-    "kernels": 'kernels("inductor")',
+    "middle kernels": 'kernels("inductor") 512x1024',
+    "big kernels": 'kernels("inductor") 2048x3072',
     "compiled": "torch.compile, both",
 }
 
@@ -306,7 +344,7 @@ def section(results: Results, command: str) -> str:
         [
             f"## Layers: {benchmarking.processor()}",
             "Our time / torch.nn's, forward and backward, float32; in brackets the target, where there is one; "
-            '`!` marks a miss. `kernels` is eager training with `manualprop.kernels("inductor")` at 2048x3072. '
+            '`!` marks a miss. `kernels` is eager training with `manualprop.kernels("inductor")`; `torch.compile` is measured at 2048x3072. '
             "Freed memory stays mapped for both (`mallopt`), so no page faults are counted. "
             "Memory is what backward keeps at 2048x3072, inputs and parameters included, ours / torch's.",
             f"`{command}`  \n{benchmarking.machine()}",
@@ -329,9 +367,7 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--only", metavar="REGEX", default="", help="layers whose name it finds, as in 'ELU|Soft'"
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="a few rounds, 512x512 for the large size, no compiler"
-    )
+    parser.add_argument("--quick", action="store_true", help="a few rounds, smaller sizes, no compiler")
     parser.add_argument("--write", action="store_true", help="write the table into docs/benchmarks.md")
     return parser.parse_args(argv)
 
@@ -349,8 +385,10 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(arguments.threads)
     benchmarking.keep_freed_memory()
     quick = arguments.quick
-    settings = Settings(
-        3 if quick else arguments.rounds, 0.002 if quick else 0.02, (512, 512) if quick else BIG, not quick
+    settings = (
+        Settings(3, 0.002, (256, 512), (512, 512), False)
+        if quick
+        else Settings(arguments.rounds, 0.02, MIDDLE, BIG, True)
     )
     results: Results = {}
     for i, name in enumerate(names):

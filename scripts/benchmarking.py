@@ -35,15 +35,30 @@ class Ratio(NamedTuple):
 
 def paired(ours: Callable[[], object], torchs: Callable[[], object], rounds: int, seconds: float) -> Ratio:
     """The ratio of the times of two functions that take turns, each for about ``seconds`` a round."""
+    _, (ratio,) = interleaved((torchs, ours), rounds, seconds)
+    return ratio
+
+
+def interleaved(
+    functions: Sequence[Callable[[], object]], rounds: int, seconds: float
+) -> tuple[float, list[Ratio]]:
+    """The median time of the first function in seconds, and the ratios of the others' times to it.
+
+    They take turns, each for about ``seconds`` a round.
+    """
     clock = timer()
-    repeats = [_repeats(f, seconds, clock) for f in (ours, torchs)]
-    ratios = []
+    repeats = [_repeats(f, seconds, clock) for f in functions]
+    order = list(range(len(functions)))
+    times: list[list[float]] = [[] for _ in functions]
     for i in range(rounds):
-        times = [0.0, 0.0]
-        for j in (0, 1) if i % 2 else (1, 0):  # who goes first alternates
-            times[j] = _time((ours, torchs)[j], repeats[j], clock)
-        ratios.append(times[0] / times[1])
-    low, median, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
+        for j in order[::-1] if i % 2 else order:  # who goes first alternates
+            times[j].append(_time(functions[j], repeats[j], clock))
+    return statistics.median(times[0]), [_ratio(mine, times[0]) for mine in times[1:]]
+
+
+def _ratio(ours: Sequence[float], torchs: Sequence[float]) -> Ratio:
+    ratios = [mine / theirs for mine, theirs in zip(ours, torchs, strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return Ratio(median, low, high)
 
 

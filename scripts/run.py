@@ -121,7 +121,7 @@ class Environment:
         pins = self.folder / "constraints.txt"
         pins.write_text(self.pins, encoding="utf-8")
         extras = tomllib.loads(self.project)["project"]["optional-dependencies"]
-        names = ("training", "test", "interop", "release") if self.full else ("training", "test")
+        names = ["training", "explain", "test"] + ["interop", "release"] * self.full
         packages = [package for name in names for package in extras[name]]
         # -I: a PYTHONPATH or user site with a torch in it must not count as installed.
         pip = [str(self.python), "-I", "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
@@ -266,7 +266,8 @@ COMMANDS = {
     "train": (script("recipes/digits/descents.py", **CALLED), "train on the digits with all three descents"),
     "manualprop": (script("-m", "manualprop", **CALLED), "the console command, as in: manualprop fit --help"),
     "test": (test, "pytest; -m quick: a part, under a minute; --full: slow ones too"),
-    "bench": (bench, f"a benchmark: bench NAME; NAME is {' or '.join(BENCHMARKS)}"),
+    "bench": (bench, f"bench NAME measures {', '.join(BENCHMARKS)}"),
+    "browser": (script("scripts/install_browser.py"), "install Chromium, for the tests of explain's page"),
     "docs": (script("scripts/build_docs.py"), "write the generated pages and the texts of --help"),
     "lint": (lint, "ruff check, ruff format, mypy; --fix repairs what it can"),
 }

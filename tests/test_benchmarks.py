@@ -5,14 +5,16 @@ from pathlib import Path
 import bench_blocks
 import bench_head
 import bench_layers
+import bench_models
 import benchmarking
 import pytest
 import torch
 
 import manualprop
+from manualprop import functions
 from manualprop import nn as our_nn
 
-TINY = bench_layers.Settings(rounds=2, seconds=1e-5, big=(32, 64), compiled=False)
+TINY = bench_layers.Settings(rounds=2, seconds=1e-5, middle=(32, 64), big=(32, 64), compiled=False)
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +30,21 @@ def test_every_entry_runs_and_is_the_twin(name: str) -> None:
     ours, torchs, _ = bench_layers.pair(bench_layers.LAYERS[name], 32, 64)
     assert type(ours).__bases__[0] is type(torchs) and type(ours).__module__.startswith(our_nn.__name__)
     cells = bench_layers.measure(name, TINY)
-    assert set(cells) == {"small", "big"}
+    assert set(cells) == {"small", "middle", "big"}
     assert all(cell.ratio.median > 0 and min(cell.bytes) >= 0 for cell in cells.values())
+
+
+def test_the_activations_are_those_of_the_package() -> None:
+    kinds = {name: layer.targets for name, layer in bench_layers.activations().items()}
+    rules = {
+        name
+        for name, rule in vars(functions).items()
+        if isinstance(rule, type) and issubclass(rule, functions.Elementwise)
+    }
+    assert kinds.keys() == rules & vars(our_nn).keys() & vars(torch.nn).keys() and len(kinds) > 15
+    assert kinds["ReLU"] == kinds["Threshold"] == bench_layers.PIECEWISE
+    assert kinds["SiLU"] == kinds["Mish"] == bench_layers.SMOOTH
+    assert kinds["GELU"].middle == 2.2 and kinds["Tanh"].big == 1.3
 
 
 def test_every_twin_has_an_entry(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,7 +79,7 @@ def test_a_miss_is_marked() -> None:
     assert bench_layers.Cell(ratio, (9, 8), None).missed
     assert not bench_layers.Cell(ratio, (8, 8), 1.4).missed
     table = bench_layers.rows({"X": {"big": bench_layers.Cell(ratio, (3_000_000, 2_000_000), 1.3)}})
-    assert table[0][2] == "1.40 (1.3) !" and table[0][5] == "3.0 / 2.0 !"
+    assert table[0][3] == "1.40 (1.3) !" and table[0][7] == "3.0 / 2.0 !"
 
 
 def test_a_layer_that_does_not_compile_is_named() -> None:
@@ -122,3 +137,69 @@ def test_the_misses_of_a_block_are_marked() -> None:
     assert not any(row._replace(bytes=(50, 100, 50), targets=(1.4, None)).misses)
     text = bench_blocks.section(bench_blocks.SIZES[0], {"X": row}, "command")
     assert "| X | 1.40 (1.3) ! |" in text and "1 of 3 promises are kept." in text
+
+
+def test_functions_take_turns_and_are_compared_with_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, order = [0.0], []
+    monkeypatch.setattr(benchmarking, "timer", lambda: lambda: now[0])
+
+    def takes(name: str, seconds: float) -> None:
+        order.append(name)
+        now[0] += seconds
+
+    steps = [lambda: takes("a", 2.0), lambda: takes("b", 3.0), lambda: takes("c", 1.0)]
+    first, ratios = benchmarking.interleaved(steps, 2, 0.1)
+    assert first == 2.0 and [ratio.median for ratio in ratios] == [1.5, 0.5]
+    assert order[-6:] == ["a", "b", "c", "c", "b", "a"]
+    assert benchmarking.paired(steps[1], steps[0], 3, 0.1).median == 1.5
+
+
+def test_the_models_are_measured_and_the_page_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "benchmarks.md"
+    monkeypatch.setattr(benchmarking.write_section, "__defaults__", (page,))
+    monkeypatch.setattr(bench_models, "has_transformers", lambda: False)
+    monkeypatch.setattr(bench_models, "measure", lambda *_, **__: MODEL_ROW)
+    assert bench_models.main(["--quick", "--write"]) == 0
+    text, told = page.read_text(), capsys.readouterr()
+    assert "| convnet |" in text and "| small MLP |" in text and "| BERT |" not in text
+    assert "bench models --quick --write" in text and told.err.count("pip install") == 1
+    assert bench_models.main(["--only", "Bort"]) == 2
+    assert "finds no model. There are: GPT-2, BERT" in capsys.readouterr().out
+
+
+RATIO = benchmarking.Ratio(1.08, 1.0, 1.2)
+MODEL_ROW = bench_models.Row(
+    12.5,
+    {"swap": RATIO, "fuse": RATIO, "kernels": RATIO},
+    {"torch": 2_000_000, "swap": 2_000_000, "fuse": 2_000_000, "kernels": 3_000_000},
+    {"swap": 1.05, "fuse": 1.1},
+    fused=True,
+)
+
+
+def test_the_misses_of_a_model_are_marked() -> None:
+    times, kept = ["1.08 (1.05) !", "1.08 (1.1)", "1.08"], ["2.00", "2.00 !", "3.00 !"]
+    assert bench_models.cells("X", MODEL_ROW) == ["X", "12.5", *times, "2.00", *kept]
+    assert MODEL_ROW.misses == [True, False, False, True, False, True]
+    assert bench_models.cells("X", MODEL_ROW._replace(fused=False))[-2] == "2.00"  # it need not keep less
+    assert "3 of 6 promises are kept." in bench_models.section({"X": MODEL_ROW}, "command")
+
+
+@pytest.mark.parametrize("name", ["small MLP", "convnet"])
+def test_a_model_is_the_same_swapped_and_keeps_no_more(name: str) -> None:
+    row = bench_models.measure(bench_models.MODELS[name], 1, 1e-5, compiler=False)
+    assert row.milliseconds > 0 and set(row.times) == {"swap", "fuse"}
+    assert row.fused == (name == "small MLP") and not any(map(row.large, row.times))
+    model, inputs = bench_models.MODELS[name].make()
+    assert manualprop.swap(model, fuse=True, check={**inputs}).check is not None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not bench_models.has_transformers(), reason="`scripts/run.py test --full` installs it")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", [name for name, m in bench_models.MODELS.items() if m.of_transformers])
+def test_a_transformer_is_measured_and_keeps_less_fused(name: str) -> None:
+    row = bench_models.measure(bench_models.MODELS[name], 1, 1e-5, compiler=False)
+    assert row.fused and row.kept["fuse"] < row.kept["swap"] <= row.kept["torch"]

@@ -15,6 +15,7 @@ from manualprop import functional as F
 from manualprop.functions._execution import (
     FORMULAS,
     Runner,
+    _classes,
     _formula,
     _kernels,
     _lowering,
@@ -23,6 +24,9 @@ from manualprop.functions._execution import (
     formula,
     indicator,
     inside,
+    less_on_class,
+    of_class,
+    on_class,
     read_legend,
 )
 from manualprop.functions._execution._program import program
@@ -40,6 +44,7 @@ def large_is_small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Chunks and kernels from a few elements on, so that the tests are quick."""
     monkeypatch.setattr(_formula, "LARGE", 8)
     monkeypatch.setattr(_formula, "CHUNK", 5)
+    monkeypatch.setattr(_formula, "FEWEST", 2)
     monkeypatch.setattr(_formula, "STEPS", 1)
     monkeypatch.setattr(_lowering, "FEW", 4)
     yield
@@ -150,6 +155,46 @@ def test_spellings(f: Any, expected: list[str]) -> None:
         assert text in run.code
     x, y = points(40).round(), points(40)
     torch.testing.assert_close(run.run(x, y), f(x, y))
+
+
+CLASSES = torch.tensor([[2], [0], [4]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("f", "text"),
+    [
+        (lambda x, r: less_on_class(torch.exp(x), r, CLASSES), "scatter_add_(1"),
+        (lambda x, r: less_on_class(torch.exp(x), 0.25, CLASSES), "scatter_(1"),
+        (lambda x, r: on_class(-r, CLASSES, x), "put_on_class("),
+        (lambda x, r: 1.0 * (x * on_class(1.0, CLASSES, x)), "on_class("),
+        (lambda x, r: of_class(x, CLASSES) + of_class(x[0], CLASSES) * r, "of_class("),
+    ],
+)
+def test_words_of_classes(f: Any, text: str, dtype: torch.dtype) -> None:
+    """One-hot vectors by a comparison, and what a program makes of them."""
+    x, r = points(3, 5, dtype=dtype), points(3, 1, dtype=dtype)
+    run = program(f, [x, r], frozenset())
+    assert text in run.code
+    onehot = (torch.arange(5) == CLASSES).to(dtype)
+    by_hand = {
+        "scatter_add_(1": torch.exp(x) - r * onehot,
+        "scatter_(1": torch.exp(x) - 0.25 * onehot,
+        "put_on_class(": -r * onehot,
+        "on_class(": x * onehot,
+        "of_class(": (x * onehot).sum(1, keepdim=True) + x[0][CLASSES] * r,
+    }[text]
+    for found in (run.run(x, r), f(x, r)):
+        torch.testing.assert_close(found, by_hand)
+
+
+def test_a_look_at_the_targets() -> None:
+    """Only where nobody watches, and where a negative number stands for an ignored one."""
+    every, some = torch.tensor([0, 3]), torch.tensor([0, -100])
+    with torch.no_grad():
+        assert _classes.occurring(-100, every) is None
+        assert _classes.occurring(-100, some) == -100 and _classes.occurring(3, every) == 3
+    assert _classes.occurring(-100, every) == -100
 
 
 @pytest.mark.parametrize(("axis", "weights", "text"), [(1, (13,), "mv(a0, a1)"), (0, (11, 1), "torch.t(a0)")])

@@ -84,7 +84,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]]
         31,
         {"GELUActivation", "function gelu"},
     ),
-    "gpt2": (gpt2, text, 15, {"Conv1D", "NewGELUActivation"}),
+    "gpt2": (gpt2, text, 23, {"NewGELUActivation"}),
     "llama": (llama, text, 16, {"SiLUActivation", "LlamaRMSNorm", "LlamaRotaryEmbedding"}),
     "vit": (vit, images, 21, {"ViTEmbeddings", "torch.nn.Conv2d", "GELUActivation", "function gelu"}),
     "t5": (t5, text, 58, {"T5LayerNorm"}),
@@ -139,7 +139,7 @@ def test_what_is_swapped_and_what_is_left(name: str) -> None:
 # {name: (how many are fused, and into what)}
 FUSED = {
     "bert": (2, "FusedBertLayer: intermediate.intermediate_act_fn+output.dense"),
-    "gpt2": (0, ""),  # its layers are Conv1D, which have no twin
+    "gpt2": (2, "FusedGPT2MLP: act+c_proj"),
     "llama": (2, "FusedLlamaMLP: act_fn+down_proj"),
     "vit": (2, "FusedViTMLP: activation_fn+fc2"),
     "t5": (4, "FusedT5DenseActDense: act+dropout+wo"),
@@ -155,6 +155,21 @@ def test_what_is_fused_and_taken_apart_again(name: str) -> None:
     fused = [row.after for row in rows if (row.after or "").startswith("Fused")]
     assert fused == [after] * count
     assert [type(m) for m in manualprop.unswap(model).model.modules()] == before
+
+
+def test_gpt2_keeps_less_and_its_weights_stay_transposed() -> None:
+    """Its layers are transformers' Conv1D, whose weights are (in, out)."""
+    from transformers.pytorch_utils import Conv1D
+
+    kept = []
+    for fuse in (None, False, True):
+        model, inputs = made("gpt2", swapped=fuse is not None, fuse=bool(fuse))
+        kept.append(manualprop.receipt(model, **inputs).kept)
+    layers = [module for module in model.modules() if isinstance(module, Conv1D)]
+    step(model, inputs)
+    assert len(layers) == 8 and all(type(layer) is not Conv1D for layer in layers)
+    assert all(layer.weight.grad.stride() == layer.weight.stride() == (layer.nf, 1) for layer in layers)
+    assert kept[2] < kept[1] < kept[0]
 
 
 @FUSE

@@ -11,21 +11,18 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from manualprop import functions as rules
 from manualprop import nn
 from manualprop._backprop._context import Application, applications
 from manualprop._backprop._stages import WAY_OUT, refusal
 from manualprop._splitting import compares_elements, denominator
+from manualprop._torch import nll_loss
 from manualprop.functions._elementwise_loss import ElementwiseLoss
-from manualprop.functions._kernels import SMALLEST
+from manualprop.functions._kernels import SMALLEST, class_and_weight, minus_target
 from manualprop.functions._narrow import log_softmax
 from manualprop.functions._rule import HALF
 
 MEAN, SUM = 1, 2  # ATen's numbers of the reductions
 
-# What torch.nn.functional.nll_loss calls; its stub names other types.
-nll_loss: Any = torch._C._nn.nll_loss_nd
-minus_target = rules.CrossEntropy.minus_target
 
 # (loss, gradient), from (output, target)
 Evaluated = Callable[[Tensor, Tensor], tuple[float, Tensor]]
@@ -167,7 +164,7 @@ class Criterion:
         if not (self.traced and indices):
             return denominator(self.loss, output, target)
         w, ignored = self.loss.weight, self.loss.ignore_index
-        return rules.NLL.class_and_weight(output, target, w, ignored)[1].sum()  # type: ignore[arg-type]
+        return class_and_weight(output, target, w, ignored)[1].sum()  # type: ignore[arg-type]
 
     def _cross_entropy(self, x: Tensor, t: Tensor, divide: bool) -> tuple[Tensor, Tensor | float, Tensor]:
         """Class indices: value and gradient share one softmax."""
@@ -193,7 +190,7 @@ class Criterion:
         w, ignored = self.loss.weight, self.loss.ignore_index
         log_p = log_softmax(x.float() if x.dtype in HALF else x)
         loss, divisor = torch.ops.aten.nll_loss_forward.default(log_p, t, w, MEAN if divide else SUM, ignored)
-        index, M = rules.NLL.class_and_weight(log_p, t, w, ignored)  # type: ignore[arg-type]
+        index, M = class_and_weight(log_p, t, w, ignored)  # type: ignore[arg-type]
         dx = minus_target(log_p.exp_().mul_(M), index, -M)
         return loss, divisor, (dx.div_(divisor) if divide else dx).to(x.dtype)
 

@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from manualprop._backprop._destinations import HYPERPARAMETERS, on
+from manualprop._torch import inductor
 
 Body = Callable[..., tuple[Tensor, ...]]
 
@@ -107,10 +108,7 @@ def compiled_graph(body: Body, inputs: list[Tensor]) -> Body:
 
 def make(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
     """Compile a graph."""
-    from torch._inductor import compile as inductor  # seconds to import
-
-    run: Callable[..., Any] = inductor(graph, [*inputs])
-    return run
+    return inductor(graph, [*inputs])
 
 
 def lifted(graph: GraphModule) -> list[Tensor]:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from manualprop._backprop._criterion import Criterion
 from manualprop._backprop._graph import Graphs
@@ -23,6 +22,7 @@ from manualprop._backprop._plan import Plan
 from manualprop._backprop._stages import build
 from manualprop._backprop._trace import Note, Record, headline, record, recorder, watched
 from manualprop._backprop._ways import Captured, Collected, Compiled, Plain, Repeated, Way, repeated
+from manualprop._torch import any_autocast, optimizer_post_hooks, optimizer_pre_hooks
 from manualprop.descent import Descent, Stochastic
 
 
@@ -185,7 +185,7 @@ class Backprop:
     # ----- what may have changed since the last step -----
 
     def _check(self) -> None:
-        if torch._C._is_any_autocast_enabled():
+        if any_autocast():
             raise RuntimeError(
                 "Backprop: a step runs in the precision of the model. Got an enabled autocast; leave the region, and "
                 "give the model the precision with model.to(dtype)."
@@ -204,8 +204,8 @@ class Backprop:
         return bool(
             optimizer._optimizer_step_pre_hooks
             or optimizer._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
+            or optimizer_pre_hooks
+            or optimizer_post_hooks
         )
 
     # ----- gradients without an update -----

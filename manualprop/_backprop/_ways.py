@@ -25,6 +25,7 @@ from manualprop._backprop._graph import Body, Graphs, Hyperparameters, with_tens
 from manualprop._backprop._plan import Collection, Plan
 from manualprop._backprop._stages import Backward, Forward, chain_of
 from manualprop._splitting import check_splittable, is_sum
+from manualprop._torch import InferenceMode
 
 Way = Callable[[Tensor, Tensor], tuple[float, Tensor]]
 
@@ -74,7 +75,7 @@ class Repeated:
         self.plan, self.forwards, self.backwards, self.evaluate = plan, forwards, backwards, evaluate
 
     def __call__(self, x: Tensor, target: Tensor) -> tuple[float, Tensor]:
-        with torch._C._InferenceMode(True):  # what torch.inference_mode enters, at half the price
+        with InferenceMode(True):  # what torch.inference_mode enters, at half the price
             y = x
             for forward in self.forwards:
                 y = forward(y)

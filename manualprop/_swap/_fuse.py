@@ -19,10 +19,10 @@ from manualprop.nn.fusing import (
     Part,
     activation_name,
     is_plain,
+    linear_parameters,
     match,
     runs,
 )
-from manualprop.nn.linear import Linear
 
 # Of BERT and its kin, of torch's transformer, of an MLP.
 METHODS = (
@@ -249,10 +249,10 @@ def _call(module: nn.Module, steps: Sequence[Step], site: tuple[int, ...]) -> Ca
     """The one function of the values that enter the steps of ``site``, or None where they must run one by one."""
     parts = [_part(module, steps[n]) for n in site]
     if len(site) == 3 and parts[1] in (operator.mul, torch.mul):
-        name, linear = activation_name(parts[0]), parts[2]
-        if name is None or not isinstance(linear, Linear) or not is_plain(linear, Linear):
+        name, linear = activation_name(parts[0]), linear_parameters(parts[2])
+        if name is None or linear is None:
             return None
-        return lambda gate, up: F.gated_linear(gate, up, linear.weight, linear.bias, name)
+        return lambda gate, up: F.gated_linear(gate, up, *linear, name)
     if any(steps[n].function is not None for n in site[1:]):
         return None
     found = match(parts)

@@ -1,6 +1,6 @@
 """``swap`` and ``unswap``: only the class of a layer changes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -11,7 +11,7 @@ from manualprop._swap._check import prove
 from manualprop._swap._fuse import PROGRAM, fused_from, fusion
 from manualprop._swap._report import Model, Report, Row
 from manualprop._swap._select import Selection, selected
-from manualprop._swap._twins import TORCHS, TWINS, bare_functions, is_rebound, no_twin, title
+from manualprop._swap._twins import bare_functions, is_rebound, no_twin, original, title, twin
 
 
 def swap(
@@ -38,7 +38,7 @@ def swap(
         check: inputs for which to compare the model before and after: a tensor, a tuple of positional arguments,
             or a dict of keyword arguments.  See below.
         fuse: whether neighbours among the swapped layers are to run as one where that keeps less for backward: in
-            every :class:`torch.nn.Sequential`, which becomes a :class:`manualprop.nn.FusedSequential`, in MLPs (Llama's and its kin's,
+            every :class:`torch.nn.Sequential`, which becomes a :class:`manualprop.nn.FusedSequential`, in MLPs (GPT-2's, Llama's and its kin's,
             ViT's, T5's) and the MLPs of BERT's and torch's transformer layers, which get a subclass of their class.  The layers stay
             where they are; paths, ``state_dict``, shared weights and hooks too.
 
@@ -69,7 +69,7 @@ def swap(
     Last, the bytes kept for backward are measured, before and after: the report names the layers that keep more.
     """
     _check_model("swap", model)
-    rows, changes = _plan(model, only, skip, TWINS)
+    rows, changes = _plan(model, only, skip, twin)
     if fuse:
         apply(changes)
         try:
@@ -97,14 +97,14 @@ def unswap(model: Model, *, only: Selection = None, skip: Selection = None) -> R
         ValueError: if a pattern matches no module.
     """
     _check_model("unswap", model)
-    rows, changes = _plan(model, only, skip, TORCHS)
+    rows, changes = _plan(model, only, skip, original)
     more_rows, fused = _unfusions(model, _chosen(only, skip, _paths(model)))
     apply(changes)
     revert(fused)
     return Report(model, rows + more_rows)
 
 
-Classes = dict[type[nn.Module], type[nn.Module]]
+Classes = Callable[[type[nn.Module]], type[nn.Module] | None]
 
 
 def _paths(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -132,7 +132,7 @@ def _plan(
             rows.append(row)
         if after is not None:
             changes.append(Change(path, module, type(module), after))
-        if classes is TWINS and type(module) not in TWINS:
+        if classes is twin and twin(type(module)) is None:
             rows.extend(_function_rows(path, module))
     return tuple(rows), changes
 
@@ -158,10 +158,10 @@ def _unfusions(model: nn.Module, chosen: set[nn.Module]) -> tuple[tuple[Row, ...
     """The rows and changes that take fused classes back."""
     rows, changes = [], []
     for path, module in model.named_modules():
-        before, original = type(module), fused_from(type(module))
-        if original is not None and module in chosen:
-            rows.append(Row(path, title(before), title(original), ""))
-            changes.append(Change(path, module, original, before, True, {PROGRAM: None}))
+        before, unfused = type(module), fused_from(type(module))
+        if unfused is not None and module in chosen:
+            rows.append(Row(path, title(before), title(unfused), ""))
+            changes.append(Change(path, module, unfused, before, True, {PROGRAM: None}))
     return tuple(rows), changes
 
 
@@ -169,13 +169,13 @@ def _judged(
     path: str, module: nn.Module, chosen: bool, classes: Classes
 ) -> tuple[Row | None, type[nn.Module] | None]:
     """The row of one module, if it is a layer, and the class that it is to have, if another."""
-    before, after = title(type(module)), classes.get(type(module))
+    before, after = title(type(module)), classes(type(module))
     if after is None:
         reason = no_twin(module)
-        foreign = classes is TORCHS and not isinstance(module, tuple(TORCHS))  # nothing to take back
+        nothing_to_take_back = classes is original and not any(map(original, type(module).__mro__))
         # A part of the parametrized layer, which has its own row.
         within = ".parametrizations." in f".{path}."
-        if reason is None or foreign or within:
+        if reason is None or nothing_to_take_back or within:
             return None, None
         return Row(path, before, None, reason), None
     if is_rebound(module):

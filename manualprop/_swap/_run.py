@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 from manualprop._receipt import Receipt, receipt
+from manualprop._torch import TorchDispatchMode, tree_map
 
 Named = dict[str, Tensor]
 

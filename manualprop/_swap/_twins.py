@@ -9,6 +9,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from manualprop import functional
 from manualprop.nn import activation, dropout, embedding, gated, linear, loss, norm
+from manualprop.nn.foreign import foreign_original, foreign_twin
 
 
 def _twins() -> dict[type[nn.Module], type[nn.Module]]:
@@ -29,13 +30,24 @@ def _twins() -> dict[type[nn.Module], type[nn.Module]]:
 TWINS = _twins()
 TORCHS = {ours: torchs for torchs, ours in TWINS.items()}
 
+
+def twin(cls: type[nn.Module]) -> type[nn.Module] | None:
+    """The class of ours for a class of torch's, or of another library's."""
+    return TWINS.get(cls) or foreign_twin(cls)
+
+
+def original(cls: type[nn.Module]) -> type[nn.Module] | None:
+    """The class that a class of ours is the twin of."""
+    return TORCHS.get(cls) or foreign_original(cls)
+
+
 # They hold layers and are none, even when they hold nothing (the shortcut of a residual block, say).
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 def no_twin(module: nn.Module) -> str | None:
     """Why ``module`` stays as it is: the reason for the report, or None for what is no layer but holds some."""
-    bases = [c for c in type(module).__mro__ if c in TWINS or c in TORCHS]
+    bases = [c for c in type(module).__mro__ if twin(c) or original(c)]
     if type(module).__module__.startswith("manualprop.nn") and not isinstance(module, CONTAINERS):
         return "already manualprop's"
     if bases and is_parametrized(module):
@@ -66,6 +78,8 @@ def bare_functions(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]
 
 def title(cls: type) -> str:
     """The name that users write: ``torch.nn.Linear``, not ``torch.nn.modules.linear.Linear``."""
+    if foreign_original(cls) is not None:
+        return f"manualprop's {cls.__qualname__}"  # no name in manualprop.nn: it exists once a model has one
     if getattr(nn, cls.__name__, None) is cls:
         return f"torch.nn.{cls.__name__}"
     if cls in TORCHS or cls.__module__.startswith("manualprop.nn"):

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
-NONE_OF_ITS_OWN = (torch._C._disabled_torch_function_impl, Tensor.__torch_function__.__func__)  # type: ignore[attr-defined]
+from manualprop._torch import no_torch_function, torch_function_enabled
+
+NONE_OF_ITS_OWN = (no_torch_function, Tensor.__torch_function__.__func__)  # type: ignore[attr-defined]
 
 OFFERING = 1  # frames between a public function and its caller, for the stack level of a warning
 
@@ -30,7 +32,7 @@ def offered(ours: Callable[..., Any]) -> Callable[..., Any]:
         if not (has_torch_function(args) or (kwargs and has_torch_function(tuple(kwargs.values())))):
             return ours(*args, **kwargs)
         # True also where a mode is active, and for a subclass that has the method of every subclass alone.
-        enabled = torch._C._is_torch_function_enabled()
+        enabled = torch_function_enabled()
         overriding = tuple(a for a in (*args, *kwargs.values()) if enabled and overrides(type(a)))
         if not overriding:
             return ours(*args, **kwargs)

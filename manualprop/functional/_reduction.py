@@ -4,35 +4,44 @@ import warnings
 
 import torch
 from torch import Tensor
-from torch.nn import _reduction
 
+from manualprop._torch import any_autocast, reductions
 from manualprop.functional._offer import OFFERING
 from manualprop.functions._rule import HALF
+
+NAMES = ("none", "mean", "sum")  # in the order of ATen's numbers
 
 
 def legacy_reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
     """The name of the reduction, with the options that ``reduction`` replaced."""
+    if size_average is None and reduce is None and reduction in NAMES:
+        return reduction
     if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+        reduction = reductions.legacy_get_string(size_average, reduce)
     # ValueError for an unknown one, as in torch, and a warning for the old name of "mean"
-    return ("none", "mean", "sum")[_reduction.get_enum(reduction)]
+    return NAMES[reductions.get_enum(reduction)]
 
 
-def reduced(loss: Tensor, reduction: str, dtype: torch.dtype, mass: Tensor | None = None) -> Tensor:
+def reduced(loss: Tensor, reduction: str, dtype: torch.dtype, mass: Tensor | int | None = None) -> Tensor:
     """The reduction of ``loss``, rounded once to ``dtype``; a mean is over ``mass`` if given."""
     if reduction == "sum":
         loss = loss.sum()
     elif reduction == "mean":
         # Not loss.mean(): its backward writes one and the same number into a tensor as large as the loss.
         loss = loss.sum() / (loss.numel() if mass is None else mass)
-    return loss.to(dtype)
+    return in_dtype(loss, dtype)
+
+
+def in_dtype(loss: Tensor, dtype: torch.dtype) -> Tensor:
+    """``loss.to(dtype)``, which takes as long as a small loss itself where there is nothing to do."""
+    return loss if loss.dtype is dtype else loss.to(dtype)
 
 
 def loss_dtype(input: Tensor) -> torch.dtype:
     """The dtype of a loss: the input's, but autocast runs most losses in float32 and leaves them there."""
     if not input.is_floating_point():
         return torch.get_default_dtype()
-    if input.dtype not in HALF or not torch._C._is_any_autocast_enabled():
+    if input.dtype not in HALF or not any_autocast():
         return input.dtype
     device = input.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from manualprop import functions as rules
+from manualprop._torch import any_autocast
 from manualprop.functional import activation as activations
 from manualprop.functional._checks import refuse_complex
 from manualprop.functional.dropout import _check_probability, _kept
@@ -321,7 +322,7 @@ def _check_fit(name: str, input: Tensor, weight: Tensor) -> None:
             f"{name}: the last axis of input must be in_features of weight. Got shapes {tuple(input.shape)} and "
             f"{tuple(weight.shape)}."
         )
-    if input.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
+    if input.dtype != weight.dtype and not any_autocast():
         raise RuntimeError(
             f"{name}: input and weight must have one dtype. Got {input.dtype} and {weight.dtype}; convert one."
         )

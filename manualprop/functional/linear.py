@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from manualprop import functions as rules
+from manualprop._torch import any_autocast
 from manualprop.functional._checks import refuse_complex
 
 __all__ = ["bilinear", "linear"]
@@ -41,7 +42,7 @@ def _autocast_low(*tensors: Any) -> Any:
 
     Cast outside of the rule: inside, its backward would meet half-precision gradients and float32 weights.
     """
-    if not torch._C._is_any_autocast_enabled():
+    if not any_autocast():
         return tensors
     device = tensors[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):

@@ -9,7 +9,7 @@ from manualprop import functions as rules
 from manualprop.functional._checks import refuse_complex
 from manualprop.functional._reduction import legacy_reduction, loss_dtype, reduced, refuse_gradient
 from manualprop.functional.linear import _autocast_low
-from manualprop.functional.loss import _class_mass
+from manualprop.functions._execution._classes import divisor
 from manualprop.functions._rule import plain_eager
 from manualprop.functions.linear_cross_entropy import probability_mass
 
@@ -68,7 +68,7 @@ def linear_cross_entropy(
     if probabilities and weight is not None and weight.requires_grad:
         t, weight, e = probability_mass(t, weight, e), None, 0.0
     inputs = x, W, b, t, weight, ignored, e, _rows(x, W, options)
-    mass = None if reduction != "mean" or probabilities else _class_mass(target, weight, ignored)
+    mass = None if reduction != "mean" or probabilities else divisor(target, weight, ignored)
     if options is not None and reduction != "none" and _once(options, x, W, b, t):
         if reduction == "mean" and mass is None:
             mass = x.new_tensor(target.numel() / classes, dtype=torch.float32)

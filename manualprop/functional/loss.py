@@ -10,6 +10,7 @@ from manualprop.functional._checks import refuse_complex
 from manualprop.functional._offer import OFFERING
 from manualprop.functional._reduction import (
     alike,
+    in_dtype,
     legacy_reduction,
     loss_dtype,
     promoted,
@@ -19,6 +20,7 @@ from manualprop.functional._reduction import (
 )
 from manualprop.functions._elementwise_loss import ElementwiseLoss
 from manualprop.functions._rule import plain_eager
+from manualprop.functions.cross_entropy import weighted_probabilities
 
 __all__ = [
     "binary_cross_entropy",
@@ -272,12 +274,12 @@ def cross_entropy(
     """
     reduction = legacy_reduction(size_average, reduce, reduction)
     refuse_complex("cross_entropy", input, target)
-    if input.shape == target.shape:
+    if input.dim() == target.dim() and input.shape == target.shape:
         return _soft_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
-    refuse_gradient("cross_entropy", weight=weight)
-    loss = rules.CrossEntropy.apply(input, target, weight, ignore_index, float(label_smoothing))
-    mass = None if reduction != "mean" else _class_mass(target, weight, ignore_index, loss.dtype)
-    return reduced(loss, reduction, loss_dtype(input), mass)
+    if weight is not None:
+        refuse_gradient("cross_entropy", weight=weight)
+    loss = rules.CrossEntropy.apply(input, target, weight, ignore_index, float(label_smoothing), reduction)
+    return in_dtype(loss, loss_dtype(input))
 
 
 def nll_loss(
@@ -296,18 +298,9 @@ def nll_loss(
     """
     reduction = legacy_reduction(size_average, reduce, reduction)
     refuse_complex("nll_loss", input)
-    refuse_gradient("nll_loss", weight=weight)
-    loss = rules.NLL.apply(input, target, weight, ignore_index)
-    mass = None if reduction != "mean" else _class_mass(target, weight, ignore_index, loss.dtype)
-    return reduced(loss, reduction, loss_dtype(input), mass)
-
-
-def _class_mass(
-    target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype | None = None
-) -> Tensor:
-    """The weights of the targets that count, summed: what a mean over them divides by."""
-    counted = target.ne(ignore_index)
-    return (counted if weight is None else weight[target.where(counted, 0)] * counted).sum(dtype=dtype)
+    if weight is not None:
+        refuse_gradient("nll_loss", weight=weight)
+    return in_dtype(rules.NLL.apply(input, target, weight, ignore_index, reduction), loss_dtype(input))
 
 
 def _soft_cross_entropy(
@@ -337,15 +330,10 @@ def _soft_cross_entropy(
             f"cross_entropy: weight tensor should be defined either for all {classes} classes or no classes "
             f"but got weight tensor of shape: {list(weight.shape)}"
         )
-    mass = target
-    if label_smoothing > 0:
-        mass = target * (1 - label_smoothing) + label_smoothing / classes
-    if weight is not None:
-        axes = [1] * input.dim()
-        axes[dim] = classes
-        mass = mass * weight.view(axes)
-    loss = rules.SoftCrossEntropy.apply(input, mass)
-    return reduced(loss, reduction, loss_dtype(input), None if loss.numel() else loss.sum())
+    e = float(label_smoothing)
+    if weight is not None and weight.requires_grad:
+        target, weight, e = weighted_probabilities(target, weight, e), None, 0.0
+    return in_dtype(rules.SoftCrossEntropy.apply(input, target, weight, e, reduction), loss_dtype(input))
 
 
 def binary_cross_entropy(

@@ -12,31 +12,29 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._C._functorch import (
-    _add_batch_dim,
+from torch.autograd import Function
+
+from manualprop._torch import (
+    DYNAMO,
+    add_batch_dim,
+    forward_mode,
     get_unwrapped,
     is_batchedtensor,
     is_legacy_batchedtensor,
     maybe_get_bdim,
     maybe_get_level,
+    unpack_dual,
     unwrap_if_dead,
 )
-from torch.autograd import Function
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
-
+from manualprop._torch import transforms_active as transforms_active
 from manualprop.functions._declaration import parameters, require_methods
 
 HALF = frozenset({torch.float16, torch.bfloat16})
 
 
-def transforms_active() -> bool:
-    """Whether a ``torch.func`` transform (vmap, grad, jvp, ...) encloses this call."""
-    return torch._C._are_functorch_transforms_active()
-
-
 def plain_eager() -> bool:
     """Whether neither a ``torch.func`` transform nor the compiler watches, which both refuse some in-place forms."""
-    return not (torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling())
+    return not (transforms_active() or torch.compiler.is_compiling())
 
 
 def times(fresh: Tensor, other: Tensor) -> Tensor:
@@ -71,7 +69,7 @@ def at_every_level(jvp: Callable[..., Any]) -> Callable[..., Any]:
     def every_level(ctx: Any, *tangents: Any) -> Any:
         if not transforms_active():
             return jvp(ctx, *tangents)
-        with _set_fwd_grad_enabled(True):
+        with forward_mode(True):
             return jvp(_WithPrimals(ctx), *tangents)
 
     return every_level
@@ -92,9 +90,9 @@ def _primal(t: Tensor | None) -> Tensor | None:
         return None
     if is_batchedtensor(t):  # vmap within forward mode: the tangents lie under the batch
         inner: Any = _primal(get_unwrapped(t))
-        batched: Tensor = _add_batch_dim(inner, maybe_get_bdim(t), maybe_get_level(t))
+        batched: Tensor = add_batch_dim(inner, maybe_get_bdim(t), maybe_get_level(t))
         return batched
-    primal: Tensor = torch._VF._unpack_dual(t, level=0)[0]
+    primal: Tensor = unpack_dual(t, level=0)[0]
     return primal
 
 
@@ -233,7 +231,7 @@ _waiting: list[type[Rule]] = []
 
 
 def _register(cls: type[Rule]) -> None:
-    if "torch._dynamo" in sys.modules:
+    if DYNAMO in sys.modules:
         torch.compiler.allow_in_graph(cls)
     else:
         _waiting.append(cls)
@@ -245,7 +243,7 @@ class _AfterDynamo(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != "torch._dynamo":
+        if fullname != DYNAMO:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
@@ -261,7 +259,7 @@ class _AfterDynamo(importlib.abc.MetaPathFinder):
         return spec
 
 
-if "torch._dynamo" not in sys.modules:
+if DYNAMO not in sys.modules:
     sys.meta_path.insert(0, _AfterDynamo())
 
 

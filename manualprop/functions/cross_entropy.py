@@ -1,40 +1,100 @@
 r"""Hand-derived rules of the cross-entropies: with logits, log-probabilities or probabilities as predictions.
 
-One value for each example (for each element with two classes); reductions are in :mod:`manualprop.functional`.
-
 Symbols
     x   prediction or logits          g   dL/dl, the gradient that arrives
     t   target                        v   dL/d(dx), the gradient of the gradient
     l   loss, before reduction        c, k run over the C classes
-    s   the logistic sigmoid of x     1[...]   1 where the condition holds, else 0
+    p   softmax(x), over the classes  1[...]   1 where the condition holds, else 0
+    w   class weights, may be None    s   the logistic sigmoid of x
+    m   the mass that the target puts on a class, and M = sum_c m_c
+    D   what a mean divides by: the sum of w_t over the targets that count, the number of examples for probabilities
+Shape legend
+    N   examples        C   classes        L   all further axes, flattened; without them, none
+    Inside of a formula x is (N, C, L), what belongs to an example (N, 1, L), w (C, 1).
+Reduction
+    A rule with class indices or probabilities makes the sum or the mean itself, the others one value for each element.
 Half precision
     The losses of half-precision predictions are computed and returned in float32: the reduction rounds once.
 """
 
-import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
 
 from manualprop.functions._elementwise_loss import Curvature, ElementwiseLoss
-from manualprop.functions._kernels import flattened, minus, rows_of_a_block
-from manualprop.functions._rule import (
-    HALF,
-    Rule,
-    full_dtype,
-    in_full_precision,
-    plain_eager,
-    times,
-    transforms_active,
-)
+from manualprop.functions._execution import _classes as aten
+from manualprop.functions._execution import less_on_class, of_class, on_class, recorded
+from manualprop.functions._execution._classes import classwise, rows, shape_of_targets, weights
+from manualprop.functions._rule import Rule, flat
+from manualprop.functions.norm import shaped
 from manualprop.functions.softmax import dot
 
 __all__ = ["BCE", "NLL", "BCEWithLogits", "BCEWithPosWeight", "CrossEntropy", "SoftCrossEntropy"]
 
-MANY = 2**15  # numbers from which finding their places in memory pays, measured
+
+class Mass(NamedTuple):
+    """The mass m that a target puts on the classes, m_c = r 1[c = t] + b_c, and M = sum_c m_c: of every cross-entropy.
+
+    M and r are (N, 1, L), or a number; t is a class index (N, 1, L), or None where b, (N, C, L), is all of m; b is
+    (C, 1) or a number for class indices, or None for 0.
+    """
+
+    M: Tensor | float
+    r: Tensor | float
+    t: Tensor | None
+    b: Tensor | float | None
+
+    def excess(self, p: Tensor) -> Tensor:
+        """M p - m, which is dl/dx."""
+        rest = self.M * p if self.b is None else self.M * p - self.b
+        return rest if self.t is None else less_on_class(rest, self.r, self.t)
+
+    def dense(self, like: Tensor) -> Tensor:
+        """m, as wide as ``like``."""
+        m = torch.zeros_like(like) if self.t is None else on_class(self.r, self.t, like)
+        return m if self.b is None else m + self.b
+
+
+def mass_of_index(t: Tensor, w: Tensor | None, e: float, a: float) -> Mass:
+    """m_c = (1 - e) w_t 1[c = t] + a w_c with label smoothing e and a = e / C."""
+    if w is None:
+        return Mass(1.0, 1 - e, t, a or None)
+    w_t = of_class(w, t)
+    return Mass(w_t, w_t, t, None) if e == 0 else Mass((1 - e) * w_t + a * w.sum(), (1 - e) * w_t, t, a * w)
+
+
+def mass_of_probabilities(t: Tensor, w: Tensor | None, e: float, a: float) -> Mass:
+    """m_c = ((1 - e) t_c + a) w_c with label smoothing e and a = e / C."""
+    m = t if e == 0 else (1 - e) * t + a
+    return any_mass(m if w is None else m * w)
+
+
+def any_mass(m: Tensor) -> Mass:
+    """m itself."""
+    return Mass(m.sum(1, keepdim=True), 0.0, None, m)
+
+
+def share(g: Tensor, t: Tensor, w: Tensor | None, ignored: int, reduction: str) -> tuple[Tensor, Tensor]:
+    """dL/dl of each loss, and the target, 0 for an ignored one: g, over D for a mean, and 0 for an ignored target,
+    whatever g is: over targets that are all ignored, D = 0.
+    """
+    occurring = aten.occurring(ignored, t)
+    if reduction == "mean":
+        g = g / aten.divisor(t, w, occurring)
+    if occurring is None:
+        return g, t
+    counted = t != occurring
+    return g.where(counted, 0), t.where(counted, 0)
+
+
+def spread(e: float, x: Tensor) -> float:
+    """a = e / C."""
+    return e and e / x.shape[min(1, x.dim() - 1)]
+
+
+# ----- the rules -----
 
 
 class CrossEntropy(Rule):
@@ -47,12 +107,12 @@ class CrossEntropy(Rule):
         d(log p_c)/dx_k = 1[c = k] - p_k                           log-softmax
         dl/dx_k = -sum_c m_c (1[c = k] - p_k)                      chain rule
                 = M p_k - m_k                                      without weights and smoothing: p - onehot(t)
-        dL/dx = g (M p - m)
+        dL/dx = g (M p - m)                                        of a mean, g / D in the place of g
         dl = <M p - m, dx>                                         forward mode
     Second order
         :class:`CrossEntropyGradient`, by hand.
     Shape
-        x (N, C, ...) and t (N, ...) -> l (N, ...);  x (C,) and t () -> l ()
+        x (N, C, ...) and t (N, ...) -> l (N, ...), or its sum or mean ();  x (C,) and t () -> l ()
     Memory
         x, t and w.
     Accuracy
@@ -60,178 +120,192 @@ class CrossEntropy(Rule):
     """
 
     @staticmethod
-    def forward(x: Tensor, t: Tensor, w: Tensor | None, ignore_index: int, e: float) -> Tensor:
-        lift = x.dtype in HALF and t.shape == shape_of_targets(x)
-        n = rows_of_a_block(t, x) if lift else len(x)
-        if n == len(x):
-            return CrossEntropy._losses(x, t, w, ignore_index, e)
-        pieces = zip(x.split(n), t.split(n), strict=True)
-        return torch.cat([CrossEntropy._losses(*piece, w, ignore_index, e) for piece in pieces])
-
-    @staticmethod
-    def _losses(x: Tensor, t: Tensor, w: Tensor | None, ignore_index: int, e: float) -> Tensor:
-        x, w = in_full_precision(x), lifted(w, x)
-        if e == 0 and NLL._picks(x, t, w):
-            return NLL.forward(torch.log_softmax(x, 1), t, w, ignore_index)
-        return F.cross_entropy(x, t, w, None, ignore_index, None, "none", e)
+    def forward(
+        x: Tensor,
+        t: Tensor,
+        w: Tensor | None = None,
+        ignored: int = -100,
+        e: float = 0.0,
+        reduction: str = "mean",
+    ) -> Tensor:
+        return aten.cross_entropy(x, t, w, ignored, e, reduction)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, t, w, ctx.ignore_index, ctx.e = inputs
+        x, t, w, *ctx.options = inputs
         ctx.save_for_backward(x, t, w)
         ctx.save_for_forward(x, t, w)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, t, w = ctx.saved_tensors
-        dim = class_dim(x)
-        index, counted = NLL.classes(x, t, ctx.ignore_index)
-        g = g.where(counted.squeeze(dim), 0)  # infinite where a mean is over ignored targets alone
-        if torch.is_grad_enabled() or transforms_active():
-            m = target_mass(x, t, w, ctx.ignore_index, ctx.e)
-            dx = CrossEntropyGradient.apply(g, x, m, dim)
-        else:
-            dx = CrossEntropy._gradient(x, w, index, counted, ctx.e, g.unsqueeze(dim))
-        return dx, None, None, None, None
+        ignored, e, reduction = ctx.options
+        z, g, t = rows(x, g, t)
+        g, t = share(g, t, w, ignored, reduction)
+        dx = index_gradient(z, g, t, weights(w, z), e, spread(e, x))
+        return shaped(dx, x.shape), None, None, None, None, None
 
     @staticmethod
-    def _gradient(x: Tensor, w: Tensor | None, index: Tensor, counted: Tensor, e: float, g: Tensor) -> Tensor:
-        """dL/dx = g M p - g m, where g is 0 for an ignored target; some rows at a time if many are to be lifted."""
-        if torch.compiler.is_compiling():  # which multiplies by g on the way; what comes before it could keep
-            b = CrossEntropy._difference(x, w, *CrossEntropy._masses(x, w, index, counted, e))
-            return times(b, g).to(x.dtype)
-        masses = CrossEntropy._masses(x, w, index, g, e)
-        n = rows_of_a_block(g, index, x) if x.dtype in HALF and x.dim() > 1 else len(x)
-        if n == len(x):
-            return CrossEntropy._difference(x, w, *masses).to(x.dtype)
-        dx = torch.empty_like(x)
-        pieces = [itertools.repeat(None) if s is None else s.split(n) for s in (dx, x, *masses)]
-        for out, some_x, *some in zip(*pieces, strict=False):
-            out.copy_(CrossEntropy._difference(some_x, w, *some))
-        return dx
-
-    @staticmethod
-    def output_gradient(x: Tensor, t: Tensor, w: Tensor | None, ignore_index: int, e: float) -> Tensor:
-        """dl/dx = M p - m: the gradient of the loss with respect to the network's output, for each example."""
-        index, counted = NLL.classes(x, t, ignore_index)
-        return CrossEntropy._difference(x, w, *CrossEntropy._masses(x, w, index, counted, e))
-
-    @staticmethod
-    def _masses(
-        x: Tensor, w: Tensor | None, index: Tensor, one: Tensor, e: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The target; and what M p - m has of p, of onehot(t) and, with label smoothing, of w, if ``one`` is the unit.
-
-        All (N, 1, ...): ``one`` is 1 where the target counts and 0 where it is ignored, or g in place of 1.
-        """
-        one, w, C = one.to(full_dtype(x)), lifted(w, x), x.shape[class_dim(x)]
-        m_t = one if w is None else one * CrossEntropy._weight(x, w, index)
-        if e == 0:
-            return index, m_t, m_t, None
-        m_t, share = m_t * (1 - e), one * (e / C)
-        return index, m_t + share * (C if w is None else w.sum()), m_t, share
-
-    @staticmethod
-    def _weight(x: Tensor, w: Tensor, index: Tensor) -> Tensor:
-        """w_t."""
-        if torch.compiler.is_compiling() and x.dim() > 2:
-            # A sum over the classes is kept for all of them, where inductor would look w_t up for each.
-            return (CrossEntropy._onehot(x, index) * along_classes(w, x)).sum(1, keepdim=True)
-        return w[index]
-
-    @staticmethod
-    def _onehot(x: Tensor, index: Tensor) -> Tensor:
-        """1[c = t] (N, C, ...), by a scattering that inductor makes a comparison."""
-        return torch.zeros_like(x, dtype=full_dtype(x)).scatter(class_dim(x), index, 1.0)
-
-    @staticmethod
-    def _difference(
-        x: Tensor, w: Tensor | None, index: Tensor, M: Tensor, m_t: Tensor, share: Tensor | None
+    def output_gradient(
+        x: Tensor, t: Tensor, w: Tensor | None = None, ignored: int = -100, e: float = 0.0
     ) -> Tensor:
-        """M p - m with m = m_t onehot(t) + share w, where t is ``index``."""
-        b = times(torch.softmax(in_full_precision(x), class_dim(x)), M)
-        if share is not None:
-            b = minus(b, share if w is None else share * along_classes(in_full_precision(w), x))
-        if torch.compiler.is_compiling() and x.dim() > 2:
-            # a comparison with the index, where inductor would add value by value
-            return b - CrossEntropy._onehot(x, index) * m_t
-        return CrossEntropy.minus_target(b, index, -m_t)
-
-    @staticmethod
-    def minus_target(Mp: Tensor, index: Tensor, minus_M: Tensor) -> Tensor:
-        """M p - m, written into M p, where the whole mass M is on the class ``index``; both (N, 1, ...)."""
-        return Mp.scatter_add_(class_dim(Mp), index, minus_M)
+        """dl/dx = M p - m: the gradient of the loss with respect to the network's output, for each example."""
+        z, g, t = rows(x, x.new_ones(t.shape), t)
+        g, t = share(g, t, w, ignored, "none")
+        dx: Tensor = index_gradient(z, g, t, weights(w, z), e, spread(e, x))
+        return shaped(dx, x.shape)  # type: ignore[no-any-return]
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, *_: None) -> Tensor:
         x, t, w = ctx.saved_tensors
+        ignored, e, reduction = ctx.options
         dx = torch.zeros_like(x) if dx is None else dx  # class weights are constants, as in PyTorch
-        dim = class_dim(x)
-        m = target_mass(x, t, w, ctx.ignore_index, ctx.e)
-        p = torch.softmax(in_full_precision(x), dim)
-        return dot(m.sum(dim, keepdim=True) * p - m, in_full_precision(dx), dim).squeeze(dim)
+        counted = t != ignored
+        z, index = rows(x, t.where(counted, 0))
+        dl = index_tangent(z, rows(dx)[0], index, weights(w, z), e, spread(e, x))
+        return aten.reduced(dl.reshape(t.shape).where(counted, 0), t, w, ignored, reduction)
+
+
+def index_gradient_by_rule(x: Tensor, g: Tensor, t: Tensor, w: Tensor | None, e: float, a: float) -> Tensor:
+    """g (M p - m), to be differentiated."""
+    b: Tensor = CrossEntropyGradient.apply(g.expand(t.shape), x, dense_mass(x, t, w, e, a))
+    return b
+
+
+@classwise("x (X), g (G), t (T), w (W) -> dx like x")
+def index_gradient_by_formula(
+    x: Tensor, g: Tensor, t: Tensor, w: Tensor | None, e: float, a: float
+) -> Tensor:
+    """g (M p - m)"""
+    return g * mass_of_index(t, w, e, a).excess(torch.softmax(x, 1))
+
+
+index_gradient = recorded(index_gradient_by_rule, index_gradient_by_formula)
+
+
+@classwise("x (X), dx (X), t (T), w (W) -> dl (T)")
+def index_tangent(x: Tensor, dx: Tensor, t: Tensor, w: Tensor | None, e: float, a: float) -> Tensor:
+    """<M p - m, dx>"""
+    return dot(mass_of_index(t, w, e, a).excess(torch.softmax(x, 1)), dx, 1)
+
+
+@classwise("x (X), t (T), w (W) -> m (X)")
+def dense_mass(x: Tensor, t: Tensor, w: Tensor | None, e: float, a: float) -> Tensor:
+    """m"""
+    return mass_of_index(t, w, e, a).dense(x)
 
 
 class SoftCrossEntropy(Rule):
-    r"""$l = -\sum_c m_c \log p_c$ with $p = \operatorname{softmax}(x)$ and any mass $m$ on the classes as target
+    r"""$l = -\sum_c m_c \log p_c$ with $p = \operatorname{softmax}(x)$ and the probability $t$ of each class as target
+
+    The mass on class c, with class weights w (1 without) and label smoothing e:
+        m_c = ((1 - e) t_c + e / C) w_c
 
     Derivation, with M = sum_c m_c
         dl/dx_k = -sum_c m_c (1[c = k] - p_k) = M p_k - m_k        as in :class:`CrossEntropy`
-        dL/dx = g (M p - m)
-        dL/dm_c = -g log p_c
-        dl = <M p - m, dx> - <log p, dm>                           forward mode
+        dL/dx = g (M p - m)                                        of a mean, g / D in the place of g
+        dL/dt_c = -g log p_c dm_c/dt_c = -g (1 - e) w_c log p_c    chain rule
+        dl = <M p - m, dx> - <log p, (1 - e) w dt>                 forward mode
     Second order
-        :class:`CrossEntropyGradient`, by hand; that of dL/dm follows from the rule of log-softmax's products.
+        :class:`CrossEntropyGradient`, by hand; dL/dt is a product of g and log-softmax: autograd differentiates it.
     Shape
-        x and m (N, C, ...) -> l (N, ...);  (C,) -> ()
+        x and t (N, C, ...) -> l (N, ...), or its sum or mean ();  (C,) -> ()
     Memory
-        x and m.
+        x, t and w.
     Accuracy
         As :class:`CrossEntropy`.
     """
 
     @staticmethod
-    def forward(x: Tensor, m: Tensor) -> Tensor:
-        dim = class_dim(x)
-        log_p = torch.log_softmax(in_full_precision(x), dim)
-        return -(log_p * in_full_precision(m)).sum(dim)
+    def forward(x: Tensor, t: Tensor, w: Tensor | None, e: float, reduction: str) -> Tensor:
+        return aten.cross_entropy(x, t, w, -100, e, reduction)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, t, w, *ctx.options = inputs
+        ctx.save_for_backward(x, t, w)
+        ctx.save_for_forward(x, t, w)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, m = ctx.saved_tensors
-        needs_x, needs_m = ctx.needs_input_grad
-        dim = class_dim(x)
-        dx = None
-        if needs_x and (torch.is_grad_enabled() or transforms_active()):
-            dx = CrossEntropyGradient.apply(g, x, m, dim)
-        elif needs_x:
-            dx = times(SoftCrossEntropy.output_gradient(x, m), g.unsqueeze(dim)).to(x.dtype)
-        dm = None
-        if needs_m:
-            dm = (-g.unsqueeze(dim) * torch.log_softmax(in_full_precision(x), dim)).to(m.dtype)
-        return dx, dm
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, t, w = ctx.saved_tensors
+        e, reduction = ctx.options
+        if reduction == "mean":
+            g = g / aten.examples(x)
+        (z, g), (t_rows,), a = rows(x, g), rows(t), spread(e, x)
+        w = weights(w, z)
+        dx = dt = None
+        if ctx.needs_input_grad[0]:
+            dx = shaped(probability_gradient(z, g, t_rows, w, e, a), x.shape)
+        if ctx.needs_input_grad[1]:
+            dt = shaped(target_gradient(z, g, t_rows, w, e), t.shape)
+        return dx, dt, None, None, None
 
     @staticmethod
-    def output_gradient(x: Tensor, m: Tensor) -> Tensor:
-        """dl/dx = M p - m: the gradient of the loss with respect to the network's output, for each example."""
-        dim, m = class_dim(x), in_full_precision(m)
-        return torch.softmax(in_full_precision(x), dim).mul_(m.sum(dim, keepdim=True)).sub_(m)
+    def jvp(ctx: Any, dx: Tensor | None, dt: Tensor | None, *_: None) -> Tensor:
+        x, t, w = ctx.saved_tensors
+        e, reduction = ctx.options
+        (z,), (t_rows,), a = rows(x), rows(t), spread(e, x)
+        dx, dt = (None if d is None else rows(d)[0] for d in (dx, dt))
+        dl = probability_tangent(z, t_rows, dx, dt, weights(w, z), e, a)
+        return aten.reduced(dl.reshape(shape_of_targets(x)), t, w, -100, reduction)
 
-    @staticmethod
-    def jvp(ctx: Any, dx: Tensor | None, dm: Tensor | None) -> Tensor:
-        x, m = (in_full_precision(s) for s in ctx.saved_tensors)
-        dim = class_dim(x)
-        log_p = torch.log_softmax(x, dim)
-        dl = -dot(log_p, in_full_precision(dm), dim) if dm is not None else 0
-        if dx is not None:
-            dl = dl + dot(m.sum(dim, keepdim=True) * log_p.exp() - m, in_full_precision(dx), dim)
-        assert isinstance(dl, Tensor)  # autograd calls this only with a tangent
-        return dl.squeeze(dim)
+
+def probability_gradient_by_rule(
+    x: Tensor, g: Tensor, t: Tensor, w: Tensor | None, e: float, a: float
+) -> Tensor:
+    """g (M p - m), to be differentiated."""
+    m = probability_mass(t, w, e, a)
+    b: Tensor = CrossEntropyGradient.apply(g.expand_as(m[:, :1]), x, m)
+    return b
+
+
+@classwise("x (X), g (G), t (X), w (W) -> dx like x")
+def probability_gradient_by_formula(
+    x: Tensor, g: Tensor, t: Tensor, w: Tensor | None, e: float, a: float
+) -> Tensor:
+    """g (M p - m)"""
+    return g * mass_of_probabilities(t, w, e, a).excess(torch.softmax(x, 1))
+
+
+probability_gradient = recorded(probability_gradient_by_rule, probability_gradient_by_formula)
+
+
+@classwise("x (X), g (G), t (X), w (W) -> dt like t")
+def target_gradient(x: Tensor, g: Tensor, t: Tensor, w: Tensor | None, e: float) -> Tensor:
+    """-g (1 - e) w log p"""
+    return -g * mass_tangent(torch.log_softmax(x, 1), w, e)
+
+
+@classwise("x (X), t (X), dx (X), dt (X), w (W) -> dl (T)")
+def probability_tangent(
+    x: Tensor, t: Tensor, dx: Tensor | None, dt: Tensor | None, w: Tensor | None, e: float, a: float
+) -> Tensor:
+    """<M p - m, dx> - <log p, dm>"""
+    log_p = torch.log_softmax(x, 1)
+    dl = 0 if dx is None else dot(mass_of_probabilities(t, w, e, a).excess(log_p.exp()), dx, 1)
+    dl = dl if dt is None else dl - dot(log_p, mass_tangent(dt, w, e), 1)
+    assert isinstance(dl, Tensor)  # autograd calls this only with a tangent
+    return dl
+
+
+@classwise("t (X), w (W) -> m (X)")
+def probability_mass(t: Tensor, w: Tensor | None, e: float, a: float) -> Tensor:
+    """m"""
+    return mass_of_probabilities(t, w, e, a).dense(t)
+
+
+def weighted_probabilities(t: Tensor, w: Tensor, e: float) -> Tensor:
+    """m of probabilities (N, C, ...), a function of the weights, too, which the rules take for constants."""
+    (m,) = rows(t)
+    m = probability_mass(m, weights(w, m), e, spread(e, t))
+    return shaped(m, t.shape)  # type: ignore[no-any-return]
+
+
+def mass_tangent(dt: Tensor, w: Tensor | None, e: float) -> Tensor:
+    """dm = (1 - e) w dt of probabilities."""
+    dm = dt if e == 0 else (1 - e) * dt
+    return dm if w is None else dm * w
 
 
 class CrossEntropyGradient(Rule):
@@ -241,52 +315,59 @@ class CrossEntropyGradient(Rule):
         dL/dg   = <v, M p - m>                                     b is linear in g
         dL/dx_j = sum_k v_k g M dp_k/dx_j = g M p_j (v_j - <v, p>)
         dL/dm_c = sum_k v_k g (p_k - 1[k = c]) = g (<v, p> - v_c)
-        db = dg (M p - m) + g (dM p + M p (dx - <p, dx>) - dm)     forward mode, dM = sum_c dm_c
+        db = dg (M p - m) + g (dM p - dm) + g M p (dx - <p, dx>)   forward mode, dM = sum_c dm_c
     Shape
-        g (N, ...), x and m (N, C, ...) -> b (N, C, ...)
+        g (N, 1, L), x and m (N, C, L) -> b (N, C, L)
     Memory
         g, x and m.
     """
 
     @staticmethod
-    def forward(g: Tensor, x: Tensor, m: Tensor, dim: int) -> Tensor:
-        p, full_m = torch.softmax(in_full_precision(x), dim), in_full_precision(m)
-        return (g.unsqueeze(dim) * (full_m.sum(dim, keepdim=True) * p - full_m)).to(x.dtype)
+    def forward(g: Tensor, x: Tensor, m: Tensor) -> Tensor:
+        b: Tensor = gradient_of_mass(x, g, m)
+        return b
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
-        g, x, m, ctx.dim = inputs
-        ctx.save_for_backward(g, x, m)
-        ctx.save_for_forward(g, x, m)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        g, m, M, p = CrossEntropyGradient._parts(ctx)
-        full_v = in_full_precision(v)
-        needs_g, needs_x, needs_m, _ = ctx.needs_input_grad
-        vp = dot(full_v, p, ctx.dim)
-        dg = dot(full_v, M * p - m, ctx.dim).squeeze(ctx.dim) if needs_g else None
-        dx = (g * M * p * (full_v - vp)).to(v.dtype) if needs_x else None
-        dm = g * (vp - full_v) if needs_m else None
-        return dg, dx, dm, None
-
-    @staticmethod
-    def jvp(ctx: Any, dg: Tensor | None, dx: Tensor | None, dm: Tensor | None, _: None) -> Tensor:
-        g, m, M, p = CrossEntropyGradient._parts(ctx)
-        db = torch.zeros_like(p) if dg is None else dg.unsqueeze(ctx.dim) * (M * p - m)
-        if dx is not None:
-            db = db + g * M * p * (dx - dot(p, dx, ctx.dim))
-        if dm is not None:
-            db = db + g * (dm.sum(ctx.dim, keepdim=True) * p - dm)
-        return db.to(ctx.saved_tensors[1].dtype)
-
-    @staticmethod
-    def _parts(ctx: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """g with its class axis, m, M and p."""
         g, x, m = ctx.saved_tensors
-        m = in_full_precision(m)
-        p = torch.softmax(in_full_precision(x), ctx.dim)
-        return g.unsqueeze(ctx.dim), m, m.sum(ctx.dim, keepdim=True), p
+        gradients: tuple[Tensor | None, ...] = curvature(x, v, g, m, needs=tuple(ctx.needs_input_grad))
+        return gradients
+
+    @staticmethod
+    def jvp(ctx: Any, dg: Tensor | None, dx: Tensor | None, dm: Tensor | None) -> Tensor:
+        g, x, m = ctx.saved_tensors
+        db: Tensor = gradient_tangent(x, g, m, dg, dx, dm)
+        return db
+
+
+@classwise("x (X), g (T), m (X) -> b like x")
+def gradient_of_mass(x: Tensor, g: Tensor, m: Tensor) -> Tensor:
+    """g (M p - m)"""
+    return g * any_mass(m).excess(torch.softmax(x, 1))
+
+
+@classwise("x (X), v (X), g (T), m (X) -> dg like g, dx like x, dm like m")
+def curvature(x: Tensor, v: Tensor, g: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dL/dg, dL/dx and dL/dm"""
+    p, mass = torch.softmax(x, 1), any_mass(m)
+    vp = dot(v, p, 1)
+    return dot(v, mass.excess(p), 1), g * mass.M * p * (v - vp), g * (vp - v)
+
+
+@classwise("x (X), g (T), m (X), dg (T), dx (X), dm (X) -> db like x")
+def gradient_tangent(
+    x: Tensor, g: Tensor, m: Tensor, dg: Tensor | None, dx: Tensor | None, dm: Tensor | None
+) -> Tensor:
+    """dg (M p - m) + g (dM p - dm) + g M p (dx - <p, dx>)"""
+    p, mass = torch.softmax(x, 1), any_mass(m)
+    db = torch.zeros_like(p) if dg is None else dg * mass.excess(p)
+    db = db if dm is None else db + g * any_mass(dm).excess(p)
+    return db if dx is None else db + g * mass.M * p * (dx - dot(p, dx, 1))
 
 
 class NLL(Rule):
@@ -294,12 +375,12 @@ class NLL(Rule):
 
     Derivation
         dl/dx_c = -w_t 1[c = t]                                    linear in x;  0 for an ignored target
-        dL/dx_c = -g w_t 1[c = t]                                  chain rule
+        dL/dx_c = -g w_t 1[c = t]                                  chain rule; of a mean, g / D in the place of g
         dl = -w_t dx_t                                             forward mode
     Second order
         dL/dx is linear in g and constant in x: autograd differentiates the scattering as written.
     Shape
-        x (N, C, ...) and t (N, ...) -> l (N, ...);  x (C,) and t () -> l ()
+        x (N, C, ...) and t (N, ...) -> l (N, ...), or its sum or mean ();  x (C,) and t () -> l ()
     Memory
         x for its shape, t and w.
     Accuracy
@@ -307,79 +388,45 @@ class NLL(Rule):
     """
 
     @staticmethod
-    def forward(x: Tensor, t: Tensor, w: Tensor | None, ignore_index: int) -> Tensor:
-        if NLL._picks(x, t, w):
-            index, counted = NLL.classes(x, t, ignore_index)
-            x_t = at_classes(x, index)
-            if x_t is not None:
-                x_t = (
-                    in_full_precision(x_t)
-                    if w is None
-                    else in_full_precision(x_t) * in_full_precision(w)[index]
-                )
-                return x_t.neg_().where(counted, 0).squeeze(1)
-        return F.nll_loss(in_full_precision(x), t, lifted(w, x), None, ignore_index, None, "none")
+    def forward(x: Tensor, t: Tensor, w: Tensor | None, ignored: int, reduction: str) -> Tensor:
+        return aten.nll(x, t, w, ignored, reduction)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, t, w, ctx.ignore_index = inputs
+        x, t, w, *ctx.options = inputs
         ctx.save_for_backward(x, t, w)
         ctx.save_for_forward(x, t, w)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, t, w = ctx.saved_tensors
-        dim = class_dim(x)
-        index, counted = NLL.classes(x, t, ctx.ignore_index)
-        gw = g.unsqueeze(dim) if w is None else g.unsqueeze(dim) * w[index]
-        # (N, 1, ...); g is infinite where a mean is over ignored targets alone.
-        gw = gw.where(counted, 0).to(x.dtype)
-        if torch.compiler.is_compiling():
-            # a comparison with the index, where inductor would scatter value by value
-            dx = constant_zeros(x).scatter(dim, index, -1.0) * gw
-        else:
-            dx = scattered(constant_zeros(x), dim, index, -gw)
-        return dx, None, None, None
+        z, g, t = rows(x, g, t)
+        g, t = share(g, t, w, *ctx.options)
+        dx = shaped(log_probability_gradient(z, g, t, weights(w, z)), x.shape)
+        return flat(dx, x), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, *_: None) -> Tensor:
         x, t, w = ctx.saved_tensors
+        ignored, reduction = ctx.options
         dx = torch.zeros_like(x) if dx is None else dx  # class weights are constants, as in PyTorch
-        dim = class_dim(x)
-        index, counted = NLL.classes(x, t, ctx.ignore_index)
-        dx_t = in_full_precision(dx.gather(dim, index))
-        dl = -dx_t if w is None else -w[index] * dx_t
-        return dl.where(counted, 0).squeeze(dim)
+        counted = t != ignored
+        z, index = rows(dx, t.where(counted, 0))
+        dl = log_probability_tangent(z, index, weights(w, z)).reshape(t.shape)
+        return aten.reduced(dl.where(counted, 0), t, w, ignored, reduction)
 
-    @staticmethod
-    def classes(x: Tensor, t: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-        """t with the class axis, (N, 1, ...), 0 where it is ignored; and where it is not."""
-        index = t.unsqueeze(class_dim(x))
-        counted = index.ne(ignore_index)
-        return index.where(counted, 0), counted
 
-    @staticmethod
-    def class_and_weight(x: Tensor, t: Tensor, w: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
-        """t with the class axis, (N, 1, ...), and w_t; both 0 where the target is ignored."""
-        index, counted = NLL.classes(x, t, ignore_index)
-        weight = counted.to(full_dtype(x))
-        return index, weight if w is None else weight * w[index]
+@classwise("x (X), g (G), t (T), w (W) -> dx like x", lift=False)
+def log_probability_gradient(x: Tensor, g: Tensor, t: Tensor, w: Tensor | None) -> Tensor:
+    """-g w_t 1[c = t]"""
+    return on_class(-g if w is None else -g * of_class(w, t), t, x)
 
-    @staticmethod
-    def _picks(x: Tensor, t: Tensor, w: Tensor | None) -> bool:
-        """Whether the numbers at the targets are better picked by their places in memory: x (N, C, ...) is large, and
-        has further axes or would have to be lifted as a whole.  Not where ATen has to say what is wrong with t or w.
-        """
-        return (
-            (x.dim() > 2 or (x.dim() == 2 and x.dtype in HALF))
-            and x.numel() >= MANY
-            and x.is_cpu
-            and t.dtype == torch.int64
-            and t.shape == shape_of_targets(x)
-            and (w is None or (w.shape == x.shape[1:2] and w.dtype == x.dtype))
-            and flattened(x) is not None
-            and flattened(t) is not None
-        )
+
+@classwise("dx (X), t (T), w (W) -> dl (T)")
+def log_probability_tangent(dx: Tensor, t: Tensor, w: Tensor | None) -> Tensor:
+    """-w_t dx_t"""
+    dx_t = of_class(dx, t)
+    return -dx_t if w is None else -of_class(w, t) * dx_t
 
 
 class BCE(ElementwiseLoss):
@@ -513,76 +560,3 @@ class BCEWithPosWeight(ElementwiseLoss):
         s, log_s = torch.sigmoid(x), F.logsigmoid(x)
         xx, xt, xw = (w * t + 1 - t) * s * (1 - s), (w - 1) * s - w, t * (s - 1)
         return (xx, xt, xw), (xt, 0, -log_s), (xw, -log_s, 0)
-
-
-def class_dim(x: Tensor) -> int:
-    """The axis of the classes: the second, or the only one."""
-    return 0 if x.dim() == 1 else 1
-
-
-def shape_of_targets(x: Tensor) -> torch.Size:
-    """That of class numbers for x: (N, ...)."""
-    return x.shape[: class_dim(x)] + x.shape[class_dim(x) + 1 :]
-
-
-def along_classes(w: Tensor, x: Tensor) -> Tensor:
-    """``w`` (C,) so that it broadcasts over ``x`` (N, C, ...) or (C,)."""
-    return w.view(-1, *(1,) * (x.dim() - 1 - class_dim(x)))
-
-
-def lifted(w: Tensor | None, x: Tensor) -> Tensor | None:
-    """Class weights in full precision, if they are of x's dtype; if not, torch has its say on the mismatch."""
-    return in_full_precision(w) if w is not None and w.dtype == x.dtype else w
-
-
-def target_mass(x: Tensor, t: Tensor, w: Tensor | None, ignore_index: int, e: float) -> Tensor:
-    """m, the mass that class indices ``t`` put on each class: (N, C, ...)."""
-    dim, classes = class_dim(x), x.shape[class_dim(x)]
-    dtype = full_dtype(x)
-    counted = t.ne(ignore_index).unsqueeze(dim)
-    index = t.unsqueeze(dim).where(counted, 0)
-    w = x.new_ones(classes, dtype=dtype) if w is None else w.to(dtype)
-    axes = [1] * x.dim()
-    axes[dim] = classes
-    onehot = torch.arange(classes, device=x.device).view(axes) == index
-    m = w.view(axes) * (onehot.to(dtype) * (1 - e) + e / classes)  # a bool times a float is float32
-    return m * counted
-
-
-def constant_zeros(x: Tensor) -> Tensor:
-    """Zeros like ``x`` that autograd takes for a function of x: its derivative is zeros, and not an error."""
-    if not torch.is_grad_enabled():
-        return torch.zeros_like(x)
-    return x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0)
-
-
-def at_classes(x: Tensor, index: Tensor) -> Tensor | None:
-    """``x`` (N, C, ...) at class numbers (N, 1, ...), a fresh tensor like these; None if one is out of range.
-
-    x must be dense.  ATen's gather takes four times as long along an axis that is not the last.
-    """
-    lowest, highest = index.aminmax()
-    if lowest < 0 or highest >= x.shape[1]:
-        return None
-    (numbers,) = flattened(x) or [x]
-    return numbers.index_select(0, places(x, index)).view(index.shape)
-
-
-def places(x: Tensor, index: Tensor) -> Tensor:
-    """Where in memory a dense ``x`` (N, C, ...) has its numbers at the classes (N, 1, ...), one after the other."""
-    N, C, L = x.shape[0], x.shape[1], x.shape[2:].numel()
-    along_c, along_l = (L, 1) if x.is_contiguous() else (1, C)
-    starts = torch.arange(0, x.numel(), C * L).view(N, 1) + torch.arange(0, L * along_l, along_l)  # (N, L)
-    return starts.add_(index.reshape(N, L), alpha=along_c).view(-1)
-
-
-def scattered(fresh: Tensor, dim: int, index: Tensor, values: Tensor) -> Tensor:
-    """``fresh`` with ``values`` at ``index``, in place unless it is recorded, or ``vmap`` batches the index alone."""
-    if torch.is_grad_enabled() or not plain_eager() or is_legacy_batchedtensor(values):
-        return fresh.scatter(dim, index, values)
-    one_each = dim == 1 and index.shape[1] == 1
-    if one_each and fresh.is_cpu and fresh.dtype in HALF and (numbers := flattened(fresh)) is not None:
-        # ATen's scatter lifts and lowers it all.
-        numbers[0].index_copy_(0, places(fresh, index), values.reshape(-1))
-        return fresh
-    return fresh.scatter_(dim, index, values)

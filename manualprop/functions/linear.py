@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manualprop._torch import unsafe_view
 from manualprop.functions._rule import Rule, transforms_active
 
 __all__ = ["Bilinear", "Linear"]
@@ -41,7 +42,7 @@ class Linear(Rule):
         y = F.linear(x, W, b)  # (N, I) (I, O) + (O,) -> (N, O): multiply by weights, add biases
         # Of more than two axes torch gives a view of the product, and the view of a Function refuses to be written
         # to by an in-place activation.
-        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+        return unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
+from manualprop.functions._kernels import class_and_weight, target_mass
 from manualprop.functions._rule import (
     Rule,
     full_dtype,
@@ -35,7 +36,6 @@ from manualprop.functions._rule import (
     times,
     transforms_active,
 )
-from manualprop.functions.cross_entropy import NLL, target_mass
 from manualprop.functions.linear import Linear
 
 __all__ = ["LinearCrossEntropy", "LinearCrossEntropyOnce"]
@@ -391,7 +391,7 @@ def total_mass(y: Tensor, t: Tensor, w: Tensor | None, ignore_index: int, e: flo
     """M = sum_c m_c: (n,)"""
     if t.is_floating_point():
         return probability_mass(t, w, e).to(y.dtype).sum(1)
-    weight = NLL.class_and_weight(y, t, None if w is None else w.to(y.dtype), ignore_index)[1].squeeze(1)
+    weight = class_and_weight(y, t, None if w is None else w.to(y.dtype), ignore_index)[1].squeeze(1)
     if e == 0:
         return weight
     spread: Tensor | int = y.shape[1] if w is None else w.to(y.dtype).sum()
@@ -415,7 +415,7 @@ def less_mass(
     if t.is_floating_point():
         m = probability_mass(t, w, e).to(qp.dtype)
         return qp.addcmul_(g.unsqueeze(1), m, value=-1) if in_place else qp - g.unsqueeze(1) * m
-    index, weight = NLL.class_and_weight(qp, t, None if w is None else w.to(qp.dtype), ignore_index)
+    index, weight = class_and_weight(qp, t, None if w is None else w.to(qp.dtype), ignore_index)
     gm = g.unsqueeze(1) * weight * (e - 1)  # (n, 1)
     if e != 0:
         share = e / qp.shape[1] * (qp.new_ones(qp.shape[1]) if w is None else w.to(qp.dtype))

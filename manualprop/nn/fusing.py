@@ -17,6 +17,7 @@ from manualprop.nn import activation
 from manualprop.nn._heard import is_heard
 from manualprop.nn.activation import GELU
 from manualprop.nn.dropout import Dropout
+from manualprop.nn.foreign import TransposedLinear, foreign_original
 from manualprop.nn.linear import Linear
 from manualprop.nn.norm import LayerNorm, RMSNorm
 
@@ -50,6 +51,15 @@ def is_plain(part: Part, *kinds: type[nn.Module]) -> bool:
     return isinstance(part, nn.Module) and type(part) in kinds and not is_heard(part)
 
 
+def linear_parameters(part: Part) -> tuple[Tensor, Tensor | None] | None:
+    """Weight (out, in) and bias of a linear layer of ours that nobody listens to."""
+    if isinstance(part, Linear) and is_plain(part, Linear):
+        return part.weight, part.bias
+    if isinstance(part, TransposedLinear) and foreign_original(type(part)) and not is_heard(part):
+        return part.weight.t(), part.bias
+    return None
+
+
 def activation_name(part: Part) -> str | None:
     """The name of an activation as :func:`manualprop.functional.activation_linear` takes it."""
     if isinstance(part, str):
@@ -76,12 +86,10 @@ def _activation(parts: Sequence[Part]) -> Match | None:
     dropout = parts[1] if len(parts) > 1 and is_plain(parts[1], Dropout) else None
     after = 1 if dropout is None else 2
     p, training = (dropout.p, dropout.training) if isinstance(dropout, Dropout) else (0.0, False)
-    linear = parts[after] if len(parts) > after else None
+    linear = linear_parameters(parts[after]) if len(parts) > after else None
     keeps_less = dropout or name not in KEPT_ANYWAY or isinstance(parts[0], str)
-    if isinstance(linear, Linear) and is_plain(linear, Linear) and keeps_less:
-        return Match(
-            after + 1, lambda x: F.activation_linear(x, linear.weight, linear.bias, name, p, training)
-        )
+    if linear is not None and keeps_less:
+        return Match(after + 1, lambda x: F.activation_linear(x, *linear, name, p, training))
     if dropout and name == "relu":
         return Match(2, lambda x: F.relu_dropout(x, p, training))
     return None
@@ -89,17 +97,15 @@ def _activation(parts: Sequence[Part]) -> Match | None:
 
 def _norm(parts: Sequence[Part]) -> Match | None:
     """[layer norm over the last axis, linear], [RMS norm over the last axis, linear]."""
-    if len(parts) < 2 or not is_plain(parts[0], LayerNorm, RMSNorm) or not is_plain(parts[1], Linear):
+    if len(parts) < 2 or not is_plain(parts[0], LayerNorm, RMSNorm):
         return None
-    norm, linear = parts[0], parts[1]
-    assert isinstance(linear, Linear)
+    norm, linear = parts[0], linear_parameters(parts[1])
+    if linear is None:
+        return None
     if isinstance(norm, LayerNorm) and len(norm.normalized_shape) == 1:
-        return Match(
-            2,
-            lambda x: F.layer_norm_linear(x, norm.weight, norm.bias, linear.weight, linear.bias, norm.eps),
-        )
+        return Match(2, lambda x: F.layer_norm_linear(x, norm.weight, norm.bias, *linear, norm.eps))
     if isinstance(norm, RMSNorm) and len(norm.normalized_shape) == 1:
-        return Match(2, lambda x: F.rms_norm_linear(x, norm.weight, linear.weight, linear.bias, norm.eps))
+        return Match(2, lambda x: F.rms_norm_linear(x, norm.weight, *linear, norm.eps))
     return None
 
 

@@ -307,7 +307,13 @@ class DescentCLI(LightningCLI):
 
     def _load_weights(self, model: LightningModule) -> Path:
         path = self._checkpoint()
-        state = self._read(path).get("state_dict")
+        self.load(model, path)
+        return path
+
+    def load(self, model: LightningModule, path: Path) -> dict[str, Any]:
+        """Load the weights of a checkpoint, and return all that it holds."""
+        found = self._read(path)
+        state = found.get("state_dict")
         if not isinstance(state, dict):
             raise InputValueError(
                 f"A checkpoint must be a file that a training run has written. {path} holds no weights (state_dict); "
@@ -315,7 +321,7 @@ class DescentCLI(LightningCLI):
             )
         check_architecture(state, model)
         model.load_state_dict(state)
-        return path
+        return found
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:

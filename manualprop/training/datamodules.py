@@ -231,6 +231,8 @@ class DigitsDataModule(TensorDataModule):
         evaluation_batch_size: examples evaluated at once outside of training, at least 1.
     """
 
+    image = (8, 8)  # height and width of an input
+
     def __init__(
         self, standardise: bool = False, split_seed: int = 0, evaluation_batch_size: int = 1024
     ) -> None:

@@ -1,7 +1,8 @@
 """How a formula runs.  Nothing here knows any mathematics, and no rule knows any of this.
 
 ``_formula.py`` decides, ``_program.py`` makes the program for eager mode by the spellings of ``_lowering.py``,
-``_kernels.py`` the compiled kernel.  ``_words.py`` has the few words that formulas use beside torch's.
+``_kernels.py`` the compiled kernel.  ``_words.py`` has the few words that formulas use beside torch's;
+``_normalisation.py`` and ``_classes.py`` have the kernels of ATen for values that are its own.
 """
 
 from manualprop.functions._execution._formula import FORMULAS as FORMULAS
@@ -17,3 +18,6 @@ from manualprop.functions._execution._words import decay as decay
 from manualprop.functions._execution._words import erfc as erfc
 from manualprop.functions._execution._words import indicator as indicator
 from manualprop.functions._execution._words import inside as inside
+from manualprop.functions._execution._words import less_on_class as less_on_class
+from manualprop.functions._execution._words import of_class as of_class
+from manualprop.functions._execution._words import on_class as on_class

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manualprop._torch import transforms_active
+
 # Eight planes of equal length, one after the other: bit i of byte j is number j of plane i.  So a whole plane is
 # shifted at once, eight bytes of it as one integer: they are 0 or 1, and a shift by up to 7 stays in its byte.
 PLANES = 8
@@ -43,9 +45,7 @@ def keep_bits(ctx: Any, k: Tensor) -> Tensor:
     if not ctx.packed:
         return k
     ctx.channels_last = (
-        k.dim() == 4
-        and not torch._C._are_functorch_transforms_active()
-        and k.is_contiguous(memory_format=torch.channels_last)
+        k.dim() == 4 and not transforms_active() and k.is_contiguous(memory_format=torch.channels_last)
     )
     k = k.permute(0, 2, 3, 1) if ctx.channels_last else k
     ctx.k_shape = k.shape
@@ -72,4 +72,4 @@ def _shifts(like: Tensor) -> Tensor:
 
 
 def _watched() -> bool:
-    return torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
+    return transforms_active() or torch.compiler.is_compiling()

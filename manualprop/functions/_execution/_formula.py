@@ -19,11 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch._C import _are_functorch_transforms_active as are_functorch_transforms_active
-from torch._C._functorch import is_legacy_batchedtensor
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+from manualprop._torch import forward_level, is_legacy_batchedtensor, transforms_active
 from manualprop.functions._execution import _kernels
 from manualprop.functions._execution._program import Program
 from manualprop.functions._execution._program import program as make
@@ -32,8 +30,9 @@ HALF = frozenset({torch.float16, torch.bfloat16})
 ORDINARY = frozenset({Tensor, torch.nn.Parameter})
 LARGE = (
     2**18
-)  # elements from which chunks and kernels pay: a chunk takes 10 us of Python, a kernel 70 us to start
+)  # elements from which a kernel pays, which takes 70 us to start; with fewer no other way is looked for
 CHUNK = 2**17  # elements of a chunk, for each thread: it and what is made of it stay in a core's cache
+FEWEST = 8  # chunks that pay: fewer fit into the larger caches as they are, and a chunk takes 10 us of Python
 STEPS = 3  # of a program that leaves something in the cache from step to step
 SIZES = (11, 13, 17, 19, 23)  # of the axes of samples: no two alike
 MOST = 512  # programs of one formula; then it begins anew
@@ -207,7 +206,7 @@ class Runner:
         first, along = tensors[0], ["N" in shape for shape in self.legend.shapes]
         N = first.shape[0] if along[0] else 1
         rows = max(CHUNK * torch.get_num_threads() * N // first.numel(), 1)
-        if not first.is_cpu or N < 2 * rows or program.steps < STEPS:
+        if not first.is_cpu or N < FEWEST * rows or program.steps < STEPS:
             return program.run(*tensors)
         kinds = [kind for kind, made in zip(self.legend.results, program.made, strict=True) if made]
         wholes = [
@@ -243,14 +242,19 @@ def _several(results: Any) -> tuple[Any, ...]:
 
 def watched(tensors: Sequence[Tensor | None]) -> bool:
     """Whether somebody looks at each step of a formula, so that it must run as it is written."""
-    if is_grad_enabled() or is_compiling() or are_functorch_transforms_active():
+    if is_grad_enabled() or is_compiling() or transforms_active():
         return True
-    if forward_ad._current_level >= 0:
+    if forward_level() >= 0:
         return True
     for t in tensors:
         if t is not None and (type(t) not in ORDINARY or is_legacy_batchedtensor(t)):
             return True
     return False
+
+
+def plain_eager() -> bool:
+    """Whether neither a ``torch.func`` transform nor the compiler watches, which may see no number and no kernel."""
+    return not (transforms_active() or is_compiling())
 
 
 def flattened(*tensors: Tensor) -> list[Tensor] | None:

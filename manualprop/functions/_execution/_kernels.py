@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manualprop._torch import mark_dynamic
+
 BACKENDS = ("eager", "inductor")
 
 # One for the process, not for the thread: the backward of a CUDA tensor runs in a thread of autograd's own.
@@ -64,7 +66,9 @@ def run(runner: Any, tensors: Sequence[Any], numbers: tuple[Any, ...], needs: tu
         if kernel is not None:
             return kernel(*tensors)
         kernel = _compiled(lambda *a: runner.plain((*a, *numbers), dtypes, needs))
-        results = _first_use(kernel, tensors, [shape[0] in ("N", "B") for shape in runner.legend.shapes])
+        results = _first_use(
+            kernel, tensors, [shape[:1] in (("N",), ("B",)) for shape in runner.legend.shapes]
+        )
     _made[key] = kernel
     return results
 
@@ -86,7 +90,7 @@ def _first_use(kernel: Callable[..., Any], tensors: Sequence[Any], along: Sequen
         for t, n in zip(tensors, along, strict=True):
             if t is not None and n:
                 # The length alone: dynamic=True would take a formula's constants for variables, too.
-                torch._dynamo.maybe_mark_dynamic(t, 0)
+                mark_dynamic(t, 0)
         return kernel(*tensors)
     except Exception as error:
         # What follows the first paragraph is advice on debugging Dynamo.

@@ -10,6 +10,9 @@
 ``decay(x)``                     ``exp2(x / log 2)``: ATen's works on vectors everywhere, exp only where MKL does
 ``chosen(1[x /= c], g)``         a product of the bits of g with integers 0 and 1
 ``chosen(slope, g)``             the product; anew, by choosing, only if there is a NaN in it
+``1 a``                          ``a``
+``less_on_class(b, r, t)``         -r added to b at the class t
+``on_class(r, t, b)``             r written into zeros at the class t
 ``(a * w).sum(-1)``              ``mv(a, w)`` for rows a (N, D) and one vector w (D,); likewise along the first axis
 ===============================  =======================================================================
 """
@@ -31,7 +34,16 @@ COMPARISONS = frozenset({torch.gt, torch.ge, torch.lt, torch.le, torch.eq, torch
 
 def lowered(graph: fx.Graph) -> None:
     """Spell the steps of a traced formula anew, in place."""
-    for lower in (_choices, _indicators, _exponentials, _weighted_sums, _sums_of_products, _numbers):
+    for lower in (
+        _ones,
+        _choices,
+        _indicators,
+        _exponentials,
+        _on_classes,
+        _weighted_sums,
+        _sums_of_products,
+        _numbers,
+    ):
         for node in list(graph.nodes):
             if node.op == "call_function":
                 with graph.inserting_before(node):
@@ -42,6 +54,16 @@ def lowered(graph: fx.Graph) -> None:
 def _replace(node: Node, new: Node) -> None:
     new.meta = node.meta | new.meta
     node.replace_all_uses_with(new)
+
+
+def _ones(graph: fx.Graph, node: Node) -> None:
+    """1 a, as a formula has it whose factor is 1 without weights."""
+    if node.target is torch.mul:
+        a, b = node.args
+        for factor, other in ((a, b), (b, a)):
+            if isinstance(factor, int | float) and factor == 1:
+                node.replace_all_uses_with(other)
+                return
 
 
 # ----- indicators -----
@@ -82,6 +104,31 @@ def _exponentials(graph: fx.Graph, node: Node) -> None:
         scaled = graph.call_function(torch.mul, (x, LOG2_E))
         scaled.meta = dict(node.meta)
         _replace(node, graph.call_function(torch.exp2, (scaled,)))
+
+
+# ----- classes -----
+
+
+def _on_classes(graph: fx.Graph, node: Node) -> None:
+    if node.target is _words.on_class and isinstance(node.args[0], fx.Node):
+        _replace(node, _known(graph.call_function(put_on_class, node.args), node))
+    if node.target is not _words.less_on_class:
+        return
+    b, r, t = node.args
+    if isinstance(r, fx.Node):
+        minus_r = graph.call_function(torch.neg, (r,))
+        _replace(node, graph.call_function(torch.scatter_add, (b, 1, t, minus_r)))
+    else:
+        _replace(node, graph.call_function(torch.scatter, (b, 1, t, -float(r)), {"reduce": "add"}))
+
+
+def put_on_class(r: Tensor, t: Tensor, like: Tensor) -> Tensor:
+    """r 1[c = t], written into zeros.  By its bits: ATen's scatter lifts a half-precision tensor and lowers it again."""
+    d, r = torch.zeros_like(like), r.to(like.dtype).expand_as(t)
+    if d.itemsize > 2:
+        return d.scatter_(1, t, r)
+    d.view(torch.int16).scatter_(1, t, r.contiguous().view(torch.int16))
+    return d
 
 
 # ----- sums -----

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from manualprop._torch import batch_norm_with_statistics, transforms_active
+
 HALF = frozenset({torch.float16, torch.bfloat16})
 
 Normalised = tuple[Tensor, Tensor, Tensor]
@@ -50,7 +52,7 @@ def batch_norm(
 ) -> Normalised:
     """y, and m and r (C,), over the batch; the running statistics are brought up to date in place."""
     fast = torch.backends.cudnn.enabled
-    y, m, r, *_ = torch._batch_norm_impl_index(x, W, b, running_mean, running_var, True, momentum, eps, fast)
+    y, m, r, *_ = batch_norm_with_statistics(x, W, b, running_mean, running_var, True, momentum, eps, fast)
     if x.numel() == 0 or m.dtype in HALF:
         m, r = statistics(x, (0, *range(2, x.dim())), eps)
     return y, m.reshape(-1), r.reshape(-1)
@@ -93,7 +95,7 @@ def _affine(z: Tensor, W: Tensor | None, b: Tensor | None) -> Tensor:
 
 def _dense(x: Tensor) -> Tensor:
     """``x`` without gaps, its channels last if they are: ATen's group norm takes no other layouts."""
-    transformed = torch._C._are_functorch_transforms_active()
+    transformed = transforms_active()
     if x.dim() == 4 and not transformed and x.is_contiguous(memory_format=torch.channels_last):
         return x
     return x.contiguous()

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import _disable_current_modes
 
+from manualprop._torch import without_modes
 from manualprop.functions._execution._lowering import lowered, where_not
 
 
@@ -37,14 +37,14 @@ class Program(NamedTuple):
 # Functions of torch that write into ``out``.
 WRITES_OUT = frozenset(
     "abs add addcdiv addcmul ceil clamp cos div eq erf erfc exp exp2 expm1 ge gt le log log1p lt maximum minimum "
-    "mm mul multiplied_or_chosen mv ne neg pow reciprocal rsqrt sigmoid sign sin sqrt square sub tanh threshold where where_not xlogy".split()
+    "mm mul multiplied_or_chosen mv ne neg pow reciprocal rsqrt sigmoid sign sin softmax sqrt square sub tanh threshold where where_not xlogy".split()
 )
 # Methods that are functions of torch's with the same arguments.
 METHODS = WRITES_OUT - {"multiplied_or_chosen", "where", "where_not"} | frozenset(
-    "detach index_add masked_fill scatter scatter_add softmax squeeze sum unsqueeze".split()
+    "detach index_add masked_fill scatter scatter_add squeeze sum unsqueeze".split()
 )
 # Those of them that may not read what they write; where_not may, its first argument.
-PRODUCTS = frozenset({"mm", "multiplied_or_chosen", "mv"})
+PRODUCTS = frozenset({"mm", "multiplied_or_chosen", "mv", "softmax"})
 COMPARISONS = frozenset({"torch.eq", "torch.ge", "torch.gt", "torch.le", "torch.lt", "torch.ne"})
 COMMUTES = frozenset({"add", "mul"})
 # Functions whose numbers may be tensors without axes.
@@ -78,7 +78,7 @@ def program(
         arguments: a sample for each of its arguments, with a size of its own for each axis that may differ.
         given: the arguments that may be overwritten.
     """
-    with _disable_current_modes():  # nobody's mode is to count these steps, or to make tensors of its own
+    with without_modes():  # nobody's mode is to count these steps, or to make tensors of its own
         graph = traced(formula, arguments)
         lowered(graph)
         measure(graph, arguments)

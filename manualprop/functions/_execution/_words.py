@@ -53,3 +53,36 @@ def decay(x: Tensor) -> Tensor:
 def erfc(z: Tensor) -> Tensor:
     """1 - erf z, which keeps the left tail.  Compiled it is 1 - erf z: inductor's erfc takes twice as long as all the rest."""
     return 1 - torch.erf(z) if torch.compiler.is_compiling() else torch.erfc(z)
+
+
+@word
+def on_class(r: Tensor | float, t: Tensor, like: Tensor) -> Tensor:
+    """r 1[c = t] along the second axis of ``like`` (N, C, ...), in its dtype; r a number, or r and t (N, 1, ...)."""
+    zeros = torch.zeros_like(like)
+    if isinstance(r, Tensor) and not torch.compiler.is_compiling():
+        return zeros.scatter(1, t, r.to(like.dtype).expand_as(t))
+    one = zeros.scatter(1, t, 1.0)  # inductor makes it a comparison, where it would scatter value by value
+    return one * r.to(like.dtype) if isinstance(r, Tensor) else one * r
+
+
+@word
+def less_on_class(b: Tensor, r: Tensor | float, t: Tensor) -> Tensor:
+    """b - r 1[c = t], as :func:`on_class`."""
+    if (
+        torch.compiler.is_compiling() and b.dim() == 2
+    ):  # inductor adds to few values in less time than it compares all
+        minus_r = -r if isinstance(r, Tensor) else b.new_full((), -r)
+        return b.scatter_add(1, t, minus_r.expand_as(t))
+    return b - on_class(r, t, b)
+
+
+@word
+def of_class(x: Tensor, t: Tensor) -> Tensor:
+    """x_t: of x (N, C, ...) along its second axis, or of one number for each class; t is (N, 1, ...)."""
+    if x.dim() == t.dim():
+        return x.gather(1, t)
+    if torch.compiler.is_compiling() and t.dim() > 2:
+        # A sum over the classes is kept for all of them, where inductor would look x_t up for each.
+        one = torch.arange(x.numel(), device=x.device).view(x.shape) == t
+        return (one * x).sum(1, keepdim=True)
+    return x.reshape(-1)[t]

@@ -123,3 +123,10 @@ def inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., An
 
     compiled: Callable[..., Any] = compile(graph, inputs)
     return compiled
+
+
+def leave_to_python(function: Callable[..., Any]) -> None:
+    """Keep the compiler from a function's own frame, as ``torch._dynamo`` does itself; no import of it.  2.11 to 2.14"""
+    frames = torch._C._dynamo.eval_frame
+    strategy = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
+    frames.set_code_exec_strategy(function.__code__, strategy)

@@ -127,6 +127,13 @@ def test_dropout_draws_one_mask_for_the_step_and_its_update() -> None:
     assert not found.observation.layers[1].g.equal(found.observation.layers[2].g)  # type: ignore[union-attr,arg-type]
 
 
+def test_a_layer_that_is_refused_at_the_sight_of_data_runs_under_autograd() -> None:
+    model = nn.Sequential(nn.Linear(5, 3), nn.Softmin(dim=-1)).double()
+    found = explained(model, updates=2)
+    assert "layer '1' (Softmin) cannot be run without a tape" in found.notes[0] and found.by_hand
+    assert not isinstance(found.descents, str) and all(path.points for path in found.descents.paths)
+
+
 class Own(torch_nn.Module):
     """A forward of its own, with a branch, a parameter outside of layers, and a layer that writes over its input."""
 
@@ -220,6 +227,9 @@ def test_a_formula_is_found_in_the_derivation() -> None:
     assert _formulas.derived(functions.Linear, "dL/dW") == "dL/dW_oi = sum_n g_no x_ni"
     assert _formulas.derived(functions.Tanh, "y'") == "y' = 1 - y^2"
     assert _formulas.derived(functions.CrossEntropy, "dl/dx") == "dl/dx_k = M p_k - m_k"
+    assert _formulas.derived(functions.NLL, "dl/dx") == "dl/dx_c = -w_t 1[c = t]"
+    assert _formulas.derived(functions.Softplus, "y'") == "y' = 1 - e^{-beta y}"
+    assert _formulas.derived(functions.MultiLabelMargin, "dl/dx") == ""  # which goes over two lines
     assert _formulas.derived(functions.Tanh, "dL/dW") == "" == _formulas.derived(None, "y'")
     text = _formulas.latex("dL/dW_oi = sum_n g_no x_ni")
     assert text.split() == r"\frac{\partial L }{\partial W_{oi} } = \sum_{n} g_{no} x_{ni}".split()

@@ -217,6 +217,7 @@ def _run(
     trainee = Trainee(model, loss, descent, seed)
     points, noise = [_vector(trainee.model)], 0.0
     try:
+        trainee.settle(x, target)
         noise = _noise(trainee, x, target, seed)
         for number, chosen in enumerate(itertools.islice(batches(descent, len(x), seed), STEPS), start=1):
             if not math.isfinite(trainee.update(x[chosen], target[chosen])):

@@ -513,6 +513,7 @@ BAD: dict[str, tuple[tuple[Any, ...], type[Exception], str]] = {
     "kind": ((network(), nn.MSELoss(), X, T), ValueError, "must be given an output and a target of one shape"),
     "none": ((network(), nn.CrossEntropyLoss(reduction="none"), X, T), ValueError, "Got reduction='none'; use 'mean'"),
     "frozen": ((network().requires_grad_(False), LOSS, X, T), ValueError, "must have a parameter that requires a gradient"),
+    "lazy": ((torch_nn.LazyLinear(3), LOSS, X, T), ValueError, "lazy layers must know their sizes"),
     "tuple": ((torch_nn.LSTM(5, 3).double(), LOSS, X, T), TypeError, "must return one tensor. Got tuple"),
 }  # fmt: skip
 

@@ -342,6 +342,8 @@ def test_the_keyboard_goes_from_number_to_number(page: Page) -> None:
     assert "column 19" in page.element("said").get_attribute("textContent")
     canvas.send_keys(Keys.ARROW_RIGHT)  # stays within
     assert "column 19" in page.element("said").get_attribute("textContent")
+    page.run("document.querySelector('[data-move=ArrowLeft]').click()")  # for fingers
+    assert "column 18" in page.element("said").get_attribute("textContent")
     canvas.send_keys(Keys.ESCAPE)
     assert not page.element("sum").is_displayed()
     frame = page.element("frame")

@@ -175,6 +175,8 @@ def three_descents(
     kept = min(POINTS, WEIGHTS // (3 * size))
     if n < 2:
         return "The three descents differ only where there are several examples. Here is one."
+    if len({p.dtype for p in model.parameters() if p.requires_grad}) > 1:
+        return "The paths are not drawn: the weights are of several dtypes."
     if kept < 5:
         return f"The paths are not drawn: of {size:,} weights they would fill the memory."
     every = -(-STEPS // (kept - 1))

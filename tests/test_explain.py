@@ -477,6 +477,10 @@ def test_layer_example_and_verbose() -> None:
         found.render(example=12)
 
 
+def test_its_repr_is_short(full: Explanation) -> None:
+    assert repr(full) == "<Explanation of Sequential: print it, or save it as a page>"
+
+
 def test_the_figure_shows_layers_losses_and_paths(full: Explanation) -> None:
     drawn = full.figure()
     titles = [axis.get_title() for axis in drawn.axes]

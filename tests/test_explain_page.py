@@ -580,6 +580,23 @@ def test_other_layers_and_tokens_have_a_page(browser: Any, tmp_path: Path) -> No
     assert browser.get_log("browser") == []
 
 
+def test_regression_shows_the_squared_error(browser: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, target = torch.randn(6, 3), torch.randn(6, 2)
+    e = manualprop.explain(nn.Sequential(nn.Linear(3, 2)), nn.MSELoss(), x, target, updates=0)
+    path = tmp_path / "regression.html"
+    e.save(path)
+    page = Page(browser, e, path)
+    page.look(1440)
+    found = page.cell("loss:g", 4, 1)
+    output, t = e.numbers["output"][4, 1].item(), e.numbers["target"][4, 1].item()
+    assert found["shown"] == pytest.approx(2 * (output - t) / 12, rel=1e-5) and "2 (" in found["text"]
+    assert page.run("return DATA.nudge") and float(
+        page.run("return document.getElementById('recomputed').value")
+    )
+    assert browser.get_log("browser") == []
+
+
 def test_a_notebook_shows_the_page(browser: Any, explanation: Explanation, tmp_path: Path) -> None:
     path = tmp_path / "notebook.html"
     path.write_text(f"<!doctype html><title>notebook</title>{explanation._repr_html_()}")

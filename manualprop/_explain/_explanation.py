@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 LISTED = 4096  # numbers of a tensor that the JSON lists; of a larger one it has the statistics
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explanation:
     """An update of a model, step by step.  ``print`` shows it; a notebook shows its page.
 
@@ -93,6 +93,9 @@ class Explanation:
 
     def __rich__(self) -> RenderableType:
         return self.render()
+
+    def __repr__(self) -> str:
+        return f"<Explanation of {self.title}: print it, or save it as a page>"
 
     def __str__(self) -> str:
         terminal = _needing("manualprop._explain._terminal", "rich")

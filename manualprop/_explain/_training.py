@@ -91,7 +91,7 @@ def record(trainee: Trainee, x: Tensor, target: Tensor, rows: Tensor, seed: int,
         if number and number in wanted:
             at.append(number)
             frames.append(trainee.observe(x[rows], target[rows]))
-        if number >= wanted[-1] or time.process_time() > until:
+        if number >= updates or time.process_time() > until:
             break
         try:
             losses.append(trainee.update(x[chosen], target[chosen]))

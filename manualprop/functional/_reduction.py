@@ -22,7 +22,9 @@ def legacy_reduction(size_average: bool | None, reduce: bool | None, reduction: 
     return NAMES[reductions.get_enum(reduction)]
 
 
-def reduced(loss: Tensor, reduction: str, dtype: torch.dtype, mass: Tensor | int | None = None) -> Tensor:
+def reduced_loss(
+    loss: Tensor, reduction: str, dtype: torch.dtype, mass: Tensor | int | None = None
+) -> Tensor:
     """The reduction of ``loss``, rounded once to ``dtype``; a mean is over ``mass`` if given."""
     if reduction == "sum":
         loss = loss.sum()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from manualprop import functions as rules
 from manualprop.functional._checks import refuse_complex
-from manualprop.functional._reduction import legacy_reduction, loss_dtype, reduced, refuse_gradient
+from manualprop.functional._reduction import legacy_reduction, loss_dtype, reduced_loss, refuse_gradient
 from manualprop.functional.linear import _autocast_low
 from manualprop.functions._execution._classes import divisor
 from manualprop.functions._rule import plain_eager
@@ -78,7 +78,7 @@ def linear_cross_entropy(
     loss = loss.reshape((*input.shape[:-1], *positions))
     if mass is None and not loss.numel():
         mass = loss.sum()
-    return reduced(loss, reduction, loss_dtype(x), mass)
+    return reduced_loss(loss, reduction, loss_dtype(x), mass)
 
 
 def _rows(x: Tensor, W: Tensor, options: Any) -> int:

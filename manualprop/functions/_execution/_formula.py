@@ -210,7 +210,7 @@ class Runner:
                 return self.program(tensors, numbers, over, needs).run(*tensors)
             like, *tensors = flat
         if _kernels.backend() == "inductor":
-            results = _kernels.run(self, tensors, numbers, needs)
+            results = _kernels.in_one_kernel(self, tensors, numbers, needs)
         else:
             results = self._in_chunks(self.program(tensors, numbers, over, needs), tensors)
         if like is None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from manualprop._torch import any_autocast, reductions
 from manualprop.functional._offer import OFFERING
-from manualprop.functions._rule import HALF
+from manualprop.functions._execution import HALF
 
 NAMES = ("none", "mean", "sum")  # in the order of ATen's numbers
 

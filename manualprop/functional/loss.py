@@ -19,7 +19,7 @@ from manualprop.functional._reduction import (
     warn_of_broadcasting,
 )
 from manualprop.functions._elementwise_loss import ElementwiseLoss
-from manualprop.functions._rule import plain_eager
+from manualprop.functions._execution import plain_eager
 from manualprop.functions.cross_entropy import weighted_probabilities
 
 __all__ = [

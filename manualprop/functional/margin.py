@@ -260,7 +260,7 @@ def multilabel_soft_margin_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Like :func:`torch.nn.functional.multilabel_soft_margin_loss`, by :class:`manualprop.functions.BCEWithLogits`.
+    """Like :func:`torch.nn.functional.multilabel_soft_margin_loss`, by :class:`manualprop.functions.MultiLabelSoftMargin`.
 
     It is the mean over the classes of the cross-entropy of each class against all others.
 
@@ -270,7 +270,7 @@ def multilabel_soft_margin_loss(
     reduction = legacy_reduction(size_average, reduce, reduction)
     refuse_complex("multilabel_soft_margin_loss", input, target)
     x, t = alike(input, target)
-    loss = rules.BCEWithLogits.apply(x, t)
+    loss = rules.MultiLabelSoftMargin.apply(x, t)
     dtype = x.dtype
     if weight is not None:
         loss, dtype = loss * weight, torch.promote_types(dtype, weight.dtype)

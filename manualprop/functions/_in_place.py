@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manualprop.functions._execution import written_over
-from manualprop.functions._rule import Rule, is_recorded, plain_eager
+from manualprop.functions._execution import plain_eager, written_over
+from manualprop.functions._rule import Rule, is_recorded
 
 
 def write_over(rule: type[Rule], x: Tensor, *p: Any) -> Tensor:

@@ -148,7 +148,7 @@ class MultiLabelMarginLoss(nn.MultiLabelMarginLoss):
 
 
 class MultiLabelSoftMarginLoss(nn.MultiLabelSoftMarginLoss):
-    """:class:`torch.nn.MultiLabelSoftMarginLoss` by :class:`manualprop.functions.BCEWithLogits`."""
+    """:class:`torch.nn.MultiLabelSoftMarginLoss` by :class:`manualprop.functions.MultiLabelSoftMargin`."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.multilabel_soft_margin_loss(input, target, weight=self.weight, reduction=self.reduction)

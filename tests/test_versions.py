@@ -1,4 +1,4 @@
-"""The range of torch: one warning outside of it, the generated page, and pyproject.toml, which follows from both."""
+"""The range of torch: the warning outside of it, the generated page, pyproject.toml, the workflow and the pages."""
 
 import json
 import re
@@ -9,8 +9,11 @@ from pathlib import Path
 
 import build_docs
 import pytest
+import run
+import yaml
 from conftest import record
 
+import manualprop
 from manualprop import _torch
 
 pytestmark = pytest.mark.quick
@@ -27,6 +30,7 @@ import manualprop
 assert "torch" not in sys.modules
 import torch
 torch.__version__ = {version!r}
+del torch.nn.LinearCrossEntropyLoss, torch.nn.LinearCrossEntropyOptions  # as before 2.13
 
 def heard(*parts):
     with warnings.catch_warnings(record=True) as all_heard:
@@ -44,6 +48,12 @@ for part in ("verify", "descent", "_receipt"):
 x = torch.ones(2, 2, requires_grad=True)
 manualprop.nn.Tanh()(x).sum().backward()
 assert x.grad.shape == (2, 2)
+try:
+    manualprop.nn.LinearCrossEntropyLoss(2, 3)
+except RuntimeError as error:
+    assert "LinearCrossEntropyLoss: torch 2.13 or newer is needed. This is torch" in str(error)
+else:
+    raise AssertionError("what is missing was built")
 print(line)
 """
 
@@ -123,3 +133,45 @@ def test_only_a_run_that_came_to_its_end_is_recorded(tmp_path: Path) -> None:
         assert done.returncode == expected, done.stdout
         assert file.exists() == (expected == 1)
     assert json.loads((tmp_path / "1.json").read_text())["failed"] == ["test_it.py::test_two"]
+
+
+# ----- continuous integration, and what the pages tell to type -----
+
+
+def test_the_workflow_runs_commands_that_exist() -> None:
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+    matrix = jobs["test"]["strategy"]["matrix"]
+    lines = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    called = [
+        line.replace("${{ matrix.torch }}", version).split() for line in lines for version in matrix["torch"]
+    ]
+    for python, script, name, *arguments in called:
+        assert (python, script) == ("python3", "scripts/run.py")
+        assert run.COMMANDS[name][0](arguments).steps  # arguments that are wrong raise
+        assert all((ROOT / word).exists() for word in arguments if "/" in word)
+    assert {name for _, _, name, *_ in called} == {"lint", "test", "docs"}
+
+
+def test_the_workflow_covers_the_ranges() -> None:
+    matrix = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["test"]["strategy"][
+        "matrix"
+    ]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["requires-python"] == f">={matrix['python'][0]}"
+    minors = [tuple(map(int, version.split(".")[:2])) for version in matrix["torch"]]
+    assert minors == [(2, minor) for minor in range(_torch.FIRST[1], _torch.BEYOND[1])]
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_a_page_names_commands_that_exist(page: str) -> None:
+    named = set(re.findall(r"python3 scripts/run\.py ([a-z]+)", (ROOT / page).read_text()))
+    assert named and named <= set(run.COMMANDS)
+
+
+def test_the_changelog_has_its_form() -> None:
+    """Keep a Changelog: sections by version, the newest first, and the current version among them."""
+    text = (ROOT / "CHANGELOG.md").read_text()
+    versions = re.findall(r"^## \[?([^\]\s]+)", text, re.M)
+    assert versions[0] == "Unreleased" and manualprop.__version__ in versions
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    assert set(re.findall(r"^### (.*)$", text, re.M)) <= kinds

@@ -9,7 +9,7 @@ torch's objects that are private too: ``Tensor._base``, ``Tensor._is_view()``, `
 import re
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd import forward_ad
@@ -102,6 +102,22 @@ batch_norm_with_statistics: Callable[..., Any] = torch._batch_norm_impl_index
 
 # A tensor that shares the memory of another without being its view.  2.11 to 2.14
 unsafe_view: Callable[..., Any] = torch.ops.aten._unsafe_view
+
+
+class Missing(torch.nn.Module):
+    """Stands for a module that this version of torch lacks, so that all others can be imported."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(
+            f"{type(self).__name__}: torch 2.13 or newer is needed. This is torch {torch.__version__}"
+        )
+
+
+# Public, from 2.13 on.
+if TYPE_CHECKING:
+    from torch.nn import LinearCrossEntropyLoss as LinearCrossEntropyLoss
+else:
+    LinearCrossEntropyLoss = getattr(torch.nn, "LinearCrossEntropyLoss", Missing)
 
 # The module of the compiler's front end, whose import takes seconds.  2.11 to 2.14
 DYNAMO = "torch._dynamo"

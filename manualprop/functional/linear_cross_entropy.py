@@ -1,5 +1,7 @@
 """The linear layer and the cross-entropy of its logits in one, with the signature of :mod:`torch.nn.functional`."""
 
+from __future__ import annotations  # torch has the type of the options from 2.13 on
+
 from typing import Any
 
 import torch

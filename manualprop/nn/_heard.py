@@ -1,4 +1,4 @@
-"""Who would notice that a layer is not called."""
+"""Whether a layer must really be called, because a hook or its own ``forward`` would run."""
 
 from torch import nn
 from torch.nn.modules import module as all_modules
@@ -7,9 +7,9 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 
 
 def is_heard(part: nn.Module) -> bool:
-    """Whether calling ``part`` would do more than its class says: hooks, or a ``forward`` of its own.
+    """Whether a call of ``part`` does more than its class says: it has hooks or its own ``forward``.
 
-    A hook with the attribute ``only_watches`` does not count: a receipt measures the model as it runs without it.
+    A hook with the attribute ``only_watches`` does not count, so a receipt does not change what it measures.
     """
     if "forward" in part.__dict__ or any(getattr(all_modules, f"_global{name}") for name in HOOKS):
         return True

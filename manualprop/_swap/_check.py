@@ -1,4 +1,4 @@
-"""Proof that a swap changes nothing: outputs, loss and gradients, before and after, to what rounding explains."""
+"""Proves a swap: outputs, loss and gradients before and after agree within a rounding bound."""
 
 from collections.abc import Sequence
 from statistics import median
@@ -13,13 +13,13 @@ from manualprop._swap._run import as_call, is_floating, kept, run_model
 from manualprop._swap._twins import TWINS, title
 from manualprop.nn import dropout
 
-FACTOR = 4.0  # units of rounding that the swapped model may be off; the five transformers of the tests use up to 1.8
-DRAWS_ALIKE_ON = "cpu"  # torch's fused dropout of other devices draws in another order
+FACTOR = 4.0  # the limit in units of rounding; the five transformers of the tests use up to 1.8
+DRAWS_ALIKE_ON = "cpu"  # on other devices torch's fused dropout draws in another order
 RANDOM = (*(t for t, ours in TWINS.items() if ours.__module__ == dropout.__name__), nn.RReLU)
 
 
 def prove(model: nn.Module, changes: Sequence[Change], inputs: Any) -> Check:
-    """Make the changes, or raise and leave ``model`` as it was: see :func:`manualprop.swap` for what is compared."""
+    """Make the changes, or raise and leave ``model`` as it was; see :func:`manualprop.swap`."""
     if any(nn.parameter.is_lazy(t) for t in (*model.parameters(), *model.buffers())):
         raise ValueError(
             "swap: check needs initialised parameters. Got a lazy layer: run the model once before the swap."
@@ -41,7 +41,7 @@ def prove(model: nn.Module, changes: Sequence[Change], inputs: Any) -> Check:
 
 
 class Deviation(NamedTuple):
-    """The tensor that came closest to its limit, or went beyond it."""
+    """The tensor that came closest to its limit, or exceeded it."""
 
     name: str
     size: float
@@ -64,11 +64,11 @@ class Deviation(NamedTuple):
 
 
 class ModelBefore:
-    """The model before the swap in two precisions, what rounding does to it, and its comparison with another.
+    """The results before the swap in two precisions, one unit of rounding for each, and the comparison.
 
     Attributes:
         exact: the results of the model in float64.
-        rounded: its results in its own precision (float32 if that is float64).
+        rounded: its results in its own precision (float32 for a float64 model).
         units: one unit of rounding for each floating result.
         dtypes: {None or float64: eps of the runs to compare}; None is the model's own precision.
     """
@@ -91,7 +91,7 @@ class ModelBefore:
         self.units = self._units()
 
     def _units(self) -> dict[str, float]:
-        """What one unit of rounding is for each tensor: e + a eps s, in the letters of swap's docstring."""
+        """One unit of rounding for each tensor: e + a eps s, with the letters of swap's docstring."""
         e: dict[str, float] = {}
         s: dict[str, float] = {}
         for name, exact in self.exact.items():
@@ -106,7 +106,7 @@ class ModelBefore:
         return {n: e[_group(n)] + a * self.eps * s[_group(n)] for n in self.exact if _group(n) in e}
 
     def of(self, changes: Sequence[Change]) -> tuple[Deviation, Deviation | None]:
-        """The largest difference that ``changes`` make, and it again if it is too large."""
+        """The largest difference that ``changes`` make; then the same if it is too large, else None."""
         worst = Deviation("output", 0.0, 1.0, torch.float64)
         apply(changes)
         try:
@@ -126,14 +126,14 @@ class ModelBefore:
         found = []
         for name, result in results.items():
             if dtype is None and not is_floating(result):
-                continue  # an index of the largest, say: rounding may tip it; float64 tells
+                continue  # such as an argmax: rounding may change it; the float64 run compares it
             limit = FACTOR * self.units.get(name, 0.0) * eps / self.eps
             a, b = (result, self.exact[name]) if dtype is not None else self._in_range(name, result)
             found.append(Deviation(name, _distance(a, b), limit, result.dtype))
         return max(found, key=lambda difference: difference.ratio)
 
     def _in_range(self, name: str, result: Tensor) -> tuple[Tensor, Tensor]:
-        """``result`` and the exact one, without the elements that overflow in the model's own precision."""
+        """``result`` and the exact result, without elements that overflow in the model's own precision."""
         overflowed = self.rounded[name].isinf() & self.exact[name].isfinite()
         return result.masked_fill(overflowed, 0), self.exact[name].masked_fill(overflowed, 0)
 
@@ -147,7 +147,7 @@ def _refusal(model: nn.Module, changes: Sequence[Change], inputs: Any, compariso
             "with torch's generators only, and keep no state beside the buffers."
         )
     order = _in_execution_order(model, changes, inputs)
-    # Swapping the first `agree` layers changes nothing, the first `differ` does.
+    # Swapping the first `agree` layers changes nothing; swapping the first `differ` layers does.
     agree, differ = (
         0,
         len(order),
@@ -176,12 +176,12 @@ def _in_execution_order(model: nn.Module, changes: Sequence[Change], inputs: Any
         for hook in hooks:
             hook.remove()
     position = {module: number for number, module in enumerate(called)}
-    # What is fused comes last: it is fused only once its layers are swapped.
+    # Fusions come last: they need swapped layers.
     return sorted(changes, key=lambda c: (c.fuses, position.get(c.module, len(position))))
 
 
 def _draws_alike(change: Change, inputs: Any) -> bool:
-    """Whether a layer draws what its torch twin draws: on the CPU, and where it draws nothing."""
+    """Whether a layer draws the same numbers as its torch twin: on the CPU, or if it draws none."""
     positional, keywords = as_call(inputs)
     tensors = [
         t for t in (*positional, *keywords.values(), *change.module.parameters()) if isinstance(t, Tensor)
@@ -199,7 +199,7 @@ def _widest_eps(model: nn.Module, inputs: Any) -> float:
 
 
 def _group(name: str) -> str:
-    """The parameters of one layer share their scale: the gradient of some biases is 0 but for rounding."""
+    """The parameters of one layer share a scale: the gradient of some biases is 0 except for rounding."""
     return name.rpartition(".")[0] if name.startswith("gradient of ") else name
 
 
@@ -214,7 +214,7 @@ def _largest(value: Tensor) -> float:
 
 
 def _distance(value: Tensor, exact: Tensor) -> float:
-    """The largest difference; infinite where one is not finite and the other is not the same."""
+    """The largest difference; infinite if one element is not finite and the other is not equal to it."""
     if value.shape != exact.shape:
         return torch.inf
     a, b = _parts(value), _parts(exact)

@@ -1,4 +1,4 @@
-"""Fusing: which containers and multi-layer perceptrons can run neighbours as one, and the classes that do."""
+"""Fusing: finds containers and MLPs that can run neighbours as one block, and makes their classes."""
 
 import functools
 import operator
@@ -24,7 +24,7 @@ from manualprop.nn.fusing import (
     runs,
 )
 
-# Of BERT and its kin, of torch's transformer, of an MLP.
+# Of BERT and similar models, of torch's transformer, of an MLP.
 METHODS = (
     "feed_forward_chunk",
     "_ff_block",
@@ -32,29 +32,29 @@ METHODS = (
 )
 PROGRAM = "_manualprop_program"
 CALLED = {*FUNCTIONS, operator.add, operator.mul, torch.add, torch.mul}
-FOREIGN = "transformers.activations"  # classes of their own for the same functions
+FOREIGN = "transformers.activations"  # its own classes for the same functions
 
 
 class MethodStep(NamedTuple):
-    """One step of a method: a layer, or a function, of the values with the numbers ``inputs`` (0: the input)."""
+    """One step of a method: a layer or a function, and the numbers of its input values (0: the input)."""
 
     path: str
     function: Callable[..., Tensor] | None
     inputs: tuple[int, ...]
-    name: str | None  # of the activation that a foreign class computes
+    name: str | None  # the name of the activation that a foreign class computes
 
 
 class TracedMethod(NamedTuple):
-    """What a method does, and the runs of steps that can be one: each has an activation or a norm first."""
+    """The steps of a method, and the runs of steps that can be one: an activation or a norm comes first."""
 
     steps: tuple[MethodStep, ...]
     sites: tuple[tuple[int, ...], ...]
-    # Modules that hold layers, whose forward the steps stand for.
+    # Inner modules whose forward is replaced by these steps.
     through: tuple[tuple[str, type[nn.Module]], ...]
 
 
 class Fusion(NamedTuple):
-    """The class that runs neighbours as one, what it needs beside the layers, and which they are."""
+    """The class that runs neighbours as one, the attributes it needs, and the names of the neighbours."""
 
     after: type[nn.Module]
     attributes: dict[str, Any]
@@ -62,11 +62,11 @@ class Fusion(NamedTuple):
 
 
 class Unfusable(Exception):
-    """Why a candidate is left."""
+    """The reason why a candidate is not fused."""
 
 
 def fusion(module: nn.Module) -> Fusion | str | None:
-    """How to fuse what ``module`` holds, or why not, or None where there is nothing of the kind."""
+    """How to fuse the layers of ``module``, or why not; None if there is nothing to fuse."""
     if fused_from(type(module)) is not None:
         return "already fused"
     if type(module) is nn.Sequential:
@@ -99,7 +99,7 @@ def _listed(found: Sequence[tuple[str, ...]]) -> str:
 
 
 def _is_candidate(module: nn.Module, method: str) -> bool:
-    """An MLP by its children, or a transformer's layer by the method that holds its MLP."""
+    """Whether ``module`` looks like an MLP, by its children, or like a transformer layer, by its method."""
     if method != "forward":
         return hasattr(type(module), method)
     children = list(module.children())
@@ -139,7 +139,7 @@ class _Tracer(fx.Tracer):
 
 
 def _traced(module: nn.Module, method: str) -> TracedMethod:
-    """The steps of ``module.method(x)``, which must be the same in training and in evaluation."""
+    """The steps of ``module.method(x)``; they must be the same in training and in evaluation."""
     programs = []
     training = [(m, m.training) for m in module.modules()]
     try:
@@ -158,7 +158,7 @@ def _read(module: nn.Module, method: str) -> TracedMethod:
     try:
         tracer = _Tracer()
         graph = tracer.trace(_Method(module, method))
-    except Exception as error:  # whatever a foreign forward raises when it is given a symbol
+    except Exception as error:  # a foreign forward may raise anything when it gets a symbol
         raise Unfusable(f"its {method} cannot be traced ({type(error).__name__})") from None
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     numbers: dict[fx.Node, int] = {}
@@ -201,7 +201,7 @@ def _foreign_name(part: nn.Module) -> str | None:
 
 
 def _sites(module: nn.Module, steps: Sequence[MethodStep]) -> tuple[tuple[int, ...], ...]:
-    """The runs of steps that can be one function, each value between them being used once."""
+    """The runs of steps that can be one function; each value inside is used only once."""
     users: dict[int, list[int]] = {}
     for number, step in enumerate(steps):
         for value in step.inputs:
@@ -215,7 +215,7 @@ def _sites(module: nn.Module, steps: Sequence[MethodStep]) -> tuple[tuple[int, .
         part = _part(module, step)
         if activation_name(part) is None and not is_plain(part, norm.LayerNorm, norm.RMSNorm):
             continue
-        in_place = step.inputs == (0,) and getattr(part, "inplace", False)  # the caller sees what it writes
+        in_place = step.inputs == (0,) and getattr(part, "inplace", False)  # it must write to the input
         for length in (3, 2):
             site = tuple(chain[:length])
             if len(site) == length and not in_place and _call(module, steps, site) is not None:
@@ -234,7 +234,7 @@ def _sites(module: nn.Module, steps: Sequence[MethodStep]) -> tuple[tuple[int, .
 
 
 def _part(module: nn.Module, step: MethodStep) -> Part:
-    """The layer, function, or name of the activation of a step, as things are now."""
+    """The current layer, function or activation name of a step."""
     if step.function is not None:
         return step.function
     part = module
@@ -248,7 +248,7 @@ def _part(module: nn.Module, step: MethodStep) -> Part:
 def _call(
     module: nn.Module, steps: Sequence[MethodStep], site: tuple[int, ...]
 ) -> Callable[..., Tensor] | None:
-    """The one function of the values that enter the steps of ``site``, or None where they must run one by one."""
+    """The one function for the steps of ``site``; None if they must run one by one."""
     parts = [_part(module, steps[n]) for n in site]
     if len(site) == 3 and parts[1] in (operator.mul, torch.mul):
         name, linear = activation_name(parts[0]), linear_parameters(parts[2])
@@ -262,7 +262,7 @@ def _call(
 
 
 def execute(module: nn.Module, program: TracedMethod, x: Tensor) -> Tensor:
-    """Run the steps, those of a site as one where its layers still allow it."""
+    """Run the steps; those of a site as one if its layers still allow it."""
     steps = program.steps
     calls = {site: _call(module, steps, site) for site in program.sites}
     last = {site[-1]: (site, call) for site, call in calls.items() if call is not None}
@@ -282,7 +282,7 @@ def execute(module: nn.Module, program: TracedMethod, x: Tensor) -> Tensor:
 
 
 def _stands(module: nn.Module, program: TracedMethod) -> bool:
-    """Whether the steps still say what the method does: nobody listens to, or replaced, a module within."""
+    """Whether the steps are still valid: no inner module has been replaced or has got hooks."""
     return all(
         type(part) is cls and not is_heard(part)
         for path, cls in program.through
@@ -296,7 +296,7 @@ def _single(module: nn.Module, step: MethodStep) -> Callable[..., Tensor]:
 
 @functools.cache
 def fused_class(cls: type[nn.Module], method: str) -> type[nn.Module]:
-    """``cls`` with a ``method`` that runs neighbours as one; made once, and made anew when it is unpickled."""
+    """``cls`` with a ``method`` that runs neighbours as one; made once, and again when it is unpickled."""
     original = getattr(cls, method)
 
     @functools.wraps(original)

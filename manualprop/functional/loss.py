@@ -104,7 +104,7 @@ def huber_loss(
 ) -> Tensor:
     """Like :func:`torch.nn.functional.huber_loss`, by :class:`manualprop.functions.Huber`.
 
-    A weighted mean divides by the number of elements, as in torch; that of the other losses by the weights.
+    As in torch, a weighted mean divides by the number of elements; other losses divide by the weights.
 
     Shape:
         ``input``, ``target`` alike, or broadcastable (with a warning); ``weight`` like ``input``.
@@ -134,7 +134,7 @@ def _regression(
     if weight is None:
         return reduced_loss(rule.apply(x, t, *p), reduction, loss_dtype(x))
     _check_weight(input, weight)
-    # torch composes the weighted loss of plain operations, which autocast leaves alone.
+    # torch makes the weighted loss from plain operations, and autocast does not cast those.
     return reduced_loss(
         rule.apply(x, t, *p) * weight, reduction, torch.promote_types(x.dtype, weight.dtype), weight.sum()
     )
@@ -188,8 +188,8 @@ def gaussian_nll_loss(
         without it, or a number.
 
     Raises:
-        ValueError: if a variance is negative.  Inside of a transform or of compiled code, where a value can
-            not be looked at, the loss of a negative variance is NaN.
+        ValueError: if a variance is negative.  Inside a transform or compiled code values cannot be read:
+            there the loss of a negative variance is NaN.
     """
     refuse_complex("gaussian_nll_loss", input, target)
     var = _checked_variance(input, var)
@@ -352,8 +352,8 @@ def binary_cross_entropy(
         weight: a factor of each loss, broadcast to ``target``.
 
     Raises:
-        ValueError: if ``target`` is not of the size of ``input``.
-        RuntimeError: if ``input`` leaves [0, 1].
+        ValueError: if the sizes of ``target`` and ``input`` differ.
+        RuntimeError: if ``input`` is not in [0, 1].
     """
     reduction = legacy_reduction(size_average, reduce, reduction)
     if target.size() != input.size():
@@ -386,7 +386,7 @@ def binary_cross_entropy_with_logits(
         pos_weight: a factor of the positive part of each loss, broadcastable to ``target``.
 
     Raises:
-        ValueError: if ``target`` is not of the size of ``input``.
+        ValueError: if the sizes of ``target`` and ``input`` differ.
     """
     reduction = legacy_reduction(size_average, reduce, reduction)
     if target.size() != input.size():

@@ -167,7 +167,7 @@ def triplet_margin_with_distance_loss(
 ) -> Tensor:
     """Like :func:`torch.nn.functional.triplet_margin_with_distance_loss`, by ``TripletMargin``.
 
-    The distance is differentiated as it was written; without one, by ``PairwiseDistance``.
+    A given ``distance_function`` is differentiated by autograd; the default is ``PairwiseDistance``.
 
     Raises:
         ValueError: if ``margin`` is not positive.
@@ -184,7 +184,7 @@ def triplet_margin_with_distance_loss(
             f"but got: anchor {anchor.ndim}D, positive {positive.ndim}D, and negative {negative.ndim}D inputs"
         )
     loss, distance = _triplet_margin(distance_function, anchor, positive, negative, margin, swap)
-    return reduced_loss(loss, reduction, loss_dtype(distance))  # real, also of what is complex
+    return reduced_loss(loss, reduction, loss_dtype(distance))  # real, even for complex input
 
 
 def _triplet_margin(
@@ -195,7 +195,7 @@ def _triplet_margin(
     margin: float,
     swap: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and the distance of anchor and positive."""
+    """The loss, and the distance between anchor and positive."""
     p, n = distance(anchor, positive), distance(anchor, negative)
     n2 = distance(positive, negative) if swap else n
     p, n, n2 = alike(p, n, n2)
@@ -218,7 +218,7 @@ def multi_margin_loss(
         ``input`` (N, C) or (C,); ``target`` classes (N,), () or (1,); ``weight`` (C,)
 
     Raises:
-        ValueError: if ``p`` is neither 1 nor 2, or ``weight`` not one-dimensional.
+        ValueError: if ``p`` is not 1 or 2, or ``weight`` is not one-dimensional.
     """
     reduction = legacy_reduction(size_average, reduce, reduction)
     if p not in (1, 2):
@@ -243,7 +243,7 @@ def multilabel_margin_loss(
     """Like :func:`torch.nn.functional.multilabel_margin_loss`, by :class:`manualprop.functions.MultiLabelMargin`.
 
     Shape:
-        ``input`` and ``target`` (N, C) or (C,); the target classes lead, a -1 follows them.
+        ``input`` and ``target`` (N, C) or (C,); ``target`` has the target classes first, then a -1.
     """
     reduction = legacy_reduction(size_average, reduce, reduction)
     refuse_complex("multilabel_margin_loss", input)
@@ -262,7 +262,7 @@ def multilabel_soft_margin_loss(
 ) -> Tensor:
     """Like :func:`torch.nn.functional.multilabel_soft_margin_loss`, by :class:`manualprop.functions.MultiLabelSoftMargin`.
 
-    It is the mean over the classes of the cross-entropy of each class against all others.
+    It is the binary cross-entropy of each class, averaged over the classes.
 
     Shape:
         ``input``, ``target`` (N, ..., C), alike or broadcastable; ``weight`` (C,)

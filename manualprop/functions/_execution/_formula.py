@@ -277,7 +277,7 @@ def watched(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def plain_eager() -> bool:
-    """Whether no ``torch.func`` transform and no compiler is active: both refuse numbers and foreign kernels."""
+    """Whether no transform or compiler is active: under one, no number is read and no own kernel called."""
     return not (transforms_active() or is_compiling())
 
 

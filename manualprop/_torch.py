@@ -2,7 +2,8 @@
 
 Beside each name: what it is for, and the versions it was seen in.  A private name may change with any version.  What differs between versions is settled here, and nowhere else.  Attributes of
 torch's objects that are private too: ``Tensor._base``, ``Tensor._is_view()``, ``UntypedStorage._cdata`` (2.11 to 2.14);
-``Optimizer._optimizer_step_pre_hooks``, ``._optimizer_step_post_hooks`` and ``._opt_called`` (2.11 to 2.14).
+``Optimizer._optimizer_step_pre_hooks``, ``._optimizer_step_post_hooks`` and ``._opt_called`` (2.11 to 2.14);
+``Module._forward_hooks``, ``._forward_pre_hooks``, ``._backward_hooks`` and ``._backward_pre_hooks`` (2.11 to 2.14).
 """
 
 import re
@@ -66,6 +67,12 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled as forward_mode
 # The names of the reductions as torch.nn.functional reads them, with its errors and warnings.  2.11 to 2.14
 from torch.nn import _reduction as reductions
 
+# Hooks of every module.  2.11 to 2.14
+from torch.nn.modules.module import _global_backward_hooks as backward_hooks
+from torch.nn.modules.module import _global_backward_pre_hooks as backward_pre_hooks
+from torch.nn.modules.module import _global_forward_hooks as forward_hooks
+from torch.nn.modules.module import _global_forward_pre_hooks as forward_pre_hooks
+
 # Hooks of every optimizer's step.  2.11 to 2.14
 from torch.optim.optimizer import _global_optimizer_post_hooks as optimizer_post_hooks
 from torch.optim.optimizer import _global_optimizer_pre_hooks as optimizer_pre_hooks
@@ -86,7 +93,8 @@ from torch.utils._pytree import tree_map as tree_map
 # The primal of a dual number.  2.11 to 2.14
 unpack_dual: Callable[..., Any] = torch._VF._unpack_dual
 
-# What torch.nn.functional.nll_loss calls; its stub names other types.  2.11 to 2.14
+# What torch.nn.functional.cross_entropy and nll_loss call; their stubs name other types.  2.11 to 2.14
+cross_entropy_loss: Callable[..., Any] = torch._C._nn.cross_entropy_loss
 nll_loss: Callable[..., Any] = torch._C._nn.nll_loss_nd
 
 # Batch norm, with the statistics that its backward needs.  2.11 to 2.14
@@ -115,3 +123,10 @@ def inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., An
 
     compiled: Callable[..., Any] = compile(graph, inputs)
     return compiled
+
+
+def leave_to_python(function: Callable[..., Any]) -> None:
+    """Keep the compiler from a function's own frame, as ``torch._dynamo`` does itself; no import of it.  2.11 to 2.14"""
+    frames = torch._C._dynamo.eval_frame
+    strategy = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
+    frames.set_code_exec_strategy(function.__code__, strategy)

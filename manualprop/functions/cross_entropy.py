@@ -120,7 +120,14 @@ class CrossEntropy(Rule):
     """
 
     @staticmethod
-    def forward(x: Tensor, t: Tensor, w: Tensor | None, ignored: int, e: float, reduction: str) -> Tensor:
+    def forward(
+        x: Tensor,
+        t: Tensor,
+        w: Tensor | None = None,
+        ignored: int = -100,
+        e: float = 0.0,
+        reduction: str = "mean",
+    ) -> Tensor:
         return aten.cross_entropy(x, t, w, ignored, e, reduction)
 
     @staticmethod
@@ -139,7 +146,9 @@ class CrossEntropy(Rule):
         return shaped(dx, x.shape), None, None, None, None, None
 
     @staticmethod
-    def output_gradient(x: Tensor, t: Tensor, w: Tensor | None, ignored: int, e: float) -> Tensor:
+    def output_gradient(
+        x: Tensor, t: Tensor, w: Tensor | None = None, ignored: int = -100, e: float = 0.0
+    ) -> Tensor:
         """dl/dx = M p - m: the gradient of the loss with respect to the network's output, for each example."""
         z, g, t = rows(x, x.new_ones(t.shape), t)
         g, t = share(g, t, w, ignored, "none")

@@ -185,7 +185,10 @@ def _models() -> list[type]:
 
 
 def _data_modules() -> list[type]:
-    return _public(training, lambda c: issubclass(c, LightningDataModule) and not _required(c))
+    found = _public(training, lambda c: issubclass(c, LightningDataModule) and not _required(c))
+    return sorted(
+        found, key=lambda c: c.__name__
+    )  # the package imports them in the order in which they are used
 
 
 def _losses() -> list[str]:

@@ -26,6 +26,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from manualprop import training
 from manualprop._invocation import console_command, shown
 from manualprop.descent import Descent
 from manualprop.training import _usage
@@ -43,6 +44,11 @@ from manualprop.training.callbacks import (
 from manualprop.training.module import DescentModule
 from manualprop.training.plots import plot_history
 from manualprop.training.run_directory import RunDirectory
+
+for _name in training.__all__:
+    getattr(
+        training, _name
+    )  # from here on all of them are known: the parser looks for classes by their names
 
 COMMANDS = {
     "fit": "Train a network: forward pass, backward pass, update, with the descent of your choice.",

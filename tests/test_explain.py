@@ -412,6 +412,12 @@ def test_the_three_descents_are_real_paths_on_the_real_loss() -> None:
     assert grid[1, 1] < grid[0, 0]
 
 
+def test_a_path_that_leaps_leaves_the_picture_to_the_others() -> None:
+    near, far = ((0.0, 0.0), (1.0, 0.0)), ((0.0, 0.0), (2.0, 0.0), (50.0, 0.0))
+    assert _training._in_sight([near, near, far]) == [*near, *near, *far[:2]]
+    assert _training._in_sight([near]) == list(near)
+
+
 def test_descents_that_cannot_run_say_why() -> None:
     x, target = example()
     model = torch_nn.Sequential(nn.Linear(5, 6), torch_nn.BatchNorm1d(6), nn.Linear(6, 3)).double()

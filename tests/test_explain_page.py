@@ -522,6 +522,22 @@ def test_other_layers_and_tokens_have_a_page(browser: Any, tmp_path: Path) -> No
     assert browser.get_log("browser") == []
 
 
+def test_what_multiplies_an_image_is_drawn_as_one(browser: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, target = torch.randn(4, 1, 6, 6), torch.randint(3, (4,))
+    flat = nn.Sequential(torch_nn.Flatten(), nn.Linear(36, 3))
+    convolved = torch_nn.Sequential(torch_nn.Conv2d(1, 2, 3), torch_nn.Flatten(), nn.Linear(32, 3))
+    for model, key, image in ((flat, "p:1.weight", [6, 6]), (convolved, "p:0.weight", [3, 3])):
+        e = manualprop.explain(model, nn.CrossEntropyLoss(), x, target, updates=0)
+        path = tmp_path / "images.html"
+        e.save(path)
+        page = Page(browser, e, path)
+        page.look(1440)
+        images = page.run("return Object.fromEntries(GRIDS.map((g) => [g.grid.key, g.image]))")
+        assert (images["x"], images[key], images["output"]) == ([6, 6], image, None)
+    assert browser.get_log("browser") == []
+
+
 def test_regression_shows_the_squared_error(browser: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     x, target = torch.randn(6, 3), torch.randn(6, 2)

@@ -10,7 +10,7 @@ class Grid {
     this.row = 0;
     this.col = 0;
     const { rows, cols } = this.numbers;
-    this.image = this.isImage() ? DATA.image : null;
+    this.image = this.imageOfRow();
     this.lying = cols === 1 && rows > 1; // one number for each example: side by side
     this.small = !this.image && cols > 1 && cols <= FEW_COLUMNS && rows * cols <= FEW;
     element.innerHTML = `<div class="grid-head"><b>${escaped(grid.symbol)}</b><span>${escaped(grid.what)}</span><span class="muted"></span></div><div class="scroll"></div>`;
@@ -23,11 +23,18 @@ class Grid {
       if (this.target.matches(':focus-visible')) this.go(this.row, this.col, true);
     });
   }
-  isImage() {
-    if (!DATA.image || this.numbers.cols !== DATA.image[0] * DATA.image[1]) return false;
-    const key = this.grid.key,
-      first = DATA.layers.find((layer) => layer.x === 'x' && layer.W);
-    return key === 'x' || (first !== undefined && key.slice(1) === first.W.slice(1));
+  // Height and width, where a row of the table is an image: an input, what multiplies one, a kernel.
+  imageOfRow() {
+    const { key } = this.grid,
+      { cols, shape } = this.numbers,
+      isWeight = /^[pdu]:/.test(key);
+    if (isWeight && shape.length === 4 && shape[2] > 1 && cols === shape[1] * shape[2] * shape[3]) {
+      return [shape[1] * shape[2], shape[3]];
+    }
+    if (!DATA.image || cols !== DATA.image[0] * DATA.image[1]) return null;
+    const at = DATA.layers.findIndex((layer) => layer.W),
+      first = DATA.layers.slice(0, at).every((layer) => layer.kind === 'same') ? DATA.layers[at] : null;
+    return key === 'x' || (isWeight && first && key.slice(1) === first.W.slice(1)) ? DATA.image : null;
   }
   get label() {
     const { rows, cols, of } = this.numbers,

@@ -9,7 +9,7 @@ torch's objects that are private too: ``Tensor._base``, ``Tensor._is_view()``, `
 import re
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd import forward_ad
@@ -93,7 +93,8 @@ from torch.utils._pytree import tree_map as tree_map
 # The primal of a dual number.  2.11 to 2.14
 unpack_dual: Callable[..., Any] = torch._VF._unpack_dual
 
-# What torch.nn.functional.nll_loss calls; its stub names other types.  2.11 to 2.14
+# What torch.nn.functional.cross_entropy and nll_loss call; their stubs name other types.  2.11 to 2.14
+cross_entropy_loss: Callable[..., Any] = torch._C._nn.cross_entropy_loss
 nll_loss: Callable[..., Any] = torch._C._nn.nll_loss_nd
 
 # Batch norm, with the statistics that its backward needs.  2.11 to 2.14
@@ -101,6 +102,22 @@ batch_norm_with_statistics: Callable[..., Any] = torch._batch_norm_impl_index
 
 # A tensor that shares the memory of another without being its view.  2.11 to 2.14
 unsafe_view: Callable[..., Any] = torch.ops.aten._unsafe_view
+
+
+class Missing(torch.nn.Module):
+    """Stands for a module that this version of torch lacks, so that all others can be imported."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(
+            f"{type(self).__name__}: torch 2.13 or newer is needed. This is torch {torch.__version__}"
+        )
+
+
+# Public, from 2.13 on.
+if TYPE_CHECKING:
+    from torch.nn import LinearCrossEntropyLoss as LinearCrossEntropyLoss
+else:
+    LinearCrossEntropyLoss = getattr(torch.nn, "LinearCrossEntropyLoss", Missing)
 
 # The module of the compiler's front end, whose import takes seconds.  2.11 to 2.14
 DYNAMO = "torch._dynamo"
@@ -122,3 +139,10 @@ def inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., An
 
     compiled: Callable[..., Any] = compile(graph, inputs)
     return compiled
+
+
+def leave_to_python(function: Callable[..., Any]) -> None:
+    """Keep the compiler from a function's own frame, as ``torch._dynamo`` does itself; no import of it.  2.11 to 2.14"""
+    frames = torch._C._dynamo.eval_frame
+    strategy = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
+    frames.set_code_exec_strategy(function.__code__, strategy)

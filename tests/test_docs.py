@@ -99,6 +99,7 @@ def pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(build_docs, "ROOT", tmp_path)
     monkeypatch.setattr(build_docs, "machine", lambda: "this one")
     monkeypatch.setattr(build_docs, "help_files", dict)
+    monkeypatch.setattr(build_docs, "version_files", dict)
     for name in build_docs.PAGES:
         monkeypatch.setitem(
             build_docs.PAGES, name, lambda name=name: iter([f"{build_docs.made(name)}\nnumbers\n"])

@@ -45,6 +45,7 @@ def large_is_small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Chunks and kernels from a few elements on, so that the tests are quick."""
     monkeypatch.setattr(_formula, "LARGE", 8)
     monkeypatch.setattr(_formula, "CHUNK", 5)
+    monkeypatch.setattr(_formula, "FEWEST", 2)
     monkeypatch.setattr(_formula, "STEPS", 1)
     monkeypatch.setattr(_lowering, "FEW", 4)
     yield

@@ -17,9 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manualprop.functions._elementwise_loss import Curvature, ElementwiseLoss
-from manualprop.functions._execution import indicator
-from manualprop.functions._kernels import constant_zeros, lifted, scattered
-from manualprop.functions._rule import Rule, flat, in_full_precision, plain_eager
+from manualprop.functions._execution import (
+    chosen,
+    formula,
+    indicator,
+    of_class,
+)
+from manualprop.functions._execution._classes import kernel, lifted, longest, rows
+from manualprop.functions._rule import Rule, flat
+from manualprop.functions.norm import shaped
+from manualprop.functions.softmax import dot
 
 __all__ = [
     "CosineEmbedding",
@@ -238,44 +245,71 @@ class PairwiseDistance(Rule):
 
     @staticmethod
     def forward(a: Tensor, b: Tensor, p: float, eps: float) -> Tensor:
-        return F.pairwise_distance(in_full_precision(a), in_full_precision(b), p, eps)
+        return distance(a, b, p, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float, float], output: Tensor) -> None:
-        a, b, ctx.p, ctx.eps = inputs
+        a, b, *ctx.p = inputs
         ctx.save_for_backward(a, b, output)
         ctx.save_for_forward(a, b, output)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         a, b, y = ctx.saved_tensors
-        needs_a, needs_b, *_ = ctx.needs_input_grad
-        da = PairwiseDistance.gradient(g.unsqueeze(-1), a, b, y, ctx.p, ctx.eps)
-        return da.to(a.dtype) if needs_a else None, -da.to(b.dtype) if needs_b else None, None, None
-
-    @staticmethod
-    def gradient(g: Tensor, a: Tensor, b: Tensor, y: Tensor, p: float, eps: float) -> Tensor:
-        """g dy/dd."""
-        d = (in_full_precision(a) - in_full_precision(b)).add_(eps)
-        y = y.unsqueeze(-1)
-        if p == 0:
-            return g * constant_zeros(d)
-        if p == inf:
-            largest = d.abs().eq(y).to(d.dtype)
-            return d.sign() * (g * largest / largest.sum(-1, keepdim=True))
-        apart = y.ne(0)
-        if p == 2:
-            return d * (g * apart / y.where(apart, 1))
-        r = d.abs().where(d.ne(0), 1)  # sign(d) is 0 there, and r ** (p - 1) must not be infinite
-        return g * d.sign() * (r / y.where(apart, 1)) ** (p - 1)
+        whole, each = (y.numel(), a.shape[-1]), (y.numel(), 1)
+        da, db = distance_gradients(
+            shaped(a, whole),
+            shaped(b, whole),
+            y.reshape(each),
+            g.reshape(each),
+            *ctx.p,
+            needs=ctx.needs_input_grad[:2],
+        )
+        return shaped(da, a.shape), shaped(db, b.shape), None, None
 
     @staticmethod
     def jvp(ctx: Any, da: Tensor | None, db: Tensor | None, *_: None) -> Tensor:
         a, b, y = ctx.saved_tensors
-        slope = PairwiseDistance.gradient(torch.ones_like(y).unsqueeze(-1), a, b, y, ctx.p, ctx.eps)
-        terms = (None if da is None else slope * da, None if db is None else slope * -db)
-        first, *rest = (term for term in terms if term is not None)
-        return sum(rest, first).sum(-1)
+        whole, each = (y.numel(), a.shape[-1]), (y.numel(), 1)
+        a, b, da, db = (shaped(v, whole) for v in (a, b, da, db))
+        dy: Tensor = distance_tangent(a, b, y.reshape(each), da, db, *ctx.p)
+        return dy.reshape(y.shape)
+
+
+distance = lifted(F.pairwise_distance)
+
+
+def distance_slope(d: Tensor, y: Tensor, p: float) -> Tensor:
+    """dy/dd"""
+    if p == 0:
+        return flat(torch.zeros_like(d), d)
+    if p == inf:
+        largest = indicator(d.abs() == y, d)
+        return d.sign() * largest / largest.sum(1, keepdim=True)
+    y = y.where(y != 0, 1)  # d is 0 there
+    if p == 2:
+        return d / y
+    r = d.abs().where(d != 0, 1)  # sign(d) is 0 there, and r ** (p - 1) must not be infinite
+    return d.sign() * (r / y) ** (p - 1)
+
+
+@formula("a (N, D), b (N, D), y (N, 1), g (N, 1) -> da like a, db like b")
+def distance_gradients(
+    a: Tensor, b: Tensor, y: Tensor, g: Tensor, p: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """g dy/dd and -g dy/dd"""
+    gd = g * distance_slope(a - b + eps, y, p)
+    return gd, -gd
+
+
+@formula("a (N, D), b (N, D), y (N, 1), da (N, D), db (N, D) -> dy (N, 1)")
+def distance_tangent(
+    a: Tensor, b: Tensor, y: Tensor, da: Tensor | None, db: Tensor | None, p: float, eps: float
+) -> Tensor:
+    """<dy/dd, da - db>"""
+    slope = distance_slope(a - b + eps, y, p)
+    dy = torch.zeros_like(y) if da is None else dot(slope, da, 1)
+    return dy if db is None else dy - dot(slope, db, 1)
 
 
 COSINE_EPS = 1e-12
@@ -308,7 +342,7 @@ class CosineEmbedding(Rule):
 
     @staticmethod
     def forward(a: Tensor, b: Tensor, t: Tensor, m: float) -> Tensor:
-        return F.cosine_embedding_loss(in_full_precision(a), in_full_precision(b), t, m, reduction="none")
+        return cosine_loss(a, b, t, m)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:
@@ -319,44 +353,52 @@ class CosineEmbedding(Rule):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         a, b, t = ctx.saved_tensors
-        needs_a, needs_b, *_ = ctx.needs_input_grad
-        full_a, full_b = in_full_precision(a), in_full_precision(b)
-        p, q, q2 = (k.unsqueeze(-1) for k in CosineEmbedding.weights(full_a, full_b, t, ctx.m, g))
-        da = torch.addcmul(p * full_b, q, full_a, value=-1).to(a.dtype) if needs_a else None
-        db = torch.addcmul(p * full_a, q2, full_b, value=-1).to(b.dtype) if needs_b else None
-        return da, db, None, None
-
-    @staticmethod
-    def weights(a: Tensor, b: Tensor, t: Tensor, m: float, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """g p, g q and g q', one number for each example: dl/da = p b - q a and dl/db = p a - q' b.
-
-        0 where dl/dc is, whatever g is: chosen, as 0 times an infinite g would be NaN.
-        """
-        # As ATen's forward has it, to the number of the axis, so that a compiler takes these numbers from there.
-        last = a.dim() - 1
-        A, B = ((v * v).sum(last) + COSINE_EPS for v in (a, b))
-        root = (A * B).sqrt()
-        c = (a * b).sum(last) / root
-        dc = g.where(t.eq(-1).logical_and(c.ge(m)), 0) - g.where(t.eq(1), 0)  # g dl/dc
-        return dc / root, dc * c / A, dc * c / B
-
-    @staticmethod
-    def output_gradient(a: Tensor, b: Tensor, t: Tensor, m: float) -> Tensor:
-        """dl/da: the gradient of the loss with respect to the network's output; dl/db with a and b exchanged."""
-        a, b = in_full_precision(a), in_full_precision(b)
-        one = torch.ones_like(a[..., 0])
-        p, q, _ = (k.unsqueeze(-1) for k in CosineEmbedding.weights(a, b, t, m, one))
-        return torch.addcmul(p * b, q, a, value=-1)
+        needs = tuple(ctx.needs_input_grad[:2])
+        if a.dim() == 2:
+            return *cosine_gradients(a, b, g, t, ctx.m, needs=needs), None, None
+        one = (v.unsqueeze(0) for v in (a, b, g, t))
+        da, db = cosine_gradients(*one, ctx.m, needs=needs)
+        return shaped(da, a.shape), shaped(db, b.shape), None, None
 
     @staticmethod
     def jvp(ctx: Any, da: Tensor | None, db: Tensor | None, *_: None) -> Tensor:
         a, b, t = ctx.saved_tensors
-        terms = (
-            None if da is None else CosineEmbedding.output_gradient(a, b, t, ctx.m) * da,
-            None if db is None else CosineEmbedding.output_gradient(b, a, t, ctx.m) * db,
-        )
-        first, *rest = (term for term in terms if term is not None)
-        return sum(rest, first).sum(-1)
+        one = (None if v is None else v.reshape(-1, a.shape[-1]) for v in (a, b, da, db))
+        dl: Tensor = cosine_tangent(*one, t.reshape(-1), ctx.m)
+        return dl.reshape(t.shape)
+
+
+@lifted
+def cosine_loss(a: Tensor, b: Tensor, t: Tensor, m: float) -> Tensor:
+    """l"""
+    return F.cosine_embedding_loss(a, b, t, m, reduction="none")
+
+
+def cosine_weights(a: Tensor, b: Tensor, g: Tensor, t: Tensor, m: float) -> tuple[Tensor, Tensor, Tensor]:
+    """g p, g q and g q', one number for each example: dl/da = p b - q a and dl/db = p a - q' b."""
+    # Sums as in ATen's forward, so that a compiler takes them from there.
+    A, B = ((v * v).sum(1) + COSINE_EPS for v in (a, b))
+    root = (A * B).sqrt()
+    c = (a * b).sum(1) / root
+    # g dl/dc: 0 where dl/dc is, whatever g is
+    dc = g.where((t == -1) & (c >= m), 0) - g.where(t == 1, 0)
+    p, q, q2 = dc / root, dc * c / A, dc * c / B
+    return p.unsqueeze(1), q.unsqueeze(1), q2.unsqueeze(1)
+
+
+@formula("a (N, D), b (N, D), g (N), t (N) -> da like a, db like b")
+def cosine_gradients(a: Tensor, b: Tensor, g: Tensor, t: Tensor, m: float) -> tuple[Tensor, Tensor]:
+    """g (p b - q a) and g (p a - q' b)"""
+    p, q, q2 = cosine_weights(a, b, g, t, m)
+    return p * b - q * a, p * a - q2 * b
+
+
+@formula("a (N, D), b (N, D), da (N, D), db (N, D), t (N) -> dl (N, 1)")
+def cosine_tangent(a: Tensor, b: Tensor, da: Tensor | None, db: Tensor | None, t: Tensor, m: float) -> Tensor:
+    """<p b - q a, da> + <p a - q' b, db>"""
+    p, q, q2 = cosine_weights(a, b, torch.ones_like(a[:, 0]), t, m)
+    dl = torch.zeros_like(p) if da is None else dot(p * b - q * a, da, 1)
+    return dl if db is None else dl + dot(p * a - q2 * b, db, 1)
 
 
 class MultiMargin(Rule):
@@ -386,17 +428,7 @@ class MultiMargin(Rule):
 
     @staticmethod
     def forward(x: Tensor, t: Tensor, p: int, m: float, w: Tensor | None) -> Tensor:
-        if plain_eager():
-            return F.multi_margin_loss(in_full_precision(x), t, p, m, lifted(w, x), reduction="none")
-        index = t.reshape(*x.shape[:-1], 1)  # vmap has no rule for torch's
-        z = MultiMargin.missed(in_full_precision(x), index, m)
-        h = (z.where(z.gt(0), 0) ** p).scatter(-1, index, 0).sum(-1).reshape(t.shape) / x.shape[-1]
-        return h if w is None else h * w[t]
-
-    @staticmethod
-    def missed(x: Tensor, t: Tensor, m: float) -> Tensor:
-        """z."""
-        return (m - x.gather(-1, t)) + x
+        return multi_margin(x, t, p, m, w)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -407,25 +439,58 @@ class MultiMargin(Rule):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, t, w = ctx.saved_tensors
-        dx = MultiMargin.output_gradient(x, t, ctx.order, ctx.m, w) * g.reshape(*x.shape[:-1], 1)
-        return dx.to(x.dtype), None, None, None, None
-
-    @staticmethod
-    def output_gradient(x: Tensor, t: Tensor, p: int, m: float, w: Tensor | None) -> Tensor:
-        """dl/dx: the gradient of the loss with respect to the network's output, for each example."""
-        t = t.reshape(*x.shape[:-1], 1)
-        z = MultiMargin.missed(in_full_precision(x), t, m)
-        # 0 for NaN, as in PyTorch
-        h = flat(indicator(z.detach() > 0, z), z) if p == 1 else 2 * z.where(z.gt(0), 0)
-        h = h * (1 / x.shape[-1] if w is None else w[t] / x.shape[-1])
-        h = scattered(h, -1, t, torch.zeros_like(t, dtype=h.dtype))
-        return scattered(h, -1, t, -h.sum(-1, keepdim=True))
+        z, g, t = rows(x, g, t)
+        dx = multi_margin_gradient(z, g, t, w, ctx.order, ctx.m, z.shape[1])
+        return shaped(dx, x.shape), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, *_: None) -> Tensor:
         x, t, w = ctx.saved_tensors
         dx = torch.zeros_like(x) if dx is None else dx  # class weights are constants, as in PyTorch
-        return (MultiMargin.output_gradient(x, t, ctx.order, ctx.m, w) * dx).sum(-1).reshape(t.shape)
+        (z, index), (dx,) = rows(x, t), rows(dx)
+        dl: Tensor = multi_margin_tangent(z, dx, index, w, ctx.order, ctx.m, z.shape[1])
+        return dl.reshape(t.shape)
+
+
+@kernel(lambda x, t, p, m, w: F.multi_margin_loss(x, t, p, m, w, reduction="none"))
+def multi_margin(x: Tensor, t: Tensor, p: int, m: float, w: Tensor | None) -> Tensor:
+    """w_t / C sum_{i /= t} max(z_i, 0)^p"""
+    x, index = rows(x, t)
+    z = missed(x, index, m)
+    h = chosen(indicator(z > 0, z), z) ** p
+    l = h.scatter(1, index, 0).sum(1, keepdim=True) / x.shape[1]
+    return (l if w is None else of_class(w, index) * l).reshape(t.shape)
+
+
+def missed(x: Tensor, t: Tensor, m: float) -> Tensor:
+    """z"""
+    return (m - of_class(x, t)) + x
+
+
+def multi_margin_slope(x: Tensor, g: Tensor, t: Tensor, w: Tensor | None, p: int, m: float, C: int) -> Tensor:
+    """g dl/dx = g w_t / C (h - 1[i = t] sum_i h_i), with h_t = 0"""
+    z = missed(x, t, m)
+    k = indicator(z.detach() > 0, z)  # 0 for NaN, as in PyTorch
+    h = flat(k, z) if p == 1 else 2 * chosen(k, z)
+    h = h.scatter(1, t, 0)
+    h = h.scatter(1, t, -h.sum(1, keepdim=True))
+    return (g / C if w is None else g * of_class(w, t) / C) * h
+
+
+@formula("x (N, C), g (N, 1), t (N, 1), w (C) -> dx like x")
+def multi_margin_gradient(
+    x: Tensor, g: Tensor, t: Tensor, w: Tensor | None, p: int, m: float, C: int
+) -> Tensor:
+    """g dl/dx"""
+    return multi_margin_slope(x, g, t, w, p, m, C)
+
+
+@formula("x (N, C), dx (N, C), t (N, 1), w (C) -> dl (N, 1)")
+def multi_margin_tangent(
+    x: Tensor, dx: Tensor, t: Tensor, w: Tensor | None, p: int, m: float, C: int
+) -> Tensor:
+    """<dl/dx, dx>"""
+    return dot(multi_margin_slope(x, torch.ones_like(x[:, :1]), t, w, p, m, C), dx, 1)
 
 
 class MultiLabelMargin(Rule):
@@ -453,24 +518,7 @@ class MultiLabelMargin(Rule):
 
     @staticmethod
     def forward(x: Tensor, t: Tensor) -> Tensor:
-        x = in_full_precision(x)
-        if plain_eager():
-            return F.multilabel_margin_loss(x, t, reduction="none")
-        index, leading, member = MultiLabelMargin.targets(x, t)  # vmap has no rule for torch's
-        z = 1 - x.gather(-1, index).unsqueeze(-1) + x.unsqueeze(-2)  # (N, j, i)
-        counted = leading.unsqueeze(-1).logical_and(~member.unsqueeze(-2))
-        return z.clamp(min=0).where(counted, 0).sum((-2, -1)) / x.shape[-1]
-
-    @staticmethod
-    def targets(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """t, 0 from its first -1 on; whether an entry stands before that; whether a class is in T."""
-        leading = t.ge(0).cumprod(-1).bool()
-        if plain_eager() and type(t) is Tensor and t.numel():
-            longest = int(leading.sum(-1).max())  # most examples have a few of all classes
-            t, leading = t[..., :longest], leading[..., :longest]
-        index = t.where(leading, 0)
-        member = torch.zeros_like(x).scatter_add(-1, index, leading.to(x.dtype)).gt(0)
-        return index, leading, member
+        return label_margin(x, t)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -480,26 +528,63 @@ class MultiLabelMargin(Rule):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         x, t = ctx.saved_tensors
-        dx = MultiLabelMargin.output_gradient(x, t) * g.reshape(*x.shape[:-1], 1)
-        return dx.to(x.dtype), None
-
-    @staticmethod
-    def output_gradient(x: Tensor, t: Tensor) -> Tensor:
-        """dl/dx: the gradient of the loss with respect to the network's output, for each example."""
-        full_x, classes = in_full_precision(x), x.shape[-1]
-        index, leading, member = MultiLabelMargin.targets(full_x, t)
-        # b_j of every target entry, else +inf: nothing exceeds it; x_i outside of T, else -inf: it exceeds nothing.
-        # A NaN counts as neither, as in PyTorch.
-        b = (full_x.gather(-1, index) - 1).where(leading, inf).nan_to_num(inf, inf, -inf)
-        outside = full_x.where(~member, -inf).nan_to_num(-inf, inf, -inf)
-        b, order = b.sort(-1)
-        below = torch.searchsorted(b, outside)  # #{j in T: b_j < x_i}, so x_i exceeds the first so many of b
-        ranks = torch.zeros_like(F.pad(b, (0, 1))).scatter_add(-1, below, torch.ones_like(full_x))
-        above = ranks.flip(-1).cumsum(-1).flip(-1)[..., 1:]  # #{i not in T: x_i > b_j}
-        counts = constant_zeros(full_x) + below
-        return counts.scatter_add(-1, index.gather(-1, order), -above) / classes
+        (z, g), (t,) = rows(x, g), rows(t)
+        dx = label_margin_gradient(z, g, *target_classes(t), z.shape[1])
+        return shaped(dx, x.shape), None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, _: None) -> Tensor:
         x, t = ctx.saved_tensors
-        return (MultiLabelMargin.output_gradient(x, t) * dx).sum(-1)
+        (z,), (dx,), (t,) = rows(x), rows(dx), rows(t)
+        dl: Tensor = label_margin_tangent(z, dx, *target_classes(t), z.shape[1])
+        return dl.reshape(x.shape[:-1])
+
+
+@kernel(lambda x, t: F.multilabel_margin_loss(x, t, reduction="none"))
+def label_margin(x: Tensor, t: Tensor) -> Tensor:
+    """1 / C sum_{j in T} sum_{i not in T} max(z_ij, 0)"""
+    index, leading = target_classes(t)
+    z = 1 - x.gather(-1, index).unsqueeze(-1) + x.unsqueeze(-2)  # (N, j, i)
+    counted = leading.unsqueeze(-1) & ~member(x, index, leading).unsqueeze(-2)
+    return z.clamp(min=0).where(counted, 0).sum((-2, -1)) / x.shape[-1]
+
+
+def target_classes(t: Tensor) -> tuple[Tensor, Tensor]:
+    """t, 0 from its first -1 on; and whether an entry stands before that."""
+    leading = (t >= 0).cumprod(-1).bool()
+    K = longest(leading)  # most examples have a few of all classes
+    leading = leading[..., :K]
+    return t[..., :K].where(leading, 0), leading
+
+
+def member(x: Tensor, index: Tensor, leading: Tensor) -> Tensor:
+    """Whether a class is in T."""
+    return torch.zeros_like(x).scatter_add(-1, index, indicator(leading, x)) > 0
+
+
+def label_margin_slope(x: Tensor, index: Tensor, leading: Tensor, C: int) -> Tensor:
+    """dl/dx"""
+    # b_j of every target entry, else +inf: nothing exceeds it; x_i outside of T, else -inf: it exceeds nothing.
+    # A NaN counts as neither, as in PyTorch.
+    b = (x.gather(1, index) - 1).where(leading, inf).nan_to_num(inf, inf, -inf)
+    outside = x.where(~member(x, index, leading), -inf).nan_to_num(-inf, inf, -inf)
+    b, order = b.sort(1)
+    below = torch.searchsorted(
+        b, outside.contiguous()
+    )  # #{j in T: b_j < x_i}, so x_i exceeds the first so many of b
+    ranks = F.pad(torch.zeros_like(b), (0, 1)).scatter_add(1, below, torch.ones_like(x))
+    above = ranks.flip(1).cumsum(1).flip(1)[:, 1:]  # #{i not in T: x_i > b_j}
+    counts = torch.zeros_like(x).scatter_add(1, index.gather(1, order), -above) + below
+    return flat(counts / C, x)
+
+
+@formula("x (N, C), g (N, 1), index (N, K), leading (N, K) -> dx like x")
+def label_margin_gradient(x: Tensor, g: Tensor, index: Tensor, leading: Tensor, C: int) -> Tensor:
+    """g dl/dx"""
+    return g * label_margin_slope(x, index, leading, C)
+
+
+@formula("x (N, C), dx (N, C), index (N, K), leading (N, K) -> dl (N, 1)")
+def label_margin_tangent(x: Tensor, dx: Tensor, index: Tensor, leading: Tensor, C: int) -> Tensor:
+    """<dl/dx, dx>"""
+    return dot(label_margin_slope(x, index, leading, C), dx, 1)

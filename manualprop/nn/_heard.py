@@ -1,4 +1,4 @@
-"""Who would notice that a layer is not called."""
+"""Whether a layer must really be called, because a hook or its own ``forward`` would run."""
 
 from torch import nn
 
@@ -14,9 +14,9 @@ OF_ALL_MODULES = (
 
 
 def is_heard(part: nn.Module) -> bool:
-    """Whether calling ``part`` would do more than its class says: hooks, or a ``forward`` of its own.
+    """Whether a call of ``part`` does more than its class says: it has hooks or its own ``forward``.
 
-    A hook with the attribute ``only_watches`` does not count: a receipt measures the model as it runs without it.
+    A hook with the attribute ``only_watches`` does not count, so a receipt does not change what it measures.
     """
     if "forward" in part.__dict__ or any(OF_ALL_MODULES):
         return True

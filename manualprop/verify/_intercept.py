@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils._pytree import tree_leaves, tree_map
 
+from manualprop._torch import leave_to_python
 from manualprop.verify._case import Case
 from manualprop.verify._check import check
 from manualprop.verify._report import Report
@@ -40,13 +41,14 @@ class Interceptor:
     def _wrap(self, cls: type[Function]) -> None:
         """Put our apply before the class's own."""
         self._wrapped.add(cls)
-        original: Any = vars(cls)["apply"].__func__
+        original: Any = vars(cls)["apply"]  # a classmethod, from torch 2.14 on one written in C
         watch = self
 
         def apply(this: type[Function], *args: Any, **kwargs: Any) -> Any:
             watch.note(this, args, kwargs)
-            return original(this, *args, **kwargs)
+            return original.__get__(None, this)(*args, **kwargs)
 
+        leave_to_python(apply)  # the compiler cannot follow the call of what is written in C
         cls.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
 
     def watch_overriding(self) -> None:

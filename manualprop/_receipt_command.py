@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command.
 
     Args:
-        arguments: from the subcommand on.
+        arguments: the arguments, beginning with the subcommand.
 
     Returns:
         The exit status: 0, or 2 for a mistake in the command, which has then been told in a line.

@@ -290,8 +290,7 @@ class Flat(Rule):
 def flat(d: Tensor, x: Tensor) -> Tensor:
     """A gradient ``d`` that does not depend on ``x``; in grad mode this is recorded.
 
-    The second derivative is then zeros, as in torch.  Without the record torch raises that ``x`` was not
-    used.
+    The second derivative is then zeros, as in torch, instead of the error that ``x`` was not used.
     """
     recorded: Tensor = Flat.apply(d, x) if torch.is_grad_enabled() else d
     return recorded

@@ -3,7 +3,7 @@
 
 It needs nothing but Python. The first call installs everything into `.venv`; later calls hand over to it at once.
 `test --torch 2.14.1` does the same with `.venv-torch-2.14.1`. In an environment, `set-up` is the stamp: it names what
-is installed, once the last step is done. `suite.json` is the last whole run of the tests, for `docs versions`.
+is installed, once the last step is done. `suite-*.json` are the last runs of the tests, for `docs versions`.
 """
 
 import hashlib
@@ -230,7 +230,8 @@ def test(arguments: list[str]) -> Work:
             raise Stop(f"--torch takes a version, as in: test --torch 2.14.1. Got {torch!r}", 2)
     environment = Environment(torch, full)
     options = [] if full else ["-m", "not slow"]  # before the user's own: the last -m counts, the last -n too
-    options += [] if rest else [f"--record={environment.folder / 'suite.json'}"]  # a run of the whole suite
+    part = {(): "full" if full else "all", ("-m", "quick"): "quick"}.get(tuple(rest))
+    options += [f"--record={environment.folder}/suite-{part}.json"] if part else []
     if cores() > 1 and not {"--pdb", "--trace", "no:xdist"} & set(rest):
         options += ["-n", str(min(cores(), 8))]  # each worker loads torch: 300 MB
     # As many workers as cores already; without its cache pytest compiles every test file anew.

@@ -432,10 +432,10 @@ def test_a_killed_command_is_told_by_its_status(tree: Tree) -> None:
 @pytest.mark.parametrize(
     "given, passed",
     [
-        ("", "-m|not slow|--record={}|-n|2"),
-        ("--full", "--record={}|-n|2"),
+        ("", "-m|not slow|--record={}-all.json|-n|2"),
+        ("--full", "--record={}-full.json|-n|2"),
         ("--full -q", "-n|2|-q"),
-        ("-m quick", "-m|not slow|-n|2|-m|quick"),
+        ("-m quick", "-m|not slow|--record={}-quick.json|-n|2|-m|quick"),
         ("--pdb", "-m|not slow|--pdb"),
         ("-p no:xdist", "-m|not slow|-p|no:xdist"),
     ],
@@ -443,7 +443,7 @@ def test_a_killed_command_is_told_by_its_status(tree: Tree) -> None:
 def test_pytests_arguments(run: ModuleType, monkeypatch, given: str, passed: str) -> None:
     monkeypatch.setattr(run, "cores", lambda: 2)
     steps = run.test(given.split()).steps
-    assert steps == [["-m", "pytest", *passed.format(ROOT / ".venv/suite.json").split("|")]]
+    assert steps == [["-m", "pytest", *passed.format(ROOT / ".venv/suite").split("|")]]
 
 
 def test_the_tests_variables(run: ModuleType, monkeypatch) -> None:

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "_torch": set(),  # which every part may import
     "functions": set(),
     "functional": {"functions"},
-    "nn": {"functional"},
+    "nn": {"functional", "_torch"},
     "_swap": {"nn", "functional", "_receipt"},
     "interop": {"_swap"},
     "_splitting": set(),

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from manualprop import functions as rules
+from manualprop.functions._execution._products import add_weight_gradient
 
 
 class Destination:
@@ -32,8 +33,6 @@ class Destination:
 
 
 Destinations = Mapping[Parameter, Destination]
-
-add_weight_gradient = rules.Linear.add_weight_gradient
 
 THIN = 8  # a weight is thin if its smaller side is at most this; see Descend
 

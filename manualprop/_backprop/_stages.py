@@ -22,7 +22,13 @@ from manualprop._backprop._context import Application, applications
 from manualprop._backprop._destinations import Destinations
 from manualprop.functions import Elementwise
 from manualprop.functions._execution import LARGE, Runner
-from manualprop.functions.linear import FEW, rows
+from manualprop.functions._execution._products import (
+    FEW,
+    bias_gradient_of_few,
+    input_gradient_into,
+    multiply_and_add_into,
+)
+from manualprop.functions.linear import rows
 
 Forward = Callable[[Tensor], Tensor]
 Backward = Callable[[Tensor], "Tensor | None"]
@@ -72,9 +78,8 @@ class Stage:
         return self.forward, self.backward
 
 
-multiply_and_add, multiply_and_add_into = rules.Linear.forward, rules.Linear.forward_into
+multiply_and_add = rules.Linear.forward
 input_gradient, bias_gradient = rules.Linear.input_gradient, rules.Linear.bias_gradient
-bias_gradient_of_few = rules.Linear.bias_gradient_of_few
 
 
 class Affine(Stage):
@@ -139,8 +144,8 @@ class Affine(Stage):
             nonlocal last_g, g_t, only_row
             if g is not last_g:  # usually the same buffer: the stage that made g reuses its buffers too
                 last_g, g_t, only_row = g, g.t(), g[0]
-            if needs_dx:
-                input_gradient(g, W, dx)
+            if dx is not None:
+                input_gradient_into(dx, g, W)
             if W_to is not None:  # after dx: the update may be folded in
                 W_to.take_weight(g_t, kept)
             if b_to is not None:

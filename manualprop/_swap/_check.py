@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from manualprop._swap._changes import Change, apply, revert
 from manualprop._swap._report import Check
-from manualprop._swap._run import as_call, is_floating, kept, run
+from manualprop._swap._run import as_call, is_floating, kept, run_model
 from manualprop._swap._twins import TWINS, title
 from manualprop.nn import dropout
 
@@ -27,7 +27,7 @@ def prove(model: nn.Module, changes: Sequence[Change], inputs: Any) -> Check:
     compared = [change for change in changes if _draws_alike(change, inputs)]
     others = [change for change in changes if change not in compared]
     try:
-        comparison = Comparison(model, inputs)
+        comparison = ModelBefore(model, inputs)
         closest, wrong = comparison.of(compared)
         if wrong is not None:
             raise _refusal(model, compared, inputs, comparison)
@@ -40,7 +40,7 @@ def prove(model: nn.Module, changes: Sequence[Change], inputs: Any) -> Check:
     return Check(len(comparison.exact), closest.name, closest.ratio, both, tuple(c.path for c in others))
 
 
-class Difference(NamedTuple):
+class Deviation(NamedTuple):
     """The tensor that came closest to its limit, or exceeded it."""
 
     name: str
@@ -63,7 +63,7 @@ class Difference(NamedTuple):
         )
 
 
-class Comparison:
+class ModelBefore:
     """The results before the swap in two precisions, one unit of rounding for each, and the comparison.
 
     Attributes:
@@ -81,8 +81,8 @@ class Comparison:
         self.eps = torch.finfo(torch.float32).eps if own == eps64 else own
         self.dtypes = {torch.float64: eps64} | ({} if own == eps64 else {None: own})
         try:
-            self.exact = run(model, inputs, torch.float64)
-            self.rounded = run(model, inputs, narrow)
+            self.exact = run_model(model, inputs, torch.float64)
+            self.rounded = run_model(model, inputs, narrow)
         except Exception as error:
             error.add_note("This is the model as it was given: swap(check=...) has not swapped anything yet.")
             raise
@@ -105,21 +105,21 @@ class Comparison:
         a = min(max(1.0, median(e[group] / (self.eps * s[group]) for group in e)), 1 / self.eps)
         return {n: e[_group(n)] + a * self.eps * s[_group(n)] for n in self.exact if _group(n) in e}
 
-    def of(self, changes: Sequence[Change]) -> tuple[Difference, Difference | None]:
+    def of(self, changes: Sequence[Change]) -> tuple[Deviation, Deviation | None]:
         """The largest difference that ``changes`` make; then the same if it is too large, else None."""
-        worst = Difference("output", 0.0, 1.0, torch.float64)
+        worst = Deviation("output", 0.0, 1.0, torch.float64)
         apply(changes)
         try:
             for dtype, eps in self.dtypes.items():
                 worst = max(worst, self._largest(dtype, eps), key=lambda d: d.ratio)
         except Exception as error:
-            worst = Difference(f"{type(error).__name__}: {error}", torch.inf, 1.0, torch.float64, error)
+            worst = Deviation(f"{type(error).__name__}: {error}", torch.inf, 1.0, torch.float64, error)
         finally:
             revert(changes)
         return worst, None if worst.ratio <= 1 else worst
 
-    def _largest(self, dtype: torch.dtype | None, eps: float) -> Difference:
-        results = run(self.model, self.inputs, dtype)
+    def _largest(self, dtype: torch.dtype | None, eps: float) -> Deviation:
+        results = run_model(self.model, self.inputs, dtype)
         if set(results) != set(self.exact):
             odd = sorted(set(results) ^ set(self.exact))
             raise RuntimeError(f"only one of the two models gives {', '.join(odd)}")
@@ -129,7 +129,7 @@ class Comparison:
                 continue  # such as an argmax: rounding may change it; the float64 run compares it
             limit = FACTOR * self.units.get(name, 0.0) * eps / self.eps
             a, b = (result, self.exact[name]) if dtype is not None else self._in_range(name, result)
-            found.append(Difference(name, _distance(a, b), limit, result.dtype))
+            found.append(Deviation(name, _distance(a, b), limit, result.dtype))
         return max(found, key=lambda difference: difference.ratio)
 
     def _in_range(self, name: str, result: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,7 +138,7 @@ class Comparison:
         return result.masked_fill(overflowed, 0), self.exact[name].masked_fill(overflowed, 0)
 
 
-def _refusal(model: nn.Module, changes: Sequence[Change], inputs: Any, comparison: Comparison) -> Exception:
+def _refusal(model: nn.Module, changes: Sequence[Change], inputs: Any, comparison: ModelBefore) -> Exception:
     """The error that names the first layer, in the order of execution, whose swap makes the model differ."""
     _, itself = comparison.of(())
     if itself is not None:
@@ -171,7 +171,7 @@ def _in_execution_order(model: nn.Module, changes: Sequence[Change], inputs: Any
     called: dict[nn.Module, None] = {}
     hooks = [c.module.register_forward_pre_hook(lambda module, _: called.setdefault(module)) for c in changes]
     try:
-        run(model, inputs, torch.float64)
+        run_model(model, inputs, torch.float64)
     finally:
         for hook in hooks:
             hook.remove()

@@ -35,7 +35,7 @@ CALLED = {*FUNCTIONS, operator.add, operator.mul, torch.add, torch.mul}
 FOREIGN = "transformers.activations"  # its own classes for the same functions
 
 
-class Step(NamedTuple):
+class MethodStep(NamedTuple):
     """One step of a method: a layer or a function, and the numbers of its input values (0: the input)."""
 
     path: str
@@ -44,10 +44,10 @@ class Step(NamedTuple):
     name: str | None  # the name of the activation that a foreign class computes
 
 
-class Program(NamedTuple):
+class TracedMethod(NamedTuple):
     """The steps of a method, and the runs of steps that can be one: an activation or a norm comes first."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[MethodStep, ...]
     sites: tuple[tuple[int, ...], ...]
     # Inner modules whose forward is replaced by these steps.
     through: tuple[tuple[str, type[nn.Module]], ...]
@@ -138,7 +138,7 @@ class _Tracer(fx.Tracer):
         return next(m.children(), None) is None
 
 
-def _traced(module: nn.Module, method: str) -> Program:
+def _traced(module: nn.Module, method: str) -> TracedMethod:
     """The steps of ``module.method(x)``; they must be the same in training and in evaluation."""
     programs = []
     training = [(m, m.training) for m in module.modules()]
@@ -154,7 +154,7 @@ def _traced(module: nn.Module, method: str) -> Program:
     return programs[0]
 
 
-def _read(module: nn.Module, method: str) -> Program:
+def _read(module: nn.Module, method: str) -> TracedMethod:
     try:
         tracer = _Tracer()
         graph = tracer.trace(_Method(module, method))
@@ -162,7 +162,7 @@ def _read(module: nn.Module, method: str) -> Program:
         raise Unfusable(f"its {method} cannot be traced ({type(error).__name__})") from None
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     numbers: dict[fx.Node, int] = {}
-    steps: list[Step] = []
+    steps: list[MethodStep] = []
     for node in graph.nodes:
         if node.op == "placeholder":
             numbers[node] = 0
@@ -172,19 +172,19 @@ def _read(module: nn.Module, method: str) -> Program:
         else:
             steps.append(_step(module, node, numbers, method))
             numbers[node] = len(steps)
-    return Program(tuple(steps), _sites(module, steps), tuple(tracer.through.items()))
+    return TracedMethod(tuple(steps), _sites(module, steps), tuple(tracer.through.items()))
 
 
-def _step(module: nn.Module, node: fx.Node, numbers: dict[fx.Node, int], method: str) -> Step:
+def _step(module: nn.Module, node: fx.Node, numbers: dict[fx.Node, int], method: str) -> MethodStep:
     known = node.op == "call_module" or (node.op == "call_function" and node.target in CALLED)
     plain = not node.kwargs or node.kwargs == {"inplace": False}
     if not known or not plain or not all(isinstance(a, fx.Node) and a in numbers for a in node.args):
         raise Unfusable(f"its {method} calls {getattr(node.target, '__name__', node.target)}")
     inputs = tuple(numbers[arg] for arg in node.args if isinstance(arg, fx.Node))
     if not isinstance(node.target, str):
-        return Step("", node.target, inputs, None)
+        return MethodStep("", node.target, inputs, None)
     path = node.target.removeprefix("owner.")
-    return Step(path, None, inputs, _foreign_name(module.get_submodule(path)))
+    return MethodStep(path, None, inputs, _foreign_name(module.get_submodule(path)))
 
 
 def _foreign_name(part: nn.Module) -> str | None:
@@ -200,7 +200,7 @@ def _foreign_name(part: nn.Module) -> str | None:
     return None
 
 
-def _sites(module: nn.Module, steps: Sequence[Step]) -> tuple[tuple[int, ...], ...]:
+def _sites(module: nn.Module, steps: Sequence[MethodStep]) -> tuple[tuple[int, ...], ...]:
     """The runs of steps that can be one function; each value inside is used only once."""
     users: dict[int, list[int]] = {}
     for number, step in enumerate(steps):
@@ -233,7 +233,7 @@ def _sites(module: nn.Module, steps: Sequence[Step]) -> tuple[tuple[int, ...], .
 # --------------------------------------------------------------------------------------------- running it
 
 
-def _part(module: nn.Module, step: Step) -> Part:
+def _part(module: nn.Module, step: MethodStep) -> Part:
     """The current layer, function or activation name of a step."""
     if step.function is not None:
         return step.function
@@ -245,7 +245,9 @@ def _part(module: nn.Module, step: Step) -> Part:
     return part
 
 
-def _call(module: nn.Module, steps: Sequence[Step], site: tuple[int, ...]) -> Callable[..., Tensor] | None:
+def _call(
+    module: nn.Module, steps: Sequence[MethodStep], site: tuple[int, ...]
+) -> Callable[..., Tensor] | None:
     """The one function for the steps of ``site``; None if they must run one by one."""
     parts = [_part(module, steps[n]) for n in site]
     if len(site) == 3 and parts[1] in (operator.mul, torch.mul):
@@ -259,7 +261,7 @@ def _call(module: nn.Module, steps: Sequence[Step], site: tuple[int, ...]) -> Ca
     return found.call if found is not None and found.length == len(site) else None
 
 
-def execute(module: nn.Module, program: Program, x: Tensor) -> Tensor:
+def execute(module: nn.Module, program: TracedMethod, x: Tensor) -> Tensor:
     """Run the steps; those of a site as one if its layers still allow it."""
     steps = program.steps
     calls = {site: _call(module, steps, site) for site in program.sites}
@@ -279,7 +281,7 @@ def execute(module: nn.Module, program: Program, x: Tensor) -> Tensor:
     return output
 
 
-def _stands(module: nn.Module, program: Program) -> bool:
+def _stands(module: nn.Module, program: TracedMethod) -> bool:
     """Whether the steps are still valid: no inner module has been replaced or has got hooks."""
     return all(
         type(part) is cls and not is_heard(part)
@@ -288,7 +290,7 @@ def _stands(module: nn.Module, program: Program) -> bool:
     )
 
 
-def _single(module: nn.Module, step: Step) -> Callable[..., Tensor]:
+def _single(module: nn.Module, step: MethodStep) -> Callable[..., Tensor]:
     return step.function if step.function is not None else module.get_submodule(step.path)
 
 
@@ -299,7 +301,7 @@ def fused_class(cls: type[nn.Module], method: str) -> type[nn.Module]:
 
     @functools.wraps(original)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        program: Program = vars(self)[PROGRAM]
+        program: TracedMethod = vars(self)[PROGRAM]
         if len(args) + len(kwargs) != 1 or not _stands(self, program):
             return original(self, *args, **kwargs)
         return execute(self, program, *args, *kwargs.values())

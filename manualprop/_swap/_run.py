@@ -17,7 +17,7 @@ from manualprop._torch import TorchDispatchMode, tree_map
 Named = dict[str, Tensor]
 
 
-def run(model: nn.Module, inputs: Any, dtype: torch.dtype | None) -> Named:
+def run_model(model: nn.Module, inputs: Any, dtype: torch.dtype | None) -> Named:
     """Outputs, loss, gradients and the buffers after the pass, by name.
 
     Args:

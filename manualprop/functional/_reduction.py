@@ -7,7 +7,7 @@ from torch import Tensor
 
 from manualprop._torch import any_autocast, reductions
 from manualprop.functional._offer import OFFERING
-from manualprop.functions._rule import HALF
+from manualprop.functions._execution import HALF
 
 NAMES = ("none", "mean", "sum")  # the index is ATen's number
 
@@ -22,7 +22,9 @@ def legacy_reduction(size_average: bool | None, reduce: bool | None, reduction: 
     return NAMES[reductions.get_enum(reduction)]
 
 
-def reduced(loss: Tensor, reduction: str, dtype: torch.dtype, mass: Tensor | int | None = None) -> Tensor:
+def reduced_loss(
+    loss: Tensor, reduction: str, dtype: torch.dtype, mass: Tensor | int | None = None
+) -> Tensor:
     """The reduction of ``loss``, rounded once to ``dtype``; a mean is over ``mass`` if given."""
     if reduction == "sum":
         loss = loss.sum()

@@ -1,5 +1,7 @@
 """The linear layer and the cross-entropy of its logits in one, with the signature of :mod:`torch.nn.functional`."""
 
+from __future__ import annotations  # torch has the type of the options from 2.13 on
+
 from typing import Any
 
 import torch
@@ -7,16 +9,14 @@ from torch import Tensor
 
 from manualprop import functions as rules
 from manualprop.functional._checks import refuse_complex
-from manualprop.functional._reduction import legacy_reduction, loss_dtype, reduced, refuse_gradient
+from manualprop.functional._reduction import legacy_reduction, loss_dtype, reduced_loss, refuse_gradient
 from manualprop.functional.linear import _autocast_low
-from manualprop.functions._execution._classes import divisor
-from manualprop.functions._rule import plain_eager
-from manualprop.functions.linear_cross_entropy import probability_mass
+from manualprop.functions._execution import plain_eager
+from manualprop.functions._execution._chunks import rows_of_a_chunk
+from manualprop.functions._execution._classes import counting, divisor
+from manualprop.functions.cross_entropy import weighted_probabilities
 
 __all__ = ["linear_cross_entropy"]
-
-ROWS = 256  # the fewest rows of a chunk: with fewer, adding dW up takes longer than making it
-LOGITS = 2**22  # logits of a chunk with short rows
 
 
 def linear_cross_entropy(
@@ -68,19 +68,22 @@ def linear_cross_entropy(
         W, b = W.flatten(1, -2), None if b is None else b.flatten(1)
         t = t.flatten(2) if probabilities else t.flatten(1)
     if probabilities and weight is not None and weight.requires_grad:
-        t, weight, e = probability_mass(t, weight, e), None, 0.0
+        t, weight, e = weighted_probabilities(t, weight, e), None, 0.0
     inputs = x, W, b, t, weight, ignored, e, _rows(x, W, options)
-    mass = None if reduction != "mean" or probabilities else divisor(target, weight, ignored)
+    mass: Tensor | int | None = None
+    if reduction == "mean" and not probabilities:
+        index, counted = counting(target, ignored)
+        mass = divisor(index, weight, counted)
     if options is not None and reduction != "none" and _once(options, x, W, b, t):
-        if reduction == "mean" and mass is None:
-            mass = x.new_tensor(target.numel() / classes, dtype=torch.float32)
+        if reduction == "mean" and not isinstance(mass, Tensor):
+            mass = x.new_tensor(target.numel() / classes if mass is None else mass, dtype=torch.float32)
         needs = (a is not None and a.requires_grad for a in (x, W, b))
         return rules.LinearCrossEntropyOnce.apply(*inputs, mass, *needs)[0].to(loss_dtype(x))  # type: ignore[no-any-return]
     loss: Tensor = rules.LinearCrossEntropy.apply(*inputs)[0]
     loss = loss.reshape((*input.shape[:-1], *positions))
     if mass is None and not loss.numel():
         mass = loss.sum()
-    return reduced(loss, reduction, loss_dtype(x), mass)
+    return reduced_loss(loss, reduction, loss_dtype(x), mass)
 
 
 def _rows(x: Tensor, W: Tensor, options: Any) -> int:
@@ -91,7 +94,7 @@ def _rows(x: Tensor, W: Tensor, options: Any) -> int:
         return int(options.batch_chunk_size)
     if options is not None and options.chunking_method not in (None, "auto"):
         return max(1, int(options._compute_batch_chunk_size(count, features, logits)))
-    return max(ROWS, LOGITS // max(logits, 1))
+    return rows_of_a_chunk(logits)
 
 
 def _once(options: torch.nn.LinearCrossEntropyOptions, *tensors: Tensor | None) -> bool:
@@ -158,6 +161,7 @@ def _check_options(
         )
     if not probabilities:
         refuse_gradient("linear_cross_entropy", weight=weight)
+        _check_classes(target, -100 if ignore_index is None else ignore_index, classes)
     if not 0 <= label_smoothing <= 1:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
     if weight is not None and weight.shape != (classes,):
@@ -165,3 +169,19 @@ def _check_options(
             f"linear_cross_entropy: weight tensor should be defined either for all {classes} classes or no "
             f"classes but got weight tensor of shape: {list(weight.shape)}"
         )
+
+
+def _check_classes(target: Tensor, ignored: int, classes: int) -> None:
+    """That class indices are such; their values only where they may be looked at."""
+    if target.dtype != torch.int64:
+        raise RuntimeError(
+            f"linear_cross_entropy: class indices must be of torch.int64 (Long). Got {target.dtype}. Give target.long()."
+        )
+    if not plain_eager() or type(target) is not Tensor or not target.is_cpu or not target.numel():
+        return
+    for number in (n.item() for n in target.where(target != ignored, 0).aminmax()):
+        if not 0 <= number < classes:
+            raise IndexError(
+                f"Target {number} is out of bounds: linear_cross_entropy has {classes} classes, and {ignored} for a target "
+                "that is ignored."
+            )

@@ -14,12 +14,12 @@ from manualprop.functional._reduction import (
     legacy_reduction,
     loss_dtype,
     promoted,
-    reduced,
+    reduced_loss,
     refuse_gradient,
     warn_of_broadcasting,
 )
 from manualprop.functions._elementwise_loss import ElementwiseLoss
-from manualprop.functions._rule import plain_eager
+from manualprop.functions._execution import plain_eager
 from manualprop.functions.cross_entropy import weighted_probabilities
 
 __all__ = [
@@ -115,9 +115,9 @@ def huber_loss(
     x, t = alike(input, target)
     loss = rules.Huber.apply(x, t, delta)
     if weight is None:
-        return reduced(loss, reduction, loss_dtype(x))
+        return reduced_loss(loss, reduction, loss_dtype(x))
     _check_weight(input, weight)
-    return reduced(loss * weight, reduction, torch.promote_types(loss_dtype(x), weight.dtype))
+    return reduced_loss(loss * weight, reduction, torch.promote_types(loss_dtype(x), weight.dtype))
 
 
 def _regression(
@@ -132,10 +132,10 @@ def _regression(
     refuse_complex(name, input, target)
     x, t = alike(input, target)
     if weight is None:
-        return reduced(rule.apply(x, t, *p), reduction, loss_dtype(x))
+        return reduced_loss(rule.apply(x, t, *p), reduction, loss_dtype(x))
     _check_weight(input, weight)
     # torch makes the weighted loss from plain operations, and autocast does not cast those.
-    return reduced(
+    return reduced_loss(
         rule.apply(x, t, *p) * weight, reduction, torch.promote_types(x.dtype, weight.dtype), weight.sum()
     )
 
@@ -170,7 +170,7 @@ def poisson_nll_loss(
         loss = rules.PoissonNLL.apply(x, t, full)
     else:
         loss = rules.PoissonNLLFromRate.apply(x, t, full, eps)
-    return reduced(loss, reduction, loss_dtype(x))
+    return reduced_loss(loss, reduction, loss_dtype(x))
 
 
 def gaussian_nll_loss(
@@ -197,7 +197,7 @@ def gaussian_nll_loss(
         raise ValueError(f"{reduction} is not valid")
     x, t, v = alike(input, target, var)
     loss = rules.GaussianNLL.apply(x, t, v, full, eps)
-    return reduced(loss, reduction, x.dtype)
+    return reduced_loss(loss, reduction, x.dtype)
 
 
 def _checked_variance(input: Tensor, var: Tensor | float) -> Tensor:
@@ -249,7 +249,7 @@ def kl_div(
     if not (input.is_floating_point() and target.is_floating_point()):
         raise RuntimeError("kl_div: Integral inputs not supported.")
     x, t = alike(input, target)
-    loss = reduced(rule.apply(x, t), reduction, loss_dtype(x))
+    loss = reduced_loss(rule.apply(x, t), reduction, loss_dtype(x))
     return loss / input.size()[0] if batchmean and input.dim() != 0 else loss
 
 
@@ -365,7 +365,7 @@ def binary_cross_entropy(
     loss = rules.BCE.apply(input, target)
     if weight is not None:
         loss = loss * weight.expand(torch.broadcast_shapes(target.size(), weight.size()))
-    return reduced(loss, reduction, loss_dtype(input))
+    return reduced_loss(loss, reduction, loss_dtype(input))
 
 
 def binary_cross_entropy_with_logits(
@@ -399,4 +399,4 @@ def binary_cross_entropy_with_logits(
         loss = rules.BCEWithLogits.apply(*promoted(input, target))
     else:
         loss = rules.BCEWithPosWeight.apply(*promoted(input, target, pos_weight.expand_as(input)))
-    return reduced(loss if weight is None else loss * weight, reduction, dtype)
+    return reduced_loss(loss if weight is None else loss * weight, reduction, dtype)

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manualprop.functions._rule import Rule, is_recorded, plain_eager
+from manualprop.functions._execution import plain_eager, written_over
+from manualprop.functions._rule import Rule, is_recorded
 
 
 def write_over(rule: type[Rule], x: Tensor, *p: Any) -> Tensor:
@@ -35,8 +36,12 @@ def _in_place(rule: type[Rule]) -> type[Rule]:
 
     def forward(ctx: Any, x: Tensor, sources: tuple[Tensor], *p: Any) -> Any:
         (source,) = sources
-        y, *others = _several(rule.forward(source, *p))
-        x.data.copy_(y)  # .data, because mark_dirty increments the version
+        f, others = getattr(rule, "f", None), []
+        if f is not None and source is x:
+            written_over(f, x.data, *p)  # .data, because mark_dirty increments the version
+        else:
+            y, *others = _several(rule.forward(source, *p))
+            x.data.copy_(y)
         ctx.mark_dirty(x)
         rule.setup_context(ctx, (source, *p), (x, *others) if others else x)
         return (x, *others) if others else x

@@ -20,7 +20,6 @@ from manualprop._torch import (
     forward_mode,
     get_unwrapped,
     is_batchedtensor,
-    is_legacy_batchedtensor,
     maybe_get_bdim,
     maybe_get_level,
     unpack_dual,
@@ -28,31 +27,6 @@ from manualprop._torch import (
 )
 from manualprop._torch import transforms_active as transforms_active
 from manualprop.functions._declaration import parameters, require_methods
-
-HALF = frozenset({torch.float16, torch.bfloat16})
-
-
-def plain_eager() -> bool:
-    """Whether no ``torch.func`` transform and no compiler is active: both refuse some in-place forms."""
-    return not (transforms_active() or torch.compiler.is_compiling())
-
-
-def times(fresh: Tensor, other: Tensor) -> Tensor:
-    """``fresh * other``, written into ``fresh``, unless ``vmap`` may have batched only ``other``."""
-    if plain_eager() and not is_legacy_batchedtensor(other):
-        return fresh.mul_(other)
-    return fresh * other
-
-
-def in_full_precision(x: Tensor) -> Tensor:
-    """``x``, as float32 if it is half precision: a formula then rounds once, not at each step."""
-    return x.float() if x.dtype in HALF else x
-
-
-def full_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of :func:`in_full_precision`."""
-    return torch.float32 if x.dtype in HALF else x.dtype
-
 
 # ----- forward mode -----
 
@@ -94,6 +68,19 @@ def _primal(t: Tensor | None) -> Tensor | None:
         return batched
     primal: Tensor = unpack_dual(t, level=0)[0]
     return primal
+
+
+# ----- what is kept -----
+
+
+def save(ctx: Any, *tensors: tuple[Tensor | None, bool]) -> None:
+    """Save tensors for forward mode, and for backward those that it needs.
+
+    Under vmap both must save the same tensors: torch has one list of their batch axes.
+    """
+    every = transforms_active()
+    ctx.save_for_backward(*[t if needed or every else None for t, needed in tensors])
+    ctx.save_for_forward(*[t for t, _ in tensors])
 
 
 # ----- gradients and tangents that do not exist -----

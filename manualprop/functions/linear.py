@@ -7,16 +7,13 @@ Shape legend
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualprop._torch import unsafe_view
-from manualprop.functions._rule import Rule, transforms_active
+from manualprop.functions._execution._products import linear
+from manualprop.functions._rule import Rule, save, transforms_active
 
 __all__ = ["Bilinear", "Linear"]
-
-FEW = 2**11  # above this many rows, pairwise summation rounds less than a product
 
 
 class Linear(Rule):
@@ -39,19 +36,13 @@ class Linear(Rule):
 
     @staticmethod
     def forward(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        y = F.linear(x, W, b)  # (N, I) (I, O) + (O,) -> (N, O): multiply by weights, add biases
-        # For more than two axes torch returns a view of the product.  An in-place activation after it would
-        # raise: autograd refuses to write into a view that a Function returned.
-        return unsafe_view(y, y.shape) if y._is_view() else y
+        return linear(x, W, b)  # (N, I) (I, O) + (O,) -> (N, O): multiply by weights, add biases
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
         x, W, _ = inputs
         needs_x, needs_W, _ = ctx.needs_input_grad
-        # Under vmap both save calls must list the same tensors.
-        both = transforms_active()
-        ctx.save_for_backward(x if needs_W or both else None, W if needs_x or both else None)
-        ctx.save_for_forward(x, W)
+        save(ctx, (x, needs_W), (W, needs_x))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -63,14 +54,9 @@ class Linear(Rule):
         return dx, dW, db
 
     @staticmethod
-    def forward_into(y: Tensor | None, x: Tensor, W_t: Tensor, b: Tensor) -> Tensor:
-        """``forward`` of rows, into ``y`` if given, from views made once: W transposed, b expanded like y."""
-        return torch.addmm(b, x, W_t, out=y)  # (N, I) (I, O) + (N, O) -> (N, O)
-
-    @staticmethod
-    def input_gradient(g: Tensor, W: Tensor, dx: Tensor | None = None) -> Tensor:
-        """dL/dx: the chain rule to the layer before.  With ``dx``, g are rows and the result goes into it."""
-        return g.matmul(W) if dx is None else torch.mm(g, W, out=dx)  # (N, O) (O, I) -> (N, I)
+    def input_gradient(g: Tensor, W: Tensor) -> Tensor:
+        """dL/dx: the chain rule to the layer before."""
+        return g.matmul(W)  # (N, O) (O, I) -> (N, I)
 
     @staticmethod
     def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
@@ -81,11 +67,6 @@ class Linear(Rule):
     def bias_gradient(g: Tensor) -> Tensor:
         """dL/db."""
         return rows(g).sum(0)  # (N, O) -> (O,)
-
-    @staticmethod
-    def bias_gradient_of_few(g_t: Tensor, ones: Tensor, db: Tensor) -> Tensor:
-        """dL/db as a product with N ones, into ``db``: for small N faster than a sum."""
-        return torch.mv(g_t, ones, out=db)  # (O, N) (N,) -> (O,)
 
     @staticmethod
     def add_weight_gradient(into: Tensor, g_t: Tensor, x: Tensor, scale: float, keep: float = 1.0) -> None:

@@ -4,6 +4,7 @@ import warnings
 
 from torch import Tensor, nn
 
+from manualprop import _torch
 from manualprop import functional as F
 
 __all__ = [
@@ -105,7 +106,7 @@ class L1Loss(nn.L1Loss):
         return F.l1_loss(input, target, reduction=self.reduction)
 
 
-class LinearCrossEntropyLoss(nn.LinearCrossEntropyLoss):
+class LinearCrossEntropyLoss(_torch.LinearCrossEntropyLoss):
     """:class:`torch.nn.LinearCrossEntropyLoss` by :class:`manualprop.functions.LinearCrossEntropy`.
 
     With ``options``, the gradient is made in the forward pass, by ``LinearCrossEntropyOnce``.
@@ -148,7 +149,7 @@ class MultiLabelMarginLoss(nn.MultiLabelMarginLoss):
 
 
 class MultiLabelSoftMarginLoss(nn.MultiLabelSoftMarginLoss):
-    """:class:`torch.nn.MultiLabelSoftMarginLoss` by :class:`manualprop.functions.BCEWithLogits`."""
+    """:class:`torch.nn.MultiLabelSoftMarginLoss` by :class:`manualprop.functions.MultiLabelSoftMargin`."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.multilabel_soft_margin_loss(input, target, weight=self.weight, reduction=self.reduction)

@@ -49,7 +49,7 @@ TITLES = {
 }
 
 
-def plain(text: str) -> str:
+def without_markup(text: str) -> str:
     """Return a text without Sphinx's markup.
 
     Args:
@@ -62,7 +62,7 @@ class HelpFormatter(DefaultHelpFormatter):
     """The usual help, without Sphinx's markup and without the lists of hundreds of torch modules."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        text = plain(super()._get_help_string(action))
+        text = without_markup(super()._get_help_string(action))
         listed = re.search(r", known subclasses: ([^)]*)", text)
         if listed is None or listed[1].count(",") < 6:
             return text
@@ -107,7 +107,7 @@ def with_saved_config(arguments: Sequence[str]) -> list[str]:
     )
 
 
-def explain(error: Exception, replaced: Mapping[str, str]) -> str:
+def complaint(error: Exception, replaced: Mapping[str, str]) -> str:
     """Return a parser's error in a line or two.
 
     Args:

@@ -69,7 +69,7 @@ class History(Callback):
         self.rows = [dict(row) for row in state_dict["rows"]]
 
 
-class Record(Callback):
+class RecordRun(Callback):
     """Write the configuration of a run after its first update, and keep it in the checkpoint.
 
     Until then the run's directory does not change: a refused run leaves no trace. If a resumed run changes

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils._pytree import tree_leaves, tree_map
 
+from manualprop._torch import leave_to_python
 from manualprop.verify._case import Case
 from manualprop.verify._check import check
 from manualprop.verify._report import Report
@@ -47,6 +48,7 @@ class Interceptor:
             watch.note(this, args, kwargs)
             return original.__get__(None, this)(*args, **kwargs)
 
+        leave_to_python(apply)  # the compiler cannot follow the call of what is written in C
         cls.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
 
     def watch_overriding(self) -> None:

@@ -12,8 +12,11 @@ from manualprop.functions._execution._formula import LARGE as LARGE
 from manualprop.functions._execution._formula import Runner as Runner
 from manualprop.functions._execution._formula import formula as formula
 from manualprop.functions._execution._formula import full as full
+from manualprop.functions._execution._formula import plain_eager as plain_eager
 from manualprop.functions._execution._formula import read_legend as read_legend
 from manualprop.functions._execution._formula import recorded as recorded
+from manualprop.functions._execution._formula import watched as watched
+from manualprop.functions._execution._formula import written_over as written_over
 from manualprop.functions._execution._words import chosen as chosen
 from manualprop.functions._execution._words import decay as decay
 from manualprop.functions._execution._words import erfc as erfc

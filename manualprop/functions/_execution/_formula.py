@@ -111,6 +111,22 @@ def full(t: Tensor) -> Tensor:
     return t.float() if t.dtype in HALF else t
 
 
+def written_over(function: Formula, x: Tensor, *numbers: Any) -> Tensor:
+    """``x``, after ``function(x, *numbers)`` was written into it: in one pass, where ATen has that one step in place."""
+    run = _one_step_over(function, x.dtype, numbers)
+    return x.copy_(function(x, *numbers)) if run is None else run(x)
+
+
+@functools.lru_cache(maxsize=MOST)
+def _one_step_over(
+    function: Formula, dtype: torch.dtype, numbers: tuple[Any, ...]
+) -> Callable[..., Any] | None:
+    """``function`` as a program that writes over its tensor, if that is one step: several might round otherwise."""
+    sample = torch.zeros(SIZES[0], dtype=dtype, device="cpu")
+    made = make(lambda x: function(x, *numbers), [sample], frozenset({0}))
+    return made.run if made.steps == 1 and made.run(sample) is sample else None
+
+
 class Runner:
     """Runs one formula; takes the same arguments."""
 
@@ -194,15 +210,15 @@ class Runner:
                 return self.program(tensors, numbers, over, needs).run(*tensors)
             like, *tensors = flat
         if _kernels.backend() == "inductor":
-            results = _kernels.run(self, tensors, numbers, needs)
+            results = _kernels.in_one_kernel(self, tensors, numbers, needs)
         else:
-            results = self._in_chunks(self.program(tensors, numbers, over, needs), tensors)
+            results = self._in_chunks(self.program(tensors, numbers, over, needs), tensors, over)
         if like is None:
             return results
         views = [r.as_strided(like.shape, like.stride()) for r in _several(results)]
         return tuple(views) if isinstance(results, tuple) else views[0]
 
-    def _in_chunks(self, program: Program, tensors: Sequence[Any]) -> Any:
+    def _in_chunks(self, program: Program, tensors: Sequence[Any], over: int | None) -> Any:
         first, along = tensors[0], ["N" in shape for shape in self.legend.shapes]
         N = first.shape[0] if along[0] else 1
         rows = max(CHUNK * torch.get_num_threads() * N // first.numel(), 1)
@@ -210,15 +226,23 @@ class Runner:
             return program.run(*tensors)
         kinds = [kind for kind, made in zip(self.legend.results, program.made, strict=True) if made]
         wholes = [
-            torch.empty(tensors[k].shape, dtype=tensors[k].dtype) if isinstance(k, int) and along[k] else None
+            None
+            if not isinstance(k, int) or not along[k]
+            else tensors[k]
+            if k == over
+            else torch.empty(tensors[k].shape, dtype=tensors[k].dtype)
             for k in kinds
         ]
         pieces = [_pieces(t, rows) if n else itertools.repeat(t) for t, n in zip(tensors, along, strict=True)]
-        pieces += [_pieces(whole, rows) for whole in wholes]
-        parts = [
-            [r for r in _several(program.run(*chunk)) if r is not None]
-            for chunk in zip(*pieces, strict=False)
+        pieces += [
+            _pieces(None if k == over else whole, rows) for k, whole in zip(kinds, wholes, strict=True)
         ]
+        parts = []
+        for chunk in zip(*pieces, strict=False):
+            parts.append([r for r in _several(program.run(*chunk)) if r is not None])
+            for k, result in zip(kinds, parts[-1], strict=True):
+                if k == over is not None and result is not chunk[over]:
+                    chunk[over].copy_(result)
         for j, (kind, whole) in enumerate(zip(kinds, wholes, strict=True)):
             if whole is None:
                 of_rows = not isinstance(kind, int) and "N" in kind

@@ -56,7 +56,9 @@ class kernels:  # used as a function, like torch.set_grad_enabled
         _backend = self._before
 
 
-def run(runner: Any, tensors: Sequence[Any], numbers: tuple[Any, ...], needs: tuple[bool, ...] | None) -> Any:
+def in_one_kernel(
+    runner: Any, tensors: Sequence[Any], numbers: tuple[Any, ...], needs: tuple[bool, ...] | None
+) -> Any:
     """Run the formula of ``runner`` in one kernel, which serves all lengths of its axis N."""
     dtypes = tuple([None if t is None else t.dtype for t in tensors])
     # Inference mode and each device need their own compiled kernel.

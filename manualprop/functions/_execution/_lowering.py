@@ -116,7 +116,7 @@ def _on_classes(graph: fx.Graph, node: Node) -> None:
         return
     b, r, t = node.args
     if isinstance(r, fx.Node):
-        minus_r = graph.call_function(torch.neg, (r,))
+        minus_r = r.args[0] if r.target is torch.neg else graph.call_function(torch.neg, (r,))
         _replace(node, graph.call_function(torch.scatter_add, (b, 1, t, minus_r)))
     else:
         _replace(node, graph.call_function(torch.scatter, (b, 1, t, -float(r)), {"reduce": "add"}))

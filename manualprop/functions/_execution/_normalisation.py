@@ -20,7 +20,7 @@ def layer_norm(x: Tensor, shape: Sequence[int], W: Tensor | None, b: Tensor | No
     if x.dtype not in HALF:
         return torch.native_layer_norm(x, shape, W, b, eps)
     if torch.compiler.is_compiling():  # inductor's returns the mean in half precision
-        m, r = statistics(x, range(-len(shape), 0), eps)
+        m, r = mean_and_scale(x, range(-len(shape), 0), eps)
         return _affine((x.float() - m) * r, W, b).to(x.dtype), m, r
     return torch.native_layer_norm(x, shape, *_lifted(x, shape, W, b), eps)
 
@@ -30,14 +30,14 @@ def group_norm(x: Tensor, G: int, W: Tensor | None, b: Tensor | None, eps: float
     N, C, L = x.shape[0], x.shape[1], x.shape[2:].numel()
     if x.dtype in HALF and torch.compiler.is_compiling():  # inductor's returns the mean in half precision
         groups = x.reshape(N, G, C // G, L)
-        m, r = statistics(groups, (2, 3), eps)
+        m, r = mean_and_scale(groups, (2, 3), eps)
         W, b = (None if t is None else t.view(G, -1, 1) for t in (W, b))
         y = _affine((groups.float() - m) * r, W, b)
         return y.to(x.dtype).view(x.shape), m.view(N, G), r.view(N, G)
     W, b = (None if t is None else t.contiguous() for t in _lifted(x, (C,), W, b))
     y, m, r = torch.native_group_norm(_dense(x), W, b, N, C, L, G, eps)
     if m.dtype in HALF:
-        m, r = statistics(x.reshape(N, G, C // G * L), (2,), eps)
+        m, r = mean_and_scale(x.reshape(N, G, C // G * L), (2,), eps)
     return y, m.reshape(N, G), r.reshape(N, G)
 
 
@@ -54,7 +54,7 @@ def batch_norm(
     fast = torch.backends.cudnn.enabled
     y, m, r, *_ = batch_norm_with_statistics(x, W, b, running_mean, running_var, True, momentum, eps, fast)
     if x.numel() == 0 or m.dtype in HALF:
-        m, r = statistics(x, (0, *range(2, x.dim())), eps)
+        m, r = mean_and_scale(x, (0, *range(2, x.dim())), eps)
     return y, m.reshape(-1), r.reshape(-1)
 
 
@@ -68,7 +68,7 @@ def rms_norm(x: Tensor, axes: int, W: Tensor | None, eps: float) -> tuple[Tensor
     return y.to(x.dtype), r
 
 
-def statistics(x: Tensor, axes: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
+def mean_and_scale(x: Tensor, axes: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
     """m and r over ``axes``, in full precision."""
     x = x.float() if x.dtype in HALF else x
     if x.numel() == 0:  # the mean of nothing is NaN; var_mean would warn

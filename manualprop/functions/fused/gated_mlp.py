@@ -18,7 +18,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualprop.functions._rule import Rule, transforms_active
+from manualprop.functions._rule import Rule, save
 from manualprop.functions.fused.mlp import (
     activated,
     activated_and_through,
@@ -62,13 +62,7 @@ class GatedLinear(Rule):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         a, c, V, _, ctx.activation = inputs
         needs_a, needs_c, needs_V, *_ = ctx.needs_input_grad
-        both = transforms_active()  # as in Linear
-        ctx.save_for_backward(
-            a if needs_a or needs_c or needs_V or both else None,
-            c if needs_a or needs_V or both else None,
-            V if needs_a or needs_c or both else None,
-        )
-        ctx.save_for_forward(a, c, V)
+        save(ctx, (a, needs_a or needs_c or needs_V), (c, needs_a or needs_V), (V, needs_a or needs_c))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

@@ -26,7 +26,7 @@ from manualprop.functions import piecewise
 from manualprop.functions._elementwise import Elementwise
 from manualprop.functions._execution import recorded
 from manualprop.functions._execution._bits import keep_bits, kept_bytes
-from manualprop.functions._rule import Rule, transforms_active
+from manualprop.functions._rule import Rule, save
 from manualprop.functions.linear import Linear
 
 __all__ = ["MLP", "ActivationLinear", "LinearActivation"]
@@ -161,9 +161,7 @@ class ActivationLinear(Rule):
         u, W, _, k, ctx.q, ctx.activation = inputs
         needs_u, needs_W, *_ = ctx.needs_input_grad
         bits = None if k is None else keep_bits(ctx, k)
-        both = transforms_active()  # as in Linear
-        ctx.save_for_backward(u if needs_u or needs_W or both else None, W if needs_u or both else None, bits)
-        ctx.save_for_forward(u, W, bits)
+        save(ctx, (u, needs_u or needs_W), (W, needs_u), (bits, True))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

@@ -33,7 +33,7 @@ class LayerReceipt(NamedTuple):
     - ``path``        its path in the model, as in ``named_modules``; empty for the model itself.
     - ``kind``        its class.
     - ``calls``       the number of calls of its forward.
-    - ``kept``        bytes of storages made in the forward pass: activations, masks, statistics, cast weights
+    - ``kept``        bytes of storages made in forward: activations, masks, statistics, cast weights.
     - ``shared``      bytes of storages already counted at an earlier layer.
     - ``inputs``      bytes of the model's own inputs, which are alive outside anyway.
     - ``parameters``  bytes of the storages of parameters and buffers, which are alive anyway too.
@@ -88,8 +88,8 @@ class _Report:
 class Receipt(_Report):
     """The result of :func:`receipt`.  ``print`` shows it as a table.
 
-    - ``layers``      a :class:`LayerReceipt` for each module that was called, in the order of their first calls; a container
-                      that saved nothing itself is left out.
+    - ``layers``      a :class:`LayerReceipt` for each called module, in the order of the first calls; a
+                      container that saved nothing itself is left out.
     - ``kept``        bytes kept for backward, without parameters and inputs.
     - ``inputs``      bytes of the model's inputs that backward needs.
     - ``parameters``  bytes of parameters and buffers that backward needs.

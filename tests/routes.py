@@ -1,4 +1,4 @@
-"""The ways in which PyTorch differentiates, each as a function (f, x) -> the gradient of sum f at x."""
+"""The routes on which PyTorch differentiates, each as a function (f, x) -> the gradient of sum f at x."""
 
 from collections.abc import Callable
 from typing import Any

@@ -32,10 +32,10 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command.
 
     Args:
-        arguments: from the subcommand on.
+        arguments: the arguments, beginning with the subcommand.
 
     Returns:
-        The exit status: 0, or 2 for a mistake in the command, which has then been told in a line.
+        The exit status: 0, or 2 for a mistake in the command, which is then reported in one line.
     """
     try:
         _run(_parser().parse_args(list(arguments)[1:]))

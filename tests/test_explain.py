@@ -18,6 +18,7 @@ from torch import nn as torch_nn
 
 import manualprop
 from manualprop import Backprop, functions, nn
+from manualprop._backprop import _trace
 from manualprop._explain import Explanation, _formulas, _javascript, _terminal, _training
 from manualprop._explain._observe import Trainee
 from manualprop._explain._steps import TITLES
@@ -215,7 +216,7 @@ def test_formulas_and_sources_are_those_of_the_rules(model: torch_nn.Module) -> 
                 seen += 1
         rule = getattr(functions, block.kind.removesuffix("Loss"), None)
         if block.line and block.derivation and not block.line.startswith(("d", "at")):
-            assert block.formula == _formulas.headline(rule)
+            assert block.formula == _trace.headline(rule)
     assert seen > 10
 
 
@@ -230,7 +231,7 @@ def test_a_formula_is_found_in_the_derivation() -> None:
     text = _formulas.latex("dL/dW_oi = sum_n g_no x_ni")
     assert text.split() == r"\frac{\partial L }{\partial W_{oi} } = \sum_{n} g_{no} x_{ni}".split()
     assert (
-        _formulas.plain(_formulas.headline(functions.Linear))
+        _formulas.plain(_trace.headline(functions.Linear))
         == "y = x Wᵀ + b, that is y_no = Σ_i x_ni W_oi + b_o"
     )
 
@@ -238,11 +239,11 @@ def test_a_formula_is_found_in_the_derivation() -> None:
 def test_every_rule_has_a_headline_in_plain_letters_and_in_mathml() -> None:
     convert = pytest.importorskip("latex2mathml.converter").convert
     rules = [r for r in vars(functions).values() if isinstance(r, type) and issubclass(r, functions.Rule)]
-    headed = [rule for rule in rules if "$" in _formulas.headline(rule)]
+    headed = [rule for rule in rules if "$" in _trace.headline(rule)]
     assert len(headed) > 60
     for rule in headed:
-        assert not re.search(r"[\\${}]", _formulas.plain(_formulas.headline(rule))), rule
-        for is_math, piece in _formulas.pieces(_formulas.headline(rule)):
+        assert not re.search(r"[\\${}]", _formulas.plain(_trace.headline(rule))), rule
+        for is_math, piece in _formulas.pieces(_trace.headline(rule)):
             assert not is_math or convert(piece).startswith("<math")
         for left in ("y'", "dL/dx", "dl/dx"):
             line = _formulas.derived(rule, left)

@@ -69,7 +69,7 @@ class Criterion:
 
     def _repeated_cross_entropy(self, x: Tensor) -> Evaluated:
         reduction, ignored, general = REDUCTIONS[self.loss.reduction], self._ignored, self.evaluate  # type: ignore[index]
-        minus_ones = x.new_full((len(x), 1), -1.0)  # kept, because making it takes as long as using it
+        minus_ones = x.new_full((len(x), 1), -1.0)  # kept, because making it costs as much as using it
         g = x.new_ones(()) / (1 if self.is_sum else len(x))
         gradient: Any = None
         p: Any = None
@@ -97,7 +97,7 @@ class Criterion:
             self.evaluate,
             x.shape[1],
         )
-        indices: dict[int, Tensor] = {}  # a class number as (1, 1), which takes as long to make as to use
+        indices: dict[int, Tensor] = {}  # class -> (1, 1) tensor; making one costs as much as using it
         example = (x, None, torch.zeros(1, 1, dtype=torch.int64), minus_one)
         gradient = gradient_of_all.program(example, ()).run
 

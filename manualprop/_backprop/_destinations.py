@@ -82,7 +82,7 @@ class Descend(Destination):
 
     @property
     def buffer(self) -> Tensor | None:
-        """The momentum buffer, in the place of torch.optim.SGD's; None if there is none yet."""
+        """The momentum buffer in the state of torch.optim.SGD; None if there is none yet."""
         buffer: Tensor | None = self.states.get(self.key, {}).get("momentum_buffer")
         return buffer
 

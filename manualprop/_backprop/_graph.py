@@ -97,7 +97,7 @@ def compiled_graph(body: Body, inputs: list[Tensor]) -> Body:
     """``body`` as one compiled graph for inputs of these shapes."""
     # Not Dynamo: it would trace through the machinery of the rules, and check many guards in every step.
     graph = make_fx(lambda *given: body(*given), tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
-    constants = lifted(graph)
+    constants = tensors_as_inputs(graph)
     run = make(graph, [*inputs, *constants])
 
     def replay(*arguments: Tensor) -> tuple[Tensor, ...]:
@@ -111,7 +111,7 @@ def make(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
     return inductor(graph, [*inputs])
 
 
-def lifted(graph: GraphModule) -> list[Tensor]:
+def tensors_as_inputs(graph: GraphModule) -> list[Tensor]:
     """Turn the tensors that a graph holds (weights, buffers) into inputs, and return them.
 
     A tensor that is changed in place must be an input, and equal memory must be one input.  The graph's own

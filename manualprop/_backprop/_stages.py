@@ -2,7 +2,7 @@
 
 Symbols
     x   input of a layer        g   dL/dy, the gradient that arrives
-    y   its output              dx  dL/dx, the gradient handed to the layer before
+    y   its output              dx  dL/dx, the gradient for the layer before
 """
 
 from __future__ import annotations

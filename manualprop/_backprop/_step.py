@@ -20,7 +20,7 @@ from manualprop._backprop._criterion import Criterion
 from manualprop._backprop._graph import Graphs
 from manualprop._backprop._plan import Plan
 from manualprop._backprop._stages import build
-from manualprop._backprop._trace import Note, Record, headline, record, recorder, watched
+from manualprop._backprop._trace import Note, Record, headline, noted, record, recorder, rule_named_as
 from manualprop._backprop._ways import Captured, Collected, Compiled, Plain, Repeated, Way, repeated
 from manualprop._torch import any_autocast, optimizer_post_hooks, optimizer_pre_hooks
 from manualprop.descent import Descent, Stochastic
@@ -229,7 +229,7 @@ class Backprop:
         """
         self._check()
         plan = self._plan
-        with torch.no_grad(), plan.collecting() as to, watched(plan.leaves, note):
+        with torch.no_grad(), plan.collecting() as to, noted(plan.leaves, note):
             output = self.stage.forward(x)
             loss, divisor, g = self.criterion(output, target)
             kept = g.clone()  # the last stage may overwrite it
@@ -243,6 +243,6 @@ class Backprop:
         loss = self.criterion.loss
         turn = sum(one.direction == "forward" for one in records)  # where backward propagation begins
         yield from records[:turn]
-        yield record("loss", "loss", loss, headline(loss), made.loss)
+        yield record("loss", "loss", loss, headline(rule_named_as(loss)), made.loss)
         yield record("backward", "loss", loss, "dL/dy, the gradient that starts", made.g)
         yield from records[turn:]

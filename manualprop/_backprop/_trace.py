@@ -43,7 +43,7 @@ Note = Callable[[Stage, str, tuple[Any, ...], "Tensor | None"], None]
 
 
 @contextmanager
-def watched(stages: Sequence[Stage], note: Note) -> Iterator[None]:
+def noted(stages: Sequence[Stage], note: Note) -> Iterator[None]:
     """Inside, every stage calls ``note`` with its inputs and its result, forwards and backwards."""
 
     def watch(
@@ -71,7 +71,10 @@ def recorder(records: list[Record]) -> Note:
     """A ``note`` function that adds one record for each step of each stage."""
 
     def note(stage: Stage, direction: str, given: tuple[Any, ...], made: Tensor | None) -> None:
-        formula = headline(stage.layer) if direction == "forward" else derivation(stage.layer)
+        rule = rule_named_as(stage.layer)
+        formula = headline(rule) if direction == "forward" else derivation(rule)
+        if rule is None:
+            formula = type(stage.layer).__name__ if direction == "forward" else "dx = g, in the shape of x"
         records.append(record(direction, stage.path, stage.layer, formula, made))
 
     return note
@@ -83,21 +86,17 @@ def record(direction: str, path: str, layer: Module, formula: str, made: Tensor 
     return Record(direction, path, type(layer).__name__, formula, shape, norm)
 
 
-def headline(layer: Module) -> str:
-    """The formula of a layer's rule; a description of the layer if it has no rule."""
-    return _sections(layer)[0]
+def rule_named_as(layer: Module) -> Any:
+    """The rule named as a layer; None without one."""
+    return getattr(rules, type(layer).__name__.removesuffix("Loss"), None)
 
 
-def derivation(layer: Module) -> str:
-    """The derivation of a layer's rule."""
-    return _sections(layer)[1]
+def headline(rule: Any) -> str:
+    """The first line of a rule's docstring: its formula, mathematics between dollar signs; "" without a rule."""
+    return (inspect.getdoc(rule) or "").partition("\n")[0] if rule is not None else ""
 
 
-def _sections(layer: Module) -> tuple[str, str]:
-    rule = getattr(rules, type(layer).__name__.removesuffix("Loss"), None)
-    document = inspect.getdoc(rule) if rule else None
-    if not document:
-        return type(layer).__name__, "dx = g, in the shape of x"
-    headline, _, rest = document.partition("\n")
-    derivation = re.search(r"^Derivation.*?\n(.*?)(?=^\S|\Z)", rest, re.MULTILINE | re.DOTALL)
-    return headline, textwrap.dedent(derivation[1]).strip() if derivation else ""
+def derivation(rule: Any) -> str:
+    """The derivation of a rule, line by line; "" where its docstring has none."""
+    found = re.search(r"^Derivation.*?\n(.*?)(?=^\S|\Z)", inspect.getdoc(rule) or "", re.M | re.S)
+    return textwrap.dedent(found[1]).strip("\n") if found and rule is not None else ""

@@ -20,7 +20,15 @@ from manualprop._explain._diagnosis import Finding, diagnose
 from manualprop._explain._numbers import Links, links, numbers, statistics
 from manualprop._explain._observe import Observation, Trainee
 from manualprop._explain._steps import Step, rule_of, steps
-from manualprop._explain._training import UPDATES, Recording, Slice, batches, fitted, record, three_descents
+from manualprop._explain._training import (
+    UPDATES,
+    Recording,
+    Slice,
+    batches,
+    fitted,
+    record_training,
+    three_descents,
+)
 from manualprop.descent import Descent, MiniBatch
 
 if TYPE_CHECKING:
@@ -246,7 +254,7 @@ def explain(
     trainee = Trainee(model, loss, descent, seed)
     rows = next(batches(descent, n, seed))
     trainee.rehearse(x[rows], target[rows])
-    recording = record(trainee, x, target, rows, seed, updates)
+    recording = record_training(trainee, x, target, rows, seed, updates)
     seen = recording.frames[0]
     linked = links(seen)
     return Explanation(

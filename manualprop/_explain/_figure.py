@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from manualprop._explain._explanation import Explanation
-from manualprop._explain._numbers import flattened
+from manualprop._explain._numbers import as_table
 from manualprop._explain._training import Slice
 
 ROWS, COLUMNS = 32, 64  # of a tensor, at most
@@ -37,7 +37,7 @@ def figure(e: Explanation) -> Figure:
 def _heat(axis: Any, e: Explanation, key: str, title: str) -> None:
     if key not in e.numbers:
         return
-    table = flattened(key, e.numbers[key]).double()[:ROWS, :COLUMNS]
+    table = as_table(key, e.numbers[key]).double()[:ROWS, :COLUMNS]
     top = table.abs().max().item() or 1.0
     axis.set_axis_on()
     axis.imshow(table.tolist(), cmap="PuOr_r", vmin=-top, vmax=top, aspect="auto", interpolation="nearest")

@@ -6,12 +6,11 @@ LaTeX becomes plain letters, which the terminal shows.
 
 from __future__ import annotations
 
-import inspect
 import re
-import textwrap
 from typing import Any
 
 import manualprop.descent
+from manualprop._backprop._trace import derivation
 
 GREEK = {
     "alpha": "α",
@@ -29,17 +28,6 @@ GREEK = {
 }
 FUNCTIONS = ("cosh", "sinh", "tanh", "exp", "log", "max", "min")
 NAMED = ("sign", "softmax", "onehot", "erf", "erfc", "expm1", "clamp")
-
-
-def headline(rule: Any) -> str:
-    """The first line of a rule's docstring: its formula, mathematics between dollar signs; "" without a rule."""
-    return (inspect.getdoc(rule) or "").partition("\n")[0] if rule is not None else ""
-
-
-def derivation(rule: Any) -> str:
-    """The derivation of a rule, line by line; "" where its docstring has none."""
-    found = re.search(r"^Derivation.*?\n(.*?)(?=^\S|\Z)", inspect.getdoc(rule) or "", re.M | re.S)
-    return textwrap.dedent(found[1]).strip("\n") if found and rule is not None else ""
 
 
 def derived(rule: Any, left: str) -> str:

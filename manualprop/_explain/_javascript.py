@@ -85,7 +85,7 @@ def of_numbers(formula: Callable[..., Tensor], count: int = 1) -> str:
     return _printed(_traced(formula, [torch.full((2,), 0.5) for _ in range(count)]), _number)
 
 
-def of_rows(formula: Callable[..., Tensor], output: Tensor, target: Tensor) -> str:
+def of_loss_rows(formula: Callable[..., Tensor], output: Tensor, target: Tensor) -> str:
     """A function of the output and the target of one example, from one of a batch of them.
 
     Args:

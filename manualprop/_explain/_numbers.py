@@ -76,7 +76,7 @@ def numbers(seen: Observation, linked: Links) -> dict[str, Tensor]:
     return found
 
 
-def flattened(key: str, t: Tensor) -> Tensor:
+def as_table(key: str, t: Tensor) -> Tensor:
     """A tensor as a table: examples (and positions) down, units across; a weight with its units down."""
     if t.dim() == 2:
         return t

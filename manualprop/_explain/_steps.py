@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from manualprop import functions as rules
+from manualprop._backprop._trace import derivation, headline
 from manualprop._explain import _formulas as formulas
 from manualprop._explain._numbers import Links, dead, rms, saturated
 from manualprop._explain._observe import ACTIVATION, AFFINE, OTHER, Layer, Observation, Weight
@@ -181,7 +182,7 @@ class _Writer:
         return [_initial(i, layer.path, layer.name, layer.weights)] if layer.weights else []
 
     def _forward(self, i: int, layer: Layer) -> Block:
-        headline = formulas.headline(layer.rule)
+        title = headline(layer.rule)
         source = "the layer's own forward" if layer.rule is None else f"functions.{layer.rule.__name__}"
         if layer.rule is not None:
             source += ".f" if hasattr(layer.rule, "f") else ".forward"
@@ -190,8 +191,8 @@ class _Writer:
         if x.startswith("x"):
             shown.append(Shown(x, "x", f"input of {layer.path}", {"kind": "input"}))
         return Block(
-            layer.path, layer.name, i, headline, formulas.plain(headline), source,
-            formulas.derivation(layer.rule), tuple(shown), remarks=_health(layer),
+            layer.path, layer.name, i, title, formulas.plain(title), source,
+            derivation(layer.rule), tuple(shown), remarks=_health(layer),
         )  # fmt: skip
 
     def _made(self, i: int, layer: Layer) -> dict[str, Any]:
@@ -204,7 +205,7 @@ class _Writer:
         return {"kind": "layer", "name": layer.name}
 
     def _loss(self) -> Block:
-        headline = formulas.headline(self.loss_rule)
+        title = headline(self.loss_rule)
         name = type(self.loss).__name__
         source = (
             f"functions.{name.removesuffix('Loss')}.forward" if self.loss_rule else "the loss's own forward"
@@ -216,8 +217,8 @@ class _Writer:
         how = f" over {self.seen.divisor:g}" if self.seen.divisor else ""
         remark = f"L = {self.seen.loss:.6g}, the {getattr(self.loss, 'reduction', 'value')}{how}"
         return Block(
-            "loss", name, -1, headline, formulas.plain(headline), source,
-            formulas.derivation(self.loss_rule), tuple(shown), remarks=(remark,),
+            "loss", name, -1, title, formulas.plain(title), source,
+            derivation(self.loss_rule), tuple(shown), remarks=(remark,),
         )  # fmt: skip
 
     # ----- backwards -----
@@ -231,7 +232,7 @@ class _Writer:
         shown = (Shown("loss:g", "g", "dL/dx of the output", {"kind": "loss_gradient"}),)
         return Block(
             "loss", name, -1, _typeset(line), line, source if self.loss_by_hand else "torch's autograd",
-            formulas.derivation(self.loss_rule), shown, self.loss_by_hand, self._divided(), self._why(),
+            derivation(self.loss_rule), shown, self.loss_by_hand, self._divided(), self._why(),
         )  # fmt: skip
 
     def _divided(self) -> tuple[str, ...]:
@@ -271,7 +272,7 @@ class _Writer:
         return [
             Block(
                 layer.path, layer.name, i, _typeset(line), line, source if layer.by_hand else "torch's autograd",
-                formulas.derivation(layer.rule),
+                derivation(layer.rule),
                 (Shown(self.linked.returns[i], "dL/dx", f"gradient of the input of {layer.path}", made),
                  Shown(f"g:{i}", "g", f"gradient of the output of {layer.path}", {"kind": "same"})),
                 layer.by_hand, _flow(layer),
@@ -299,7 +300,7 @@ class _Writer:
         return [
             Block(
                 layer.path, layer.name, i, _typeset(line), line, source if layer.by_hand else "torch's autograd",
-                formulas.derivation(layer.rule), tuple(shown), layer.by_hand,
+                derivation(layer.rule), tuple(shown), layer.by_hand,
             )
         ]  # fmt: skip
 
@@ -318,7 +319,7 @@ class _Writer:
         return [
             Block(
                 layer.path, layer.name, i, _typeset(line), line, source if layer.by_hand else "torch's autograd",
-                formulas.derivation(layer.rule),
+                derivation(layer.rule),
                 (Shown(self.linked.returns[i], "dL/dx", f"gradient of the input of {layer.path}", made),),
                 layer.by_hand, _flow(layer),
             )

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from manualprop._explain import _javascript as javascript
-from manualprop._explain._numbers import Links, flattened, numbers, same, statistics
+from manualprop._explain._numbers import Links, as_table, numbers, same, statistics
 from manualprop._explain._observe import ACTIVATION, AFFINE, Layer, Observation
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def tables(e: Explanation) -> tuple[dict[str, Any], list[int]]:
     def cut_to(limits: Limits) -> Cut:
         def cut(key: str, t: Tensor) -> Tensor:
             rows, columns = limits.of(key, first)
-            return flattened(key, t)[:rows, :columns]
+            return as_table(key, t)[:rows, :columns]
 
         return cut
 
@@ -97,7 +97,7 @@ def _evenly(length: int, count: int) -> list[int]:
 
 
 def _table(key: str, frames: list[dict[str, Tensor]], cut: Cut) -> dict[str, Any]:
-    whole = flattened(key, frames[0][key])
+    whole = as_table(key, frames[0][key])
     small = [cut(key, frame[key]) for frame in frames]
     constant = all(torch.equal(small[0], other) for other in small[1:])
     found = [statistics(frame[key]) for frame in frames]
@@ -181,7 +181,7 @@ def cropped(packed_tables: Mapping[str, Any]) -> bool:
 
 def whole_tables(e: Explanation) -> dict[str, Any]:
     """All that the loss depends on, before the explained update."""
-    return {key: _table(key, [dict(e.numbers)], lambda key, t: flattened(key, t)) for key in _needed(e)}
+    return {key: _table(key, [dict(e.numbers)], lambda key, t: as_table(key, t)) for key in _needed(e)}
 
 
 def _needed(e: Explanation) -> list[str]:
@@ -199,7 +199,7 @@ def _loss(loss: Module, seen: Observation) -> str:
         raise javascript.NotPrintable("it does not tell the loss of a single example")
     if seen.output.dim() != 2:
         raise javascript.NotPrintable("the output has more than one row for an example")
-    return javascript.of_rows(loss_of_each(loss), seen.output, seen.target)
+    return javascript.of_loss_rows(loss_of_each(loss), seen.output, seen.target)
 
 
 def loss_of_each(loss: Module) -> Module:

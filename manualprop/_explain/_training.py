@@ -69,7 +69,9 @@ class Recording:
     stopped: str
 
 
-def record(trainee: Trainee, x: Tensor, target: Tensor, rows: Tensor, seed: int, updates: int) -> Recording:
+def record_training(
+    trainee: Trainee, x: Tensor, target: Tensor, rows: Tensor, seed: int, updates: int
+) -> Recording:
     """Observe the examples ``rows`` now and after more and more updates.
 
     Args:

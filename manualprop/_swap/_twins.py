@@ -67,7 +67,7 @@ def is_rebound(module: nn.Module) -> bool:
 
 
 def bare_functions(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """Attributes such as ``activation=F.relu`` of a TransformerEncoderLayer: functions, out of swap's reach."""
+    """Attributes such as ``activation=F.relu`` of a TransformerEncoderLayer: functions, not layers."""
     for name, value in vars(module).items():
         if not isinstance(value, nn.Module) and callable(value):
             called = getattr(value, "__name__", "")

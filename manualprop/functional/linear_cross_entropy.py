@@ -172,7 +172,7 @@ def _check_options(
 
 
 def _check_classes(target: Tensor, ignored: int, classes: int) -> None:
-    """That class indices are such; their values only where they may be looked at."""
+    """Check the dtype of class indices, and their values if values may be read."""
     if target.dtype != torch.int64:
         raise RuntimeError(
             f"linear_cross_entropy: class indices must be of torch.int64 (Long). Got {target.dtype}. Give target.long()."

@@ -111,7 +111,7 @@ def _check(rule: type[ElementwiseLoss]) -> None:
 
 
 def _check_curvature(rule: type[ElementwiseLoss]) -> None:
-    """Check that ``curvature`` has a row for each derivative up to the last named one, of a right length."""
+    """Check that ``curvature`` has a row, of a right length, for each derivative up to the last named one."""
     count, given = len(rule.partials), parameters(rule.f)
     if given is None or len(given) < count:
         raise TypeError(

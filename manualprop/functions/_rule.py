@@ -1,4 +1,4 @@
-"""What every hand-derived rule shares: how it is applied, and how the compiler is told to keep it."""
+"""What every hand-derived rule shares: how it is applied, and how the compiler keeps it."""
 
 import functools
 import importlib.abc
@@ -62,7 +62,7 @@ class _WithPrimals:
 def _primal(t: Tensor | None) -> Tensor | None:
     if t is None:
         return None
-    if is_batchedtensor(t):  # vmap within forward mode: the tangents lie under the batch
+    if is_batchedtensor(t):  # vmap inside forward mode: the tangents are inside the batched tensor
         inner: Any = _primal(get_unwrapped(t))
         batched: Tensor = add_batch_dim(inner, maybe_get_bdim(t), maybe_get_level(t))
         return batched
@@ -277,8 +277,7 @@ class Flat(Rule):
 def flat(d: Tensor, x: Tensor) -> Tensor:
     """A gradient ``d`` that does not depend on ``x``; in grad mode this is recorded.
 
-    The second derivative is then zeros, as in torch.  Without the record torch raises that ``x`` was not
-    used.
+    The second derivative is then zeros, as in torch, instead of the error that ``x`` was not used.
     """
     recorded: Tensor = Flat.apply(d, x) if torch.is_grad_enabled() else d
     return recorded

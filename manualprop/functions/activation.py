@@ -40,8 +40,7 @@ __all__ = [
 SELU_ALPHA = 1.6732632423543772848170429916717
 SELU_LAMBDA = 1.0507009873554804934193349852946
 GELU_K, GELU_C = 2 * math.sqrt(2 / math.pi), 0.044715
-# The largest number with a finite exponential in ATen's precision: log(max), minus half a unit in the last
-# place.
+# The largest number with a finite exponential in ATen's precision: log(max) minus half its last place.
 LARGEST_EXPONENT = {
     dtype: math.log(torch.finfo(full).max) * (1 - torch.finfo(full).eps / 2)
     for dtype, full in {
@@ -213,8 +212,7 @@ class SiLU(Elementwise):
         x.
     Accuracy
         The relative error of y' grows near its zero x = -1.278, as for any sum.  For large x, 1 - s loses
-        digits and x (1 - s) is off by eps x / 2, as in PyTorch.  sigma(-x) would keep them but costs a second
-        sigmoid.
+        digits and x (1 - s) is off by eps x / 2, as in PyTorch.  sigma(-x) would cost a second sigmoid.
     Reference
         Elfwing, Uchibe and Doya, 2017, https://arxiv.org/abs/1702.03118
     """
@@ -476,8 +474,7 @@ class GELU(Elementwise):
         x.
     Accuracy
         erfc keeps the left tail, where 1 + erf cancels to 0: y'(-6) is right to 1e-6, not 0.  Compiled kernels
-        still take 1 + erf, as PyTorch always does: inductor's erfc takes twice as long as everything else
-        together.
+        still take 1 + erf, as PyTorch always does: inductor's erfc takes twice as long as all the rest.
     Reference
         Hendrycks and Gimpel, 2016, https://arxiv.org/abs/1606.08415
     """

@@ -4,7 +4,7 @@ from torch import nn
 
 from manualprop import _torch
 
-# Dictionaries that torch fills: to look up all hooks by name at every call took longer than a small layer.
+# Dictionaries that torch fills.  Looking up all hooks by name at every call took longer than a small layer.
 OF_ALL_MODULES = (
     _torch.forward_pre_hooks,
     _torch.forward_hooks,

@@ -1,4 +1,4 @@
-"""The UCI handwritten digits as tensors; this needs torch alone."""
+"""The UCI handwritten digits as tensors; this file needs only torch."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def load_digits() -> Examples:
 
 
 def _stratified(label: Tensor, count: int, seed: int) -> Tensor:
-    # Order the examples by their rank within their class, each class in a random order of its own, ties in a random
-    # order too: the first `count` then hold every class in proportion, to within one example.
+    # Put each class in a random order. Then order all examples by their rank in their class, with ties in a
+    # random order. So the first `count` examples contain every class in proportion, within one example.
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(label), generator=generator)
     place = torch.empty(len(label))

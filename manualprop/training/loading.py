@@ -1,4 +1,4 @@
-"""A run, or the digits recipe, as the objects that were trained: for commands that look at them."""
+"""Loads the trained objects of a run, or the digits recipe, for commands that show them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 class Loaded(NamedTuple):
-    """What was trained.
+    """The trained objects.
 
-    - ``model``    with its ``loss`` and its ``descent``.
-    - ``seed``     of the order of the examples.
-    - ``x``        inputs of the training examples, and ``target``, theirs.
-    - ``title``    what it is, in words.
-    - ``history``  a row for each epoch; empty for what was not trained.
-    - ``image``    height and width of an input that is an image, else None.
+    - ``model``    the model, with its ``loss`` and its ``descent``.
+    - ``seed``     seed of the order of the examples.
+    - ``x``        inputs of the training examples; ``target`` are their targets.
+    - ``title``    a description in words.
+    - ``history``  a row for each epoch; empty if nothing was trained.
+    - ``image``    height and width if an input is an image, else None.
     """
 
     model: Module
@@ -44,7 +44,7 @@ class Loaded(NamedTuple):
 
 
 def digits() -> Loaded:
-    """Return the network of recipes/digits/minibatch.yaml as its first update finds it."""
+    """Return the network of recipes/digits/minibatch.yaml before its first update."""
     torch.manual_seed(0)
     model = MultilayerPerceptron((64, 64, 10), "Tanh")
     descent = MiniBatch(batch_size=32, learning_rate=0.1, momentum=0.9)
@@ -55,14 +55,14 @@ def digits() -> Loaded:
 
 
 def run(name: str, checkpoint: str = "best") -> Loaded:
-    """Return what a run trained, with the weights of a checkpoint.
+    """Return the objects of a run, with the weights of a checkpoint.
 
     Args:
-        name: of the run: its results lie in runs/NAME.
+        name: the name of the run: its results are in runs/NAME.
         checkpoint: "best", "last", or a path.
 
     Raises:
-        ValueError: for a run or a checkpoint that is not there, and one that is no run of a `DescentModule`.
+        ValueError: if the run or the checkpoint does not exist, or the run did not train a `DescentModule`.
     """
     from manualprop.training.cli import load_recipe  # Lightning: only where a run is read
     from manualprop.training.module import DescentModule
@@ -93,7 +93,7 @@ def run(name: str, checkpoint: str = "best") -> Loaded:
 
 
 def _examples(module: LightningDataModule) -> tuple[Tensor, Tensor]:
-    """The training examples; of somebody else's data, the first batch."""
+    """The training examples; for a data module that is not ours, the first batch."""
     from manualprop.training.datamodules import TensorDataModule
 
     if isinstance(module, TensorDataModule):

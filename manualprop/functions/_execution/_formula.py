@@ -112,7 +112,7 @@ def full(t: Tensor) -> Tensor:
 
 
 def written_over(function: Formula, x: Tensor, *numbers: Any) -> Tensor:
-    """``x``, after ``function(x, *numbers)`` was written into it: in one pass, where ATen has that one step in place."""
+    """Write ``function(x, *numbers)`` into ``x`` and return it; one pass if ATen has this step in place."""
     run = _one_step_over(function, x.dtype, numbers)
     return x.copy_(function(x, *numbers)) if run is None else run(x)
 
@@ -121,7 +121,7 @@ def written_over(function: Formula, x: Tensor, *numbers: Any) -> Tensor:
 def _one_step_over(
     function: Formula, dtype: torch.dtype, numbers: tuple[Any, ...]
 ) -> Callable[..., Any] | None:
-    """``function`` as a program that writes over its tensor, if that is one step: several might round otherwise."""
+    """``function`` as a program that overwrites x, if it is one step: several may round differently."""
     sample = torch.zeros(SIZES[0], dtype=dtype, device="cpu")
     made = make(lambda x: function(x, *numbers), [sample], frozenset({0}))
     return made.run if made.steps == 1 and made.run(sample) is sample else None

@@ -79,8 +79,7 @@ def _compiled(formula: Callable[..., Any]) -> Callable[..., Any]:
     def kernel(*tensors: Tensor) -> Any:
         return formula(*tensors)
 
-    # All rules share this function's code; Dynamo would count their kernels as recompilations of one
-    # function.
+    # All rules share this function's code; Dynamo would count their kernels as recompilations of one.
     apart = {"isolate_recompiles": True}
     compiled: Callable[..., Any] = torch.compile(  # type: ignore[call-overload]
         kernel, backend="inductor", fullgraph=True, **apart

@@ -107,7 +107,7 @@ class RMSNormLinear(Rule):
     r"""$y = n W^\top + b$ with $n = w z$ and $z = r x$; $x$ and $r$ are kept
 
     Derivation
-        As :class:`LayerNormLinear`, with :class:`RMSNorm` in the place of :class:`LayerNorm`.
+        As :class:`LayerNormLinear`, with :class:`RMSNorm` instead of :class:`LayerNorm`.
     Second order
         r is an output with its own derivative: autograd differentiates the formulas as written.
     Shape

@@ -24,7 +24,7 @@ import manualprop
 from manualprop import nn
 from manualprop._backprop._stages import Activation, build
 from manualprop._explain import Explanation, _javascript
-from manualprop._explain._numbers import flattened
+from manualprop._explain._numbers import as_table
 from manualprop._explain._tables import loss_of_each
 from manualprop.descent import Batch, MiniBatch
 
@@ -110,7 +110,7 @@ def test_the_numbers_are_the_tensors(page: Page) -> None:
     shown = {shown.key for step in e.steps for block in step.blocks for shown in block.shown}
     assert shown <= set(found) and len(shown) > 25
     for key, values in found.items():
-        wanted = flattened(key, e.numbers[key]).float().reshape(-1)
+        wanted = as_table(key, e.numbers[key]).float().reshape(-1)
         assert torch.equal(torch.tensor(values), wanted), key
 
 
@@ -126,12 +126,12 @@ def test_any_number_shows_the_sum_that_made_it(page: Page) -> None:
     seen: set[str] = set()
     grids = page.run("return DATA.grids.map(({ key, made }) => [key, made.kind])")
     for key, kind in grids:
-        whole = flattened(key, page.explanation.numbers[key])
+        whole = as_table(key, page.explanation.numbers[key])
         for row, col in ((0, 0), (len(whole) - 1, whole.shape[1] - 1)):
             found = page.cell(key, row, col, kind)
             value = whole[row, col].item()
             if kind == "update":
-                value += flattened(key, page.explanation.numbers[key.replace("u:", "p:")])[row, col].item()
+                value += as_table(key, page.explanation.numbers[key.replace("u:", "p:")])[row, col].item()
             assert found["shown"] == pytest.approx(value, rel=1e-6, abs=1e-9), key
             if found["terms"]:
                 seen.add(kind)
@@ -307,7 +307,7 @@ def test_the_pointer_finds_the_number_under_it(page: Page) -> None:
         actions = ActionChains(page.browser)
         actions.w3c_actions.pointer_action.move_to_location(int(x), int(y))
         actions.perform()
-        wanted = flattened(key, page.explanation.numbers[key])[row, col].item()
+        wanted = as_table(key, page.explanation.numbers[key])[row, col].item()
         assert float(page.run("return document.getElementById('total').value")) == pytest.approx(
             wanted, rel=1e-6
         ), key
@@ -461,7 +461,7 @@ def test_every_printed_loss_computes_what_its_rule_computes(page: Page) -> None:
     ]
     for loss, target in losses:
         single = loss_of_each(loss)
-        printed = _javascript.of_rows(single, x, target)
+        printed = _javascript.of_loss_rows(single, x, target)
         got = page.run(
             f"const f = {printed}; return arguments[0].map((row, n) => f(row, arguments[1][n]))",
             x.tolist(),

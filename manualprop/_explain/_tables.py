@@ -181,7 +181,7 @@ def cropped(packed_tables: Mapping[str, Any]) -> bool:
 
 def whole_tables(e: Explanation) -> dict[str, Any]:
     """All that the loss depends on, before the explained update."""
-    return {key: _table(key, [dict(e.numbers)], lambda key, t: as_table(key, t)) for key in _needed(e)}
+    return {key: _table(key, [dict(e.numbers)], as_table) for key in _needed(e)}
 
 
 def _needed(e: Explanation) -> list[str]:

@@ -8,7 +8,7 @@ import importlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
-from manualprop._explain._diagnosis import Finding, diagnose
-from manualprop._explain._numbers import Links, links, numbers, statistics
+from manualprop._explain._diagnosis import diagnose
+from manualprop._explain._explained import Explained
+from manualprop._explain._numbers import links, numbers, statistics
 from manualprop._explain._observe import Observation, Trainee
-from manualprop._explain._steps import Step, rule_of, steps
+from manualprop._explain._steps import rule_of, steps
 from manualprop._explain._training import (
     UPDATES,
-    Recording,
     Slice,
     batches,
     fitted,
@@ -38,51 +38,12 @@ if TYPE_CHECKING:
 LISTED = 4096  # numbers of a tensor that the JSON lists; of a larger one it has the statistics
 
 
-@dataclass(frozen=True, repr=False)
-class Explanation:
+class Explanation(Explained):
     """An update of a model, step by step.  ``print`` shows it; a notebook shows its page.
 
-    Args:
-        title: what is explained.
-        loss: its class.
-        descent: which descent makes the update, in words.
-        examples: how many there are in all.
-        rows: those that the update sees.
-        steps: the ten of them.
-        findings: what is wrong, with evidence.
-        notes: what to know about these numbers.
-        numbers: all tensors by key, before the update.
-        links: whose output each layer is given.
-        recording: the updates that follow.
-        descents: the three descents on a slice of the loss, or why they are not there.
-        image: height and width of an input, where it is one.
-        history: rows of the run's history, for the page.
+    Its attributes are those of :class:`Explained`: among them ``steps``, ``findings``, ``notes`` and ``numbers``, all
+    tensors by key.
     """
-
-    title: str
-    loss: Module
-    descent: Descent
-    examples: int
-    rows: Tensor
-    steps: tuple[Step, ...]
-    findings: tuple[Finding, ...]
-    notes: tuple[str, ...]
-    numbers: Mapping[str, Tensor]
-    links: Links
-    recording: Recording
-    descents: Slice | str
-    image: tuple[int, int] | None = None
-    history: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
-
-    @property
-    def observation(self) -> Observation:
-        """The explained update, as it was observed."""
-        return self.recording.frames[0]
-
-    @property
-    def by_hand(self) -> bool:
-        """Whether every gradient is one of this package's formulas."""
-        return all(block.by_hand for step in self.steps for block in step.blocks)
 
     def render(self, *, layer: str | None = None, example: int = 0, verbose: bool = False) -> RenderableType:
         """Return what :mod:`rich` prints.

@@ -6,14 +6,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from manualprop._explain._explanation import Explanation
+from manualprop._explain._explained import Explained
 from manualprop._explain._numbers import as_table
 from manualprop._explain._training import Slice
 
 ROWS, COLUMNS = 32, 64  # of a tensor, at most
 
 
-def figure(e: Explanation) -> Figure:
+def figure(e: Explained) -> Figure:
     """Activations above their gradients, layer by layer; the loss over the updates and the three descents below."""
     layers = e.observation.layers[:6]
     paths = e.descents.paths if isinstance(e.descents, Slice) else ()
@@ -34,7 +34,7 @@ def figure(e: Explanation) -> Figure:
     return drawn
 
 
-def _heat(axis: Any, e: Explanation, key: str, title: str) -> None:
+def _heat(axis: Any, e: Explained, key: str, title: str) -> None:
     if key not in e.numbers:
         return
     table = as_table(key, e.numbers[key]).double()[:ROWS, :COLUMNS]
@@ -47,7 +47,7 @@ def _heat(axis: Any, e: Explanation, key: str, title: str) -> None:
     axis.set_xlabel(f"within ±{top:.3g}", fontsize=8)
 
 
-def _losses(axis: Any, e: Explanation) -> None:
+def _losses(axis: Any, e: Explained) -> None:
     axis.set_axis_on()
     axis.plot(list(e.recording.losses), linewidth=1, label="of each update")
     axis.plot(

@@ -13,7 +13,7 @@ from latex2mathml.converter import convert
 from torch import nn
 
 from manualprop._explain import _formulas as formulas
-from manualprop._explain._explanation import Explanation
+from manualprop._explain._explained import Explained
 from manualprop._explain._numbers import affine_of
 from manualprop._explain._steps import Block, rule_of, steps
 from manualprop._explain._tables import Functions, cropped, functions, passes_on, tables, whole_tables
@@ -24,7 +24,7 @@ SCRIPTS = ("numbers.js", "sums.js", "grid.js", "network.js", "play.js")
 NO_NETWORK = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
-def page(e: Explanation) -> str:
+def page(e: Explained) -> str:
     """The whole page."""
     packed, chosen = tables(e)
     computed = functions(e, packed)
@@ -63,7 +63,7 @@ def _read(name: str) -> str:
     return (FOLDER / name).read_text(encoding="utf-8")
 
 
-def _head(e: Explanation) -> str:
+def _head(e: Explained) -> str:
     count = len(e.rows)
     told = [
         f"{type(e.loss).__name__} by {type(e.descent).__name__} ({rule_of(e.descent)}).",
@@ -73,12 +73,12 @@ def _head(e: Explanation) -> str:
     return f"<p>{html.escape(' '.join(told))}</p>{notes}"
 
 
-def _examples(e: Explanation, packed: dict[str, Any]) -> int:
+def _examples(e: Explained, packed: dict[str, Any]) -> int:
     rows: int = packed["output"]["rows"]
     return min(len(e.rows), rows)
 
 
-def _class(e: Explanation, k: int) -> str:
+def _class(e: Explained, k: int) -> str:
     target = e.observation.target
     return f" (class {int(target[k])})" if target.dim() == 1 and not target.is_floating_point() else ""
 
@@ -86,7 +86,7 @@ def _class(e: Explanation, k: int) -> str:
 # ----- the story -----
 
 
-def _story(e: Explanation, grids: list[dict[str, Any]]) -> Iterator[str]:
+def _story(e: Explained, grids: list[dict[str, Any]]) -> Iterator[str]:
     count = 0  # of the blocks with remarks
     for step in e.steps:
         yield f'<section class="step {step.direction}" id="step-{step.number}" aria-labelledby="title-{step.number}">'
@@ -124,7 +124,7 @@ def _block(block: Block, grids: list[dict[str, Any]], remarks: int) -> Iterator[
     yield "</article>"
 
 
-def _remarks(e: Explanation, chosen: list[int]) -> list[list[tuple[str, ...]]]:
+def _remarks(e: Explained, chosen: list[int]) -> list[list[tuple[str, ...]]]:
     """For each block that has remarks, those at each recorded update."""
     each = [
         [
@@ -149,7 +149,7 @@ def _mathml(latex: str) -> str:
     return convert(re.sub(r"\\operatorname\{(\w+)\}", r"\\mathrm{\1}", latex))
 
 
-def _diagnosis(e: Explanation) -> str:
+def _diagnosis(e: Explained) -> str:
     if not e.findings:
         return "<p>Nothing conspicuous in this update.</p>"
     rows = [
@@ -160,7 +160,7 @@ def _diagnosis(e: Explanation) -> str:
     return f"<ul>{''.join(rows)}</ul>"
 
 
-def _descents(e: Explanation) -> str:
+def _descents(e: Explained) -> str:
     found = e.descents
     if isinstance(found, str):
         return f"<p>{html.escape(found)}</p>"
@@ -195,7 +195,7 @@ def _described(found: Slice, k: int) -> str:
 
 
 def _data(
-    e: Explanation,
+    e: Explained,
     packed: dict[str, Any],
     chosen: list[int],
     computed: Functions,
@@ -245,7 +245,7 @@ def _number(value: float) -> float | None:
     return float(f"{value:.7g}") if abs(value) < float("inf") else None
 
 
-def _loss_kind(e: Explanation) -> dict[str, Any]:
+def _loss_kind(e: Explained) -> dict[str, Any]:
     """What the page may say about the gradient of the loss, term by term."""
     loss, seen = e.loss, e.observation
     plain = seen.output.dim() == 2 and seen.divisor is not None

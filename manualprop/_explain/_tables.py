@@ -7,18 +7,16 @@ import copy
 import ctypes
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 from manualprop._explain import _javascript as javascript
+from manualprop._explain._explained import Explained
 from manualprop._explain._numbers import Links, as_table, numbers, same, statistics
 from manualprop._explain._observe import ACTIVATION, AFFINE, Layer, Observation
-
-if TYPE_CHECKING:
-    from manualprop._explain._explanation import Explanation
 
 ROOM = 230_000  # numbers that a page holds; at 16 characters for 3 of them, 1.2 MB
 FRAME = 100_000  # of one recorded update
@@ -53,7 +51,7 @@ SIZES = (
 Cut = Callable[[str, Tensor], Tensor]
 
 
-def tables(e: Explanation) -> tuple[dict[str, Any], list[int]]:
+def tables(e: Explained) -> tuple[dict[str, Any], list[int]]:
     """Every tensor that a step shows, packed, and the recorded updates that the page has room for."""
     keys = list(dict.fromkeys(_keys(e)))
     first = frozenset(
@@ -82,7 +80,7 @@ def tables(e: Explanation) -> tuple[dict[str, Any], list[int]]:
     return {key: _table(key, frames, cut) for key in keys}, chosen
 
 
-def _keys(e: Explanation) -> Iterator[str]:
+def _keys(e: Explained) -> Iterator[str]:
     for step in e.steps:
         for block in step.blocks:
             for shown in block.shown:
@@ -149,7 +147,7 @@ class Functions:
         return "\n".join(["const ACTIVATIONS = {", *rows, "};", loss])
 
 
-def functions(e: Explanation, packed_tables: Mapping[str, Any]) -> Functions:
+def functions(e: Explained, packed_tables: Mapping[str, Any]) -> Functions:
     """Print what the page needs to compute the loss anew."""
     seen = e.observation
     activations: dict[int, tuple[str, str, str]] = {}
@@ -179,12 +177,12 @@ def cropped(packed_tables: Mapping[str, Any]) -> bool:
     return any([t["rows"], t["cols"]] != t["of"] for t in packed_tables.values())
 
 
-def whole_tables(e: Explanation) -> dict[str, Any]:
+def whole_tables(e: Explained) -> dict[str, Any]:
     """All that the loss depends on, before the explained update."""
     return {key: _table(key, [dict(e.numbers)], as_table) for key in _needed(e)}
 
 
-def _needed(e: Explanation) -> list[str]:
+def _needed(e: Explained) -> list[str]:
     return ["x", "target", *(key for key in e.numbers if key.startswith("p:"))]
 
 

@@ -12,21 +12,23 @@ from rich.text import Text
 from torch import Tensor
 
 from manualprop._explain import _formulas as formulas
-from manualprop._explain._explanation import Explanation
+from manualprop._explain._explained import Explained
 from manualprop._explain._numbers import statistics
 from manualprop._explain._steps import Block, Shown, Step
 
 ACCENT = "bold cyan"
 
 
-def text(explanation: Explanation, width: int = 80) -> str:
+def text(explanation: Explained, width: int = 80) -> str:
     """The explanation as plain text."""
     file = io.StringIO()
-    Console(file=file, width=width, color_system=None, force_terminal=False).print(explanation)
+    Console(file=file, width=width, color_system=None, force_terminal=False).print(
+        rendered(explanation, None, 0, False)
+    )
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
 
-def rendered(explanation: Explanation, layer: str | None, example: int, verbose: bool) -> RenderableType:
+def rendered(explanation: Explained, layer: str | None, example: int, verbose: bool) -> RenderableType:
     """What rich prints; see :meth:`Explanation.render`."""
     paths = list(dict.fromkeys(block.layer for step in explanation.steps for block in step.blocks))
     if layer is not None and layer not in paths:
@@ -37,7 +39,7 @@ def rendered(explanation: Explanation, layer: str | None, example: int, verbose:
     return Group(*_parts(explanation, layer, example, verbose))
 
 
-def _parts(e: Explanation, layer: str | None, example: int, verbose: bool) -> Iterator[RenderableType]:
+def _parts(e: Explained, layer: str | None, example: int, verbose: bool) -> Iterator[RenderableType]:
     count = len(e.rows)
     seen = (
         f"{count} of {e.examples} examples" if count < e.examples else f"{count} example{'s' * (count != 1)}"
@@ -59,7 +61,7 @@ def _parts(e: Explanation, layer: str | None, example: int, verbose: bool) -> It
 
 
 def _step(
-    e: Explanation, step: Step, blocks: list[Block], example: int, verbose: bool
+    e: Explained, step: Step, blocks: list[Block], example: int, verbose: bool
 ) -> Iterator[RenderableType]:
     yield Text()
     yield Text.assemble((f"{step.number:>2}  {step.title}", ACCENT), (f"   {step.direction}", "dim"))
@@ -68,7 +70,7 @@ def _step(
         yield Padding(Group(*_block(e, block, example, verbose)), (0, 0, 0, 4), expand=False)
 
 
-def _block(e: Explanation, block: Block, example: int, verbose: bool) -> Iterator[RenderableType]:
+def _block(e: Explained, block: Block, example: int, verbose: bool) -> Iterator[RenderableType]:
     head = Text.assemble((block.layer, "bold"), f" {block.kind}" if block.kind.lower() != block.layer else "")
     if not block.by_hand:
         head.append("  not by hand", "yellow")
@@ -90,7 +92,7 @@ def _block(e: Explanation, block: Block, example: int, verbose: bool) -> Iterato
 class _Numbers:
     """The table of a block's tensors, with as many numbers as the width has room for."""
 
-    def __init__(self, e: Explanation, shown: tuple[Shown, ...], example: int, verbose: bool) -> None:
+    def __init__(self, e: Explained, shown: tuple[Shown, ...], example: int, verbose: bool) -> None:
         self.e, self.shown, self.example, self.verbose = e, shown, example, verbose
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
@@ -134,7 +136,7 @@ def figures(value: float) -> str:
     return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
 
 
-def _findings(e: Explanation) -> Iterator[RenderableType]:
+def _findings(e: Explained) -> Iterator[RenderableType]:
     yield Text()
     yield Text("Diagnosis", ACCENT)
     if not e.findings:
@@ -144,7 +146,7 @@ def _findings(e: Explanation) -> Iterator[RenderableType]:
         yield Padding(Group(told, Text(f"What usually helps: {finding.helps}.")), (0, 0, 0, 4), expand=False)
 
 
-def _updates(e: Explanation) -> Iterator[RenderableType]:
+def _updates(e: Explained) -> Iterator[RenderableType]:
     yield Text()
     yield Text("The updates that follow", ACCENT)
     at, frames = e.recording.at, e.recording.frames

@@ -19,6 +19,7 @@ from manualprop._command_line import Mistake, Parser, made_up, named_model, told
 from manualprop._invocation import console_command, shown
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from torch import Tensor
     from torch.nn import Module
 
@@ -117,7 +118,12 @@ def _run(options: argparse.Namespace) -> None:
             _write(write, path)
     if options.json:
         print(found.to_json())
-        return
+    else:
+        _print(rendered, options)
+
+
+def _print(rendered: RenderableType, options: argparse.Namespace) -> None:
+    """The steps; then where the files lie, or how to get the page."""
     from rich.console import Console
 
     console = Console()
@@ -126,16 +132,9 @@ def _run(options: argparse.Namespace) -> None:
         if path is not None:
             console.print(f"{what}: {shown(path)}", soft_wrap=True)
     if options.page is None:
-        again = (
-            " ".join([console_command(), *sys.argv[1:], "--page explain.html"])
-            if sys.argv[1:2] == ["explain"]
-            else ""
-        )
-        console.print(
-            f"The page: {again or console_command() + ' explain --page explain.html'}",
-            style="dim",
-            soft_wrap=True,
-        )
+        words = sys.argv[1:] if sys.argv[1:2] == ["explain"] else ["explain"]
+        command = " ".join([console_command(), *words, "--page explain.html"])
+        console.print(f"The page: {command}", style="dim", soft_wrap=True)
 
 
 def _attempt(call: Any) -> Any:

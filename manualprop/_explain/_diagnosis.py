@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -61,24 +62,25 @@ def diagnose(seen: Observation, loss: Module, x: Tensor, target: Tensor) -> tupl
 
 def _loss_cannot_fall(seen: Observation, loss: Module) -> Iterator[Finding]:
     ignored = getattr(loss, "ignore_index", None)
-    if (
-        isinstance(ignored, int)
-        and not seen.target.is_floating_point()
-        and bool((seen.target == ignored).all())
-    ):
+    classes = isinstance(ignored, int) and not seen.target.is_floating_point()
+    if classes and bool((seen.target == ignored).all()):
         yield Finding(
             "the loss cannot fall: all targets are ignored", "data",
             f"each of the {seen.target.numel()} targets is {ignored}, the loss's ignore_index",
             "look at how the targets are made; pad with ignore_index, but keep the real ones",
         )  # fmt: skip
-        return
-    if not torch.tensor(seen.loss).isfinite():
+    elif not math.isfinite(seen.loss):
         advice = data_at_fault(seen.layers[0].x if seen.layers else seen.output, seen.target, loss)
         yield Finding(
             "the loss is not finite", "loss", f"the loss is {seen.loss}",
             advice or "a smaller learning rate; scaled inputs; a loss that takes logits in place of probabilities",
         )  # fmt: skip
-        return
+    else:
+        yield from _constant_output(seen)
+        yield from _no_gradient(seen)
+
+
+def _constant_output(seen: Observation) -> Iterator[Finding]:
     rows = seen.output.flatten(1) if seen.output.dim() > 1 else seen.output.reshape(-1, 1)
     differ = len(seen.target) > 1 and bool((seen.target != seen.target[:1]).any())
     if differ and bool((rows == rows[:1]).all()):
@@ -87,6 +89,9 @@ def _loss_cannot_fall(seen: Observation, loss: Module) -> Iterator[Finding]:
             f"all {len(rows)} rows of the output are equal, and the targets differ",
             "look for a layer that loses its input: dead units, weights of 0, a factor of 0",
         )  # fmt: skip
+
+
+def _no_gradient(seen: Observation) -> Iterator[Finding]:
     if all(rms(w.gradient) == 0 for w in seen.weights() if w.gradient is not None):
         yield Finding(
             "the loss cannot fall: every gradient is 0", "loss",

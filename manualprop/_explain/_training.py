@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from manualprop._explain._observe import Observation, Trainee
@@ -119,6 +119,9 @@ def _spread(updates: int, count: int) -> list[int]:
 # ----- the three descents -----
 
 
+Points = tuple[tuple[float, float], ...]
+
+
 @dataclass(frozen=True)
 class Path:
     """One descent on the slice.
@@ -133,7 +136,7 @@ class Path:
 
     name: str
     examples: int
-    points: tuple[tuple[float, float], ...]
+    points: Points
     noise: float
     refused: str = ""
 
@@ -174,22 +177,13 @@ def three_descents(
     n = min(len(x), EXAMPLES)
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:n].sort().values
     x, target = x[rows], target[rows]
-    size = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    kept = min(POINTS, WEIGHTS // (3 * size))
-    if n < 2:
-        return "The three descents differ only where there are several examples. Here is one."
-    if len({p.dtype for p in model.parameters() if p.requires_grad}) > 1:
-        return "The paths are not drawn: the weights are of several dtypes."
-    if kept < 5:
-        return f"The paths are not drawn: of {size:,} weights they would fill the memory."
+    learning = [p for p in model.parameters() if p.requires_grad]
+    kept = min(POINTS, WEIGHTS // (3 * sum(p.numel() for p in learning)))
+    why_not = _why_not(n, kept, learning)
+    if why_not:
+        return why_not
     every = -(-STEPS // (kept - 1))
-    rate = 0.1 if descent.learning_rate is None else descent.learning_rate
-    some = descent.batch_size if isinstance(descent, MiniBatch) else 32
-    kinds: list[Descent] = [
-        Batch(learning_rate=rate),
-        MiniBatch(learning_rate=rate, batch_size=min(some, max(1, n // 4))),
-        Stochastic(learning_rate=rate),
-    ]
+    kinds = _three(descent, n)
     runs = [_run(model, loss, kind, x, target, seed, every) for kind in kinds]
     start = _vector(model)
     moved = [(run[0] - start).double() for run in runs if isinstance(run[0], Tensor)]
@@ -199,15 +193,44 @@ def three_descents(
         return "The paths are not drawn: no descent moved the weights."
     basis, share = _plane(torch.cat(moved))
     paths = tuple(
-        Path(type(kind).__name__, _seen(kind, n), (), 0.0, run[0])
-        if isinstance(run[0], str)
-        else Path(type(kind).__name__, _seen(kind, n), _on(basis, run[0] - start), run[1])
-        for kind, run in zip(kinds, runs, strict=True)
+        _path(kind, n, points if isinstance(points, str) else _on(basis, points - start), noise)
+        for kind, (points, noise) in zip(kinds, runs, strict=True)
     )
-    seen = _in_sight([path.points for path in paths if path.points])
-    across, down = (_range([point[k] for point in seen]) for k in (0, 1))
+    in_sight = _in_sight([path.points for path in paths if path.points])
+    across, down = (_range([point[k] for point in in_sight]) for k in (0, 1))
     grid = _grid(model, loss, x, target, start, basis, across, down, seed)
+    rate = kinds[0].learning_rate
+    assert rate is not None
     return Slice(paths, grid, across, down, rate, n, every * (kept - 1), share)
+
+
+def _why_not(n: int, kept: int, learning: list[Parameter]) -> str:
+    """Why no paths are drawn; "" where they are."""
+    if n < 2:
+        return "The three descents differ only where there are several examples. Here is one."
+    if len({p.dtype for p in learning}) > 1:
+        return "The paths are not drawn: the weights are of several dtypes."
+    if kept < 5:
+        return f"The paths are not drawn: {sum(p.numel() for p in learning):,} weights would fill the memory."
+    return ""
+
+
+def _three(descent: Descent, n: int) -> list[Descent]:
+    """Batch, mini-batch and stochastic descent with the learning rate of a descent, and no more of it."""
+    rate = 0.1 if descent.learning_rate is None else descent.learning_rate
+    some = descent.batch_size if isinstance(descent, MiniBatch) else 32
+    return [
+        Batch(learning_rate=rate),
+        MiniBatch(learning_rate=rate, batch_size=min(some, max(1, n // 4))),
+        Stochastic(learning_rate=rate),
+    ]
+
+
+def _path(descent: Descent, n: int, points: Points | str, noise: float) -> Path:
+    refused = points if isinstance(points, str) else ""
+    return Path(
+        type(descent).__name__, _seen(descent, n), () if isinstance(points, str) else points, noise, refused
+    )
 
 
 def _seen(descent: Descent, n: int) -> int:
@@ -268,11 +291,11 @@ def _plane(moved: Tensor) -> tuple[Tensor, float]:
     return torch.stack(basis), min(1.0, share)
 
 
-def _on(basis: Tensor, moved: Tensor) -> tuple[tuple[float, float], ...]:
+def _on(basis: Tensor, moved: Tensor) -> Points:
     return tuple((a, b) for a, b in (moved.double() @ basis.T).tolist())
 
 
-def _in_sight(paths: list[tuple[tuple[float, float], ...]]) -> list[tuple[float, float]]:
+def _in_sight(paths: list[Points]) -> list[tuple[float, float]]:
     """The points that the picture holds: all but those far beyond the reach of the middle one of the paths."""
     reach = sorted(max(math.hypot(*point) for point in path) for path in paths)
     limit = FAR * reach[len(reach) // 2]

@@ -63,7 +63,7 @@ def diagnose(seen: Observation, loss: Module, x: Tensor, target: Tensor) -> tupl
 def _loss_cannot_fall(seen: Observation, loss: Module) -> Iterator[Finding]:
     ignored = getattr(loss, "ignore_index", None)
     classes = isinstance(ignored, int) and not seen.target.is_floating_point()
-    if classes and bool((seen.target == ignored).all()):
+    if classes and bool(seen.target.eq(ignored).all()):  # type: ignore[arg-type]
         yield Finding(
             "the loss cannot fall: all targets are ignored", "data",
             f"each of the {seen.target.numel()} targets is {ignored}, the loss's ignore_index",

@@ -92,7 +92,7 @@ def share(g: Tensor, t: Tensor, w: Tensor | None, ignored: int, reduction: str) 
     """
     t, counted = aten.counting(t, ignored)
     if reduction == "mean":
-        g = g / aten.divisor(t, w, counted)
+        g = aten.over(g, aten.divisor(t, w, counted))
     return (g if counted is None else g.where(counted, 0)), t
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from manualprop._torch import cross_entropy_loss, nll_loss
 from manualprop.functions._execution import _formula
 from manualprop.functions._execution._formula import HALF, flattened, formula, full, plain_eager, watched
+from manualprop.functions._execution._lowering import kept_number
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # ATen's numbers
 MANY = 2**15  # numbers from which finding their places in memory pays, measured
@@ -41,6 +42,11 @@ def divisor(t: Tensor, w: Tensor | None, counted: Tensor | None) -> Tensor | int
         return t.numel() if counted is None else counted.sum()
     w_t = full(w)[t]
     return w_t.sum() if counted is None else (w_t * counted).sum()
+
+
+def over(g: Tensor, D: Tensor | int) -> Tensor:
+    """g / D, a number D as a tensor that is kept: ATen would make one of it each time."""
+    return g / (D if isinstance(D, Tensor) else kept_number(float(D), g.dtype, g.dtype))
 
 
 def examples(x: Tensor) -> int:
@@ -93,7 +99,7 @@ def reduced(l: Tensor, t: Tensor, w: Tensor | None, ignored: int, reduction: str
     if t.is_floating_point():
         return l.mean()
     t, counted = counting(t, ignored)
-    return l.sum() / divisor(t, w, counted)
+    return over(l.sum(), divisor(t, w, counted))
 
 
 def rows_of_a_chunk(x: Tensor, t: Tensor) -> int:

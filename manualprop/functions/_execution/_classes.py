@@ -36,6 +36,11 @@ def counting(t: Tensor, ignored: int) -> tuple[Tensor, Tensor | None]:
     return t.where(counted, 0), counted
 
 
+def where_counted(g: Tensor, counted: Tensor | None) -> Tensor:
+    """g, and 0 for an ignored target, whatever g is."""
+    return g if counted is None else g.where(counted, 0)
+
+
 def divisor(t: Tensor, w: Tensor | None, counted: Tensor | None) -> Tensor | int:
     """What a mean divides by: the sum of w_t over the targets that count; their number without weights."""
     if w is None:
@@ -87,7 +92,7 @@ def nll(x: Tensor, t: Tensor, w: Tensor | None, ignored: int, reduction: str) ->
     if w is not None:
         x_t *= full(w)[index]
     x_t.neg_()
-    return reduced(x_t if counted is None else x_t.where(counted, 0), t, w, ignored, reduction)
+    return reduced(where_counted(x_t, counted), t, w, ignored, reduction)
 
 
 def reduced(l: Tensor, t: Tensor, w: Tensor | None, ignored: int, reduction: str) -> Tensor:

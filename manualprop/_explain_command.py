@@ -164,27 +164,22 @@ def _draw(found: Explanation, path: Path) -> None:
 
 
 def _trained(options: argparse.Namespace) -> Explanation:
-    missing = [
-        name
-        for name in ("lightning", "jsonargparse", "torchmetrics")
-        if importlib.util.find_spec(name) is None
-    ]
-    if missing:
-        raise Mistake(
-            f'{", ".join(missing)} must be there for what was trained. Get it with: pip install "manualprop[training]"'
-        )
     from manualprop._explain import explain
     from manualprop.training import UserError, loading
 
+    needed = ("lightning", "jsonargparse", "torchmetrics") if options.name else ()
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        remedy = 'pip install "manualprop[training]"'
+        raise Mistake(f"a run needs {', '.join(missing)}, which is not installed. Get it with: {remedy}")
     try:
-        loaded = loading.run(options.name, options.checkpoint) if options.name else loading.digits()
+        found = loading.run(options.name, options.checkpoint) if options.name else loading.digits()
     except UserError as error:
         raise Mistake(str(error)) from error
-    module = loaded.module
     return _attempt(  # type: ignore[no-any-return]
         lambda: explain(
-            module.model, module.loss, loaded.x, loaded.target, module.descent,
-            title=loaded.title, image=loaded.image, seed=module.seed, history=loaded.history,
+            found.model, found.loss, found.x, found.target, found.descent,
+            title=found.title, image=found.image, seed=found.seed, history=found.history,
         )
     )  # fmt: skip
 

@@ -27,7 +27,7 @@ BARS = 40  # layers that a picture has room for
 BEFORE, AFTER = "#E69F00", "#0072B2"  # Okabe and Ito's orange and blue
 
 
-class Layer(NamedTuple):
+class LayerReceipt(NamedTuple):
     """What the calls of one module keep.  A storage is counted once, in bytes, at the first layer that saved it.
 
     - ``path``        in the model, as in ``named_modules``; empty for the model itself.
@@ -88,14 +88,14 @@ class _Report:
 class Receipt(_Report):
     """What :func:`receipt` measured.  ``print`` shows it as a table.
 
-    - ``layers``      a :class:`Layer` for each module that was called, in the order of their first calls; a container
+    - ``layers``      a :class:`LayerReceipt` for each module that was called, in the order of their first calls; a container
                       that saved nothing itself is left out.
     - ``kept``        bytes kept for backward, parameters and inputs apart.
     - ``inputs``      bytes of the model's inputs that backward needs.
     - ``parameters``  bytes of parameters and buffers that backward needs.
     """
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
+    def __init__(self, layers: Sequence[LayerReceipt]) -> None:
         self.layers = tuple(layers)
         self.kept = sum(layer.kept for layer in layers)
         self.inputs = sum(layer.inputs for layer in layers)
@@ -149,10 +149,10 @@ class Comparison(_Report):
     def __init__(self, before: Receipt, after: Receipt) -> None:
         self.before, self.after = before, after
 
-    def pairs(self) -> dict[str, tuple[Layer, Layer]]:
+    def pairs(self) -> dict[str, tuple[LayerReceipt, LayerReceipt]]:
         """For each path the layer before and after, without a class and calls where there was none."""
         before, after = ({layer.path: layer for layer in side.layers} for side in (self.before, self.after))
-        none = {path: Layer(path, "", 0, 0, 0, 0, 0) for path in before | after}
+        none = {path: LayerReceipt(path, "", 0, 0, 0, 0, 0) for path in before | after}
         return {path: (before.get(path, none[path]), after.get(path, none[path])) for path in none}
 
     def table(self) -> tuple[str, list[str], list[list[str]]]:
@@ -282,7 +282,7 @@ class _Watch:
         self._saved.append((self._running[-1], weakref.ref(saved)))
         return saved
 
-    def layers(self, origin: dict[int, str]) -> list[Layer]:
+    def layers(self, origin: dict[int, str]) -> list[LayerReceipt]:
         """What is still held, storage by storage; ``origin`` tells which are inputs' and parameters'."""
         found = {path: dict.fromkeys(("kept", "shared", "inputs", "parameters"), 0) for path in self._calls}
         charged: dict[int, set[str]] = {}
@@ -297,7 +297,7 @@ class _Watch:
                 layers.add(path)
         containers = {path.rpartition(".")[0] for path in self._modules if path}
         return [
-            Layer(path, _kind(self._modules[path]), self._calls[path], **sizes)
+            LayerReceipt(path, _kind(self._modules[path]), self._calls[path], **sizes)
             for path, sizes in found.items()
             if any(sizes.values()) or path not in containers
         ]
@@ -375,7 +375,7 @@ def _kind(module: torch.nn.Module) -> str:
     return kind.__qualname__
 
 
-def _label(layer: Layer) -> str:
+def _label(layer: LayerReceipt) -> str:
     return f"{layer.path or ROOT}  {layer.kind.rpartition('.')[2]}"
 
 

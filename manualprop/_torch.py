@@ -2,7 +2,8 @@
 
 Beside each name: what it is for, and the versions it was seen in.  A private name may change with any version.  What differs between versions is settled here, and nowhere else.  Attributes of
 torch's objects that are private too: ``Tensor._base``, ``Tensor._is_view()``, ``UntypedStorage._cdata`` (2.11 to 2.14);
-``Optimizer._optimizer_step_pre_hooks``, ``._optimizer_step_post_hooks`` and ``._opt_called`` (2.11 to 2.14).
+``Optimizer._optimizer_step_pre_hooks``, ``._optimizer_step_post_hooks`` and ``._opt_called`` (2.11 to 2.14);
+``Module._forward_hooks``, ``._forward_pre_hooks``, ``._backward_hooks`` and ``._backward_pre_hooks`` (2.11 to 2.14).
 """
 
 import re
@@ -65,6 +66,12 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled as forward_mode
 
 # The names of the reductions as torch.nn.functional reads them, with its errors and warnings.  2.11 to 2.14
 from torch.nn import _reduction as reductions
+
+# Hooks of every module.  2.11 to 2.14
+from torch.nn.modules.module import _global_backward_hooks as backward_hooks
+from torch.nn.modules.module import _global_backward_pre_hooks as backward_pre_hooks
+from torch.nn.modules.module import _global_forward_hooks as forward_hooks
+from torch.nn.modules.module import _global_forward_pre_hooks as forward_pre_hooks
 
 # Hooks of every optimizer's step.  2.11 to 2.14
 from torch.optim.optimizer import _global_optimizer_post_hooks as optimizer_post_hooks

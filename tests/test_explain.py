@@ -94,10 +94,9 @@ def test_the_numbers_are_autograds(kind: type[torch_nn.Module]) -> None:
 def test_the_numbers_come_from_the_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     """Formulas that are tripled on purpose come out tripled."""
     right = explained()
-    of_bias, of_weight = functions.Linear.bias_gradient_of_few, functions.Linear.weight_gradient
+    of_weight = functions.Linear.weight_gradient
     monkeypatch.setattr(functions.Linear, "weight_gradient", staticmethod(lambda g, x: 3 * of_weight(g, x)))
     monkeypatch.setattr(functions.Tanh, "f", staticmethod(lambda x: 3 * torch.tanh(x)))
-    assert of_bias is not None
     wrong = explained()
     close(wrong.numbers["y:1"], 3 * right.numbers["y:1"])
     weight = functions.Linear.input_gradient(wrong.numbers["g:2"].mT, wrong.numbers["y:1"])
@@ -125,6 +124,13 @@ def test_dropout_draws_one_mask_for_the_step_and_its_update() -> None:
     assert 0.4 < zeros < 0.6
     close(found.numbers["u:3.weight"], -0.5 * found.numbers["d:3.weight"])
     assert not found.observation.layers[1].g.equal(found.observation.layers[2].g)  # type: ignore[union-attr,arg-type]
+
+
+def test_a_layer_that_is_refused_at_the_sight_of_data_runs_under_autograd() -> None:
+    model = nn.Sequential(nn.Linear(5, 3), nn.Softmin(dim=-1)).double()
+    found = explained(model, updates=2)
+    assert "layer '1' (Softmin) cannot be run without a tape" in found.notes[0] and found.by_hand
+    assert not isinstance(found.descents, str) and all(path.points for path in found.descents.paths)
 
 
 class Own(torch_nn.Module):
@@ -220,6 +226,9 @@ def test_a_formula_is_found_in_the_derivation() -> None:
     assert _formulas.derived(functions.Linear, "dL/dW") == "dL/dW_oi = sum_n g_no x_ni"
     assert _formulas.derived(functions.Tanh, "y'") == "y' = 1 - y^2"
     assert _formulas.derived(functions.CrossEntropy, "dl/dx") == "dl/dx_k = M p_k - m_k"
+    assert _formulas.derived(functions.NLL, "dl/dx") == "dl/dx_c = -w_t 1[c = t]"
+    assert _formulas.derived(functions.Softplus, "y'") == "y' = 1 - e^{-beta y}"
+    assert _formulas.derived(functions.MultiLabelMargin, "dl/dx") == ""  # which goes over two lines
     assert _formulas.derived(functions.Tanh, "dL/dW") == "" == _formulas.derived(None, "y'")
     text = _formulas.latex("dL/dW_oi = sum_n g_no x_ni")
     assert text.split() == r"\frac{\partial L }{\partial W_{oi} } = \sum_{n} g_{no} x_{ni}".split()
@@ -467,6 +476,10 @@ def test_layer_example_and_verbose() -> None:
         found.render(example=12)
 
 
+def test_its_repr_is_short(full: Explanation) -> None:
+    assert repr(full) == "<Explanation of Sequential: print it, or save it as a page>"
+
+
 def test_the_figure_shows_layers_losses_and_paths(full: Explanation) -> None:
     drawn = full.figure()
     titles = [axis.get_title() for axis in drawn.axes]
@@ -503,6 +516,7 @@ BAD: dict[str, tuple[tuple[Any, ...], type[Exception], str]] = {
     "kind": ((network(), nn.MSELoss(), X, T), ValueError, "must be given an output and a target of one shape"),
     "none": ((network(), nn.CrossEntropyLoss(reduction="none"), X, T), ValueError, "Got reduction='none'; use 'mean'"),
     "frozen": ((network().requires_grad_(False), LOSS, X, T), ValueError, "must have a parameter that requires a gradient"),
+    "lazy": ((torch_nn.LazyLinear(3), LOSS, X, T), ValueError, "lazy layers must know their sizes"),
     "tuple": ((torch_nn.LSTM(5, 3).double(), LOSS, X, T), TypeError, "must return one tensor. Got tuple"),
 }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import resource
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from manualprop import _command, _explain_command
+from manualprop import _command
 from manualprop._explain._steps import TITLES
 from manualprop.training import loading
 
@@ -109,11 +110,9 @@ def test_the_digits_are_those_of_the_recipe() -> None:
 
     recipe, loaded = load_recipe(RECIPE), loading.digits()
     wanted = recipe.model.model.state_dict()
-    assert all(torch.equal(t, wanted[name]) for name, t in loaded.module.model.state_dict().items())
-    assert loaded.module.descent == recipe.model.descent and type(loaded.module.loss) is type(
-        recipe.model.loss
-    )
-    assert torch.equal(loaded.x, recipe.datamodule.train[0]) and loaded.module.seed == recipe.model.seed
+    assert all(torch.equal(t, wanted[name]) for name, t in loaded.model.state_dict().items())
+    assert loaded.descent == recipe.model.descent and type(loaded.loss) is type(recipe.model.loss)
+    assert torch.equal(loaded.x, recipe.datamodule.train[0]) and loaded.seed == recipe.model.seed
 
 
 def test_it_writes_the_page_the_figure_and_json(
@@ -170,7 +169,7 @@ def test_a_run_at_any_checkpoint(
     monkeypatch.chdir(run)
     last = loading.run("short", "last")
     weights = torch.load(run / "runs/short/checkpoints/last.ckpt", weights_only=True)["state_dict"]
-    assert all(torch.equal(t, weights[name]) for name, t in last.module.state_dict().items())
+    assert all(torch.equal(t, weights[f"model.{name}"]) for name, t in last.model.state_dict().items())
     assert last.title == "Run short, last.ckpt after 82 updates" and len(last.x) == 1297
     assert [row["epoch"] for row in last.history] == [1, 2] and last.image == (8, 8)
     capsys.readouterr()
@@ -192,8 +191,8 @@ def test_a_run_at_any_checkpoint(
     out = capsys.readouterr().out
     assert "Run short, last.ckpt after 82 updates" in out and "activation1" not in out
     loss = torch.nn.functional.cross_entropy
-    rows = next(last.module.descent.updates(1297, seed=last.module.seed))[0]
-    value = loss(last.module.model(last.x[rows]), last.target[rows]).item()
+    rows = next(last.descent.updates(1297, seed=last.seed))[0]
+    value = loss(last.model(last.x[rows]), last.target[rows]).item()
     assert f"{value:.6g}"[:5] in Path("p.html").read_text()
     capsys.readouterr()
     assert explain("--name", "short", "--checkpoint", "no.ckpt") == 2
@@ -271,15 +270,19 @@ def test_a_mistake_is_told_in_one_line(
     assert re.search(text, one_line(capsys))
 
 
-def test_without_lightning_a_model_is_explained_and_the_digits_are_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], no_descents: None
+def test_a_run_needs_lightning_and_the_digits_do_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import importlib.util
-
     real = importlib.util.find_spec
-    monkeypatch.setattr(
-        _explain_command.importlib.util, "find_spec", lambda n, *a: None if n == "lightning" else real(n, *a)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "lightning" else real(n, *a))
+    assert explain("--name", "x") == 2
+    assert (
+        'a run needs lightning, which is not installed. Get it with: pip install "manualprop[training]"'
+        in (one_line(capsys))
     )
-    assert explain() == 2
-    assert 'pip install "manualprop[training]"' in one_line(capsys)
-    assert explain(*GOOD) == 0
+    script = (
+        "import sys; from manualprop._command import main; assert main(['explain', '--layer', 'linear2']) == 0\n"
+        "heavy = {'lightning', 'matplotlib', 'jsonargparse'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

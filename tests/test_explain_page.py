@@ -342,6 +342,8 @@ def test_the_keyboard_goes_from_number_to_number(page: Page) -> None:
     assert "column 19" in page.element("said").get_attribute("textContent")
     canvas.send_keys(Keys.ARROW_RIGHT)  # stays within
     assert "column 19" in page.element("said").get_attribute("textContent")
+    page.run("document.querySelector('[data-move=ArrowLeft]').click()")  # for fingers
+    assert "column 18" in page.element("said").get_attribute("textContent")
     canvas.send_keys(Keys.ESCAPE)
     assert not page.element("sum").is_displayed()
     frame = page.element("frame")
@@ -575,6 +577,23 @@ def test_other_layers_and_tokens_have_a_page(browser: Any, tmp_path: Path) -> No
     found = page.cell("y:2", 9, 4)  # the third token of the second example
     assert found["terms"] == 7 and found["sum"] == pytest.approx(e.numbers["y:2"][1, 2, 4].item(), rel=1e-5)
     assert page.cell("d:2.weight", 0, 0)["terms"] == 28
+    assert browser.get_log("browser") == []
+
+
+def test_regression_shows_the_squared_error(browser: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, target = torch.randn(6, 3), torch.randn(6, 2)
+    e = manualprop.explain(nn.Sequential(nn.Linear(3, 2)), nn.MSELoss(), x, target, updates=0)
+    path = tmp_path / "regression.html"
+    e.save(path)
+    page = Page(browser, e, path)
+    page.look(1440)
+    found = page.cell("loss:g", 4, 1)
+    output, t = e.numbers["output"][4, 1].item(), e.numbers["target"][4, 1].item()
+    assert found["shown"] == pytest.approx(2 * (output - t) / 12, rel=1e-5) and "2 (" in found["text"]
+    assert page.run("return DATA.nudge") and float(
+        page.run("return document.getElementById('recomputed').value")
+    )
     assert browser.get_log("browser") == []
 
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 import manualprop
 from manualprop import functional as F
 from manualprop import nn
-from manualprop.functions import linear_cross_entropy as rule
+from manualprop.functions._execution import _formula
 
 N, D, C, K = 7, 3, 4, 2
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
@@ -89,7 +89,9 @@ def direction(x: Tensor) -> Tensor:
 @pytest.fixture(params=[True, False], ids=["small blocks", "whole blocks"])
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param:
-        monkeypatch.setattr(rule, "CACHED", C)  # a row at a time
+        monkeypatch.setattr(_formula, "LARGE", 0)
+        monkeypatch.setattr(_formula, "CHUNK", C)  # a row at a time
+        monkeypatch.setattr(_formula, "STEPS", 1)
 
 
 # ----- equal to the composition -----

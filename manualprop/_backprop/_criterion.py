@@ -17,12 +17,9 @@ from manualprop._backprop._stages import WAY_OUT, refusal
 from manualprop._splitting import compares_elements, denominator
 from manualprop._torch import nll_loss
 from manualprop.functions._elementwise_loss import ElementwiseLoss
-from manualprop.functions._kernels import SMALLEST, class_and_weight, minus_target
-from manualprop.functions._narrow import log_softmax
-from manualprop.functions._rule import HALF
-
-MEAN, SUM = 1, 2  # ATen's numbers of the reductions
-
+from manualprop.functions._execution import HALF, LARGE
+from manualprop.functions._execution._classes import REDUCTIONS, counting, divisor, log_softmax
+from manualprop.functions.cross_entropy import gradient_of_all, gradient_of_log
 
 # (loss, gradient), from (output, target)
 Evaluated = Callable[[Tensor, Tensor], tuple[float, Tensor]]
@@ -31,10 +28,10 @@ Evaluate = Callable[[Tensor, Tensor, bool], tuple[Tensor, "Tensor | float", Tens
 
 
 class Criterion:
-    """A loss: its value, what its mean divides by, and its gradient with respect to the network's output.
+    """A loss: its value, the divisor of its mean, and its gradient with respect to the network's output.
 
-    The three come from ``criterion(output, target, divide)``, where ``divide=False`` asks for the sum over the
-    examples and its gradient: those add up over pieces, as the divisors do.
+    ``criterion(output, target, divide)`` returns the three.  ``divide=False`` gives the sum over the examples
+    and its gradient: sums and divisors of pieces can be added up.
     """
 
     def __init__(self, loss: Module) -> None:
@@ -42,13 +39,12 @@ class Criterion:
         self.loss, self.unreduced = loss, copy.copy(loss)
         self.unreduced.reduction = "none"  # type: ignore[assignment]
         self.is_sum = loss.reduction == "sum"
-        self.traced = False  # whether a graph is made of it: then no number may be read
-        self._minus_ones = self._count = torch.empty(0, 1)
+        self.traced = False  # whether a graph is being made: then no number may be read
         self._evaluate: Evaluate = self._by_rule
         if type(loss) is nn.CrossEntropyLoss and loss.label_smoothing == 0:
             self._evaluate = self._cross_entropy
-            self._ignored = loss.ignore_index
-            self._counts_all = loss.weight is None and loss.ignore_index < 0
+            self._ignored: int = loss.ignore_index
+            self._counts_all = loss.weight is None and self._ignored < 0
 
     def __call__(
         self, output: Tensor, target: Tensor, divide: bool = True
@@ -56,8 +52,8 @@ class Criterion:
         return self._evaluate(output, target, divide and not self.is_sum)
 
     def repeated(self, x: Tensor, t: Tensor) -> Evaluated:
-        """Loss and gradient of further outputs and targets of these shapes."""
-        if x.numel() >= SMALLEST or x.dtype in HALF:
+        """A function that returns loss and gradient of further outputs and targets of these shapes."""
+        if x.numel() >= LARGE or x.dtype in HALF:
             return self.evaluate
         if self._evaluate != self._cross_entropy:
             return self._repeated_elementwise(x, t)
@@ -72,45 +68,49 @@ class Criterion:
         return loss.item(), g
 
     def _repeated_cross_entropy(self, x: Tensor) -> Evaluated:
-        reduction, ignored, general = SUM if self.is_sum else MEAN, self._ignored, self.evaluate
+        reduction, ignored, general = REDUCTIONS[self.loss.reduction], self._ignored, self.evaluate  # type: ignore[index]
+        minus_ones = x.new_full((len(x), 1), -1.0)  # kept, because making it takes as long as using it
+        g = x.new_ones(()) / (1 if self.is_sum else len(x))
+        gradient: Any = None
         p: Any = None
-        minus_ones = self._minus(x)
-        count = torch.ones_like(self._count) if self.is_sum else self._count
 
         def evaluate(x: Tensor, t: Tensor) -> tuple[float, Tensor]:
-            nonlocal p
-            log_p = log_softmax(x)
+            nonlocal gradient, p
+            log_p, index = log_softmax(x), t.unsqueeze(1)
             loss = nll_loss(log_p, t, None, reduction, ignored).item()
             if p is None:
                 with torch.inference_mode(False):
-                    p = torch.empty_like(log_p)  # laid out as it is
-            torch.exp(log_p, out=p)
+                    p = torch.empty_like(log_p)  # in the layout of log_p
+                gradient = gradient_of_all.program((log_p, g, index, minus_ones), ()).run
             try:
-                minus_target(p, t.unsqueeze(1), minus_ones)
-            except RuntimeError:  # out of bounds: an ignored target, whose number is negative here
+                return loss, gradient(log_p, g, index, minus_ones, p)
+            except RuntimeError:  # out of bounds: an ignored target, which is negative here
                 return general(x, t)
-            return loss, p.div_(count)
 
         return evaluate
 
     def _repeated_for_one(self, x: Tensor) -> Evaluated:
-        """For one example, whose loss is read off: -log p of its class."""
-        p, minus_one, classes, general = (
+        """For one example: its loss is just -log p of its class."""
+        p, minus_one, general, classes = (
             torch.empty_like(x),
-            x.new_full((1,), -1.0),
-            x.shape[1],
+            x.new_full((1, 1), -1.0),
             self.evaluate,
+            x.shape[1],
         )
-        row = p[0]
+        indices: dict[int, Tensor] = {}  # a class number as (1, 1), which takes as long to make as to use
+        example = (x, None, torch.zeros(1, 1, dtype=torch.int64), minus_one)
+        gradient = gradient_of_all.program(example, ()).run
 
         def evaluate(x: Tensor, t: Tensor) -> tuple[float, Tensor]:
-            target = t.item()
-            if not 0 <= target < classes:  # ignored, or an error
-                return general(x, t)
+            target = int(t.item())
+            index = indices.get(target)
+            if index is None:
+                if not 0 <= target < classes:  # an ignored or a wrong target
+                    return general(x, t)
+                index = indices[target] = torch.tensor([[target]])
             log_p = log_softmax(x)
-            torch.exp(log_p, out=p)
-            minus_target(row, t, minus_one)
-            return -log_p.tolist()[0][target], p  # quicker than an operation on one number
+            gradient(log_p, None, index, minus_one, p)
+            return -log_p.tolist()[0][target], p  # faster than a torch operation on one number
 
         return evaluate
 
@@ -124,7 +124,7 @@ class Criterion:
         if not (plain and issubclass(rule, ElementwiseLoss) and rule.partials[0] == "output_gradient"):
             return self.evaluate
         f, gradient, shape, dtype, general = rule.f, rule.output_gradient, t.shape, t.dtype, self.evaluate  # type: ignore[attr-defined]
-        # As a tensor: a number would become one each time.
+        # A tensor: torch would turn a number into one at every call.
         scale = x.new_tensor(1.0 if self.is_sum else 1 / denominator(self.loss, x, t))
 
         def evaluate(x: Tensor, t: Tensor) -> tuple[float, Tensor]:
@@ -145,7 +145,7 @@ class Criterion:
         return losses.sum() * scale, divisor, dx.to(output.dtype)
 
     def _apply(self, output: Tensor, target: Tensor) -> tuple[Tensor, Application]:
-        """The losses of the elements, and how they were made."""
+        """The losses of the elements, and the application of a rule that made them."""
         if compares_elements(self.loss) and output.shape != target.shape:
             raise ValueError(
                 f"Backprop: {type(self.loss).__name__} must be given an output and a target of one shape. Got "
@@ -163,45 +163,22 @@ class Criterion:
         indices = isinstance(self.loss, nn.CrossEntropyLoss | nn.NLLLoss) and not target.is_floating_point()
         if not (self.traced and indices):
             return denominator(self.loss, output, target)
-        w, ignored = self.loss.weight, self.loss.ignore_index
-        return class_and_weight(output, target, w, ignored)[1].sum()  # type: ignore[arg-type]
+        index, counted = counting(target, self.loss.ignore_index)  # type: ignore[arg-type]
+        return divisor(index, self.loss.weight, counted)  # type: ignore[arg-type]
 
     def _cross_entropy(self, x: Tensor, t: Tensor, divide: bool) -> tuple[Tensor, Tensor | float, Tensor]:
-        """Class indices: value and gradient share one softmax."""
+        """For class indices: value and gradient share one softmax."""
         if x.dim() != 2 or t.dim() != 1 or t.dtype != torch.int64:
             return self._by_rule(x, t, divide)
-        if not self._counts_all or self.traced or not x.is_cpu:
-            return self._weighted_cross_entropy(x, t, divide)
-        log_p = log_softmax(x.float() if x.dtype in HALF else x)
-        loss = nll_loss(log_p, t, None, MEAN if divide else SUM, self._ignored)
-        p, rows = log_p.exp_(), t.shape[0]
-        try:
-            dx = minus_target(p, t.unsqueeze(1), self._minus(p))
-        except RuntimeError:  # out of bounds: an ignored target, whose number is negative here
-            return self._weighted_cross_entropy(x, t, divide)
-        if divide and rows != 1:
-            dx.div_(self._count)
-        return loss, rows, dx if dx.dtype == x.dtype else dx.to(x.dtype)
-
-    def _weighted_cross_entropy(
-        self, x: Tensor, t: Tensor, divide: bool
-    ) -> tuple[Tensor, Tensor | float, Tensor]:
-        """The same, where not every target counts 1: it may be weighted or ignored."""
-        w, ignored = self.loss.weight, self.loss.ignore_index
-        log_p = log_softmax(x.float() if x.dtype in HALF else x)
-        loss, divisor = torch.ops.aten.nll_loss_forward.default(log_p, t, w, MEAN if divide else SUM, ignored)
-        index, M = class_and_weight(log_p, t, w, ignored)  # type: ignore[arg-type]
-        dx = minus_target(log_p.exp_().mul_(M), index, -M)
-        return loss, divisor, (dx.div_(divisor) if divide else dx).to(x.dtype)
-
-    def _minus(self, p: Tensor) -> Tensor:
-        """-1 for every row; kept, because making it takes as long as using it."""
-        kept = self._minus_ones
-        if kept.shape[0] != p.shape[0] or kept.dtype != p.dtype:
-            kept = self._minus_ones = torch.full((len(p), 1), -1.0, dtype=p.dtype)
-            # As a tensor: a number would become one each time.
-            self._count = torch.tensor(len(p), dtype=p.dtype)
-        return kept
+        w: Any = self.loss.weight
+        log_p = log_softmax(x)
+        loss = nll_loss(log_p, t, w, REDUCTIONS["mean" if divide else "sum"], self._ignored)
+        index, counted = counting(t.unsqueeze(1), self._ignored)
+        D = divisor(index, w, counted)
+        g = log_p.new_ones(()) / D if divide else log_p.new_ones(())
+        g = g if counted is None else g.where(counted, 0)
+        dx = gradient_of_log(log_p, g, index, w, over=0)
+        return loss, D, dx if dx.dtype == x.dtype else dx.to(x.dtype)
 
 
 def _divides_by_shape(loss: Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import html
 import importlib
 import json
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.parameter import is_lazy
 
 from manualprop._explain._diagnosis import Finding, diagnose
 from manualprop._explain._numbers import Links, links, numbers, statistics
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 LISTED = 4096  # numbers of a tensor that the JSON lists; of a larger one it has the statistics
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explanation:
     """An update of a model, step by step.  ``print`` shows it; a notebook shows its page.
 
@@ -91,6 +93,9 @@ class Explanation:
 
     def __rich__(self) -> RenderableType:
         return self.render()
+
+    def __repr__(self) -> str:
+        return f"<Explanation of {self.title}: print it, or save it as a page>"
 
     def __str__(self) -> str:
         terminal = _needing("manualprop._explain._terminal", "rich")
@@ -227,6 +232,13 @@ def explain(
         ValueError: for a model that cannot take the inputs, or a loss that cannot take the target.
     """
     _check(model, loss, x, target, descent)
+    # On the processor: torch's random numbers there can be put back.
+    model, loss, x, target = (
+        copy.deepcopy(model).cpu(),
+        copy.deepcopy(loss).cpu(),
+        x.detach().cpu(),
+        target.detach().cpu(),
+    )
     n = len(x)
     if descent is None:
         descent = MiniBatch(batch_size=min(32, n), learning_rate=0.1)
@@ -276,6 +288,10 @@ def _check(model: Any, loss: Any, x: Any, target: Any, descent: Any) -> None:
             "explain: x and target must have one row for each example, and as many of them. Got "
             f"{tuple(x.shape)} and {tuple(target.shape)}."
         )
+    if any(map(is_lazy, model.parameters())):
+        raise ValueError(
+            "explain: lazy layers must know their sizes. Got some that do not; call the model once before."
+        )
     if getattr(loss, "reduction", None) == "none":
         raise ValueError("explain: the loss must be one number. Got reduction='none'; use 'mean' or 'sum'.")
 
@@ -297,6 +313,8 @@ def _notes(trainee: Trainee, seen: Observation, loss: Module) -> list[str]:
     if seen.loose:
         names = ", ".join(weight.name for weight in seen.loose)
         found.append(f"These parameters belong to no layer that was called: {names}.")
+    if not trainee.model.training:
+        found.append("The model is in evaluation mode: dropout and the like are off.")
     momentum = trainee.descent.optimizer is not None or trainee.descent.momentum
     if momentum:
         found.append("The optimizer starts anew: it remembers no earlier update.")

@@ -52,13 +52,15 @@ def derived(rule: Any, left: str) -> str:
         name, equals, rest = _without_reason(line).partition(" = ")
         if not (equals and re.fullmatch(rf"{re.escape(left)}(_\w+)?\s*", name)):
             continue
-        end = rest.split(" = ")[-1]
+        end = _last_side(rest)
         for later in lines[i + 1 :]:
             following = re.match(r"\s+= (.*)", _without_reason(later))
             if following is None:
                 break
-            end = following[1].split(" = ")[-1]
-        return f"{name.strip()} = {end.strip()}"
+            if " beyond " not in following[1]:  # a case at the margin
+                end = _last_side(following[1])
+        is_whole = all(end.count(a) == end.count(b) for a, b in ("()", "[]", "{}"))
+        return f"{name.strip()} = {end.strip()}" if is_whole else ""
     return ""
 
 
@@ -66,6 +68,16 @@ def _without_reason(line: str) -> str:
     """A line of a derivation without the reason at its right margin."""
     indent = len(line) - len(line.lstrip())
     return line[:indent] + re.split(r"\s{3,}", line.lstrip())[0]
+
+
+def _last_side(text: str) -> str:
+    """What stands after the last " = " that is not within brackets, as in 1[c = t]."""
+    depth, start = 0, 0
+    for i, letter in enumerate(text):
+        depth += (letter in "([{") - (letter in ")]}")
+        if depth == 0 and text.startswith(" = ", i):
+            start = i + 3
+    return text[start:]
 
 
 def update_formula() -> str:

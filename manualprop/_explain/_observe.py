@@ -197,6 +197,26 @@ class Trainee:
             if not isinstance(loss, Tensor) or loss.dim():
                 got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
                 raise TypeError(f"explain: the loss must be one number. Got {got}; use reduction='mean'.")
+        self.settle(x, target)
+
+    def settle(self, x: Tensor, target: Tensor) -> None:
+        """Turn to autograd if a layer or the loss is refused at the sight of data."""
+        if self.step is None:
+            return
+        why = ""
+        with self._kept(), self._drawing():
+            try:
+                self.step.gradients(x, target)
+            except FloatingPointError:  # which the diagnosis tells
+                pass
+            except (
+                TypeError,
+                ValueError,
+                RuntimeError,
+            ) as error:  # the model and the loss have run: it is the step
+                why = str(error)
+        if why:
+            self._turn_to_autograd(why)
 
     def gradient(self, x: Tensor, target: Tensor) -> Tensor:
         """Return the gradient of every parameter that learns, as one vector."""
@@ -222,11 +242,7 @@ class Trainee:
         """Observe the step from here, its update included; weights and optimizer are then as before."""
         with self._kept(), self._drawing():
             if self.step is not None:
-                try:
-                    found, gradients = self._by_hand(self.step, x, target)
-                except TypeError as error:  # some layers are refused at the sight of data
-                    self._turn_to_autograd(str(error))
-                    return self.observe(x, target)
+                found, gradients = self._by_hand(self.step, x, target)
             else:
                 found, gradients = self._by_autograd(x, target)
         with self._kept(), self._drawing():
@@ -307,7 +323,7 @@ class Trainee:
         self.model.zero_grad()
         try:
             divisor: float | None = float(denominator(self.loss, output, target))
-        except (TypeError, AttributeError):
+        except (TypeError, AttributeError, RuntimeError):
             divisor = None
         output = output.detach()
         losses = self._losses(output, target)

@@ -91,7 +91,7 @@ def record(trainee: Trainee, x: Tensor, target: Tensor, rows: Tensor, seed: int,
         if number and number in wanted:
             at.append(number)
             frames.append(trainee.observe(x[rows], target[rows]))
-        if number >= wanted[-1] or time.process_time() > until:
+        if number >= updates or time.process_time() > until:
             break
         try:
             losses.append(trainee.update(x[chosen], target[chosen]))
@@ -175,6 +175,8 @@ def three_descents(
     kept = min(POINTS, WEIGHTS // (3 * size))
     if n < 2:
         return "The three descents differ only where there are several examples. Here is one."
+    if len({p.dtype for p in model.parameters() if p.requires_grad}) > 1:
+        return "The paths are not drawn: the weights are of several dtypes."
     if kept < 5:
         return f"The paths are not drawn: of {size:,} weights they would fill the memory."
     every = -(-STEPS // (kept - 1))
@@ -217,6 +219,7 @@ def _run(
     trainee = Trainee(model, loss, descent, seed)
     points, noise = [_vector(trainee.model)], 0.0
     try:
+        trainee.settle(x, target)
         noise = _noise(trainee, x, target, seed)
         for number, chosen in enumerate(itertools.islice(batches(descent, len(x), seed), STEPS), start=1):
             if not math.isfinite(trainee.update(x[chosen], target[chosen])):

@@ -1,37 +1,36 @@
-r"""Hand-derived rules of the cross-entropies: with logits, log-probabilities or probabilities as predictions.
+r"""Hand-derived rules of the cross-entropies of C classes: with logits or log-probabilities as predictions.
 
 Symbols
     x   prediction or logits          g   dL/dl, the gradient that arrives
     t   target                        v   dL/d(dx), the gradient of the gradient
     l   loss, before reduction        c, k run over the C classes
     p   softmax(x), over the classes  1[...]   1 where the condition holds, else 0
-    w   class weights, may be None    s   the logistic sigmoid of x
+    w   class weights, may be None
     m   the mass that the target puts on a class, and M = sum_c m_c
     D   what a mean divides by: the sum of w_t over the targets that count, the number of examples for probabilities
 Shape legend
     N   examples        C   classes        L   all further axes, flattened; without them, none
     Inside of a formula x is (N, C, L), what belongs to an example (N, 1, L), w (C, 1).
 Reduction
-    A rule with class indices or probabilities makes the sum or the mean itself, the others one value for each element.
+    A rule makes the sum or the mean of its losses itself: a mean is one function, not three.
 Half precision
     The losses of half-precision predictions are computed and returned in float32: the reduction rounds once.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from manualprop.functions._elementwise_loss import Curvature, ElementwiseLoss
 from manualprop.functions._execution import _classes as aten
-from manualprop.functions._execution import less_on_class, of_class, on_class, recorded
+from manualprop.functions._execution import formula, less_on_class, of_class, on_class, recorded
 from manualprop.functions._execution._classes import classwise, rows, shape_of_targets, weights
 from manualprop.functions._rule import Rule, flat
 from manualprop.functions.norm import shaped
 from manualprop.functions.softmax import dot
 
-__all__ = ["BCE", "NLL", "BCEWithLogits", "BCEWithPosWeight", "CrossEntropy", "SoftCrossEntropy"]
+__all__ = ["NLL", "CrossEntropy", "SoftCrossEntropy"]
 
 
 class Mass(NamedTuple):
@@ -50,6 +49,17 @@ class Mass(NamedTuple):
         """M p - m, which is dl/dx."""
         rest = self.M * p if self.b is None else self.M * p - self.b
         return rest if self.t is None else less_on_class(rest, self.r, self.t)
+
+    def scaled(self, g: Tensor, ga: Tensor | None = None) -> "Mass":
+        """g m, with g M + ga in the place of g M."""
+        q = g * self.M if ga is None else g * self.M + ga
+        return Mass(q, g * self.r, self.t, None if self.b is None else g * self.b)
+
+    def along(self, y: Tensor) -> Tensor:
+        """<m, y>"""
+        terms = [] if self.t is None else [self.r * of_class(y, self.t)]
+        terms += [] if self.b is None else [(self.b * y).sum(1, keepdim=True)]
+        return functools.reduce(torch.add, terms)
 
     def dense(self, like: Tensor) -> Tensor:
         """m, as wide as ``like``."""
@@ -80,13 +90,10 @@ def share(g: Tensor, t: Tensor, w: Tensor | None, ignored: int, reduction: str) 
     """dL/dl of each loss, and the target, 0 for an ignored one: g, over D for a mean, and 0 for an ignored target,
     whatever g is: over targets that are all ignored, D = 0.
     """
-    occurring = aten.occurring(ignored, t)
+    t, counted = aten.counting(t, ignored)
     if reduction == "mean":
-        g = g / aten.divisor(t, w, occurring)
-    if occurring is None:
-        return g, t
-    counted = t != occurring
-    return g.where(counted, 0), t.where(counted, 0)
+        g = g / aten.divisor(t, w, counted)
+    return (g if counted is None else g.where(counted, 0)), t
 
 
 def spread(e: float, x: Tensor) -> float:
@@ -181,6 +188,19 @@ def index_gradient_by_formula(
 
 
 index_gradient = recorded(index_gradient_by_rule, index_gradient_by_formula)
+
+
+@classwise("log_p (X), g (G), t (T), w (W) -> dx like log_p")
+def gradient_of_log(log_p: Tensor, g: Tensor, t: Tensor, w: Tensor | None) -> Tensor:
+    """g (M p - m), where log p is known."""
+    return g * mass_of_index(t, w, 0.0, 0.0).excess(torch.exp(log_p))
+
+
+@formula("log_p (N, C), g (), t (N, 1), minus_one (N, 1) -> dx like log_p")
+def gradient_of_all(log_p: Tensor, g: Tensor | None, t: Tensor, minus_one: Tensor) -> Tensor:
+    """g (M p - m), where log p is known and every target counts: M = 1, and 1 on the class of each row."""
+    dx = Mass(1.0, -minus_one, t, None).excess(torch.exp(log_p))
+    return dx if g is None else g * dx
 
 
 @classwise("x (X), dx (X), t (T), w (W) -> dl (T)")
@@ -427,136 +447,3 @@ def log_probability_tangent(dx: Tensor, t: Tensor, w: Tensor | None) -> Tensor:
     """-w_t dx_t"""
     dx_t = of_class(dx, t)
     return -dx_t if w is None else -of_class(w, t) * dx_t
-
-
-class BCE(ElementwiseLoss):
-    r"""$l = -t \log x - (1 - t) \log(1 - x)$, with $x$ the probability of the second of two classes
-
-    Each logarithm is at least -100, so that l is finite at x = 0 and x = 1.
-
-    Derivation
-        dl/dx = -t / x + (1 - t) / (1 - x)                         logarithm and chain rule
-              = (x - t) / q    with q = x (1 - x)                  common denominator
-        dl/dt = log(1 - x) - log x                                 the logarithms as in l
-        d2l/dx2 = t / x^2 + (1 - t) / (1 - x)^2                    power rule
-                = (t (1 - x)^2 + (1 - t) x^2) / q^2                without cancellation
-        d2l/dxdt = -1 / q
-    Kinks
-        q is at least 1e-12 in every derivative, as in PyTorch: finite at x = 0 and x = 1.
-        dl/dt = +-100 there, the derivative of l as defined, where torch's is infinite.
-    Second order
-        By hand, as above; d2l/dt2 = 0.
-    Shape
-        x, t and l alike
-    Memory
-        x and t, both alive outside anyway.
-    Accuracy
-        1 - x has lost what distinguishes x from 1: prefer :class:`BCEWithLogits`.
-    """
-
-    @staticmethod
-    def f(x: Tensor, t: Tensor) -> Tensor:
-        return F.binary_cross_entropy(x, t, reduction="none")
-
-    @staticmethod
-    def output_gradient(x: Tensor, t: Tensor) -> Tensor:
-        return (x - t) / BCE.q(x)
-
-    @staticmethod
-    def target_gradient(x: Tensor, t: Tensor) -> Tensor:
-        return torch.log1p(-x).clamp(min=-100) - x.log().clamp(min=-100)
-
-    @staticmethod
-    def curvature(x: Tensor, t: Tensor) -> Curvature:
-        q = BCE.q(x)
-        xx = (t * (1 - x) ** 2 + (1 - t) * x**2) / q**2
-        return (xx, -1 / q), (-1 / q, 0)
-
-    @staticmethod
-    def q(x: Tensor) -> Tensor:
-        return ((1 - x) * x).clamp(min=1e-12)
-
-
-class BCEWithLogits(ElementwiseLoss):
-    r"""$l = -t \log s - (1 - t) \log(1 - s)$ with $s = 1 / (1 + e^{-x})$
-
-    Derivation
-        l = (1 - t) x - log s                                      since log(1 - s) = log s - x
-        dl/dx = 1 - t - (1 - s) = s - t                            (log s)' = 1 - s
-        dl/dt = -x
-        d2l/dx2 = s (1 - s)                                        the slope of the sigmoid
-    Second order
-        By hand: d2l/dx2 as above,  d2l/dxdt = -1,  d2l/dt2 = 0.
-    Shape
-        x, t and l alike
-    Memory
-        x and t, both alive outside anyway.
-    Accuracy
-        s - t cancels for a confident, right prediction; the absolute error stays within eps.
-    """
-
-    @staticmethod
-    def f(x: Tensor, t: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(x, t, reduction="none")
-
-    @staticmethod
-    def output_gradient(x: Tensor, t: Tensor) -> Tensor:
-        return torch.sigmoid(x) - t
-
-    @staticmethod
-    def target_gradient(x: Tensor, t: Tensor) -> Tensor:
-        return -x
-
-    @staticmethod
-    def curvature(x: Tensor, t: Tensor) -> Curvature:
-        s = torch.sigmoid(x)
-        return (s * (1 - s), -1), (-1, 0)
-
-
-class BCEWithPosWeight(ElementwiseLoss):
-    r"""$l = -w t \log s - (1 - t) \log(1 - s)$ with $s = 1 / (1 + e^{-x})$ and a weight $w$ of the positive class
-
-    Derivation, with m = 1 - t + w t, the mass on both classes
-        l = (1 - t) x - m log s                                    since log(1 - s) = log s - x
-        dl/dx = 1 - t - m (1 - s) = m s - w t                      (log s)' = 1 - s
-        dl/dt = -x - (w - 1) log s
-        dl/dw = -t log s
-        d2l/dx2 = m s (1 - s)                                      the slope of the sigmoid
-        d2l/dxdt = (w - 1) s - w
-        d2l/dxdw = t (s - 1)
-        d2l/dtdw = -log s
-    Second order
-        By hand, as above; d2l/dt2 = d2l/dw2 = 0.
-    Shape
-        x, t, w and l alike
-    Memory
-        x, t and w, alive outside anyway.
-    Accuracy
-        As :class:`BCEWithLogits`.
-    """
-
-    partials = ("output_gradient", "target_gradient", "weight_gradient")
-
-    @staticmethod
-    def f(x: Tensor, t: Tensor, w: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(x, t, reduction="none", pos_weight=w)
-
-    @staticmethod
-    def output_gradient(x: Tensor, t: Tensor, w: Tensor) -> Tensor:
-        m = 1 - t + w * t
-        return m * torch.sigmoid(x) - w * t
-
-    @staticmethod
-    def target_gradient(x: Tensor, t: Tensor, w: Tensor) -> Tensor:
-        return (1 - w) * F.logsigmoid(x) - x
-
-    @staticmethod
-    def weight_gradient(x: Tensor, t: Tensor, w: Tensor) -> Tensor:
-        """dl/dw."""
-        return -t * F.logsigmoid(x)
-
-    @staticmethod
-    def curvature(x: Tensor, t: Tensor, w: Tensor) -> Curvature:
-        s, log_s = torch.sigmoid(x), F.logsigmoid(x)
-        xx, xt, xw = (w * t + 1 - t) * s * (1 - s), (w - 1) * s - w, t * (s - 1)
-        return (xx, xt, xw), (xt, 0, -log_s), (xw, -log_s, 0)

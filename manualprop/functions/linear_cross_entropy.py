@@ -8,41 +8,65 @@ Symbols
     p   softmax(z), over the classes              v, h    gradients of gradients, named where they arise
     a   log sum_c exp z_c, in float64             u       a tangent of z
     t   class indices, or a probability of each   w       class weights, may be None
-    m   the mass that the target puts on a class, and M = sum_c m_c:
+    m   the mass that the target puts on a class, and M = sum_c m_c, as in cross_entropy.py:
         m_c = (1 - e) w_t 1[c = t] + (e / C) w_c  for indices, with label smoothing e; all 0 for an ignored one
         m_c = ((1 - e) t_c + e / C) w_c           for probabilities
+    Of a chunk, what belongs to a row is (n, 1) or (n, 1, K).
 Half precision
     Logits are rounded as the linear layer's output would be, unless the gradient is made in the forward pass; all that
     follows is in float32, sums over chunks too.
 """
 
 import functools
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
-from torch.autograd import forward_ad
 
-from manualprop.functions._kernels import class_and_weight, target_mass
-from manualprop.functions._rule import (
-    Rule,
-    full_dtype,
-    in_full_precision,
-    plain_eager,
-    times,
-    transforms_active,
+from manualprop.functions._execution import formula, full, recorded, watched
+from manualprop.functions._execution._chunks import logits_in_chunks, without_autocast
+from manualprop.functions._execution._classes import classwise, counting, weights
+from manualprop.functions._rule import Rule
+from manualprop.functions.cross_entropy import (
+    Mass,
+    any_mass,
+    mass_of_index,
+    mass_of_probabilities,
+    mass_tangent,
+    spread,
+    target_gradient,
 )
 from manualprop.functions.linear import Linear
+from manualprop.functions.softmax import dot
 
 __all__ = ["LinearCrossEntropy", "LinearCrossEntropyOnce"]
 
-CACHED = 2**18  # float32 numbers that an elementwise step finds in the cache again when it is done with them
-
 Tangent = Tensor | None
+
+
+def of_mass(legend: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Mark a function of z, of the mass of a target t (M) with weights w and smoothing e, and of others as a formula."""
+
+    def marked(function: Callable[..., Any]) -> Callable[..., Any]:
+        def by(mass: Callable[..., Mass]) -> Callable[..., Any]:
+            def of_target(z: Tensor, t: Tensor, w: Tensor | None, *others: Any) -> Any:
+                *tensors, e, a = others
+                return function(z, mass(t, w, e, a), *tensors)
+
+            return of_target
+
+        of_index = classwise(legend.replace("(M)", "(T)"))(by(mass_of_index))
+        of_probabilities = classwise(legend.replace("(M)", "(X)"))(by(mass_of_probabilities))
+
+        def run(z: Tensor, t: Tensor, w: Tensor | None, *others: Any, **options: Any) -> Any:
+            either = of_probabilities if t.is_floating_point() else of_index
+            return either(z, t, weights(w, z), *others, **options)
+
+        return run
+
+    return marked
 
 
 class LinearCrossEntropy(Rule):
@@ -78,70 +102,88 @@ class LinearCrossEntropy(Rule):
         b: Tensor | None,
         t: Tensor,
         w: Tensor | None,
-        ignore_index: int,
+        ignored: int,
         e: float,
         rows: int,
     ) -> tuple[Tensor, Tensor]:
-        in_place = may_overwrite(x, W, t)
+        t, counted = targets(t, ignored)
         losses, logs = [], []
-        for chunk, z in chunks(x, W, b, rows, in_place):
-            for n, y in blocks(chunk, z, in_place):
-                l, top, S = loss_of(y, t[n], w, ignore_index, e, in_place)[:3]
-                losses.append(l)
-                logs.append(top.double() + S.double().log())
-        return torch.cat(losses), torch.cat(logs)
+        for n, z in chunks(x, W, b, rows, t):
+            l, top, S = loss(z, t[n], w, e, spread(e, z), over=0)
+            losses.append(l)
+            logs.append(top.double() + S.double().log())
+        l, a = torch.cat(losses), torch.cat(logs)
+        return (l if counted is None else l.where(counted, 0)).squeeze(1), a.squeeze(1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.ignore_index, ctx.e, ctx.rows = inputs
+        *tensors, ctx.ignored, ctx.e, ctx.rows = inputs
         ctx.save_for_backward(*tensors, output[1])
         ctx.save_for_forward(*tensors, output[1])
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, ga: Tensor | None) -> tuple[Tensor | None, ...]:
         x, W, b, t, w, a = ctx.saved_tensors
-        g = ga.new_zeros(a.shape, dtype=full_dtype(x)) if g is None and ga is not None else g
+        t, counted = targets(t, ctx.ignored)
+        g, ga = (None if d is None else d.unsqueeze(1) for d in (g, ga))
+        g = torch.zeros_like(ga, dtype=full(x[:0]).dtype) if g is None and ga is not None else g
         assert g is not None  # autograd calls this only with a gradient
+        g = (
+            g if counted is None else g.where(counted, 0)
+        )  # infinite where a mean is over ignored targets alone
         *needs, needs_t = ctx.needs_input_grad[:4]
-        found: list[Tensor | None] = [None] * 8
-        if not t.is_floating_point():
-            g = g.where(t.ne(ctx.ignore_index), 0)  # infinite where a mean is over ignored targets alone
+        found: list[Tangent] = [None] * 8
         if any(needs):
-            recorded = torch.is_grad_enabled() or transforms_active()
-            gradient = LinearCrossEntropyGradient.apply if recorded else LinearCrossEntropyGradient.forward
-            inputs = g, ga, x, W, b, t, w, a, ctx.ignore_index, ctx.e, ctx.rows, *needs
-            distribute(gradient(*inputs), needs, found)
+            inputs = g, ga, x, W, b, t, w, a.unsqueeze(1), ctx.e, ctx.rows, *needs
+            distribute(gradients(*inputs), needs, found)
         if needs_t:
-            found[3] = LinearCrossEntropy.target_gradient(g, x, W, b, t, w, ctx.e, ctx.rows)
+            parts = [
+                target_gradient(z, g[n], t[n], weights(w, z), ctx.e)
+                for n, z in chunks(x, W, b, ctx.rows, t, g)
+            ]
+            found[3] = torch.cat(parts)
         return tuple(found)
-
-    @staticmethod
-    def target_gradient(
-        g: Tensor, x: Tensor, W: Tensor, b: Tensor | None, t: Tensor, w: Tensor | None, e: float, rows: int
-    ) -> Tensor:
-        """dL/dt of class probabilities: as large as t itself, hence as the logits."""
-        parts = [
-            of_probability(-g[n].unsqueeze(1) * torch.log_softmax(z, 1), w, e)
-            for n, z in chunks(x, W, b, rows)
-        ]
-        return torch.cat(parts).to(t.dtype)
 
     @staticmethod
     def jvp(ctx: Any, dx: Tangent, dW: Tangent, db: Tangent, dt: Tangent, *_: None) -> tuple[Tensor, Tensor]:
         x, W, b, t, w, a = ctx.saved_tensors
+        t, counted = targets(t, ctx.ignored)
+        moves = any(d is not None for d in (dx, dW, db))
         dl, da = [], []
-        for n, z in chunks(x, W, b, ctx.rows):
-            p, m, M = distributions(z, t[n], w, ctx.ignore_index, ctx.e)
-            u = logits_tangent(z, x[n], W, None if dx is None else dx[n], dW, db)
-            pu = (p * u).sum(1)
-            moves = any(d is not None for d in (dx, dW, db))
-            change = M * pu - (m * u).sum(1) if moves else torch.zeros_like(pu)
+        for n, z in chunks(x, W, b, ctx.rows, t):
+            u = logits_tangent(z, x[n], W, None if dx is None else dx[n], dW, db) if moves else None
+            change, pu = tangents(z, t[n], w, u, ctx.e, spread(ctx.e, z))
             if dt is not None:
-                dm = of_probability(in_full_precision(dt[n]), w, ctx.e)
-                change = change - (torch.log_softmax(z, 1) * dm).sum(1)
+                change = change - dot(
+                    torch.log_softmax(z, 1), mass_tangent(full(dt[n]), weights(w, z), ctx.e), 1
+                )
             dl.append(change)
             da.append(pu)
-        return torch.cat(dl), torch.cat(da).to(a.dtype)
+        l = torch.cat(dl)
+        l = l if counted is None else l.where(counted, 0)
+        return l.squeeze(1), torch.cat(da).to(a.dtype).squeeze(1)
+
+
+@of_mass("z (X), t (M), w (W) -> l (T), top (T), S (T)")
+def loss(z: Tensor, mass: Mass) -> tuple[Tensor, Tensor, Tensor]:
+    """l, the largest logit, and S = sum_c exp y_c, where y = z less the largest."""
+    top = z.amax(1, keepdim=True)
+    y = z - top
+    if mass.t is None:  # -<m, log p>, as M log S - <m, y> may be infinity less infinity
+        S = torch.exp(y).sum(1, keepdim=True)
+        return -mass.along(y - S.log()), top, S
+    my = mass.along(y)
+    S = torch.exp(y).sum(1, keepdim=True)
+    return mass.M * S.log() - my, top, S
+
+
+@of_mass("z (X), t (M), w (W), u (X) -> dl (T), da (T)")
+def tangents(z: Tensor, mass: Mass, u: Tangent) -> tuple[Tensor, Tensor]:
+    """<M p - m, u> and <p, u>"""
+    p = torch.softmax(z, 1)
+    if u is None:
+        return (torch.zeros_like(p[:, :1]),) * 2
+    return dot(mass.excess(p), u, 1), dot(p, u, 1)
 
 
 class LinearCrossEntropyGradient(Rule):
@@ -173,82 +215,101 @@ class LinearCrossEntropyGradient(Rule):
         t: Tensor,
         w: Tensor | None,
         a: Tensor,
-        ignore_index: int,
         e: float,
         rows: int,
         *needs: bool,
     ) -> tuple[Tensor, ...]:
-        in_place = may_overwrite(g, x, W, t) and (ga is None or may_overwrite(ga))
-        sums = Sums(W, needs, in_place)
-        rounded = a.to(full_dtype(x))
-        correction = (rounded - a).exp().to(rounded.dtype)  # exp(z - a) = exp(z - rounded) exp(rounded - a)
-        for chunk, z in chunks(x, W, b, rows, in_place):
-            for n, y in blocks(chunk, z, in_place):
-                top, M = rounded[n].unsqueeze(1), total_mass(y, t[n], w, ignore_index, e)
-                p = (y.sub_(top) if in_place else y - top).exp_()
-                q = mass_of_softmax(g, ga, M, n)
-                s = times(p, (q * correction[n]).unsqueeze(1))
-                s = less_mass(s, g[n], t[n], w, ignore_index, e, in_place)
-            sums.add(z if in_place else s, x[chunk])
+        sums = Sums(W, needs)
+        ga, rounded = like(ga, g), like(a, g)
+        correction = like((rounded - a).exp(), g)  # exp(z - a) = exp(z - rounded) exp(rounded - a)
+        for n, z in chunks(x, W, b, rows, g, ga, t):
+            others = g[n], None if ga is None else ga[n], rounded[n], correction[n]
+            s = logits_gradient(z, t[n], w, *others, e, spread(e, z), over=0)
+            sums.add(s, x[n])
         return sums.found(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, _, ctx.ignore_index, ctx.e, ctx.rows = inputs[:11]
-        ctx.needs = inputs[11:]
+        *tensors, _, ctx.e, ctx.rows = inputs[:10]
+        ctx.needs = inputs[10:]
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, *v: Tangent) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *v: Tangent) -> tuple[Tangent, ...]:
         g, ga, x, W, b, t, w = ctx.saved_tensors
         vx, vW, vb = distribute(v, ctx.needs, [None] * 3)
         needs_g, needs_ga, *needs, needs_t = ctx.needs_input_grad[:6]
-        through_z = Sums(W, needs)
-        through_u = Sums(vW, (needs[0], needs[1], False))
+        through_z, through_u = Sums(W, needs), Sums(vW, (needs[0], needs[1], False))
+        full_ga = like(ga, g)
         dg, dga, dt = [], [], []
-        for n, z in chunks(x, W, b, ctx.rows):
-            p, m, M = distributions(z, t[n], w, ctx.ignore_index, ctx.e)
-            q = mass_of_softmax(g, ga, M, n)
+        for n, z in chunks(x, W, b, ctx.rows, g, ga, t, *v):
             vx_n = None if vx is None else vx[n]
             u = logits_tangent(z, x[n], W, vx_n, vW, vb)
-            pu = (p * u).sum(1)
-            dg.append(M * pu - (m * u).sum(1))
+            others = g[n], None if full_ga is None else full_ga[n], u, ctx.e, spread(ctx.e, z)
+            dg_n, pu, h, s = curvatures(z, t[n], w, *others)
+            dg.append(dg_n)
             dga.append(pu)
-            through_z.add(q.unsqueeze(1) * p * (u - pu.unsqueeze(1)), x[n])
-            through_u.add(q.unsqueeze(1) * p - g[n].unsqueeze(1) * m, vx_n)
+            through_z.add(h, x[n])
+            through_u.add(s, vx_n)
             if needs_t:
-                dt.append(of_probability(g[n].unsqueeze(1) * (pu.unsqueeze(1) - u), w, ctx.e))
-        found: list[Tensor | None] = [None] * 14
-        found[0] = torch.cat(dg).to(g.dtype) if needs_g else None
-        found[1] = torch.cat(dga).to(ga.dtype) if needs_ga and ga is not None else None
+                dt.append(mass_tangent(g[n] * (pu - u), weights(w, z), ctx.e))
+        found: list[Tangent] = [None] * 13
+        found[0] = torch.cat(dg) if needs_g else None
+        found[1] = like(torch.cat(dga), ga) if needs_ga and ga is not None else None
         found[2:5] = [plus(c, d) for c, d in zip(through_z.all(x.dtype), through_u.all(x.dtype), strict=True)]
-        found[5] = torch.cat(dt).to(t.dtype) if needs_t else None
+        found[5] = like(torch.cat(dt), t) if needs_t else None
         return tuple(found)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tangent) -> tuple[Tensor, ...]:
+    def jvp(ctx: Any, *d: Tangent) -> tuple[Tensor, ...]:
         g, ga, x, W, b, t, w = ctx.saved_tensors
-        dg, dga, dx, dW, db, dt = tangents[:6]
-        along_s = Sums(W, ctx.needs)
-        along_factors = Sums(dW, (*ctx.needs[:2], False))
-        for n, z in chunks(x, W, b, ctx.rows):
-            p, m, M = distributions(z, t[n], w, ctx.ignore_index, ctx.e)
-            q = mass_of_softmax(g, ga, M, n)
+        dg, dga, dx, dW, db, dt = d[:6]
+        along_s, along_factors = Sums(W, ctx.needs), Sums(dW, (*ctx.needs[:2], False))
+        ga, dga = like(ga, g), like(dga, g)
+        for n, z in chunks(x, W, b, ctx.rows, t):
             dx_n = None if dx is None else dx[n]
             u = logits_tangent(z, x[n], W, dx_n, dW, db)
-            ds = q.unsqueeze(1) * p * (u - (p * u).sum(1, keepdim=True))
-            if dg is not None:
-                ds = ds + dg[n].unsqueeze(1) * (M.unsqueeze(1) * p - m)
-            if dga is not None:
-                ds = ds + dga[n].unsqueeze(1).to(p.dtype) * p
-            if dt is not None:
-                dm = of_probability(in_full_precision(dt[n]), w, ctx.e)
-                ds = ds + g[n].unsqueeze(1) * (dm.sum(1, keepdim=True) * p - dm)
+            dm = None if dt is None else mass_tangent(full(dt[n]), weights(w, z), ctx.e)
+            others = (None if d is None else d[n] for d in (g, ga, dg, dga))
+            ds, s = gradient_tangents(z, t[n], w, *others, u, dm, ctx.e, spread(ctx.e, z))
             along_s.add(ds, x[n])
-            along_factors.add(q.unsqueeze(1) * p - g[n].unsqueeze(1) * m, dx_n)
+            along_factors.add(s, dx_n)
         sides = zip(along_s.all(x.dtype), along_factors.all(x.dtype), strict=True)
         return tuple(d for d in (plus(c, d) for c, d in sides) if d is not None)
+
+
+gradients = recorded(LinearCrossEntropyGradient.apply, LinearCrossEntropyGradient.forward)
+
+
+@of_mass("z (X), t (M), w (W), g (T), ga (T), top (T), correction (T) -> s like z")
+def logits_gradient(
+    z: Tensor, mass: Mass, g: Tensor, ga: Tensor | None, top: Tensor, correction: Tensor
+) -> Tensor:
+    """s = q p - g m with q = g M + ga, and p = exp(z - a)"""
+    return mass.scaled(g, ga).excess(torch.exp(z - top) * correction)
+
+
+@of_mass("z (X), t (M), w (W), g (T), ga (T), u (X) -> dg (T), dga (T), h like z, s like z")
+def curvatures(
+    z: Tensor, mass: Mass, g: Tensor, ga: Tensor | None, u: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dL/dg = <M p - m, u>, dL/dga = <p, u>, h = q p (u - <p, u>) and s"""
+    p, scaled = torch.softmax(z, 1), mass.scaled(g, ga)
+    pu = dot(p, u, 1)
+    return dot(mass.excess(p), u, 1), pu, scaled.M * p * (u - pu), scaled.excess(p)
+
+
+@of_mass("z (X), t (M), w (W), g (T), ga (T), dg (T), dga (T), u (X), dm (X) -> ds like z, s like z")
+def gradient_tangents(
+    z: Tensor, mass: Mass, g: Tensor, ga: Tangent, dg: Tangent, dga: Tangent, u: Tensor, dm: Tangent
+) -> tuple[Tensor, Tensor]:
+    """ds = q p (u - <p, u>) + dg (M p - m) + dga p + g (dM p - dm), and s"""
+    p, scaled = torch.softmax(z, 1), mass.scaled(g, ga)
+    ds = scaled.M * p * (u - dot(p, u, 1))
+    ds = ds if dg is None else ds + dg * mass.excess(p)
+    ds = ds if dga is None else ds + dga * p
+    return ds if dm is None else ds + g * any_mass(dm).excess(p), scaled.excess(p)
 
 
 class LinearCrossEntropyOnce(Rule):
@@ -276,24 +337,25 @@ class LinearCrossEntropyOnce(Rule):
         b: Tensor | None,
         t: Tensor,
         w: Tensor | None,
-        ignore_index: int,
+        ignored: int,
         e: float,
         rows: int,
         T: Tensor | None,
         *needs: bool,
     ) -> tuple[Tensor, ...]:
-        in_place, dtype = may_overwrite(x, W, t), x.dtype
-        x, W, b = in_full_precision(x), in_full_precision(W), None if b is None else in_full_precision(b)
-        sums, losses = Sums(W, needs, in_place), []
-        for chunk, z in chunks(x, W, b, rows, in_place):
-            for n, y in blocks(chunk, z, in_place):
-                l, _, S, exp_y, M = loss_of(y, t[n], w, ignore_index, e, in_place)
-                losses.append(l)
-                s = times(exp_y, (M / S).unsqueeze(1))
-                s = less_mass(s, counted(M, t[n], ignore_index), t[n], w, ignore_index, e, in_place)
-            sums.add(z if in_place else s, x[chunk])
-        y = torch.cat(losses).sum()
-        return y if T is None else y / T.to(y.dtype), *sums.found(dtype, y.dtype)
+        dtype = x.dtype
+        x, W, b = full(x), full(W), None if b is None else full(b)
+        t, counted = targets(t, ignored)
+        g = x.new_ones(len(t), 1, *t.shape[2:])
+        g = g if counted is None else g.where(counted, 0)
+        sums, losses = Sums(W, needs), []
+        for n, z in chunks(x, W, b, rows, t):
+            l, s = loss_and_gradient(z, t[n], w, g[n], e, spread(e, z), over=0)
+            losses.append(l)
+            sums.add(s, x[n])
+        l = torch.cat(losses)
+        y = (l if counted is None else l.where(counted, 0)).sum()
+        return y if T is None else y / like(T, y), *sums.found(dtype, y.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -313,163 +375,63 @@ class LinearCrossEntropyOnce(Rule):
         T, *found = ctx.saved_tensors
         if T is not None:
             g = (g / T).where(T != 0, 0)  # 0 where all targets are ignored, and so are the gradients
-        scaled = tuple(times(d, g).to(ctx.dtype) for d in found)
+        scaled = tuple(product(d, g, over=0).to(ctx.dtype) for d in found)
         return tuple(distribute(scaled, ctx.needs, [None] * 12))
+
+
+@of_mass("z (X), t (M), w (W), g (T) -> l (T), s like z")
+def loss_and_gradient(z: Tensor, mass: Mass, g: Tensor) -> tuple[Tensor, Tensor]:
+    """l and g (M p - m)"""
+    y = z - z.amax(1, keepdim=True)
+    if mass.t is None:
+        log_p = y - torch.exp(y).sum(1, keepdim=True).log()
+        return -mass.along(log_p), mass.scaled(g).excess(torch.exp(log_p))
+    my, exp_y = mass.along(y), torch.exp(y)
+    S = exp_y.sum(1, keepdim=True)
+    return mass.M * S.log() - my, mass.scaled(g).excess(exp_y / S)
+
+
+@formula("d (N, D), g () -> p like d")
+def product(d: Tensor, g: Tensor) -> Tensor:
+    """d g"""
+    return d * g
 
 
 # ----- a chunk of rows -----
 
 
-def may_overwrite(*tensors: Tensor) -> bool:
-    """Whether ordinary tensors are computed with, and nobody records or batches it: chunks may share their memory."""
-    return (
-        plain_eager()
-        and not torch.is_grad_enabled()
-        and forward_ad._current_level < 0
-        and all(type(t) in (Tensor, torch.nn.Parameter) and not is_legacy_batchedtensor(t) for t in tensors)
-    )
+def targets(t: Tensor, ignored: int) -> tuple[Tensor, Tensor | None]:
+    """The target, class indices with an axis for the classes and 0 for an ignored one; and which count, None for all."""
+    return (t, None) if t.is_floating_point() else counting(t.unsqueeze(1), ignored)
 
 
 def chunks(
-    x: Tensor, W: Tensor, b: Tensor | None, rows: int, in_place: bool = False
+    x: Tensor, W: Tensor, b: Tensor | None, rows: int, *others: Tensor | None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Each chunk of rows and its logits z (n, C) or (n, C, K), in full precision; in place, the next overwrites them."""
-    N, W2, b2 = x.shape[0], flat_weight(W), None if b is None else b.reshape(-1)
-    room = None
-    if in_place:  # fresh memory costs a page fault every 4 KB, a tenth of the time
-        room = x.new_empty(min(rows, N), W2.shape[0], dtype=full_dtype(x))
-    for begin in range(0, max(N, 1), rows):
-        n = slice(begin, min(begin + rows, N))
-        z = logits(x[n], W2, b2, None if room is None else room[: n.stop - n.start])
+    """Each chunk of rows and its logits z (n, C) or (n, C, K)."""
+    for n, z in logits_in_chunks(x, flat_weight(W), None if b is None else b.reshape(-1), rows, *others):
         yield n, z if W.dim() == 2 else z.unflatten(1, W.shape[:2])
-
-
-def logits(x: Tensor, W: Tensor, b: Tensor | None, room: Tensor | None) -> Tensor:
-    """x W^T + b, (n, D) (D, C) + (C,) -> (n, C)."""
-    if room is None or room.dtype != x.dtype:
-        z = F.linear(x, W, b)
-        return in_full_precision(z) if room is None else room.copy_(z)
-    return torch.mm(x, W.t(), out=room) if b is None else torch.addmm(b, x, W.t(), out=room)
-
-
-def blocks(chunk: slice, z: Tensor, in_place: bool) -> Iterator[tuple[slice, Tensor]]:
-    """Parts of a chunk that fit the cache, so that the elementwise steps on each find it there; else the whole."""
-    count = z.shape[0]
-    size = max(1, CACHED // max(z.shape[1:].numel(), 1)) if in_place else max(count, 1)
-    for begin in range(0, max(count, 1), size):
-        end = min(begin + size, count)
-        yield slice(chunk.start + begin, chunk.start + end), z[begin:end]
-
-
-def loss_of(
-    z: Tensor, t: Tensor, w: Tensor | None, ignore_index: int, e: float, in_place: bool
-) -> tuple[Tensor, ...]:
-    """l, the largest logit, S = sum_c exp y_c, exp y and M, where y = z less the largest; in place, z becomes exp y."""
-    top = z.amax(1, keepdim=True)
-    y = z.sub_(top) if in_place else z - top
-    my, M = mass_along(y, t, w, ignore_index, e), total_mass(y, t, w, ignore_index, e)
-    exp_y = y.exp_() if in_place else y.exp()
-    S = exp_y.sum(1)
-    l = M * S.log() - my
-    if not t.is_floating_point():
-        l = l.where(t.ne(ignore_index), 0)  # whatever its logits are
-    return l, top.squeeze(1), S, exp_y, M
-
-
-def mass_along(y: Tensor, t: Tensor, w: Tensor | None, ignore_index: int, e: float) -> Tensor:
-    """<m, y>: (n, C) -> (n,)"""
-    if t.is_floating_point():
-        return (probability_mass(t, w, e).to(y.dtype) * y).sum(1)
-    on_target = -F.nll_loss(y, t, w if w is None else w.to(y.dtype), None, ignore_index, None, "none")
-    if e == 0:
-        return on_target
-    spread = (y if w is None else y * along_classes(w, y)).sum(1)
-    return (1 - e) * on_target + e / y.shape[1] * spread * counted(spread, t, ignore_index)
-
-
-def total_mass(y: Tensor, t: Tensor, w: Tensor | None, ignore_index: int, e: float) -> Tensor:
-    """M = sum_c m_c: (n,)"""
-    if t.is_floating_point():
-        return probability_mass(t, w, e).to(y.dtype).sum(1)
-    weight = class_and_weight(y, t, None if w is None else w.to(y.dtype), ignore_index)[1].squeeze(1)
-    if e == 0:
-        return weight
-    spread: Tensor | int = y.shape[1] if w is None else w.to(y.dtype).sum()
-    return (1 - e) * weight + e / y.shape[1] * spread * counted(weight, t, ignore_index)
-
-
-def mass_of_softmax(g: Tensor, ga: Tensor | None, M: Tensor, n: slice) -> Tensor:
-    """q = g M + ga of some rows."""
-    return g[n] * M if ga is None else g[n] * M + ga[n].to(M.dtype)
-
-
-def counted(like: Tensor, t: Tensor, ignore_index: int) -> Tensor:
-    """1 for each row that counts, 0 for an ignored one."""
-    return torch.ones_like(like) if t.is_floating_point() else t.ne(ignore_index).to(like.dtype)
-
-
-def less_mass(
-    qp: Tensor, g: Tensor, t: Tensor, w: Tensor | None, ignore_index: int, e: float, in_place: bool
-) -> Tensor:
-    """q p - g m, written into q p if ``in_place``; g is 0 for an ignored target."""
-    if t.is_floating_point():
-        m = probability_mass(t, w, e).to(qp.dtype)
-        return qp.addcmul_(g.unsqueeze(1), m, value=-1) if in_place else qp - g.unsqueeze(1) * m
-    index, weight = class_and_weight(qp, t, None if w is None else w.to(qp.dtype), ignore_index)
-    gm = g.unsqueeze(1) * weight * (e - 1)  # (n, 1)
-    if e != 0:
-        share = e / qp.shape[1] * (qp.new_ones(qp.shape[1]) if w is None else w.to(qp.dtype))
-        share = along_classes(share, qp)
-        qp = qp.addcmul_(g.unsqueeze(1), share, value=-1) if in_place else qp - g.unsqueeze(1) * share
-    return qp.scatter_add_(1, index, gm) if in_place else qp.scatter_add(1, index, gm)
-
-
-def distributions(
-    z: Tensor, t: Tensor, w: Tensor | None, ignore_index: int, e: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """p and m, (n, C), and M (n,), as functions of z and t that autograd may record."""
-    if t.is_floating_point():
-        m = probability_mass(t, w, e).to(z.dtype)
-    else:
-        m = target_mass(z, t, w, ignore_index, e)
-    return torch.softmax(z, 1), m, m.sum(1)
-
-
-def probability_mass(t: Tensor, w: Tensor | None, e: float) -> Tensor:
-    """m of class probabilities t."""
-    m = in_full_precision(t)
-    if e != 0:
-        m = m * (1 - e) + e / t.shape[1]
-    return m if w is None else m * along_classes(in_full_precision(w), t)
-
-
-def of_probability(dm: Tensor, w: Tensor | None, e: float) -> Tensor:
-    """dm/dt applied: (1 - e) w_c to what belongs to class c."""
-    dm = dm if e == 0 else dm * (1 - e)
-    return dm if w is None else dm * along_classes(w.to(dm.dtype), dm)
-
-
-def along_classes(w: Tensor, z: Tensor) -> Tensor:
-    """``w`` (C,) so that it broadcasts over ``z`` (n, C) or (n, C, K)."""
-    return w if z.dim() == 2 else w.unsqueeze(-1)
 
 
 def logits_tangent(z: Tensor, x: Tensor, W: Tensor, dx: Tangent, dW: Tangent, db: Tangent) -> Tensor:
     """u = dx W^T + x dW^T + db, shaped as z (n, C)."""
     terms = (
-        None if dx is None else F.linear(dx, flat_weight(W)),
-        None if dW is None else F.linear(x, flat_weight(dW)),
-        None if db is None else db.reshape(-1),
+        None if dx is None else full(F.linear(dx, flat_weight(W))),
+        None if dW is None else full(F.linear(x, flat_weight(dW))),
+        None if db is None else full(db.reshape(-1)),
     )
-    total: Tangent = functools.reduce(plus, (None if d is None else in_full_precision(d) for d in terms))
-    if total is None:
-        return torch.zeros_like(z)
-    return total.expand(z.shape[0], -1).reshape(z.shape)
+    total: Tangent = functools.reduce(plus, terms)
+    return torch.zeros_like(z) if total is None else total.expand(z.shape[0], -1).reshape(z.shape)
 
 
 def flat_weight(W: Tensor) -> Tensor:
     """One row for each logit: (C, K, D) -> (C K, D)."""
     return W if W.dim() == 2 else W.reshape(-1, W.shape[-1])
+
+
+def like(a: Any, b: Tensor) -> Any:
+    """``a`` in the precision of ``b``, if there is an a."""
+    return None if a is None else a.to(b.dtype)
 
 
 # ----- over all chunks -----
@@ -478,8 +440,8 @@ def flat_weight(W: Tensor) -> Tensor:
 class Sums:
     """dx = s W, dW = s^T x and db = sum_n s_n, gathered chunk by chunk; dW and db in full precision."""
 
-    def __init__(self, W: Tensor | None, needs: Any, in_place: bool = False) -> None:
-        self._W, (self._needs_x, self._needs_W, self._needs_b), self._in_place = W, needs, in_place
+    def __init__(self, W: Tensor | None, needs: Any) -> None:
+        self._W, (self._needs_x, self._needs_W, self._needs_b) = W, needs
         self._dx: list[Tensor] = []
         self._dW: Tangent = None
         self._db: Tangent = None
@@ -489,19 +451,21 @@ class Sums:
         """One more chunk: s (n, C) or (n, C, K), and x (n, D), without which nothing is added to dW."""
         shape = s.shape[1:]
         s = s.reshape(s.shape[0], shape.numel())
-        with _without_autocast(s):
+        with without_autocast(s):
             if self._needs_x and self._W is not None:
                 W = flat_weight(self._W)
-                self._dx.append(s.to(W.dtype).matmul(W))  # (n, C) (C, D) -> (n, D)
+                self._dx.append(like(s, W).matmul(W))  # (n, C) (C, D) -> (n, D)
             if self._needs_W and x is not None:
                 self._shape = torch.Size((*shape, x.shape[-1]))
-                x = in_full_precision(x)
-                if self._dW is not None and self._in_place:
-                    Linear.add_weight_gradient(self._dW, s.t(), x, 1.0)  # (C, n) (n, D) -> (C, D)
-                else:
-                    self._dW = plus(self._dW, Linear.weight_gradient(s, x))
+                self._add_to_dW(s, full(x))
             if self._needs_b:
                 self._db = plus(self._db, Linear.bias_gradient(s).reshape(shape))  # (n, C) -> (C,)
+
+    def _add_to_dW(self, s: Tensor, x: Tensor) -> None:
+        if self._dW is None or watched((self._dW, s, x)):
+            self._dW = plus(self._dW, Linear.weight_gradient(s, x))
+        else:
+            Linear.add_weight_gradient(self._dW, s.t(), x, 1.0)  # (C, n) (n, D) -> (C, D)
 
     def all(
         self, dtype: torch.dtype, sums_dtype: torch.dtype | None = None
@@ -529,11 +493,3 @@ def distribute(found: tuple[Tangent, ...], needs: Any, into: list[Tangent]) -> l
         if needed:
             into[i] = next(rest)
     return into
-
-
-def _without_autocast(t: Tensor) -> Any:
-    """Sums are in full precision, in an autocast region too."""
-    device = t.device.type
-    if torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()

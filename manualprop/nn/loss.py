@@ -1,4 +1,4 @@
-"""Losses: each subclasses its torch twin and replaces ``forward`` only."""
+"""Losses: each subclasses its torch twin and replaces only ``forward``."""
 
 import warnings
 
@@ -149,7 +149,7 @@ class MultiLabelMarginLoss(nn.MultiLabelMarginLoss):
 
 
 class MultiLabelSoftMarginLoss(nn.MultiLabelSoftMarginLoss):
-    """:class:`torch.nn.MultiLabelSoftMarginLoss` by :class:`manualprop.functions.BCEWithLogits`."""
+    """:class:`torch.nn.MultiLabelSoftMarginLoss` by :class:`manualprop.functions.MultiLabelSoftMargin`."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.multilabel_soft_margin_loss(input, target, weight=self.weight, reduction=self.reduction)
@@ -174,13 +174,13 @@ class NLLLoss(nn.NLLLoss):
 
 
 with warnings.catch_warnings():
-    # Torch warns where its class is subclassed; ours, where used.
+    # torch warns when its class is subclassed; ours warns when it is used.
     warnings.simplefilter("ignore", FutureWarning)
 
     class NLLLoss2d(nn.NLLLoss2d):
         """``torch.nn.NLLLoss2d`` (deprecated in favour of ``NLLLoss``) by :class:`manualprop.functions.NLL`."""
 
-        # Without annotations, as torch's decorator leaves the signature.
+        # Without annotations, like the signature that torch's decorator leaves.
         def __init__(self, *args, **kwargs):  # type: ignore[no-untyped-def]
             warnings.warn(
                 "`NLLLoss2d` has been deprecated. Please use `NLLLoss` instead as a drop-in replacement.",
@@ -254,4 +254,4 @@ class TripletMarginWithDistanceLoss(nn.TripletMarginWithDistanceLoss):
         )
 
 
-LinearCrossEntropy = LinearCrossEntropyLoss  # its short name
+LinearCrossEntropy = LinearCrossEntropyLoss  # a shorter name

@@ -20,7 +20,7 @@ from torch import nn
 
 from manualprop import descent, training
 from manualprop import nn as hand
-from manualprop.training._usage import plain
+from manualprop.training._usage import without_markup
 from manualprop.training.cli import COMMANDS, DescentCLI
 
 WIDTH, COLUMN = 80, 25
@@ -135,7 +135,7 @@ def _said(action: argparse.Action) -> str:
 
 def _sentence(text: str) -> str:
     """The first sentence, without the markup of Sphinx."""
-    text = re.sub(r"\s+", " ", plain(text)).strip()
+    text = re.sub(r"\s+", " ", without_markup(text)).strip()
     sentence = re.split(r"(?<!\be\.g)(?<!\bie)\.(?=\s|$)", text)[0]
     return sentence[:1].upper() + sentence[1:] + "."
 
@@ -185,7 +185,10 @@ def _models() -> list[type]:
 
 
 def _data_modules() -> list[type]:
-    return _public(training, lambda c: issubclass(c, LightningDataModule) and not _required(c))
+    found = _public(training, lambda c: issubclass(c, LightningDataModule) and not _required(c))
+    return sorted(
+        found, key=lambda c: c.__name__
+    )  # the package imports them in the order in which they are used
 
 
 def _losses() -> list[str]:

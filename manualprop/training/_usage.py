@@ -48,7 +48,7 @@ TITLES = {
 }
 
 
-def plain(text: str) -> str:
+def without_markup(text: str) -> str:
     """Return a text without Sphinx's markup.
 
     Args:
@@ -61,7 +61,7 @@ class HelpFormatter(DefaultHelpFormatter):
     """The usual help, without Sphinx's markup and the lists of all the hundreds of modules that torch knows."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        text = plain(super()._get_help_string(action))
+        text = without_markup(super()._get_help_string(action))
         listed = re.search(r", known subclasses: ([^)]*)", text)
         if listed is None or listed[1].count(",") < 6:
             return text
@@ -106,7 +106,7 @@ def with_saved_config(arguments: Sequence[str]) -> list[str]:
     )
 
 
-def explain(error: Exception, replaced: Mapping[str, str]) -> str:
+def complaint(error: Exception, replaced: Mapping[str, str]) -> str:
     """Return a parser's complaint in a line or two.
 
     Args:

@@ -69,7 +69,7 @@ class History(Callback):
         self.rows = [dict(row) for row in state_dict["rows"]]
 
 
-class Record(Callback):
+class RecordRun(Callback):
     """Write the configuration of a run when its first update has been made, and keep it in the checkpoint.
 
     Until then the run's directory stays as it is: a run that is refused leaves no trace. Where a resumed run has other

@@ -26,6 +26,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from manualprop import training
 from manualprop._invocation import console_command, shown
 from manualprop.descent import Descent
 from manualprop.training import _usage
@@ -33,10 +34,21 @@ from manualprop.training._checks import check_architecture
 from manualprop.training._errors import InputValueError, UserError
 from manualprop.training._files import WholeCheckpointIO
 from manualprop.training._resume import check_foreign
-from manualprop.training.callbacks import History, Record, TrainingProgress, checkpoint_callbacks, write_csv
+from manualprop.training.callbacks import (
+    History,
+    RecordRun,
+    TrainingProgress,
+    checkpoint_callbacks,
+    write_csv,
+)
 from manualprop.training.module import DescentModule
 from manualprop.training.plots import plot_history
 from manualprop.training.run_directory import RunDirectory
+
+for _name in training.__all__:
+    getattr(
+        training, _name
+    )  # from here on all of them are known: the parser looks for classes by their names
 
 COMMANDS = {
     "fit": "Train a network: forward pass, backward pass, update, with the descent of your choice.",
@@ -193,7 +205,7 @@ class DescentCLI(LightningCLI):
                 f"{error.filename}; correct the path."
             ) from error
         except (ValueError, TypeError, RuntimeError, LookupError) as error:
-            raise InputValueError(_usage.explain(error, _REPLACED)) from error
+            raise InputValueError(_usage.complaint(error, _REPLACED)) from error
         for logger in self.trainer.loggers:
             if logger.log_dir and Path(logger.log_dir).exists():
                 raise InputValueError(
@@ -236,7 +248,7 @@ class DescentCLI(LightningCLI):
             and trainer.get("limit_val_batches") != 0
         )
         keepers = checkpoint_callbacks(run, "val_loss" if validates else "train_loss")
-        return [Record(run, *self._recorded()), *callbacks, *keepers]
+        return [RecordRun(run, *self._recorded()), *callbacks, *keepers]
 
     def _recorded(self) -> tuple[dict[str, str], str]:
         """The configuration of the run: key by key, and as the text of a recipe."""
@@ -476,7 +488,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         DescentCLI(_usage.with_saved_config(arguments))
     except (argparse.ArgumentError, UnicodeError) as error:
-        text, status = _usage.explain(error, _REPLACED), 2
+        text, status = _usage.complaint(error, _REPLACED), 2
     except UserError as error:
         text, status = str(error), error.status
     except MisconfigurationException as error:  # Lightning's own word for a mistake in the configuration

@@ -8,9 +8,7 @@ Lightning does not exchange the sampler for a padded one on several devices.
 from __future__ import annotations
 
 import functools
-import gzip
 from collections.abc import Iterable, Iterator
-from importlib import resources
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
@@ -19,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from manualprop.descent import Batch, Descent, MiniBatch
+from manualprop.training import digits
 from manualprop.training._checks import check_examples
 from manualprop.training._errors import InputValueError
 from manualprop.training._trainable import Trainable
@@ -231,42 +230,12 @@ class DigitsDataModule(TensorDataModule):
         evaluation_batch_size: examples evaluated at once outside of training, at least 1.
     """
 
-    image = (8, 8)  # height and width of an input
+    image = digits.IMAGE  # height and width of an input
 
     def __init__(
         self, standardise: bool = False, split_seed: int = 0, evaluation_batch_size: int = 1024
     ) -> None:
-        x, label = load_digits()
-        held_out = _stratified(label, 500, split_seed)
-        test = held_out[_stratified(label[held_out], 300, split_seed)]
-        train, val = _without(torch.arange(len(x)), held_out), _without(held_out, test)
-        if standardise:
-            x = (x - x[train].mean()) / x[train].std()
-        parts = [(x[rows], label[rows]) for rows in (train, val, test)]
-        super().__init__(parts[0], parts[1], parts[2], evaluation_batch_size)
-
-
-def load_digits() -> Examples:
-    """Return all 1,797 digits: pixels in [0, 1] of shape (1797, 64), and labels 0 to 9 of shape (1797,)."""
-    packed = resources.files("manualprop.training").joinpath("data", "digits.gz").read_bytes()
-    table = torch.frombuffer(bytearray(gzip.decompress(packed)), dtype=torch.uint8).view(-1, 65)
-    return table[:, :64].float() / 16, table[:, 64].long()
-
-
-def _stratified(label: Tensor, count: int, seed: int) -> Tensor:
-    # Order the examples by their rank within their class, each class in a random order of its own, ties in a random
-    # order too: the first `count` then hold every class in proportion, to within one example.
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(label), generator=generator)
-    place = torch.empty(len(label))
-    for value in label.unique():
-        rows = order[label[order] == value]
-        place[rows] = torch.arange(len(rows)) / len(rows)
-    return order[torch.argsort(place[order], stable=True)][:count].sort().values
-
-
-def _without(rows: Tensor, removed: Tensor) -> Tensor:
-    return rows[~torch.isin(rows, removed)]
+        super().__init__(*digits.parts(standardise, split_seed), evaluation_batch_size)
 
 
 class LinearRegressionDataModule(TensorDataModule):

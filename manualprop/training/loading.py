@@ -5,32 +5,37 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
+from torch.nn import Module
 
-from manualprop.descent import MiniBatch
+from manualprop.descent import Descent, MiniBatch
 from manualprop.nn import CrossEntropyLoss
+from manualprop.training import digits as data
 from manualprop.training._errors import InputValueError
-from manualprop.training.datamodules import DigitsDataModule, TensorDataModule
-from manualprop.training.module import DescentModule
 from manualprop.training.networks import MultilayerPerceptron
-from manualprop.training.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule
 
 
 class Loaded(NamedTuple):
     """What was trained.
 
-    - ``module``   model, loss and descent.
+    - ``model``    with its ``loss`` and its ``descent``.
+    - ``seed``     of the order of the examples.
     - ``x``        inputs of the training examples, and ``target``, theirs.
     - ``title``    what it is, in words.
     - ``history``  a row for each epoch; empty for what was not trained.
     - ``image``    height and width of an input that is an image, else None.
     """
 
-    module: DescentModule
+    model: Module
+    loss: Module
+    descent: Descent
+    seed: int
     x: Tensor
     target: Tensor
     title: str
@@ -41,13 +46,12 @@ class Loaded(NamedTuple):
 def digits() -> Loaded:
     """Return the network of recipes/digits/minibatch.yaml as its first update finds it."""
     torch.manual_seed(0)
-    module = DescentModule(
-        MultilayerPerceptron((64, 64, 10), "Tanh"),
-        CrossEntropyLoss(),
-        MiniBatch(batch_size=32, learning_rate=0.1, momentum=0.9),
+    model = MultilayerPerceptron((64, 64, 10), "Tanh")
+    descent = MiniBatch(batch_size=32, learning_rate=0.1, momentum=0.9)
+    (x, label), *_ = data.parts()
+    return Loaded(
+        model, CrossEntropyLoss(), descent, 0, x, label, "The digits recipe, untrained", [], data.IMAGE
     )
-    data = DigitsDataModule()
-    return Loaded(module, *data.train, "The digits recipe, untrained", [], data.image)
 
 
 def run(name: str, checkpoint: str = "best") -> Loaded:
@@ -60,7 +64,9 @@ def run(name: str, checkpoint: str = "best") -> Loaded:
     Raises:
         ValueError: for a run or a checkpoint that is not there, and one that is no run of a `DescentModule`.
     """
-    from manualprop.training.cli import load_recipe  # jsonargparse: only where a run is read
+    from manualprop.training.cli import load_recipe  # Lightning: only where a run is read
+    from manualprop.training.module import DescentModule
+    from manualprop.training.run_directory import RunDirectory
 
     folder = RunDirectory(name)
     path = {"best": folder.best, "last": folder.last}.get(checkpoint, Path(checkpoint))
@@ -81,17 +87,20 @@ def run(name: str, checkpoint: str = "best") -> Loaded:
     x, target = _examples(objects.datamodule)
     title = f"Run {name}, {path.name} after {updates} updates"
     return Loaded(
-        module, x, target, title, list(_rows(folder.history)), getattr(objects.datamodule, "image", None)
-    )
+        module.model, module.loss, module.descent, module.seed, x, target, title,
+        list(_rows(folder.history)), getattr(objects.datamodule, "image", None),
+    )  # fmt: skip
 
 
-def _examples(data: LightningDataModule) -> tuple[Tensor, Tensor]:
+def _examples(module: LightningDataModule) -> tuple[Tensor, Tensor]:
     """The training examples; of somebody else's data, the first batch."""
-    if isinstance(data, TensorDataModule):
-        return data.train
-    data.prepare_data()
-    data.setup("fit")
-    loader: Any = data.train_dataloader()
+    from manualprop.training.datamodules import TensorDataModule
+
+    if isinstance(module, TensorDataModule):
+        return module.train
+    module.prepare_data()
+    module.setup("fit")
+    loader: Any = module.train_dataloader()
     x, target = next(iter(loader))
     return x, target
 

@@ -91,8 +91,8 @@ class Grid {
       paint.fillStyle = css(rgb);
       paint.fillRect(x, y, w + 0.3, h + 0.3);
       if (this.image || w < 14 || h < 14) continue;
-      const text = shown(v, 2);
-      if (paint.measureText(text).width < w - 3) { paint.fillStyle = ink(rgb); paint.fillText(text, x + w - 3, y + h / 2 + 4); }
+      const text = [2, 1].map((digits) => shown(v, digits)).find((one) => paint.measureText(one).width < w - 3);
+      if (text) { paint.fillStyle = ink(rgb); paint.fillText(text, x + w - 3, y + h / 2 + 4); }
     }
     this.frameRow(paint);
     const at = state.at && state.at.grid === this.grid ? state.at : null;
@@ -127,17 +127,21 @@ class Grid {
     if (before && before.grid !== this.grid) GRIDS[DATA.grids.indexOf(before.grid)].draw();
   }
   key(event) {
+    if (event.key === 'Escape') return closeSum();
+    if (this.move(event.key)) event.preventDefault();
+  }
+  // Whether the key, or the button of that name, led to another number.
+  move(name) {
     const { rows, cols } = this.numbers, across = this.image ? this.image[1] : 1;
     const last = rows * cols - 1, moves = {
       ArrowLeft: () => [this.row, this.col - 1], ArrowRight: () => [this.row, this.col + 1],
       ArrowUp: () => (this.image ? [this.row, this.col - across] : [this.row - 1, this.col]), ArrowDown: () => (this.image ? [this.row, this.col + across] : [this.row + 1, this.col]),
       Home: () => [this.row, 0], End: () => [this.row, cols - 1], PageUp: () => [this.row - 1, this.col], PageDown: () => [this.row + 1, this.col],
     };
-    if (event.key === 'Escape') return closeSum();
-    if (!moves[event.key] || last < 0) return;
-    event.preventDefault();
-    const [row, col] = moves[event.key]();
+    if (!moves[name] || last < 0) return false;
+    const [row, col] = moves[name]();
     this.go(Math.max(0, Math.min(rows - 1, row)), Math.max(0, Math.min(cols - 1, col)), true);
+    return true;
   }
 }
 readPalette();

@@ -1,5 +1,5 @@
 // The network: a column of units for its input and for the output of each layer, edges for what flows between them.
-const UNITS = 12, APART = 24, TOP = 46, RADIUS = 8;
+const UNITS = 12, APART = 20, TOP = 46, RADIUS = 8;
 const between = () => (window.innerWidth < 600 ? 88 : 130);
 
 // Units spread evenly over a layer: the first pixels of an image are most often empty.

@@ -118,6 +118,9 @@ function closeSum() {
   state.at = null;
 }
 $('close').addEventListener('click', closeSum);
+for (const button of document.querySelectorAll('[data-move]')) {
+  button.addEventListener('click', () => { if (state.at) GRIDS[DATA.grids.indexOf(state.at.grid)].move(button.dataset.move); });
+}
 $('sum-body').addEventListener('click', (event) => {
   const wanted = event.target.dataset.nudge;
   if (wanted) nudgeThis(...wanted.split('|'));

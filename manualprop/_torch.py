@@ -133,6 +133,18 @@ def mark_dynamic(t: torch.Tensor, axis: int) -> None:
     torch._dynamo.maybe_mark_dynamic(t, axis)
 
 
+def taken_apart(function: Callable[..., Any], samples: list[torch.Tensor]) -> torch.fx.GraphModule:
+    """A function traced into elementary operations: silu is a product, a quotient, a sum and an exponential.  2.13"""
+    from torch._decomp import decomposition_table  # these two take most of a second to import
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    table: Any = decomposition_table
+    traced: torch.fx.GraphModule = make_fx(lambda *given: function(*given), decomposition_table=table)(
+        *samples
+    )
+    return traced
+
+
 def inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     """A graph, compiled.  2.11 to 2.14"""
     from torch._inductor import compile  # seconds to import

@@ -10,13 +10,13 @@ import itertools
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from explained_pages import CHROMIUM, DRIVER, HAS_BROWSER, Page, browser
 from torch import Tensor
 from torch import nn as torch_nn
 
@@ -28,69 +28,11 @@ from manualprop._explain._numbers import flattened
 from manualprop._explain._tables import loss_of_each
 from manualprop.descent import Batch, MiniBatch
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="scripts/run.py installs selenium")
-
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="Chromium is missing: python3 scripts/run.py browser"
-)
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-)
+pytestmark = pytest.mark.skipif(not HAS_BROWSER, reason="Chromium is missing: python3 scripts/run.py browser")
 SIZE_LIMIT = 2 * 10**6
 
 
-class Page(NamedTuple):
-    """A page in the browser, and what it explains."""
-
-    browser: Any
-    explanation: Explanation
-    path: Path
-
-    def run(self, script: str, *arguments: Any) -> Any:
-        return self.browser.execute_script(script, *arguments)
-
-    def element(self, name: str) -> Any:
-        return self.browser.find_element("id", name)
-
-    def look(self, width: int, dark: bool = False) -> None:
-        """Open the page anew in a window of this width."""
-        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
-        self.browser.get(self.path.as_uri())
-
-    def cell(self, key: str, row: int, col: int, kind: str = "") -> dict[str, Any]:
-        """What the page says of a number: the total that it shows, and the sum of the terms."""
-        found: dict[str, Any] = self.run(
-            """
-            const [key, row, col, kind] = arguments, grid = GRIDS.find((g) => g.grid.key === key && (!kind || g.grid.made.kind === kind));
-            grid.draw(); grid.go(row, col, true);
-            const { terms, whole, value } = made(grid.grid, row, col);
-            return { shown: Number(document.getElementById('total').value), text: document.getElementById('sum-body').innerText,
-                     terms: terms.length, sum: terms.reduce((a, t) => a + t.value, 0), whole: whole !== false, value,
-                     said: document.getElementById('said').textContent };
-            """,
-            key,
-            row,
-            col,
-            kind,
-        )
-        return found
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
-        options.add_argument(flag)
-    options.binary_location = CHROMIUM
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield found
-    found.quit()
+__all__ = ["browser"]  # a fixture
 
 
 def data() -> tuple[Tensor, Tensor]:
@@ -577,6 +519,22 @@ def test_other_layers_and_tokens_have_a_page(browser: Any, tmp_path: Path) -> No
     found = page.cell("y:2", 9, 4)  # the third token of the second example
     assert found["terms"] == 7 and found["sum"] == pytest.approx(e.numbers["y:2"][1, 2, 4].item(), rel=1e-5)
     assert page.cell("d:2.weight", 0, 0)["terms"] == 28
+    assert browser.get_log("browser") == []
+
+
+def test_what_multiplies_an_image_is_drawn_as_one(browser: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, target = torch.randn(4, 1, 6, 6), torch.randint(3, (4,))
+    flat = nn.Sequential(torch_nn.Flatten(), nn.Linear(36, 3))
+    convolved = torch_nn.Sequential(torch_nn.Conv2d(1, 2, 3), torch_nn.Flatten(), nn.Linear(32, 3))
+    for model, key, image in ((flat, "p:1.weight", [6, 6]), (convolved, "p:0.weight", [3, 3])):
+        e = manualprop.explain(model, nn.CrossEntropyLoss(), x, target, updates=0)
+        path = tmp_path / "images.html"
+        e.save(path)
+        page = Page(browser, e, path)
+        page.look(1440)
+        images = page.run("return Object.fromEntries(GRIDS.map((g) => [g.grid.key, g.image]))")
+        assert (images["x"], images[key], images["output"]) == ([6, 6], image, None)
     assert browser.get_log("browser") == []
 
 

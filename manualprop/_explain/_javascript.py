@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from manualprop._torch import taken_apart
+
 # Elementary operations of numbers; {0} is the first argument.
 NUMBERS = {
     "abs": "Math.abs({0})",
@@ -98,14 +100,9 @@ def of_loss_rows(formula: Callable[..., Tensor], output: Tensor, target: Tensor)
 
 
 def _traced(formula: Callable[..., Tensor], samples: list[Tensor]) -> fx.GraphModule:
-    # Late: they take most of a second to import, which only a page needs.
-    from torch._decomp import decomposition_table
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    table: Any = decomposition_table
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            made = make_fx(lambda *given: formula(*given), decomposition_table=table)(*samples)
+            made = taken_apart(formula, samples)
     except RuntimeError as error:  # it looks at its numbers, which a trace has not
         raise NotPrintable(str(error)) from error
     made.graph.eliminate_dead_code()

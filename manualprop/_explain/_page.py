@@ -168,7 +168,7 @@ def _descents(e: Explanation) -> str:
         f"From the same weights, {found.updates} updates each, with learning rate {found.rate:g} and without momentum. "
         f"The colour is the loss of {found.examples} examples, on the plane in which most of the paths lie "
         f"({100 * found.share:.0f} % of their movement): blue is high, {found.grid.max().item():.3g}; plain is low, "
-        f"{found.grid.min().item():.3g}. A ring marks the start, a dot the end. Noise is the scatter of single gradients at the start, "
+        f"{found.grid.min().item():.3g}. A ring marks the start, a dot the end; a path that goes much further than the others leaves the picture. Noise is the scatter of single gradients at the start, "
         "against the gradient of all examples."
     )
     panels = [

@@ -28,6 +28,7 @@ EXAMPLES, STEPS, POINTS = (
 )  # on the slice: the examples of the loss, the updates, and those that are drawn
 WEIGHTS = 4 * 10**7  # numbers held for it, at most
 GRID = 25  # points of the slice along each side
+FAR = 2.5  # times the reach of the middle path, from where on a path leaves the picture
 DRAWS = 24  # gradients of which the noise is measured
 
 
@@ -191,17 +192,20 @@ def three_descents(
     ]
     runs = [_run(model, loss, kind, x, target, seed, every) for kind in kinds]
     start = _vector(model)
-    moved = torch.cat([run[0] for run in runs if isinstance(run[0], Tensor)] or [start[None]]) - start
-    if not bool(moved.any()):
+    moved = [(run[0] - start).double() for run in runs if isinstance(run[0], Tensor)]
+    # Each at its own scale: a descent that leaps about would leave no room for the others.
+    moved = [path / path.norm(dim=1).max() for path in moved if bool(path.any())]
+    if not moved:
         return "The paths are not drawn: no descent moved the weights."
-    basis, share = _plane(moved.double())
+    basis, share = _plane(torch.cat(moved))
     paths = tuple(
         Path(type(kind).__name__, _seen(kind, n), (), 0.0, run[0])
         if isinstance(run[0], str)
         else Path(type(kind).__name__, _seen(kind, n), _on(basis, run[0] - start), run[1])
         for kind, run in zip(kinds, runs, strict=True)
     )
-    across, down = (_range([point[k] for path in paths for point in path.points]) for k in (0, 1))
+    seen = _in_sight([path.points for path in paths if path.points])
+    across, down = (_range([point[k] for point in seen]) for k in (0, 1))
     grid = _grid(model, loss, x, target, start, basis, across, down, seed)
     return Slice(paths, grid, across, down, rate, n, every * (kept - 1), share)
 
@@ -266,6 +270,13 @@ def _plane(moved: Tensor) -> tuple[Tensor, float]:
 
 def _on(basis: Tensor, moved: Tensor) -> tuple[tuple[float, float], ...]:
     return tuple((a, b) for a, b in (moved.double() @ basis.T).tolist())
+
+
+def _in_sight(paths: list[tuple[tuple[float, float], ...]]) -> list[tuple[float, float]]:
+    """The points that the picture holds: all but those far beyond the reach of the middle one of the paths."""
+    reach = sorted(max(math.hypot(*point) for point in path) for path in paths)
+    limit = FAR * reach[len(reach) // 2]
+    return [point for path in paths for point in path if math.hypot(*point) <= limit]
 
 
 def _range(values: list[float]) -> tuple[float, ...]:

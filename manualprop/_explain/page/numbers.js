@@ -17,7 +17,9 @@ class Numbers {
     const k = this.frames.length === 1 ? 0 : frame;
     return (this.unpacked[k] ??= unpacked(this.frames[k]));
   }
-  at(row, col, frame = state.frame) { return this.array(frame)[row * this.cols + col]; }
+  at(row, col, frame = state.frame) {
+    return this.array(frame)[row * this.cols + col];
+  }
   largest(frame = state.frame) {
     let found = 0;
     for (const v of this.array(frame)) if (Math.abs(v) > found && Number.isFinite(v)) found = Math.abs(v);
@@ -28,7 +30,9 @@ class Numbers {
     const each = Math.max(1, Math.round(this.of[0] / (DATA.tables.output ? DATA.tables.output.of[0] : 1)));
     return Math.min(this.rows - 1, state.example * each);
   }
-  get whole() { return this.rows === this.of[0] && this.cols === this.of[1]; }
+  get whole() {
+    return this.rows === this.of[0] && this.cols === this.of[1];
+  }
 }
 const TABLES = Object.fromEntries(Object.entries(DATA.tables).map(([key, t]) => [key, new Numbers(key, t)]));
 const table = (key) => TABLES[key];
@@ -38,18 +42,24 @@ function shown(v, digits = 4) {
   if (!Number.isFinite(v)) return String(v).replace('-', '−');
   if (v === 0) return '0';
   const size = Math.abs(v);
-  const text = size >= 1e-3 && size < 1e5 ? String(Number(v.toPrecision(digits))) : v.toExponential(Math.max(1, digits - 2)).replace('e+', 'e');
+  const text =
+    size >= 1e-3 && size < 1e5
+      ? String(Number(v.toPrecision(digits)))
+      : v.toExponential(Math.max(1, digits - 2)).replace('e+', 'e');
   return text.replaceAll('-', '−');
 }
-const escaped = (text) => String(text).replace(/[&<>"]/g, (c) => ({ '&': '&amp;', '<': '&lt;', '>': '&gt;', '"': '&quot;' })[c]);
+const escaped = (text) =>
+  String(text).replace(/[&<>"]/g, (c) => ({ '&': '&amp;', '<': '&lt;', '>': '&gt;', '"': '&quot;' })[c]);
 const datum = (v, digits) => `<data value="${v}">${shown(v, digits)}</data>`;
 
 // Colours: zero fades into the ground, plus and minus have a hue each.
 let palette = {};
 function readPalette() {
   const style = getComputedStyle(document.documentElement);
-  for (const name of ['zero', 'plus', 'minus']) palette[name] = style.getPropertyValue(`--${name}`).split(',').map(Number);
-  for (const name of ['text', 'muted', 'ground', 'accent', 'warn', 'line']) palette[name] = style.getPropertyValue(`--${name}`).trim();
+  for (const name of ['zero', 'plus', 'minus'])
+    palette[name] = style.getPropertyValue(`--${name}`).split(',').map(Number);
+  for (const name of ['text', 'muted', 'ground', 'accent', 'warn', 'line'])
+    palette[name] = style.getPropertyValue(`--${name}`).trim();
 }
 function colour(v, largest) {
   if (!Number.isFinite(v)) return [160, 0, 160];
@@ -59,7 +69,10 @@ function colour(v, largest) {
 }
 const css = (rgb) => `rgb(${rgb.join(' ')})`;
 function luminance(rgb) {
-  const [r, g, b] = rgb.map((c) => { c /= 255; return c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4; });
+  const [r, g, b] = rgb.map((c) => {
+    c /= 255;
+    return c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+  });
   return 0.2126 * r + 0.7152 * g + 0.0722 * b;
 }
 // Black or white, whichever is easier to read on a colour: one of the two always has a contrast above 4.5.
@@ -73,13 +86,19 @@ const each = (f, ...values) => {
 };
 const largest = (v) => (Array.isArray(v) ? Math.max(...v) : v);
 const total = (v) => (Array.isArray(v) ? v.reduce((a, b) => a + b, 0) : v);
-function erf(x) { // the series near 0, where it converges fast; 1 - erfc beyond
+function erf(x) {
+  // the series near 0, where it converges fast; 1 - erfc beyond
   if (Math.abs(x) > 2.5) return x > 0 ? 1 - erfc(x) : erfc(-x) - 1;
-  let term = x, sum = x;
-  for (let n = 1; Math.abs(term) > 1e-17 * Math.abs(sum) && n < 200; n++) { term *= -x * x / n; sum += term / (2 * n + 1); }
-  return 2 / Math.sqrt(Math.PI) * sum;
+  let term = x,
+    sum = x;
+  for (let n = 1; Math.abs(term) > 1e-17 * Math.abs(sum) && n < 200; n++) {
+    term *= (-x * x) / n;
+    sum += term / (2 * n + 1);
+  }
+  return (2 / Math.sqrt(Math.PI)) * sum;
 }
-function erfc(x) { // the continued fraction far out, which keeps the tail
+function erfc(x) {
+  // the continued fraction far out, which keeps the tail
   if (x < 2.5) return 1 - erf(x);
   let fraction = 0;
   for (let n = 60; n > 0; n--) fraction = n / 2 / (x + fraction);
@@ -87,4 +106,6 @@ function erfc(x) { // the continued fraction far out, which keeps the tail
 }
 
 const watchers = [];
-function changed() { for (const watch of watchers) watch(); }
+function changed() {
+  for (const watch of watchers) watch();
+}

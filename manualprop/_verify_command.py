@@ -16,7 +16,8 @@ from manualprop.verify import Outcome, Report, check
 from manualprop.verify._check import chosen
 from manualprop.verify._discover import Found, NotFound, discover
 from manualprop.verify._formats import html, junit
-from manualprop.verify._probe import FEATURES, LEVELS, load
+from manualprop.verify._probe import FEATURES, LEVELS
+from manualprop.verify.probes import load
 
 EXAMPLES = """
 what is verified:

@@ -8,7 +8,7 @@ from torch.autograd import Function
 
 from manualprop.verify import Case, Outcome, check
 from manualprop.verify._resize import axes, resized
-from manualprop.verify._subject import ready
+from manualprop.verify._ready import ready
 
 
 def outcome(probe: str, fn, *args) -> Outcome:

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from manualprop.verify._case import Case
-from manualprop.verify._check import _known, check, chosen
-from manualprop.verify._probe import Level, load
+from manualprop.verify._check import check, chosen
+from manualprop.verify._probe import Level
+from manualprop.verify._verdicts import members
+from manualprop.verify.probes import load
 
 
 class Unsupported(Exception):
@@ -53,7 +55,7 @@ def gradient_tests(
     """
     import pytest
 
-    declared = set(_known(list(unsupported), load(), "unsupported"))
+    declared = set(members(list(unsupported), list(load()), "unsupported"))
     supported = {p for p, yes in getattr(fn, "declare", {}).items() if yes}
 
     def case() -> Case:

@@ -222,7 +222,10 @@ class ExpOnceDifferentiable(Function):
 
 
 control(
-    "second_order", args=lambda r: (r(4, 5),), declare={"double_backward": False}, name="exp_declared_once"
+    "second_order",
+    args=lambda r: (r(4, 5),),
+    accept={"double_backward": "on purpose"},
+    name="exp_declared_once",
 )(ExpOnceDifferentiable)
 
 
@@ -556,7 +559,12 @@ def halves_as_views(x: Tensor) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-@control("partial_outputs", "output_requires_grad", args=lambda r: (r(4, 6),))
+@control(
+    "partial_outputs",
+    "output_requires_grad",
+    args=lambda r: (r(4, 6),),
+    accept={"output_requires_grad": "the mean is there to be looked at"},
+)
 def outputs_in_a_dictionary(x: Tensor) -> dict[str, Any]:
     return {"logits": x.tanh(), "argmax": x.argmax(1), "parts": [x.exp(), (x.sin(), x.detach())]}
 
@@ -697,7 +705,7 @@ def value_with_its_sum(x: Tensor) -> tuple[Tensor, Tensor]:
     return y, y.sum()
 
 
-@control("first_order", args=lambda r: (3 * r(4, 3),), declare={"first_order": False})
+@control("first_order", args=lambda r: (3 * r(4, 3),), accept={"first_order": "on purpose"})
 class StraightThroughRoundDeclared(Function):
     @staticmethod
     def forward(ctx, x):
@@ -708,7 +716,7 @@ class StraightThroughRoundDeclared(Function):
         return g.clone()
 
 
-@control("first_order", args=lambda r: (r(4, 3),), declare={"first_order": False})
+@control("first_order", args=lambda r: (r(4, 3),), accept={"first_order": "on purpose"})
 class GradientReversalDeclared(Function):
     @staticmethod
     def forward(ctx, x):

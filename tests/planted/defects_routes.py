@@ -530,7 +530,7 @@ class ExpDetachesItselfInsideTransforms(Function):
     "compile",
     args=lambda r: (3 * r(4, 3),),
     shows=lambda call: not _compiled_gradient(call).any(),
-    declare={"first_order": False},
+    accept={"first_order": "on purpose"},
 )
 class StraightThroughRoundThatACompilerBypasses(Function):
     """``compile(func.grad)`` of an unregistered Function differentiates ``round`` instead: zero."""

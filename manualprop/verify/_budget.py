@@ -1,0 +1,68 @@
+"""How many points a probe visits: counted in work and not in seconds, so that a loaded machine sees the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from manualprop.verify._subject import Subject
+
+# A unit is what an operation on a thousand numbers takes, about 5 microseconds.
+UNITS = 400_000.0
+LEAST = 12
+
+T = TypeVar("T")
+
+
+def affordable(s: Subject, points: Sequence[T], evaluations: int) -> list[T]:
+    """As many of ``points`` as the budget has, spread over all of them; each takes so many ``evaluations``."""
+    most = max(LEAST, int(UNITS / (evaluations * work(s))))
+    if len(points) <= most:
+        return list(points)
+    return [points[(k * len(points)) // most] for k in range(most)]
+
+
+def work(s: Subject) -> float:
+    """What one forward takes, in units."""
+    if "work" not in s._shared:
+        with torch.no_grad(), _Counting() as counted:
+            s(*s.points)
+        s._shared["work"] = max(1.0, counted.units)
+    found: float = s._shared["work"]
+    return found
+
+
+class _Counting(TorchDispatchMode):
+    """Counts operations, and the entries of what they take and return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.units = 0.0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # skipping it would import it
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        entries = [t.numel() for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
+        product = _product(func, args)
+        self.units += 1.0 + (sum(entries) + product) / 1000.0
+        return result
+
+
+def _product(func: Any, args: tuple[Any, ...]) -> float:
+    """Multiplications of a matrix product or a convolution, at a tenth of what another operation takes."""
+    name = str(func)
+    tensors = [t for t in args if isinstance(t, Tensor)]
+    if not any(word in name for word in ("mm", "conv", "matmul", "attention")) or len(tensors) < 2:
+        return 0.0
+    a, b = tensors[-2:]
+    return 0.1 * a.numel() * b.numel() / max(1, a.shape[-1] if a.dim() else 1)

@@ -29,7 +29,8 @@ def rows(table):
 
 def checked(row: Defect | Control, **options) -> Report:
     call = row.make()
-    return check(call.fn, *call.args, kwargs=call.kwargs, **row.options, **options)
+    args = () if "inputs" in row.options else call.args
+    return check(call.fn, *args, kwargs=call.kwargs, **{**row.options, **options})
 
 
 # ---------------------------------------------------------------- the tables themselves

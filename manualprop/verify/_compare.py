@@ -102,10 +102,7 @@ def _flags(s: Subject) -> Tensor:
 def by_backward(s: Subject, v: Tensor, d: Sequence[Tensor]) -> list[Tensor]:
     """Rows by backward, one for each cotangent; a gradient that is None counts as zeros."""
     rows = [
-        [
-            _flat_or_zeros(g, p)
-            for g, p in zip(s.gradients(cotangents=_parts(r, s.outputs)), s.points, strict=True)
-        ]
+        [_flat_or_zeros(g, p) for g, p in zip(s.linear_part(_parts(r, s.outputs)), s.points, strict=True)]
         for r in v
     ]
     return [_seen_along(torch.stack([row[i] for row in rows]), d[i]) for i in range(len(d))]
@@ -242,6 +239,11 @@ class Derived(Subject):
     @functools.cached_property
     def recorded(self) -> list[bool]:
         return [True] * len(self.outputs)  # a gradient that does not require grad is a defect, no declaration
+
+    @property
+    def nonlinear(self) -> bool:
+        """It is derived by autograd's own rules, which are linear."""
+        return False
 
     def meant(self, *points: Tensor) -> tuple[Tensor, ...]:
         """The function itself: what is derived from a subject is derived by its own rule."""

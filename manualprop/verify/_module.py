@@ -7,11 +7,13 @@ A reversible block, a checkpoint or an adjoint reads the parameters from the mod
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.weak import WeakIdKeyDictionary
 
 
 class Exchange:
@@ -38,6 +40,8 @@ class Exchange:
             if t is not None
         ]
         self._away = False
+        self._last: dict[str, Tensor] = {}
+        self._behind = WeakIdKeyDictionary()  # an output -> the tensors with which it was computed
 
     def call(self, state: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the module returns with ``state``, which stays in it until :meth:`restore`."""
@@ -46,14 +50,33 @@ class Exchange:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             # A tracer left behind in the module would outlive what it traces.
             return functional_call(module, state, args, kwargs)
-        self._away = True
-        for held, key, name in self.places:
-            held[key] = state[name]
+        self._put(state)
+        self._last = state
         result = module(*args, **kwargs)
         for held, key, name in self.places:
             if held.get(key) is not None:
                 state[name] = held[key]  # a buffer may have been assigned anew
         return result
+
+    def _put(self, state: dict[str, Tensor]) -> None:
+        self._away = True
+        for held, key, name in self.places:
+            held[key] = state[name]
+
+    def remember(self, outputs: Sequence[Tensor]) -> None:
+        """Outputs of the last call: their backward finds the module as their forward did."""
+        for y in outputs:
+            if y.grad_fn is not None:
+                self._behind[y] = self._last
+        self._last = {}
+
+    def recall(self, outputs: Sequence[Tensor]) -> None:
+        """Put back what these outputs were computed with."""
+        for y in outputs:
+            state = self._behind.get(y)
+            if state:
+                self._put(state)
+                return
 
     def restore(self) -> None:
         """Give the module its own tensors back."""

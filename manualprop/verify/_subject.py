@@ -127,7 +127,14 @@ class Subject:
 
         It does not touch the random generator, so that it can be traced, batched and compiled.
         """
-        return floating(self.raw(*points))
+        return self.kept(self.raw(*points))
+
+    def kept(self, result: Any) -> tuple[Tensor, ...]:
+        """The floating tensors in what a call has returned."""
+        outputs = floating(result)
+        if self._exchange is not None:
+            self._exchange.remember(outputs)
+        return outputs
 
     def __call__(self, *points: Tensor) -> tuple[Tensor, ...]:
         """:meth:`function`, with the random generator at the same place each time."""
@@ -198,6 +205,23 @@ class Subject:
         v = self.cotangents_for(outputs) if cotangents is None else cotangents
         return self.pull_back(outputs, leaves, [copied(c) for c in v])
 
+    @property
+    def nonlinear(self) -> bool:
+        """Whether its author has accepted that backward is not linear in grad_output: it clips, or adds a penalty."""
+        return "linearity" in self.case.accept
+
+    def linear_part(
+        self, cotangents: Sequence[Tensor | None], points: Sequence[Tensor] | None = None
+    ) -> list[Tensor | None]:
+        """The gradients as differences can know them: of a backward that is not linear, what it is for a small
+        grad_output, without what it gives for none."""
+        if not self.nonlinear:
+            return self.gradients(points, cotangents)
+        h = 2.0**-20
+        some = self.gradients(points, [None if c is None else h * c for c in cotangents])
+        none = self.gradients(points, [None if c is None else 0 * c for c in cotangents])
+        return [a if a is None or b is None else (a - b) / h for a, b in zip(some, none, strict=True)]
+
     def pull_back(
         self,
         outputs: Sequence[Tensor],
@@ -210,6 +234,8 @@ class Subject:
             (y, v) for y, v in zip(outputs, cotangents, strict=True) if y.requires_grad and v is not None
         ]
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        if self._exchange is not None:
+            self._exchange.recall(outputs)
         if not pairs:
             return [None] * len(leaves)
         found = iter(
@@ -265,7 +291,10 @@ class Subject:
         if not self.projects:
             return direction
         p, h = self.points[i], 1e-5
+        here = self._projected(self._points[i], p)
         there, back = (self._projected(self._points[i], p + side * h * direction) for side in (1, -1))
+        if not bool(((there - here) - (here - back)).abs().max() <= 1e-3 * h * direction.abs().max()):
+            return torch.zeros_like(direction)  # at the border of what is allowed one goes one way only
         return (there - back) / (2 * h)
 
     def along(self, directions: Sequence[Tensor | None], points: Sequence[Tensor] | None = None) -> Evaluate:

@@ -26,7 +26,7 @@ _ARGUMENTS = (
 CONSEQUENCES: dict[str, tuple[str, ...]] = {
     "mutation": (*_NUMBERS, *_ARGUMENTS, *_STATE, *_TRANSFORMS, "random_state", "module_copy"),
     "random_state": (*_NUMBERS, *_ARGUMENTS, *_STATE, *_TRANSFORMS),
-    "grad_modes": ("second_order", "third_order", "forward_over_reverse", "checkpointing", "leaks", "saved_tensors"),
+    "grad_modes": ("second_order", "third_order", "forward_over_reverse", "checkpointing", "leaks", "saved_tensors", "ranks"),
     "retain_graph": ("first_order", "second_order", "linearity", "repeat", "interleaving", "checkpointing", "grad_modes"),
     "interleaving": (
         "second_order", "input_layout", "repeat", "saved_tensors", "inplace_edit", "leaks", "checkpointing", "vmap",
@@ -63,6 +63,9 @@ CONSEQUENCES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+VALUE_DEPENDS = "the value depends on who requires grad"
+
+
 def linked(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """The same outcomes, with findings that another one explains turned into a word that points to it."""
     by_name = {o.probe: o for o in outcomes}
@@ -73,6 +76,11 @@ def linked(outcomes: Sequence[Outcome]) -> list[Outcome]:
         for name in consequences:
             if name != cause and name in by_name and by_name[name].verdict == "finding":
                 explained.setdefault(name, cause)
+    subsets = by_name.get("requires_grad_subsets")
+    if subsets and subsets.verdict == "finding" and subsets.diagnosis == VALUE_DEPENDS:
+        for name in _NUMBERS:  # differences are taken without a gradient: of another function
+            if name in by_name and by_name[name].verdict == "finding":
+                explained[name] = "requires_grad_subsets"
     crash = next((o.evidence for o in outcomes if o.evidence.startswith("crashes the process")), None)
     first = next((o.probe for o in outcomes if o.evidence == crash), "")
     for o in outcomes:

@@ -1,6 +1,7 @@
 """Functions with a planted defect, and right ones of the same variety: what ``manualprop.verify`` is judged by."""
 
 from planted import (
+    controls_alarms,
     controls_functions,
     controls_torch,
     defects_arguments,
@@ -9,6 +10,9 @@ from planted import (
     defects_routes,
     defects_state,
     library,
+    twins_numbers,
+    twins_shapes,
+    twins_state,
 )
 from planted._table import CONTROLS as CONTROLS
 from planted._table import DEFECTS as DEFECTS
@@ -17,6 +21,7 @@ from planted._table import Control as Control
 from planted._table import Defect as Defect
 
 FAMILIES = (
+    controls_alarms,
     controls_functions,
     controls_torch,
     defects_arguments,
@@ -25,4 +30,7 @@ FAMILIES = (
     defects_routes,
     defects_state,
     library,
+    twins_numbers,
+    twins_shapes,
+    twins_state,
 )

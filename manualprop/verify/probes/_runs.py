@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from manualprop.verify._random import generator
 from manualprop.verify._report import Outcome, skipped
-from manualprop.verify._subject import Subject, floating
+from manualprop.verify._subject import Subject
 
 Found = Sequence[Tensor | None]
 
@@ -127,7 +127,7 @@ class Call:
 
     def forward(self) -> Call:
         self.result = self.s.called(self.args, self.kwargs, self.state)
-        self.outputs = floating(self.result)
+        self.outputs = self.s.kept(self.result)
         self.returned = [t for t in tree_leaves(self.result) if isinstance(t, Tensor)]
         return self
 

@@ -296,6 +296,7 @@ def autocast(s: Subject) -> Outcome:
     eps = torch.finfo(torch.bfloat16).eps
     slack = _allowed(high, exact, expected, eps)
     forward = max((_relative(a, b) for a, b in zip(y, high.outputs, strict=True)), default=0.0)
+    largest = max([*sizes(expected), *sizes(exact)])  # what cancels is as rough as its terms
     for name, a, b, moved in zip(low.names, found, expected, slack, strict=True):
         if (a is None) != (b is None):
             return finding(
@@ -303,7 +304,7 @@ def autocast(s: Subject) -> Outcome:
             )
         if a is None or b is None or not b.numel() or not torch.isfinite(b).all():
             continue
-        scale = b.abs().max().item()
+        scale = max(b.abs().max().item(), 0.01 * largest)
         off = (a.double() - b.double()).abs()
         allowed = max(ROUNDINGS[torch.bfloat16] * eps, 8 * forward) * scale + 8 * moved + 1e-30
         if not bool((off <= allowed).all()):

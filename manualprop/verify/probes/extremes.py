@@ -163,11 +163,7 @@ def _in_float32(s: Subject, low: Subject, points: Sequence[Tensor], second: bool
     if not all(torch.isfinite(t).all() for t in y):
         return ""
     v = _weights(low, y)
-    try:
-        first = low.pull_back(y, leaves, v, create_graph=True)
-    except Exception:  # no second order: the first alone
-        leaves = low.at(points)
-        first = low.pull_back(low(*leaves), leaves, v)
+    first = low.pull_back(y, leaves, v)
     exact = [p.to(q.dtype) for p, q in zip(points, s.points, strict=True)]
     for i, g in enumerate(first):
         if g is not None and not torch.isfinite(g).all() and _has_slope(s, exact, i, g):
@@ -175,10 +171,14 @@ def _in_float32(s: Subject, low: Subject, points: Sequence[Tensor], second: bool
     bad = _far_from_float64(s, exact, y, v, first)
     if bad:
         return bad
-    live = [g for g in first if g is not None and g.requires_grad and torch.isfinite(g).all()]
-    if not live or not second:
+    if not second:
         return ""
     try:
+        leaves = low.at(points)
+        again = low.pull_back(low(*leaves), leaves, v, create_graph=True)
+        live = [g for g in again if g is not None and g.requires_grad and torch.isfinite(g).all()]
+        if not live:
+            return ""
         curvature = torch.autograd.grad([g.sum() for g in live], leaves, allow_unused=True)
     except Exception:  # refused: the business of second_order
         return ""

@@ -230,10 +230,9 @@ def _variants(s: Subject, name: str, t: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield "repeated", repeated(t)
     elif name not in s.case.unique and not _is_offsets(t):
         yield "repeated", t.flatten()[0].expand(t.shape).clone()
-    if not _is_offsets(t):
-        order = torch.randperm(len(flat), generator=generator("order", s.case.seed))
-        order = order if bool((flat[order] != flat).any()) else order.flip(0)
-        yield "unsorted", flat[order].reshape(t.shape)
+    order = torch.randperm(len(flat), generator=generator("order", s.case.seed))
+    order = order if bool((flat[order] != flat).any()) else order.flip(0)
+    yield "unsorted", flat[order].reshape(t.shape)
     if bool((t >= 0).all()):
         for n in dict.fromkeys(k for p in s.points for k in p.shape):
             if n > int(t.max()):
@@ -242,16 +241,12 @@ def _variants(s: Subject, name: str, t: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 def _is_offsets(t: Tensor) -> bool:
     """Whether the integers may be where rows begin: they ascend from 0."""
-    return t.dim() == 1 and int(t[0]) == 0 and bool((t.diff() >= 0).all()) and not _is_range(t)
-
-
-def _is_range(t: Tensor) -> bool:
-    return bool((t == torch.arange(len(t), device=t.device)).all())
+    return t.dim() == 1 and int(t[0]) == 0 and bool((t.diff() >= 0).all())
 
 
 def _still_in_order(s: Subject, i: int, kind: str, there: Subject) -> bool:
-    """Whether a range in another order, which might be offsets too, makes the function's values follow."""
-    if kind != "unsorted" or not (s.others()[i].dim() == 1 and _is_range(s.others()[i])):
+    """Whether what may be offsets are indices: in another order they give the same values in another order."""
+    if kind != "unsorted" or not _is_offsets(s.others()[i]):
         return True
     mine, theirs = ([y.double().sum().item() for y in a(*a.at())] for a in (s, there))
     return all(abs(a - b) <= 1e-6 * (abs(a) + abs(b)) for a, b in zip(mine, theirs, strict=True))

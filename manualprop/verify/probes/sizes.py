@@ -66,7 +66,7 @@ def _wrong_slope(s: Subject, axis: Axis | None, seed: int) -> str | None:
         return None
     v = s.cotangents_for(outputs, seed + 1)
     try:
-        found = s.pull_back(outputs, leaves, v)
+        found = s.linear_part(v) if s.nonlinear else s.pull_back(outputs, leaves, v)
     except Exception as error:  # whatever the checked code raises
         return f"accepted in forward, then backward raises {message(error)}"
     weights = _numeric.flat(
@@ -80,7 +80,8 @@ def _wrong_slope(s: Subject, axis: Axis | None, seed: int) -> str | None:
         g = torch.zeros_like(s.points[i]) if g is None else g
         if not torch.isfinite(g).all():
             return f"gradient of {s.names[i]}: {_first_not_finite(g)}, though the value is finite"
-        for where, d in _directions(s, axis, i, seed):
+        for where, free in _directions(s, axis, i, seed):
+            d = s.tangent(i, free)
             parts = (g.double() * d.double()).flatten()
             hand, size = float(parts.sum()), float(parts.norm())
             evaluate = s.along([d if j == i else None for j in range(len(s.points))])

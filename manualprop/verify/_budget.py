@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -28,10 +28,13 @@ def affordable(s: Subject, points: Sequence[T], evaluations: int) -> list[T]:
 
 
 def work(s: Subject) -> float:
-    """What one forward takes, in units."""
+    """What one forward and one backward take, in units: a backward in loops takes much more than its forward."""
     if "work" not in s._shared:
-        with torch.no_grad(), _Counting() as counted:
-            s(*s.points)
+        with _Counting() as counted:
+            leaves = s.at()
+            outputs = s(*leaves)
+            with contextlib.suppress(Exception):  # whatever the checked code raises: another probe's business
+                s.pull_back(outputs, leaves, s.cotangents_for(outputs))
         s._shared["work"] = max(1.0, counted.units)
     found: float = s._shared["work"]
     return found

@@ -288,6 +288,11 @@ class Gradient(Derived):
         names = ["grad_output"] if len(v) == 1 else [f"grad_output[{i}]" for i in range(len(v))]
         super().__init__(base, [*base.points, *v], [*base.names, *names], max(base.whole // 4, 8))
 
+    @property
+    def output_names(self) -> list[str]:
+        """Gradients are no outputs that anybody knows."""
+        return [f"the gradient of {name}" for name in self.base.names]
+
     def function(self, *points: Tensor) -> tuple[Tensor, ...]:
         count = len(self.base.points)
         wanted = torch.is_grad_enabled()

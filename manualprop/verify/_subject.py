@@ -329,6 +329,11 @@ class Subject:
         return [y.detach() for y in self(*self.at())]
 
     @property
+    def output_names(self) -> list[str]:
+        """What to call each floating output."""
+        return [f"output {k}" for k in range(len(self.outputs))]
+
+    @property
     def cotangents(self) -> list[Tensor]:
         return [c.clone() for c in self._drawn]  # fresh each time: a backward may write into what it is given
 

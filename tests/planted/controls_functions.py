@@ -307,7 +307,13 @@ class Softmax(Function):
         return y * (g - (g * y).sum(-1, keepdim=True))
 
 
-@control("sizes", "first_order", "dtypes", args=lambda r: (r(4, 6), r(6), r(6)))
+@control(
+    "sizes",
+    "first_order",
+    "dtypes",
+    args=lambda r: (r(4, 6), r(6), r(6)),
+    accept={"output_requires_grad": "mean and deviation are there for a fused backward"},
+)
 class LayerNorm(Function):
     """Saves the row's mean and deviation as further, non-differentiable outputs."""
 

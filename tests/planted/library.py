@@ -588,7 +588,12 @@ class SigmoidFocalLoss(Function):
         return g * sign * q * q * (-2 * p * loss - q), None
 
 
-@control("first_order", "second_order", "sizes", args=lambda r: (r(3, 3), r(3)))
+def contracts(weight: Tensor, x: Tensor) -> bool:
+    """Whether the iteration has a fixed point to go to."""
+    return bool(weight.norm() < 4 * len(x))
+
+
+@control("first_order", "second_order", "sizes", args=lambda r: (r(3, 3), r(3)), domain=contracts)
 class FixedPoint(Function):
     """y = tanh(W y / 4 n + x), by iteration; backward solves (I - J^T) u = g, as the implicit function theorem says."""
 
@@ -615,6 +620,7 @@ class FixedPoint(Function):
     args=lambda r: (r(3, 3), r(3)),
     says="one path|no simple|factor",
     truth=lambda w, x: _iterated(w, x),
+    domain=contracts,
 )
 class FixedPointOfOneStep(Function):
     """One step of the iteration for the solve: the feedback of y on itself is left out."""

@@ -290,6 +290,6 @@ class _Reversible(Function):
         return None, torch.cat([da, db + front[0]], -1), *front[1:], *back[1:]
 
 
-control("first_order", "dtypes", "saved_tensors", args=lambda r: (r(3, 4),), name="reversible_block")(
+control("first_order", "dtypes", "saved_tensors", args=lambda r: (r(3, 4),), name="reversible_block_of_two")(
     Fresh(ReversibleBlock)
 )

@@ -26,13 +26,13 @@ def slope(
 ) -> Slope:
     """Along ``direction`` of point ``i``, of the outputs weighed by ``v``; those at a kink are left out.
 
-    What differs is looked at a second time, by other steps.
+    What differs is looked at a second time, by small steps: far out large ones may go over what is there.
     """
     direction = s.tangent(i, direction)
     found = _slope(s, points, i, direction, v)
     if not found.wrong:
         return found
-    again = _slope(s, points, i, 0.37 * direction, v)
+    again = _slope(s, points, i, direction * (0.37 / max(1.0, float(direction.abs().max()))), v)
     return found if again.wrong else found._replace(wrong=False, measured=again.measured)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from manualprop.verify._difference import difference, listed, sizes, tolerance
 from manualprop.verify._probe import probe
 from manualprop.verify._random import generator
-from manualprop.verify._report import Outcome, finding, message, passed, skipped
+from manualprop.verify._report import Outcome, finding, limit, message, passed, skipped
 from manualprop.verify._resize import has_repeats, is_integer, repeated
 from manualprop.verify._subject import Subject
 from manualprop.verify.probes._runs import elsewhere
@@ -30,16 +30,22 @@ def ranks(s: Subject) -> Outcome:
     if s.random:
         return skipped("it draws random numbers, other ones for another shape")
     done: list[str] = []
+    refused: list[str] = []
     for what, ask in (("one more leading axis", _with_more), ("one fewer leading axis", _with_fewer)):
         for group in _groups(s):
             try:
                 said = ask(s, group)
             except _DoesNotApply:
                 continue
+            except _Refused as refusal:
+                refused.append(f"{what}: {refusal}")
+                continue
             if said:
                 who = listed([s.names[i] for i in group[0]])
                 return finding(f"with {what} of {who}: {said}", f"only for {what}")
             done.append(what)
+    if refused:
+        return limit(refused[0])
     if not done:
         return skipped("forward takes no other rank, or gives other rows")
     return passed(f"right with {listed(done)}")
@@ -47,6 +53,10 @@ def ranks(s: Subject) -> Outcome:
 
 class _DoesNotApply(Exception):
     """Forward refuses the shape, or says something else of the rows."""
+
+
+class _Refused(Exception):
+    """Backward raises for what forward has taken: loud, and of a shape that nobody has asked for."""
 
 
 Group = tuple[list[int], list[int]]  # which points, and which other arguments, have the axis
@@ -139,7 +149,7 @@ def _as_each(
     try:
         found = more.pull_back(y, leaves, [torch.stack(c) for c in zip(*v, strict=True)])
     except Exception as error:  # whatever the checked code raises
-        return f"forward accepts it, backward raises {message(error)}"
+        raise _Refused(f"forward accepts it, backward raises {message(error)}") from error
     rows = [sample.gradients(cotangents=w) for sample, w in zip(samples, v, strict=True)]
     for i, column in enumerate(zip(*rows, strict=True)):
         if any(g is None for g in column):
@@ -176,7 +186,7 @@ def _row_of(s: Subject, fewer: Subject, k: int, group: Group) -> str:
     try:
         found = fewer.pull_back(fewer(*leaves), leaves, w)
     except Exception as error:  # whatever the checked code raises
-        return f"forward accepts it, backward raises {message(error)}"
+        raise _Refused(f"forward accepts it, backward raises {message(error)}") from error
     for i, (a, b) in enumerate(zip(found, want, strict=True)):
         if b is None:
             continue
@@ -200,7 +210,7 @@ def indices(s: Subject) -> Outcome:
         return skipped("it draws random numbers" if s.random else "no output requires grad")
     if wrong_slope(lambda seed: s, None) is not None:
         return skipped("wrong with the integers given: see first_order")
-    done = []
+    done, refused = [], []
     for i, t in integers.items():
         name = s.name_of_leaf(i)
         for kind, other in _variants(s, name, t):
@@ -213,7 +223,11 @@ def indices(s: Subject) -> Outcome:
                     continue
             except Exception:  # whatever the checked code raises: refused
                 continue
-            said = _with_integers(s, there, kind)
+            try:
+                said = _with_integers(s, there, kind)
+            except _Refused as refusal:
+                refused.append(f"{kind} integers in {name}: {refusal}")
+                continue
             if said:
                 hint = f". If they never repeat: unique=[{name!r}]" if kind == "repeated" else ""
                 return finding(f"with {kind} integers in {name}: {said}", f"only for {kind} indices{hint}")
@@ -264,6 +278,6 @@ def _with_integers(s: Subject, there: Subject, kind: str) -> str:
     try:
         found = there.pull_back(there(*leaves), leaves, s.cotangents)
     except Exception as error:  # whatever the checked code raises
-        return f"forward accepts them, backward raises {message(error)}"
+        raise _Refused(f"forward accepts them, backward raises {message(error)}") from error
     off = difference(found, s.plain, tolerance(s), sizes(s.plain), s.roughness)
     return "" if off is None else f"gradient of {s.names[off.which]}: {off}"

@@ -27,7 +27,9 @@ CONSEQUENCES: dict[str, tuple[str, ...]] = {
     "mutation": (*_NUMBERS, *_ARGUMENTS, *_STATE, *_TRANSFORMS, "random_state", "module_copy"),
     "random_state": (*_NUMBERS, *_ARGUMENTS, *_STATE, *_TRANSFORMS),
     "grad_modes": ("second_order", "third_order", "forward_over_reverse", "checkpointing", "leaks", "saved_tensors", "ranks"),
-    "retain_graph": ("first_order", "second_order", "linearity", "repeat", "interleaving", "checkpointing", "grad_modes"),
+    "retain_graph": (
+        "first_order", "second_order", "linearity", "repeat", "interleaving", "checkpointing", "grad_modes", *_ARGUMENTS,
+    ),
     "interleaving": (
         "second_order", "input_layout", "repeat", "saved_tensors", "inplace_edit", "leaks", "checkpointing", "vmap",
         "sizes", "ranks", "grad_modes",
@@ -48,10 +50,10 @@ CONSEQUENCES: dict[str, tuple[str, ...]] = {
     "saved_tensors": ("inplace_edit", "leaks"),
     "inplace_edit": ("leaks",),
     "indices": ("sizes", "ranks"),
-    "sizes": ("zero_size", "ranks", "extremes", "ties", "vmap"),
+    "sizes": ("zero_size", "ranks", "extremes", "vmap"),
     "ranks": ("sizes", "zero_size", "vmap", "vmap_grad"),
-    "dtypes": ("mixed_dtypes", "autocast", "extremes"),
-    "output_dtype": ("dtypes", "mixed_dtypes", "autocast"),
+    "dtypes": ("mixed_dtypes", "autocast", "extremes", "ranks"),
+    "output_dtype": ("dtypes", "mixed_dtypes", "autocast", "extremes"),
     "extremes": ("ties", "zero_size", "sizes"),
     "ties": ("sizes", "extremes", "ranks", "vmap", "vmap_grad"),
     "forward_mode": ("forward_over_reverse", "nested_forward_mode", "jacfwd", "vmap", "ties"),
@@ -70,27 +72,25 @@ def linked(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """The same outcomes, with findings that another one explains turned into a word that points to it."""
     by_name = {o.probe: o for o in outcomes}
     explained: dict[str, str] = {}
+    crash = next((o for o in outcomes if o.evidence.startswith("crashes the process")), None)
+    for o in outcomes:
+        if crash is not None and o.evidence == crash.evidence and o is not crash:
+            explained[o.probe] = crash.probe
+    subsets = by_name.get("requires_grad_subsets")
+    if subsets and subsets.verdict == "finding" and subsets.diagnosis == VALUE_DEPENDS:
+        for name in _NUMBERS:  # differences are taken without a gradient: of another function
+            explained.setdefault(name, "requires_grad_subsets")
     for cause, consequences in CONSEQUENCES.items():
         if cause not in by_name or by_name[cause].verdict != "finding" or cause in explained:
             continue
         for name in consequences:
-            if name != cause and name in by_name and by_name[name].verdict == "finding":
+            if name != cause and name != (crash.probe if crash else ""):
                 explained.setdefault(name, cause)
-    subsets = by_name.get("requires_grad_subsets")
-    if subsets and subsets.verdict == "finding" and subsets.diagnosis == VALUE_DEPENDS:
-        for name in _NUMBERS:  # differences are taken without a gradient: of another function
-            if name in by_name and by_name[name].verdict == "finding":
-                explained[name] = "requires_grad_subsets"
-    crash = next((o.evidence for o in outcomes if o.evidence.startswith("crashes the process")), None)
-    first = next((o.probe for o in outcomes if o.evidence == crash), "")
-    for o in outcomes:
-        if crash is not None and o.evidence == crash and o.probe != first:
-            explained.setdefault(o.probe, first)
     return [
         dataclasses.replace(
             o, verdict="skipped", evidence=f"see {explained[o.probe]}: {o.evidence}", diagnosis=""
         )
-        if o.probe in explained
+        if o.probe in explained and o.verdict == "finding"
         else o
         for o in outcomes
     ]

@@ -196,7 +196,10 @@ class _Plan(NamedTuple):
 def _planned(options: argparse.Namespace) -> _Plan:
     settings = project_settings()
     only = options.only.split(",") if options.only else None
-    level = options.level or settings.level or "full"
+    wanted = options.level or settings.level or "full"
+    level = next((known for known in LEVELS if known == wanted), None)
+    if level is None:
+        raise _Mistake(f"[tool.manualprop.verify] level must be one of {', '.join(LEVELS)}. Got {wanted!r}")
     baseline = options.baseline or settings.baseline
     if options.update_baseline and baseline is None:
         raise _Mistake("--update-baseline: name the file by --baseline FILE, or in pyproject.toml")

@@ -55,17 +55,20 @@ class _Counting(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        entries = [t.numel() for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
-        product = _product(func, args)
-        self.units += 1.0 + (sum(entries) + product) / 4000.0
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        entries = [t.numel() for t in (*tensors, *tree_leaves(result)) if isinstance(t, Tensor)]
+        self.units += 1.0 + (sum(entries) + _product(func, tensors, result)) / 4000.0
         return result
 
 
-def _product(func: Any, args: tuple[Any, ...]) -> float:
-    """Multiplications of a matrix product or a convolution, at a tenth of what another operation takes."""
+def _product(func: Any, tensors: Sequence[Tensor], result: Any) -> float:
+    """Multiplications of a matrix product, at a tenth of what another operation takes, or of a convolution."""
     name = str(func)
-    tensors = [t for t in args if isinstance(t, Tensor)]
-    if not any(word in name for word in ("mm", "conv", "matmul", "attention")) or len(tensors) < 2:
-        return 0.0
-    a, b = tensors[-2:]
-    return 0.1 * a.numel() * b.numel() / max(1, a.shape[-1] if a.dim() else 1)
+    made = max((t.numel() for t in tree_leaves(result) if isinstance(t, Tensor)), default=0)
+    if "conv" in name:
+        weight = next((t for t in tensors[1:] if t.dim() > 2), None)
+        most = max([made, *(t.numel() for t in tensors)])
+        return 0.0 if weight is None else float(most * weight.numel() // max(1, weight.shape[0]))
+    if any(word in name for word in ("mm", "matmul", "attention")) and tensors and tensors[-1].dim() > 1:
+        return 0.1 * made * tensors[-1].shape[-2]
+    return 0.0

@@ -21,4 +21,5 @@ def normal(shape: Sequence[int], source: torch.Generator) -> Tensor:
     Not by torch.randn: the same seed then still gives other numbers than a user's.
     """
     uniform = torch.rand(tuple(shape), generator=source, dtype=torch.float64)
-    return torch.special.ndtri(uniform.clamp(1e-12, 1 - 1e-12))
+    drawn: Tensor = torch.special.ndtri(uniform.clamp(1e-12, 1 - 1e-12))
+    return drawn

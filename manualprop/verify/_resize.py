@@ -90,7 +90,7 @@ def _made(s: Subject, axis: Axis, n: int, seed: int) -> Subject:
 
 def has_repeats(t: Tensor) -> bool:
     """Whether some value is there twice."""
-    return t.unique().numel() < t.numel()
+    return bool(t.unique().numel() < t.numel())
 
 
 def never_repeats(s: Subject, i: int, t: Tensor) -> bool:

@@ -147,7 +147,7 @@ class LogarithmOfPositiveNumbersOnly(Function):
     "sizes",
     "zero_size",
     "first_order",
-    args=lambda r: (),
+    args=lambda r: _counted(4, 3),
     inputs=lambda rows=4, width=3: _counted(rows, width),
 )
 class MeanOfRaggedRows(Function):

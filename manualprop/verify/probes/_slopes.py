@@ -26,13 +26,16 @@ def slope(
 ) -> Slope:
     """Along ``direction`` of point ``i``, of the outputs weighed by ``v``; those at a kink are left out.
 
-    What differs is looked at a second time, by small steps: far out large ones may go over what is there.
+    What differs is looked at a second time, by steps of the size of what is there: far out, or close to 0, other ones
+    may go over it.
     """
     direction = s.tangent(i, direction)
     found = _slope(s, points, i, direction, v)
-    if not found.wrong:
+    if not found.wrong or not bool(direction.any()):
         return found
-    again = _slope(s, points, i, direction * (0.37 / max(1.0, float(direction.abs().max()))), v)
+    entry = float(points[i].reshape(-1)[int(direction.abs().argmax())].abs())
+    local = entry if 0 < entry < 1 else 1.0
+    again = _slope(s, points, i, direction * (0.37 * local / float(direction.abs().max())), v)
     return found if again.wrong else found._replace(wrong=False, measured=again.measured)
 
 

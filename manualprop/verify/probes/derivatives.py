@@ -182,7 +182,7 @@ def _not_linear(
             continue
         scale = want.abs().max().item()
         error = (a - want).abs().nan_to_num(torch.inf).max().item()
-        allowed = max(s.precision if rounded else 1e-12, torch.finfo(want.dtype).eps) * max(
+        allowed = max(s.precision if rounded else 1e-6, torch.finfo(want.dtype).eps) * max(
             scale, *terms[i : i + 1], 0.0
         )
         allowed += 100 * rounded * s.roughness[i] + torch.finfo(want.dtype).tiny

@@ -305,7 +305,7 @@ def autocast(s: Subject) -> Outcome:
             )
         if a is None or b is None or not b.numel() or not torch.isfinite(b).all():
             continue
-        scale = max(b.abs().max().item(), 0.01 * largest)
+        scale = max(b.abs().max().item(), 0.1 * largest)
         off = (a.double() - b.double()).abs()
         allowed = max(ROUNDINGS[torch.bfloat16] * eps, 8 * forward) * scale + 8 * moved + 1e-30
         if not bool((off <= allowed).all()):

@@ -102,7 +102,8 @@ def _at_extreme(s: Subject, at: Extreme, points: Sequence[Tensor]) -> tuple[str,
     for i, g in enumerate(first):
         if g is None or torch.isfinite(g).all():
             continue
-        if theirs is not None and theirs[i] is not None and bool(torch.isfinite(theirs[i]).all()):
+        right = None if theirs is None else theirs[i]
+        if right is not None and bool(torch.isfinite(right).all()):
             return f"the gradient of {s.names[i]} is {_not_finite(g)}, the reference's is finite", True
         if _has_slope(s, points, i, g):
             return (

@@ -86,13 +86,24 @@ def _wrong_slope(s: Subject, axis: Axis | None, seed: int) -> str | None:
             hand, size = float(parts.sum()), float(parts.norm())
             evaluate = s.along([d if j == i else None for j in range(len(s.points))])
             numeric = _agreeing(evaluate, weights, hand, size, scatter)
+            if numeric is not None:  # is it as rough here as it was where the noise was measured?
+                rougher = max(
+                    scatter, 4 * float((weights * _numeric.noises(evaluate).nan_to_num(torch.inf)).norm())
+                )
+                by_hand = 100 * s.roughness[i] * float(d.abs().sum())
+                numeric = _agreeing(evaluate, weights, hand, size, rougher, by_hand)
             if numeric is not None:
                 return f"slope along {where} of {s.names[i]}: {hand:.6g} by backward, {numeric:.6g} by differences"
     return None
 
 
 def _agreeing(
-    evaluate: _numeric.Evaluate, weights: Tensor, hand: float, size: float, scatter: float
+    evaluate: _numeric.Evaluate,
+    weights: Tensor,
+    hand: float,
+    size: float,
+    scatter: float,
+    by_hand: float = 0.0,
 ) -> float | None:
     """None if differences with some step agree with ``hand`` or none can tell; else the best of them.
 
@@ -106,7 +117,7 @@ def _agreeing(
         doubt = scatter / h
         if not math.isfinite(numeric) or doubt > 0.01 * scale + 1e-7:
             continue
-        off = abs(hand - numeric) - doubt - RTOL * scale - 1e-7
+        off = abs(hand - numeric) - doubt - by_hand - RTOL * scale - 1e-7
         if off <= 0:
             return None
         if best is None or off < best[0]:
@@ -204,9 +215,11 @@ def _remember_noise(s: Subject) -> None:
 
 def _affordable(s: Subject, axis: Axis, wanted: Sequence[int]) -> list[int]:
     """Those sizes that memory and time allow, judged by how the largest tensor grows."""
-    small, large = 64, 128
-    if any(refusal(s, axis, n) is not None for n in (small, large)):
-        return [n for n in wanted if n <= 31]
+    pairs = ((64, 128), (16, 32), (8, 16))
+    pair = next(((k, n) for k, n in pairs if _bytes_of_inputs(s, axis, n) <= MOST_BYTES / 16), None)
+    if pair is None or any(refusal(s, axis, n) is not None for n in pair):
+        return [n for n in wanted if n <= 31 and _bytes_of_inputs(s, axis, n) <= MOST_BYTES / 16]
+    small, large = pair
     low, high = (cost(resized(s, axis, n)) for n in (small, large))
     power = max(1.0, math.log2(high.bytes / low.bytes)) if low.bytes else 1.0
     # What does not grow with the size is no matter: an operation on few numbers takes as long as on none.
@@ -217,6 +230,18 @@ def _affordable(s: Subject, axis: Axis, wanted: Sequence[int]) -> list[int]:
         if high.bytes * (n / large) ** power <= MOST_BYTES
         and (n <= large or high.units + more * (n**power - large**power) <= MOST_UNITS)
     ]
+
+
+def _bytes_of_inputs(s: Subject, axis: Axis, n: int) -> float:
+    """Of all inputs together with length ``n``: a kernel whose every length is the same grows with its fourth power."""
+    if axis.size or not axis.length:
+        return 0.0
+    total = 0.0
+    for tensors, places in ((dict(enumerate(s.points)), axis.points), (s.others(), axis.others)):
+        for i, t in tensors.items():
+            grown = sum(1 for j, _ in places if j == i)
+            total += t.numel() * t.element_size() * (n / axis.length) ** grown
+    return total
 
 
 def _failing(

@@ -17,7 +17,9 @@ from planted import (
     defects_state,
     library,
     library_models,
+    twins_library,
     twins_numbers,
+    twins_sequences,
     twins_shapes,
     twins_state,
 )
@@ -44,7 +46,9 @@ FAMILIES = (
     defects_state,
     library,
     library_models,
+    twins_library,
     twins_numbers,
+    twins_sequences,
     twins_shapes,
     twins_state,
 )

@@ -86,7 +86,7 @@ def symmetric(a: Tensor) -> Tensor:
     return vectors @ torch.diag_embed(values.clamp(min=0.1)) @ vectors.mT
 
 
-def _definite(r) -> tuple[Tensor]:
+def definite(r) -> tuple[Tensor]:
     a = r(4, 4).detach()
     return ((a @ a.T + 4 * torch.eye(4, dtype=torch.float64)).requires_grad_(),)
 
@@ -101,7 +101,7 @@ def _definite(r) -> tuple[Tensor]:
     "repeat",
     "same_input",
     "input_layout",
-    args=_definite,
+    args=definite,
     project=symmetric,
 )
 class RootOfADefiniteMatrix(Function):

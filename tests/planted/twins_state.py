@@ -253,15 +253,13 @@ class ReversibleBlock(nn.Module):
         self.f, self.g = nn.Linear(2, 2), nn.Linear(2, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Reversible.apply(self, x, *self.f.parameters(), *self.g.parameters())
+        return _Reversible.apply(self, 1.0, x, *self.f.parameters(), *self.g.parameters())
 
 
 class _Reversible(Function):
-    sign = 1.0
-
     @staticmethod
-    def forward(ctx, module, x, *parameters):
-        ctx.module = module
+    def forward(ctx, module, sign, x, *parameters):
+        ctx.module, ctx.sign = module, sign
         a, b = x.chunk(2, -1)
         with torch.no_grad():
             a = a + module.f(b).tanh()
@@ -281,13 +279,13 @@ class _Reversible(Function):
             a_in = a.clone().requires_grad_()
             inner = module.g(a_in).tanh()
         back = gradients(inner, (a_in, *module.g.parameters()), db)
-        b = b - inner.detach()
+        b = b - ctx.sign * inner.detach()
         da = da + back[0]
         with torch.enable_grad():
             b_in = b.clone().requires_grad_()
             inner = module.f(b_in).tanh()
         front = gradients(inner, (b_in, *module.f.parameters()), da)
-        return None, torch.cat([da, db + front[0]], -1), *front[1:], *back[1:]
+        return None, None, torch.cat([da, db + front[0]], -1), *front[1:], *back[1:]
 
 
 control("first_order", "dtypes", "saved_tensors", args=lambda r: (r(3, 4),), name="reversible_block_of_two")(

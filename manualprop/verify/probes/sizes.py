@@ -27,7 +27,7 @@ from manualprop.verify._resize import (
 )
 from manualprop.verify._subject import OutsideDomain, Subject
 
-FIRST = (1, 7, 257, 1025)  # of every axis; of the batch also
+FIRST = (1, 7, 8, 257, 1025)  # of every axis; of the batch also
 MORE = (65537, 256, 255, 127, 31, 13, 1023, 65535)
 MOST_BYTES = 16 << 20  # of one tensor
 MOST_UNITS = 4_000.0  # of work in one evaluation (see _budget)

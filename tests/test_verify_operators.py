@@ -53,6 +53,14 @@ KNOWN: dict[str, Known] = {
         ("partial_outputs", "input_layout", "output_requires_grad"),
         "through its second output alone nothing comes back, and it reads a strided weight without its stride",
     ),
+    "nn_functional_group_norm": Known(
+        ("zero_size",), "of an input that is empty in space the gradient of the weight is NaN"
+    ),
+    "nn_functional_max_unpool3d": Known(
+        ("first_order", "input_layout"),
+        "of places that repeat one value is kept and each gets the gradient; backward raises for a strided input",
+    ),
+    "nn_functional_max_unpool3d_grad": Known(("input_layout",), "backward raises for a strided input"),
     "nn_functional_linear_cross_entropy_chunked": Known(
         ("second_order", "forward_mode"), "its second derivative and its tangent are 0, in silence"
     ),
@@ -73,6 +81,8 @@ DOMAINS: dict[str, dict[str, Any]] = {
     "linalg_cholesky_ex": {"project": symmetric},
     "cholesky_inverse": {"project": torch.tril},
     "cholesky_solve": {"project": {"args[1]": torch.tril}},
+    "nn_functional_max_unpool1d": {"unique": ["args[1]"]},
+    "nn_functional_max_unpool2d": {"unique": ["args[1]"]},
 }
 
 

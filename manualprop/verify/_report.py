@@ -183,7 +183,7 @@ REASONS = (
     ),
     (re.compile(r"once_differentiable"), "backward is marked @once_differentiable: no second derivative"),
     (
-        re.compile(r"forward mode AD|jvp.*not implemented|implement.*jvp", re.I),
+        re.compile(r"forward (mode )?AD|jvp.*not implemented|implement.*jvp", re.I),
         "no jvp: forward mode is not supported",
     ),
     (

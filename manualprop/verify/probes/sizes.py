@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -31,6 +33,7 @@ FIRST = (1, 7, 8, 257, 1025)  # of every axis; of the batch also
 MORE = (65537, 256, 255, 127, 31, 13, 1023, 65535)
 MOST_BYTES = 16 << 20  # of one tensor
 MOST_UNITS = 4_000.0  # of work in one evaluation (see _budget)
+MOST_SECONDS = 0.5  # of processor time in one evaluation
 IN_ALL = 60_000.0  # units for all sizes together, after which larger ones are left out
 STEPS = (1e-4, 1e-5, 1e-3, 1e-6, 1e-2, 1e-7)
 RTOL = 1e-5
@@ -224,12 +227,35 @@ def _affordable(s: Subject, axis: Axis, wanted: Sequence[int]) -> list[int]:
     power = max(1.0, math.log2(high.bytes / low.bytes)) if low.bytes else 1.0
     # What does not grow with the size is no matter: an operation on few numbers takes as long as on none.
     more = (high.units - low.units) / (large**power - small**power)
-    return [
+    allowed = [
         n
         for n in wanted
         if high.bytes * (n / large) ** power <= MOST_BYTES
         and (n <= large or high.units + more * (n**power - large**power) <= MOST_UNITS)
     ]
+    allowed = _in_time(s, axis, allowed, small, large)
+    return _in_time(s, axis, allowed, 257, 1025) if {257, 1025} <= set(allowed) else allowed
+
+
+def _in_time(s: Subject, axis: Axis, wanted: Sequence[int], small: int, large: int) -> list[int]:
+    """Those sizes that do not take a thousand times what their number of entries says: loops inside an operation.
+
+    By processor time, and far from any usual time, so that a loaded machine says the same.
+    """
+    if not any(n > large for n in wanted):
+        return list(wanted)
+    before, after = (min(_seconds(s, axis, n) for _ in range(2)) for n in (small, large))
+    power = min(4.0, max(1.0, math.log(after / before) / math.log(large / small)))
+    return [n for n in wanted if n <= large or after * (n / large) ** power <= MOST_SECONDS]
+
+
+def _seconds(s: Subject, axis: Axis, n: int) -> float:
+    """Of processor time, for one forward and backward."""
+    there = resized(s, axis, n)
+    start = time.process_time()
+    with contextlib.suppress(Exception):  # whatever the checked code raises
+        there.gradients()
+    return max(time.process_time() - start, 1e-6)
 
 
 def _bytes_of_inputs(s: Subject, axis: Axis, n: int) -> float:

@@ -67,9 +67,8 @@ class _Intercepting:
                 Path(baseline) if baseline else None,
                 options.manualprop_update_baseline,
             )
-        except (ValueError, StopIteration) as mistake:
-            text = str(mistake) or "the level must be quick, full or deep"
-            raise pytest.UsageError(f"--manualprop-intercept: {text}") from None
+        except ValueError as mistake:
+            raise pytest.UsageError(f"--manualprop-intercept: {mistake}") from None
 
     def pytest_runtest_setup(self) -> None:
         self.interceptor.watch_overriding()

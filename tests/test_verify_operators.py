@@ -45,6 +45,33 @@ KNOWN: dict[str, Known] = {
     "logaddexp": Known(("extremes",), "its second derivative is NaN in float32 at 90: exp overflows"),
     "logaddexp2": Known(("extremes",), "its second derivative is NaN in float32 at 800: exp2 overflows"),
     "lu": Known(("extremes",), "its gradient is NaN for a singular matrix, where the value is finite"),
+    "qr": Known(("extremes",), "its gradient for a matrix without full rank is rounding"),
+    "nn_functional_prelu": Known(("ties",), "at 0 forward mode takes another slope than backward"),
+    "nn_functional_rrelu": Known(
+        ("checkpointing",), "under checkpoint its gradient is memory that was never written (6.9e-310)"
+    ),
+    "nn_functional_hardsigmoid": Known(("dtypes",), "its slope in float64 is a sixth in float32"),
+    "nn_functional_mish": Known(("extremes",), "its second derivative is NaN in float32 at 90"),
+    "nn_functional_binary_cross_entropy": Known(
+        ("extremes",),
+        "the value clamps the logarithm, and the gradient of the target is infinite all the same",
+    ),
+    "nn_functional_softshrink": Known(
+        ("extremes", "ties"), "with lambd=0 it is the identity, and its gradient at 0 is 0"
+    ),
+    "select_scatter": Known(
+        ("vmap",), "batched, the gradient of what is written is as many times too large as the axis is long"
+    ),
+    "triangular_solve": Known(
+        ("forward_mode",), "its tangent depends on the triangle that the value does not read"
+    ),
+    "polar": Known(("extremes",), "its gradient at a radius of 0 is 0, and its slope is cos and sin"),
+    **{
+        f"polygamma_polygamma_n_{n}": Known(
+            ("dtypes",), "its gradient is infinite in float16, where it is in range"
+        )
+        for n in range(5)
+    },
     "native_layer_norm": NO_GRADIENT,
     "native_batch_norm": NO_GRADIENT,
     "_native_batch_norm_legit": NO_GRADIENT,
@@ -81,6 +108,7 @@ DOMAINS: dict[str, dict[str, Any]] = {
     "linalg_cholesky_ex": {"project": symmetric},
     "cholesky_inverse": {"project": torch.tril},
     "cholesky_solve": {"project": {"args[1]": torch.tril}},
+    "index_copy": {"unique": ["args[2]"]},
     "nn_functional_max_unpool1d": {"unique": ["args[1]"]},
     "nn_functional_max_unpool2d": {"unique": ["args[1]"]},
 }

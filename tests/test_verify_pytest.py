@@ -6,6 +6,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from torch.autograd import Function
+
+from manualprop.verify._intercept import Interceptor
 
 pytest_plugins = ["pytester"]
 
@@ -117,14 +120,26 @@ def test_own_apply():
         "--manualprop-only=first_order",
         "--manualprop-baseline=known.json",
     ]
-    missing = run(pytester, tests, *options)
-    missing.stderr.fnmatch_lines(["*there is no baseline known.json*"])
     run(pytester, tests, *options, "--manualprop-update-baseline", "-k", "steep").assert_outcomes(
         passed=1, deselected=1
     )
     run(pytester, tests, *options).assert_outcomes(passed=1, failed=1)
-    wrong = run(pytester, tests, "--manualprop-intercept=ops", "--manualprop-level=slow")
-    wrong.stderr.fnmatch_lines(["*the level must be quick, full or deep*"])
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"level": "slow"}, "the level must be one of quick, full, deep. Got 'slow'"),
+        ({"only": ["vmapp"]}, "Did you mean 'vmap'"),
+        ({"baseline": Path("no-such.json")}, "there is no baseline no-such.json"),
+        ({"update": True}, "name the baseline"),
+    ],
+)
+def test_a_mistake_in_the_interception_is_told_before_anything_is_wrapped(options, text) -> None:
+    apply = Function.apply
+    with pytest.raises(ValueError, match=text):
+        Interceptor(["ops"], **options)
+    assert Function.apply == apply
 
 
 def test_the_fixture(pytester: pytest.Pytester) -> None:

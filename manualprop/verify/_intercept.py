@@ -44,7 +44,7 @@ class Interceptor:
     ) -> None:
         self.packages = tuple(packages)
         self.settings = project_settings()
-        self.level: Level = next(k for k in LEVELS if k == (level or self.settings.level or "quick"))
+        self.level = _level(level or self.settings.level or "quick")
         self.only = list(only) if only else None
         self.probes = [p.name for p in chosen(self.level, self.only)]
         self.baseline, self.update = baseline or self.settings.baseline, update
@@ -133,6 +133,13 @@ class Interceptor:
         ]
         nothing = f"no torch.autograd.Function of {', '.join(self.packages)} was called with an input that requires grad"
         return lines or [nothing]
+
+
+def _level(name: str) -> Level:
+    found = next((level for level in LEVELS if level == name), None)
+    if found is None:
+        raise ValueError(f"the level must be one of {', '.join(LEVELS)}. Got {name!r}.")
+    return found
 
 
 def _kept(value: Any) -> Any:

@@ -67,6 +67,7 @@ class Subject:
         self.dtype = dtype
         self._leaves, self._spec = tree_flatten((tuple(case.args), dict(case.kwargs)))
         self._relative_noise = 0.0  # of the outputs, inherited by other sizes
+        self._largest = 0.0  # output, inherited by other sizes
         self._not_leaf = False  # hand over non-leaf tensors, to a function that writes into its input
         self._through: torch.dtype | None = None  # to which what is not differentiated is rounded first
         self._unique: frozenset[int] = frozenset()  # leaves whose integers are found never to repeat
@@ -132,7 +133,7 @@ class Subject:
     def kept(self, result: Any) -> tuple[Tensor, ...]:
         """The floating tensors in what a call has returned."""
         outputs = floating(result)
-        if self._exchange is not None:
+        if self._exchange is not None and not torch.compiler.is_compiling():
             self._exchange.remember(outputs)
         return outputs
 

@@ -78,6 +78,8 @@ def _wrong_slope(s: Subject, axis: Axis | None, seed: int) -> str | None:
     values = _numeric.flat(outputs)
     if not torch.isfinite(values).all():
         return None
+    if values.numel() and s._largest and float(values.abs().max()) > 1e8 * s._largest:
+        return None  # it blows up with the size, and the digits are gone
     scatter = 4 * float((weights * values).norm()) * max(torch.finfo(torch.float64).eps, s._relative_noise)
     for i, g in enumerate(found):
         g = torch.zeros_like(s.points[i]) if g is None else g
@@ -213,6 +215,7 @@ class Failure(NamedTuple):
 def _remember_noise(s: Subject) -> None:
     """Rounding relative to the largest output: other sizes inherit it."""
     largest = max((float(y.abs().max()) for y in s.outputs if y.numel()), default=0.0)
+    s._largest = largest if math.isfinite(largest) else 0.0
     s._relative_noise = s.noise / largest if largest > 0 and math.isfinite(largest) else 0.0
 
 

@@ -30,7 +30,9 @@ def rows(table):
 def checked(row: Defect | Control, **options) -> Report:
     call = row.make()
     args = () if "inputs" in row.options else call.args
-    return check(call.fn, *args, kwargs=call.kwargs, **{**row.options, **options})
+    report = check(call.fn, *args, kwargs=call.kwargs, **{**row.options, **options})
+    assert not [o for o in report if "the probe itself raises" in o.evidence], report.table()
+    return report
 
 
 # ---------------------------------------------------------------- the tables themselves

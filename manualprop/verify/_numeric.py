@@ -32,9 +32,17 @@ def steps(dtype: torch.dtype, levels: int) -> list[float]:
     return [first / RATIO**i for i in range(levels)]
 
 
-def derivative(evaluate: Evaluate, noise: float | Tensor, dtype: torch.dtype = torch.float64) -> Estimate:
-    """d/dt at 0 of ``evaluate``, whose values are uncertain by ``noise``, by central differences, extrapolated."""
-    h = steps(dtype, 7)
+def derivative(
+    evaluate: Evaluate,
+    noise: float | Tensor,
+    dtype: torch.dtype = torch.float64,
+    first: float | None = None,
+) -> Estimate:
+    """d/dt at 0 of ``evaluate``, whose values are uncertain by ``noise``, by central differences, extrapolated.
+
+    The largest step is ``first``, if it is given.
+    """
+    h = steps(dtype, 7) if first is None else [first / RATIO**k for k in range(4)]
     return _extrapolated(
         [(_safe(evaluate, s) - _safe(evaluate, -s)) / (2 * s) for s in h], 2, [noise / s for s in h]
     )

@@ -290,6 +290,27 @@ def test_sums_over_chunks_are_added_up_and_rows_put_together(monkeypatch: pytest
     assert [t.dtype for t in half] == [torch.bfloat16, torch.float32, torch.float32]
 
 
+def test_an_argument_that_is_given_away_is_written_to_chunk_by_chunk() -> None:
+    """Whether a program ends in its memory or elsewhere; all else is left alone."""
+
+    @formula("x (N, D), w (N, 1) -> y like x, norms (N, 1)")
+    def in_place(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.exp(x)
+        return y * w, y.sum(1, keepdim=True)
+
+    @formula("x (N, D), w (N, 1) -> y like x, norms (N, 1)")
+    def elsewhere(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.softmax(x, 1) * w, x.sum(1, keepdim=True)
+
+    for f in (in_place, elsewhere):
+        x, w = points(9, 4), points(9, 1)
+        expected, kept = f.function(x, w), w.clone()
+        with torch.no_grad():
+            y, norms = f(x, w, over=0)
+        assert y is x and torch.equal(w, kept)
+        torch.testing.assert_close((y, norms), expected)
+
+
 @pytest.mark.parametrize("bad", ["", "g (N)", "g N -> dx like g", "-> dx like g"])
 def test_a_legend_that_is_not_understood(bad: str) -> None:
     with pytest.raises(ValueError, match="a legend is written"):

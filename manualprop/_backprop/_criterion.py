@@ -18,7 +18,7 @@ from manualprop._splitting import compares_elements, denominator
 from manualprop._torch import nll_loss
 from manualprop.functions._elementwise_loss import ElementwiseLoss
 from manualprop.functions._execution import HALF, LARGE
-from manualprop.functions._execution._classes import REDUCTIONS, counting, divisor, log_softmax
+from manualprop.functions._execution._classes import REDUCTIONS, counting, divisor, log_softmax, where_counted
 from manualprop.functions.cross_entropy import gradient_of_all, gradient_of_log
 
 # (loss, gradient), from (output, target)
@@ -176,8 +176,7 @@ class Criterion:
         index, counted = counting(t.unsqueeze(1), self._ignored)
         D = divisor(index, w, counted)
         g = log_p.new_ones(()) / D if divide else log_p.new_ones(())
-        g = g if counted is None else g.where(counted, 0)
-        dx = gradient_of_log(log_p, g, index, w, over=0)
+        dx = gradient_of_log(log_p, where_counted(g, counted), index, w, over=0)
         return loss, D, dx if dx.dtype == x.dtype else dx.to(x.dtype)
 
 

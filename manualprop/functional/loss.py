@@ -19,7 +19,7 @@ from manualprop.functional._reduction import (
     warn_of_broadcasting,
 )
 from manualprop.functions._elementwise_loss import ElementwiseLoss
-from manualprop.functions._execution import plain_eager
+from manualprop.functions._execution import full, plain_eager
 from manualprop.functions.cross_entropy import weighted_probabilities
 
 __all__ = [
@@ -136,7 +136,10 @@ def _regression(
     _check_weight(input, weight)
     # torch makes the weighted loss from plain operations, and autocast does not cast those.
     return reduced_loss(
-        rule.apply(x, t, *p) * weight, reduction, torch.promote_types(x.dtype, weight.dtype), weight.sum()
+        rule.apply(x, t, *p) * weight,
+        reduction,
+        torch.promote_types(x.dtype, weight.dtype),
+        full(weight).sum() if reduction == "mean" else None,
     )
 
 
@@ -249,8 +252,9 @@ def kl_div(
     if not (input.is_floating_point() and target.is_floating_point()):
         raise RuntimeError("kl_div: Integral inputs not supported.")
     x, t = alike(input, target)
-    loss = reduced_loss(rule.apply(x, t), reduction, loss_dtype(x))
-    return loss / input.size()[0] if batchmean and input.dim() != 0 else loss
+    if batchmean and input.dim() != 0:
+        return reduced_loss(rule.apply(x, t), "mean", loss_dtype(x), input.size()[0])
+    return reduced_loss(rule.apply(x, t), reduction, loss_dtype(x))
 
 
 # ----- cross-entropy -----

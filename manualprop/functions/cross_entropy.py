@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from manualprop.functions._execution import _classes as aten
-from manualprop.functions._execution import formula, less_on_class, of_class, on_class, recorded
+from manualprop.functions._execution import formula, less_on_class, of_class, on_class, recorded, weight_of
 from manualprop.functions._execution._classes import classwise, in_rows, shape_of_targets, weights
 from manualprop.functions._rule import Rule, flat
-from manualprop.functions.norm import shaped
+from manualprop.functions.norm import shaped, weighted
 from manualprop.functions.softmax import dot
 
 __all__ = ["NLL", "CrossEntropy", "SoftCrossEntropy"]
@@ -69,16 +69,18 @@ class Mass(NamedTuple):
 
 def mass_of_index(t: Tensor, w: Tensor | None, e: float, a: float) -> Mass:
     """m_c = (1 - e) w_t 1[c = t] + a w_c with label smoothing e and a = e / C."""
+    w_t = weight_of(w, t)
+    if e == 0:
+        return Mass(w_t, w_t, t, None)
     if w is None:
-        return Mass(1.0, 1 - e, t, a or None)
-    w_t = of_class(w, t)
-    return Mass(w_t, w_t, t, None) if e == 0 else Mass((1 - e) * w_t + a * w.sum(), (1 - e) * w_t, t, a * w)
+        return Mass(1.0, 1 - e, t, a)
+    return Mass((1 - e) * w_t + a * w.sum(), (1 - e) * w_t, t, a * w)
 
 
 def mass_of_probabilities(t: Tensor, w: Tensor | None, e: float, a: float) -> Mass:
     """m_c = ((1 - e) t_c + a) w_c with label smoothing e and a = e / C."""
     m = t if e == 0 else (1 - e) * t + a
-    return any_mass(m if w is None else m * w)
+    return any_mass(weighted(m, w))
 
 
 def any_mass(m: Tensor) -> Mass:
@@ -92,8 +94,8 @@ def share(g: Tensor, t: Tensor, w: Tensor | None, ignored: int, reduction: str) 
     """
     t, counted = aten.counting(t, ignored)
     if reduction == "mean":
-        g = g / aten.divisor(t, w, counted)
-    return (g if counted is None else g.where(counted, 0)), t
+        g = aten.over(g, aten.divisor(t, w, counted))
+    return aten.where_counted(g, counted), t
 
 
 def spread(e: float, x: Tensor) -> float:
@@ -104,7 +106,19 @@ def spread(e: float, x: Tensor) -> float:
 # ----- the rules -----
 
 
-class CrossEntropy(Rule):
+class ClassLoss(Rule):
+    """Base of the rules of a prediction x, a target t and class weights w, then numbers: it keeps the three."""
+
+    abstract = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, t, w, *ctx.options = inputs
+        ctx.save_for_backward(x, t, w)
+        ctx.save_for_forward(x, t, w)
+
+
+class CrossEntropy(ClassLoss):
     r"""$l = -\sum_c m_c \log p_c$ with $p = \operatorname{softmax}(x)$ and class indices $t$ as targets
 
     The mass on class c, with class weights w (1 without), label smoothing e and t /= ignore_index:
@@ -138,12 +152,6 @@ class CrossEntropy(Rule):
         return aten.cross_entropy(x, t, w, ignored, e, reduction)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, t, w, *ctx.options = inputs
-        ctx.save_for_backward(x, t, w)
-        ctx.save_for_forward(x, t, w)
-
-    @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, t, w = ctx.saved_tensors
         ignored, e, reduction = ctx.options
@@ -167,10 +175,10 @@ class CrossEntropy(Rule):
         x, t, w = ctx.saved_tensors
         ignored, e, reduction = ctx.options
         dx = torch.zeros_like(x) if dx is None else dx  # class weights are constants, as in PyTorch
-        counted = t != ignored
-        z, index = in_rows(x, t.where(counted, 0))
-        dl = index_tangent(z, in_rows(dx)[0], index, weights(w, z), e, spread(e, x))
-        return aten.reduced(dl.reshape(t.shape).where(counted, 0), t, w, ignored, reduction)
+        index, counted = aten.counting(t, ignored)
+        (z, index), (dx,) = in_rows(x, index), in_rows(dx)
+        dl = index_tangent(z, dx, index, weights(w, z), e, spread(e, x)).reshape(t.shape)
+        return aten.reduced(aten.where_counted(dl, counted), t, w, ignored, reduction)
 
 
 def index_gradient_by_rule(x: Tensor, g: Tensor, t: Tensor, w: Tensor | None, e: float, a: float) -> Tensor:
@@ -215,7 +223,7 @@ def dense_mass(x: Tensor, t: Tensor, w: Tensor | None, e: float, a: float) -> Te
     return mass_of_index(t, w, e, a).dense(x)
 
 
-class SoftCrossEntropy(Rule):
+class SoftCrossEntropy(ClassLoss):
     r"""$l = -\sum_c m_c \log p_c$ with $p = \operatorname{softmax}(x)$ and the probability $t$ of each class as target
 
     The mass on class c, with class weights w (1 without) and label smoothing e:
@@ -239,12 +247,6 @@ class SoftCrossEntropy(Rule):
     @staticmethod
     def forward(x: Tensor, t: Tensor, w: Tensor | None, e: float, reduction: str) -> Tensor:
         return aten.cross_entropy(x, t, w, -100, e, reduction)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, t, w, *ctx.options = inputs
-        ctx.save_for_backward(x, t, w)
-        ctx.save_for_forward(x, t, w)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -324,8 +326,7 @@ def weighted_probabilities(t: Tensor, w: Tensor, e: float) -> Tensor:
 
 def mass_tangent(dt: Tensor, w: Tensor | None, e: float) -> Tensor:
     """dm = (1 - e) w dt of probabilities."""
-    dm = dt if e == 0 else (1 - e) * dt
-    return dm if w is None else dm * w
+    return weighted(dt if e == 0 else (1 - e) * dt, w)
 
 
 class CrossEntropyGradient(Rule):
@@ -390,7 +391,7 @@ def gradient_tangent(
     return db if dx is None else db + g * mass.M * p * (dx - dot(p, dx, 1))
 
 
-class NLL(Rule):
+class NLL(ClassLoss):
     r"""$l = -w_t x_t$, the log-probability of the class $t$, with class weights $w$ (1 without)
 
     Derivation
@@ -412,12 +413,6 @@ class NLL(Rule):
         return aten.nll(x, t, w, ignored, reduction)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, t, w, *ctx.options = inputs
-        ctx.save_for_backward(x, t, w)
-        ctx.save_for_forward(x, t, w)
-
-    @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, t, w = ctx.saved_tensors
         z, g, t = in_rows(x, g, t)
@@ -430,20 +425,19 @@ class NLL(Rule):
         x, t, w = ctx.saved_tensors
         ignored, reduction = ctx.options
         dx = torch.zeros_like(x) if dx is None else dx  # class weights are constants, as in PyTorch
-        counted = t != ignored
-        z, index = in_rows(dx, t.where(counted, 0))
+        index, counted = aten.counting(t, ignored)
+        z, index = in_rows(dx, index)
         dl = log_probability_tangent(z, index, weights(w, z)).reshape(t.shape)
-        return aten.reduced(dl.where(counted, 0), t, w, ignored, reduction)
+        return aten.reduced(aten.where_counted(dl, counted), t, w, ignored, reduction)
 
 
 @classwise("x (X), g (G), t (T), w (W) -> dx like x", lift=False)
 def log_probability_gradient(x: Tensor, g: Tensor, t: Tensor, w: Tensor | None) -> Tensor:
     """-g w_t 1[c = t]"""
-    return on_class(-g if w is None else -g * of_class(w, t), t, x)
+    return on_class(-g * weight_of(w, t), t, x)
 
 
 @classwise("dx (X), t (T), w (W) -> dl (T)")
 def log_probability_tangent(dx: Tensor, t: Tensor, w: Tensor | None) -> Tensor:
     """-w_t dx_t"""
-    dx_t = of_class(dx, t)
-    return -dx_t if w is None else -of_class(w, t) * dx_t
+    return -weight_of(w, t) * of_class(dx, t)

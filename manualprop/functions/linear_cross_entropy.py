@@ -27,7 +27,7 @@ from torch import Tensor
 
 from manualprop.functions._execution import formula, full, recorded, watched
 from manualprop.functions._execution._chunks import logits_in_chunks, without_autocast
-from manualprop.functions._execution._classes import classwise, counting, weights
+from manualprop.functions._execution._classes import classwise, counting, weights, where_counted
 from manualprop.functions._rule import Rule
 from manualprop.functions.cross_entropy import (
     Mass,
@@ -113,7 +113,7 @@ class LinearCrossEntropy(Rule):
             losses.append(l)
             logs.append(top.double() + S.double().log())
         l, a = torch.cat(losses), torch.cat(logs)
-        return (l if counted is None else l.where(counted, 0)).squeeze(1), a.squeeze(1)
+        return where_counted(l, counted).squeeze(1), a.squeeze(1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -128,9 +128,7 @@ class LinearCrossEntropy(Rule):
         g, ga = (None if d is None else d.unsqueeze(1) for d in (g, ga))
         g = torch.zeros_like(ga, dtype=full(x[:0]).dtype) if g is None and ga is not None else g
         assert g is not None  # autograd calls this only with a gradient
-        g = (
-            g if counted is None else g.where(counted, 0)
-        )  # infinite where a mean is over ignored targets alone
+        g = where_counted(g, counted)  # infinite where a mean is over ignored targets alone
         *needs, needs_t = ctx.needs_input_grad[:4]
         found: list[Tangent] = [None] * 8
         if any(needs):
@@ -160,7 +158,7 @@ class LinearCrossEntropy(Rule):
             dl.append(change)
             da.append(pu)
         l = torch.cat(dl)
-        l = l if counted is None else l.where(counted, 0)
+        l = where_counted(l, counted)
         return l.squeeze(1), torch.cat(da).to(a.dtype).squeeze(1)
 
 
@@ -347,14 +345,14 @@ class LinearCrossEntropyOnce(Rule):
         x, W, b = full(x), full(W), None if b is None else full(b)
         t, counted = targets(t, ignored)
         g = x.new_ones(len(t), 1, *t.shape[2:])
-        g = g if counted is None else g.where(counted, 0)
+        g = where_counted(g, counted)
         sums, losses = Sums(W, needs), []
         for n, z in chunks(x, W, b, rows, t):
             l, s = loss_and_gradient(z, t[n], w, g[n], e, spread(e, z), over=0)
             losses.append(l)
             sums.add(s, x[n])
         l = torch.cat(losses)
-        y = (l if counted is None else l.where(counted, 0)).sum()
+        y = where_counted(l, counted).sum()
         return y if T is None else y / like(T, y), *sums.found(dtype, y.dtype)
 
     @staticmethod

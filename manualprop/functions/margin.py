@@ -22,6 +22,7 @@ from manualprop.functions._execution import (
     formula,
     indicator,
     of_class,
+    weight_of,
 )
 from manualprop.functions._execution._classes import in_rows, kernel, lifted, longest
 from manualprop.functions._rule import Rule, flat
@@ -459,7 +460,7 @@ def multi_margin(x: Tensor, t: Tensor, p: int, m: float, w: Tensor | None) -> Te
     z = missed(x, index, m)
     h = chosen(indicator(z > 0, z), z) ** p
     l = h.scatter(1, index, 0).sum(1, keepdim=True) / x.shape[1]
-    return (l if w is None else of_class(w, index) * l).reshape(t.shape)
+    return (weight_of(w, index) * l).reshape(t.shape)
 
 
 def missed(x: Tensor, t: Tensor, m: float) -> Tensor:
@@ -474,7 +475,7 @@ def multi_margin_slope(x: Tensor, g: Tensor, t: Tensor, w: Tensor | None, p: int
     h = flat(k, z) if p == 1 else 2 * chosen(k, z)
     h = h.scatter(1, t, 0)
     h = h.scatter(1, t, -h.sum(1, keepdim=True))
-    return (g / C if w is None else g * of_class(w, t) / C) * h
+    return weight_of(w, t) * g / C * h
 
 
 @formula("x (N, C), g (N, 1), t (N, 1), w (C) -> dx like x")

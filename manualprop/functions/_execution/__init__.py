@@ -25,3 +25,4 @@ from manualprop.functions._execution._words import inside as inside
 from manualprop.functions._execution._words import less_on_class as less_on_class
 from manualprop.functions._execution._words import of_class as of_class
 from manualprop.functions._execution._words import on_class as on_class
+from manualprop.functions._execution._words import weight_of as weight_of

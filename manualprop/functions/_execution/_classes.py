@@ -15,6 +15,7 @@ from torch import Tensor
 from manualprop._torch import cross_entropy_loss, nll_loss
 from manualprop.functions._execution import _formula
 from manualprop.functions._execution._formula import HALF, flattened, formula, full, plain_eager, watched
+from manualprop.functions._execution._lowering import kept_number
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # ATen's numbers
 MANY = 2**15  # numbers from which finding their places in memory pays, measured
@@ -35,12 +36,22 @@ def counting(t: Tensor, ignored: int) -> tuple[Tensor, Tensor | None]:
     return t.where(counted, 0), counted
 
 
+def where_counted(g: Tensor, counted: Tensor | None) -> Tensor:
+    """g, and 0 for an ignored target, whatever g is."""
+    return g if counted is None else g.where(counted, 0)
+
+
 def divisor(t: Tensor, w: Tensor | None, counted: Tensor | None) -> Tensor | int:
     """What a mean divides by: the sum of w_t over the targets that count; their number without weights."""
     if w is None:
         return t.numel() if counted is None else counted.sum()
     w_t = full(w)[t]
     return w_t.sum() if counted is None else (w_t * counted).sum()
+
+
+def over(g: Tensor, D: Tensor | int) -> Tensor:
+    """g / D, a number D as a tensor that is kept: ATen would make one of it each time."""
+    return g / (D if isinstance(D, Tensor) else kept_number(float(D), g.dtype, g.dtype))
 
 
 def examples(x: Tensor) -> int:
@@ -81,7 +92,7 @@ def nll(x: Tensor, t: Tensor, w: Tensor | None, ignored: int, reduction: str) ->
     if w is not None:
         x_t *= full(w)[index]
     x_t.neg_()
-    return reduced(x_t if counted is None else x_t.where(counted, 0), t, w, ignored, reduction)
+    return reduced(where_counted(x_t, counted), t, w, ignored, reduction)
 
 
 def reduced(l: Tensor, t: Tensor, w: Tensor | None, ignored: int, reduction: str) -> Tensor:
@@ -93,7 +104,7 @@ def reduced(l: Tensor, t: Tensor, w: Tensor | None, ignored: int, reduction: str
     if t.is_floating_point():
         return l.mean()
     t, counted = counting(t, ignored)
-    return l.sum() / divisor(t, w, counted)
+    return over(l.sum(), divisor(t, w, counted))
 
 
 def rows_to_lift(x: Tensor, t: Tensor) -> int:

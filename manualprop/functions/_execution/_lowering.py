@@ -250,7 +250,7 @@ def where_not(x: Tensor, g: Tensor, bound: float, out: Tensor | None = None) -> 
     torch.where and masked_fill take 4 to 40 times as long.
     """
     if x.numel() < FEW or not x.is_cpu:
-        zero, differs = _number(0.0, g.dtype, g.dtype), x != bound if bound else x.bool()
+        zero, differs = kept_number(0.0, g.dtype, g.dtype), x != bound if bound else x.bool()
         return torch.where(differs, g, zero) if out is None else torch.where(differs, g, zero, out=out)
     integers = BITS[g.itemsize]
     out = torch.empty_like(x, dtype=g.dtype) if out is None else out
@@ -259,14 +259,14 @@ def where_not(x: Tensor, g: Tensor, bound: float, out: Tensor | None = None) -> 
         k.copy_(x).mul_(g.view(integers))
         return out
     if bound == 0:
-        x = torch.add(x, _number(0.0, x.dtype, x.dtype), out=out)  # -0 has other bits than 0; -0 + 0 is 0
-    torch.ne(x.view(integers), _number(bound, x.dtype, integers), out=k)
+        x = torch.add(x, kept_number(0.0, x.dtype, x.dtype), out=out)  # -0 has other bits than 0; -0 + 0 is 0
+    torch.ne(x.view(integers), kept_number(bound, x.dtype, integers), out=k)
     k.mul_(g.view(integers))
     return out
 
 
 @functools.lru_cache(maxsize=256)
-def _number(value: float, dtype: torch.dtype, view: torch.dtype) -> Tensor:
+def kept_number(value: float, dtype: torch.dtype, view: torch.dtype) -> Tensor:
     with torch.inference_mode(False):  # the tensor is cached and outlives inference mode
         return torch.tensor(value, dtype=dtype, device="cpu").view(view)
 

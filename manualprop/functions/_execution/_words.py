@@ -90,3 +90,8 @@ def of_class(x: Tensor, t: Tensor) -> Tensor:
         one = torch.arange(x.numel(), device=x.device).view(x.shape) == t
         return (one * x).sum(1, keepdim=True)
     return x.reshape(-1)[t]
+
+
+def weight_of(w: Tensor | None, t: Tensor) -> Tensor | float:
+    """w_t, and 1 without weights."""
+    return 1.0 if w is None else of_class(w, t)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from manualprop import nn as nn
     from manualprop import verify as verify
     from manualprop._backprop import Backprop as Backprop
+    from manualprop._explain import explain as explain
     from manualprop._receipt import receipt as receipt
     from manualprop._swap import swap as swap
     from manualprop._swap import unswap as unswap
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _MODULES = ("descent", "functional", "functions", "interop", "nn", "verify")
 _NAMES = {
     "Backprop": "manualprop._backprop",
+    "explain": "manualprop._explain",
     "kernels": "manualprop.functions._execution._kernels",
     "receipt": "manualprop._receipt",
     "swap": "manualprop._swap",

@@ -46,6 +46,12 @@ COMMANDS = {
     ),
     "test": Command("evaluate a trained network on the test examples", "training", _LIGHTNING, _CLI),
     "predict": Command("write the predictions of a trained network to a file", "training", _LIGHTNING, _CLI),
+    "explain": Command(
+        "show the steps of an update with the numbers of a real batch",
+        "explain",
+        ("torch", "rich", "latex2mathml"),
+        "manualprop._explain_command",
+    ),
     "receipt": Command(
         "measure what a model keeps for its backward pass, layer by layer",
         "",

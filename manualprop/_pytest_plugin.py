@@ -6,6 +6,7 @@ It is loaded in every pytest run of an environment, so it imports pytest alone; 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,23 +25,50 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="verify every torch.autograd.Function of this package at the inputs that the tests call it with; "
         "a test that meets a wrong one fails",
     )
+    group.addoption(
+        "--manualprop-level",
+        metavar="LEVEL",
+        help="quick (the default), full or deep, of what is intercepted",
+    )
+    group.addoption("--manualprop-only", metavar="PROBE[,PROBE]", help="these probes only")
+    group.addoption(
+        "--manualprop-baseline",
+        metavar="FILE",
+        help="findings that are known: they fail no test, new ones do",
+    )
+    group.addoption(
+        "--manualprop-update-baseline",
+        action="store_true",
+        default=False,
+        help="write what is found into the baseline, and fail no test",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     # Before any conftest: a module may keep `op = MyFunction.apply`, which must be ours by then.
-    packages = early_config.known_args_namespace.manualprop_intercept
-    if packages:
-        early_config.pluginmanager.register(_Intercepting(packages), "manualprop-interceptor")
+    options = early_config.known_args_namespace
+    if options.manualprop_intercept:
+        early_config.pluginmanager.register(_Intercepting(options), "manualprop-interceptor")
 
 
 class _Intercepting:
     """Verifies, after each test, the Functions that it called."""
 
-    def __init__(self, packages: list[str]) -> None:
+    def __init__(self, options: Any) -> None:
         from manualprop.verify._intercept import Interceptor
 
-        self.interceptor = Interceptor(packages)
+        only, baseline = options.manualprop_only, options.manualprop_baseline
+        try:
+            self.interceptor = Interceptor(
+                options.manualprop_intercept,
+                options.manualprop_level,
+                only.split(",") if only else None,
+                Path(baseline) if baseline else None,
+                options.manualprop_update_baseline,
+            )
+        except ValueError as mistake:
+            raise pytest.UsageError(f"--manualprop-intercept: {mistake}") from None
 
     def pytest_runtest_setup(self) -> None:
         self.interceptor.watch_overriding()
@@ -52,6 +80,9 @@ class _Intercepting:
         if wrong:
             pytest.fail("\n\n".join(map(str, wrong)), pytrace=False)
         return result
+
+    def pytest_sessionfinish(self) -> None:
+        self.interceptor.finish()
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("gradients verified")
@@ -67,8 +98,17 @@ def verify_gradients() -> Callable[..., Report]:
         __tracebackhide__ = True
         from manualprop.verify import check
 
-        report = check(fn, *args, **options)
+        report = check(fn, *args, **{**options, "accept": _accepted(fn, options.get("accept"))})
         report.assert_passed()
         return report
 
     return verify
+
+
+def _accepted(fn: Any, accept: dict[str, str] | None) -> dict[str, str]:
+    """What pyproject.toml accepts of it, and what the test does."""
+    from manualprop.verify import Case
+    from manualprop.verify._settings import project_settings
+
+    function, name = (fn.fn, fn.name) if isinstance(fn, Case) else (fn, "")
+    return {**project_settings().accepted(function, name), **(accept or {})}

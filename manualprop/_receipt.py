@@ -1,4 +1,4 @@
-"""What a model keeps for its backward pass, layer by layer: measured, by hooks on every tensor that is saved."""
+"""Measures what a model keeps for its backward pass, layer by layer, by hooks on every saved tensor."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 ROOT = "(model)"  # stands for the empty path of the model itself
-BARS = 40  # layers that a picture has room for
+BARS = 40  # the most layers in a picture
 BEFORE, AFTER = "#E69F00", "#0072B2"  # Okabe and Ito's orange and blue
 
 
-class Layer(NamedTuple):
+class LayerReceipt(NamedTuple):
     """What the calls of one module keep.  A storage is counted once, in bytes, at the first layer that saved it.
 
-    - ``path``        in the model, as in ``named_modules``; empty for the model itself.
+    - ``path``        its path in the model, as in ``named_modules``; empty for the model itself.
     - ``kind``        its class.
-    - ``calls``       of its forward.
-    - ``kept``        bytes of storages that were made on the way: activations, masks, statistics, cast weights.
-    - ``shared``      bytes of storages that an earlier layer is charged with.
-    - ``inputs``      bytes of the model's own inputs, which live outside anyway.
-    - ``parameters``  bytes of its parameters' and buffers' own storage, which live anyway too.
+    - ``calls``       the number of calls of its forward.
+    - ``kept``        bytes of storages made in forward: activations, masks, statistics, cast weights.
+    - ``shared``      bytes of storages already counted at an earlier layer.
+    - ``inputs``      bytes of the model's own inputs, which are alive outside anyway.
+    - ``parameters``  bytes of the storages of parameters and buffers, which are alive anyway too.
     """
 
     path: str
@@ -49,7 +49,7 @@ class Layer(NamedTuple):
 
 
 class _Report:
-    """A table that prints itself, with rich where rich asks for it."""
+    """A table that prints itself, and with rich if rich prints it."""
 
     def table(self) -> tuple[str, list[str], list[list[str]]]:
         """Title, header and rows; the last row is the total."""
@@ -86,23 +86,23 @@ class _Report:
 
 
 class Receipt(_Report):
-    """What :func:`receipt` measured.  ``print`` shows it as a table.
+    """The result of :func:`receipt`.  ``print`` shows it as a table.
 
-    - ``layers``      a :class:`Layer` for each module that was called, in the order of their first calls; a container
-                      that saved nothing itself is left out.
-    - ``kept``        bytes kept for backward, parameters and inputs apart.
+    - ``layers``      a :class:`LayerReceipt` for each called module, in the order of the first calls; a
+                      container that saved nothing itself is left out.
+    - ``kept``        bytes kept for backward, without parameters and inputs.
     - ``inputs``      bytes of the model's inputs that backward needs.
     - ``parameters``  bytes of parameters and buffers that backward needs.
     """
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
+    def __init__(self, layers: Sequence[LayerReceipt]) -> None:
         self.layers = tuple(layers)
         self.kept = sum(layer.kept for layer in layers)
         self.inputs = sum(layer.inputs for layer in layers)
         self.parameters = sum(layer.parameters for layer in layers)
 
     def beside(self, after: Receipt) -> Comparison:
-        """This receipt and a later one of the same model, side by side: before and after a swap, say."""
+        """This receipt and a later one of the same model, side by side: for example around a swap."""
         return Comparison(self, after)
 
     def table(self) -> tuple[str, list[str], list[list[str]]]:
@@ -131,10 +131,10 @@ class Receipt(_Report):
         return json.dumps(self.as_dict(), indent=2)
 
     def save_png(self, path: str | Path) -> None:
-        """Draw a bar for each layer that keeps something, the largest where there are many.  Needs matplotlib.
+        """Draw a bar for each layer that keeps something; of many only the largest.  Needs matplotlib.
 
         Args:
-            path: of the picture; its folder is made where it does not exist.
+            path: the file of the picture; its folder is made if it does not exist.
 
         Raises:
             ImportError: if matplotlib is not installed.
@@ -149,10 +149,10 @@ class Comparison(_Report):
     def __init__(self, before: Receipt, after: Receipt) -> None:
         self.before, self.after = before, after
 
-    def pairs(self) -> dict[str, tuple[Layer, Layer]]:
-        """For each path the layer before and after, without a class and calls where there was none."""
+    def pairs(self) -> dict[str, tuple[LayerReceipt, LayerReceipt]]:
+        """For each path the layer before and after; a missing layer has no class and no calls."""
         before, after = ({layer.path: layer for layer in side.layers} for side in (self.before, self.after))
-        none = {path: Layer(path, "", 0, 0, 0, 0, 0) for path in before | after}
+        none = {path: LayerReceipt(path, "", 0, 0, 0, 0, 0) for path in before | after}
         return {path: (before.get(path, none[path]), after.get(path, none[path])) for path in none}
 
     def table(self) -> tuple[str, list[str], list[list[str]]]:
@@ -175,10 +175,10 @@ class Comparison(_Report):
         return json.dumps(self.as_dict(), indent=2)
 
     def save_png(self, path: str | Path) -> None:
-        """Draw two bars for each layer that keeps something, the largest where there are many.  Needs matplotlib.
+        """Draw two bars for each layer that keeps something; of many only the largest.  Needs matplotlib.
 
         Args:
-            path: of the picture; its folder is made where it does not exist.
+            path: the file of the picture; its folder is made if it does not exist.
 
         Raises:
             ImportError: if matplotlib is not installed.
@@ -196,21 +196,21 @@ class Comparison(_Report):
 def receipt(model: torch.nn.Module, /, *inputs: Any, **kwargs: Any) -> Receipt:
     """Measure what one forward pass of a model keeps for the backward pass, layer by layer.
 
-    The model is run once as it is, in its present mode, with gradients enabled.  Every tensor that autograd saves
-    and still holds at the end is charged to the innermost module that was running, by the bytes of its storage,
-    once; what is computed outside of any submodule is charged to the module whose forward computes it.  Generators,
-    buffers, gradients, hooks and modes are afterwards what they were before.
+    The model runs once as it is, in its current mode, with gradients enabled.  Each tensor that autograd
+    saves and still holds at the end counts once, with the bytes of its storage, for the innermost module that
+    was running.  A tensor computed outside any submodule counts for the module whose forward computes it.
+    Generators, buffers, gradients, hooks and modes are restored afterwards.
 
-    Not seen is what a module keeps by itself: tensors that a custom function stores on its context instead of saving
-    them, and those that a compiled or a checkpointed region packs by hooks of its own.
+    Two things are not seen: tensors that a custom function stores on its context instead of saving them, and
+    tensors that a compiled or a checkpointed region packs with its own hooks.
 
     Args:
         model: any module.  On the meta device nothing is computed or allocated, and the bytes are the same.
-        inputs, kwargs: what the model is called with.  A floating-point input that requires a gradient makes the
-            first layer keep what that takes.
+        inputs, kwargs: the arguments of the model's call.  If a floating-point input requires a gradient, the
+            first layer also keeps what that gradient needs.
 
     Returns:
-        A :class:`Receipt`, to be printed, or written as JSON or as a picture.
+        A :class:`Receipt`; print it, or write it as JSON or as a picture.
 
     Raises:
         TypeError: if ``model`` is not a module.
@@ -227,7 +227,7 @@ def receipt(model: torch.nn.Module, /, *inputs: Any, **kwargs: Any) -> Receipt:
         with watch, torch.inference_mode(False), torch.enable_grad():
             output = model(*inputs, **kwargs)
         layers = watch.layers(origin)
-        del output  # not before: what is kept hangs on it
+        del output  # not before: it holds the graph with the kept tensors
     return Receipt(layers)
 
 
@@ -235,7 +235,7 @@ def receipt(model: torch.nn.Module, /, *inputs: Any, **kwargs: Any) -> Receipt:
 
 
 class _Saved:
-    """A tensor that autograd has saved: lives as long as autograd's hold on it."""
+    """A tensor that autograd has saved; it lives as long as autograd holds it."""
 
     __slots__ = ("__weakref__", "tensor")
 
@@ -244,7 +244,7 @@ class _Saved:
 
 
 class _Watch:
-    """While entered, for one call of the model, notes what is saved, and which module is running."""
+    """A context for one call of the model: records what is saved, and which module is running."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._modules, self._undo = dict(_walked("", model, set())), ExitStack()
@@ -254,12 +254,12 @@ class _Watch:
 
     def __enter__(self) -> None:
         for path, module in self._modules.items():
-            if not path:  # all that is not a submodule's is the model's
+            if not path:  # the model itself gets everything outside its submodules
                 continue
             enter, leave = self._hooks(path)
-            for hook in (enter, leave):  # a block need not call its parts for these
+            for hook in (enter, leave):  # a block need not call its parts because of these
                 setattr(hook, "only_watches", True)  # noqa: B010
-            # First and last of the module's hooks: what the others save is the module's too.
+            # The first and the last of the module's hooks: what its other hooks save counts for the module.
             self._undo.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
             self._undo.callback(module.register_forward_hook(leave, always_call=True).remove)
         self._undo.enter_context(saved_tensors_hooks(self._pack, lambda saved: saved.tensor))
@@ -278,17 +278,17 @@ class _Watch:
         return enter, leave
 
     def _pack(self, tensor: Tensor) -> _Saved:
-        saved = _Saved(tensor.detach())  # with its history, an output would hold the graph that holds it
+        saved = _Saved(tensor.detach())  # not detached, an output would hold the graph that holds it
         self._saved.append((self._running[-1], weakref.ref(saved)))
         return saved
 
-    def layers(self, origin: dict[int, str]) -> list[Layer]:
-        """What is still held, storage by storage; ``origin`` tells which are inputs' and parameters'."""
+    def layers(self, origin: dict[int, str]) -> list[LayerReceipt]:
+        """What is still held, storage by storage; ``origin`` says which belong to inputs and parameters."""
         found = {path: dict.fromkeys(("kept", "shared", "inputs", "parameters"), 0) for path in self._calls}
         charged: dict[int, set[str]] = {}
         for path, reference in self._saved:
             saved = reference()
-            if saved is None:  # its graph is gone already
+            if saved is None:  # its graph was freed
                 continue
             for key, size in _bytes(saved.tensor).items():
                 layers = charged.setdefault(key, set())
@@ -297,14 +297,14 @@ class _Watch:
                 layers.add(path)
         containers = {path.rpartition(".")[0] for path in self._modules if path}
         return [
-            Layer(path, _kind(self._modules[path]), self._calls[path], **sizes)
+            LayerReceipt(path, _kind(self._modules[path]), self._calls[path], **sizes)
             for path, sizes in found.items()
             if any(sizes.values()) or path not in containers
         ]
 
 
 def _bytes(t: Tensor) -> dict[int, int]:
-    """The bytes of each storage of a tensor, whole, however little of it the tensor shows."""
+    """The bytes of each whole storage of a tensor, even if the tensor is a small view of it."""
     if is_wrapper(t):
         parts = [getattr(t, name) for name in t.__tensor_flatten__()[0]]
     elif t.layout == torch.sparse_coo:
@@ -318,7 +318,7 @@ def _bytes(t: Tensor) -> dict[int, int]:
 def _walked(
     path: str, module: torch.nn.Module, seen: set[torch.nn.Module]
 ) -> Iterator[tuple[str, torch.nn.Module]]:
-    """``named_modules``, but not into what is compiled, which runs as one, nor what is scripted, which takes no hooks."""
+    """``named_modules``, without the inside of compiled modules (they run as one) and scripted ones."""
     seen.add(module)
     yield path, module
     if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
@@ -344,7 +344,7 @@ def _refuse_lazy(model: torch.nn.Module) -> None:
 
 @contextmanager
 def _as_found(model: torch.nn.Module) -> Iterator[None]:
-    """Within, the buffers are copies and the generators may advance; afterwards all are as before."""
+    """Inside, the buffers are copies and the generators may advance; afterwards all are restored."""
     held = [(m._buffers, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     copies = {id(b): b.detach().clone() for _, _, b in held}
     cuda = {t.device for t in _own_tensors(model) if t.device.type == "cuda"}
@@ -367,7 +367,7 @@ def _as_found(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _kind(module: torch.nn.Module) -> str:
-    """The class: with its package where it is torch's or ours, whose names are the same."""
+    """The name of the class; with its package for torch's classes and ours, which have the same names."""
     kind = type(module)
     for package in ("torch.nn", "manualprop.nn"):
         if kind.__module__.startswith(package):
@@ -375,7 +375,7 @@ def _kind(module: torch.nn.Module) -> str:
     return kind.__qualname__
 
 
-def _label(layer: Layer) -> str:
+def _label(layer: LayerReceipt) -> str:
     return f"{layer.path or ROOT}  {layer.kind.rpartition('.')[2]}"
 
 
@@ -427,7 +427,7 @@ def _draw(path: Path, bars: Mapping[str, tuple[int, ...]], legend: list[tuple[st
 
 
 def _largest(bars: Mapping[str, tuple[int, ...]]) -> tuple[Mapping[str, tuple[int, ...]], str]:
-    """The layers that keep most, in their order, and a remark on the others; those that keep nothing are left out."""
+    """The layers that keep most, in their order, without those that keep nothing; a remark on the rest."""
     bars = {path: sizes for path, sizes in bars.items() if any(sizes)}
     chosen = sorted(bars, key=lambda path: -max(bars[path]))[:BARS]
     rest = [path for path in bars if path not in chosen]

@@ -1,9 +1,9 @@
 r"""How a loss, and the gradient of one update, are computed in pieces.
 
-Why a gradient computed in pieces is exact here. A mean loss is a quotient, $L = \sum_i w_i l_i / \sum_i w_i$, where
-w is 1, a class weight, or 0 for an ignored target. Neither the mean of the pieces' means nor their mean weighted by
-the number of examples equals L. The numerator and the denominator do add up over pieces, so both are summed and the
-gradient is divided once, at the end (`sum_and_denominator`, `finish_gradient`).
+A gradient computed in pieces is exact here. A mean loss is a quotient, $L = \sum_i w_i l_i / \sum_i w_i$,
+where w is 1, a class weight, or 0 for an ignored target. The mean of the means of the pieces is not L, even
+weighted by the number of examples. But the numerator and the denominator add up over pieces. So both are
+summed, and the gradient is divided once, at the end (`sum_and_denominator`, `finish_gradient`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn import Parameter
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-# Losses of torch whose mean divides by the number of elements compared, whatever their weights are.
+# Losses of torch whose mean divides by the number of compared elements, for all weights.
 _MEAN_OVER_ELEMENTS = (
     nn.BCELoss,
     nn.BCEWithLogitsLoss,
@@ -38,12 +38,12 @@ def gradient(model: nn.Module, loss: Loss, pieces: Sequence[tuple[Tensor, Tensor
 
     Args:
         model: called on the inputs of each piece.
-        loss: called on (output, target); see `check_splittable` for what several pieces ask of it.
-        pieces: (input, target) pairs that together are the examples of the update. The `.grad` must be None or zero
-            where there are several, because the sum over all pieces is divided at the end.
+        loss: called on (output, target); for several pieces see `check_splittable`.
+        pieces: (input, target) pairs that together are the examples of the update. For several pieces every
+            `.grad` must be None or zero, because the sum over all pieces is divided at the end.
 
     Raises:
-        TypeError: when there are several pieces and the loss cannot be split exactly.
+        TypeError: for several pieces, if the loss cannot be split exactly.
     """
     if len(pieces) == 1:
         x, target = pieces[0]
@@ -60,13 +60,13 @@ def gradient(model: nn.Module, loss: Loss, pieces: Sequence[tuple[Tensor, Tensor
 
 
 def finish_gradient(parameters: Iterable[Parameter], loss: Loss, total: float, divisor: float) -> float:
-    """Turn the gradient of the summed loss in every `.grad` into the gradient of the loss, which is returned.
+    """Turn the gradient of the summed loss in every `.grad` into the gradient of the loss; return the loss.
 
     Args:
-        parameters: whose `.grad` is divided where there is one; left alone when the loss is a sum.
-        loss: of which `total` is the sum.
+        parameters: the parameters whose `.grad` is divided, if they have one; unchanged if the loss is a sum.
+        loss: the loss whose sum is `total`.
         total: sum of the loss over all pieces.
-        divisor: sum of the pieces' denominators; 0 (nothing but ignored targets) gives nan, as it does in torch.
+        divisor: sum of the pieces' denominators; 0 (all targets ignored) gives nan, as in torch.
     """
     if is_sum(loss):
         return total
@@ -77,7 +77,7 @@ def finish_gradient(parameters: Iterable[Parameter], loss: Loss, total: float, d
 
 
 def is_sum(loss: Loss) -> bool:
-    """Return whether the loss is a sum over examples, which needs no division to add up over pieces.
+    """Return whether the loss is a sum over examples, which adds up over pieces without a division.
 
     Args:
         loss: with or without an attribute `reduction`.
@@ -86,15 +86,15 @@ def is_sum(loss: Loss) -> bool:
 
 
 def sum_and_denominator(loss: Loss, output: Tensor, target: Tensor) -> tuple[Tensor, float]:
-    """Return a loss summed over a piece, and what its mean over the piece would divide by.
+    """Return a loss summed over a piece, and the divisor of its mean over the piece.
 
     Args:
         loss: with an attribute `reduction`; see `check_splittable`.
-        output: of the model.
-        target: to compare with.
+        output: the model's output.
+        target: the targets.
 
     Raises:
-        TypeError: when the loss cannot be split into pieces exactly.
+        TypeError: if the loss cannot be split into pieces exactly.
     """
     check_splittable(loss)
     if is_sum(loss):
@@ -105,12 +105,12 @@ def sum_and_denominator(loss: Loss, output: Tensor, target: Tensor) -> tuple[Ten
 
 
 def denominator(loss: Any, output: Tensor, target: Tensor) -> float:
-    """Return what the mean of a loss over a piece divides by; it adds up over pieces.
+    """Return the divisor of the mean of a loss over a piece; divisors add up over pieces.
 
     Args:
         loss: accepted by `check_splittable`, with reduction "mean" or "batchmean".
-        output: of the model.
-        target: to compare with.
+        output: the model's output.
+        target: the targets.
     """
     # A Python float: as a bfloat16 tensor, 1297 examples would count as 1296.
     if hasattr(loss, "denominator"):
@@ -119,7 +119,7 @@ def denominator(loss: Any, output: Tensor, target: Tensor) -> float:
         return float(len(output))
     if not isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss):
         return float(math.prod(torch.broadcast_shapes(output.shape, target.shape)))
-    if target.is_floating_point():  # class probabilities: their mean does not look at the class weights
+    if target.is_floating_point():  # class probabilities: the mean ignores the class weights
         return output.numel() / output.shape[min(1, output.dim() - 1)]
     kept = target[target != loss.ignore_index]
     return float(kept.numel() if loss.weight is None else loss.weight[kept].sum())
@@ -128,14 +128,14 @@ def denominator(loss: Any, output: Tensor, target: Tensor) -> float:
 def check_splittable(loss: Loss, model: nn.Module | None = None) -> None:
     """Refuse a loss or a model whose gradient over a whole does not follow from those over the pieces.
 
-    Known are the losses of torch.nn and manualprop.nn with reduction "mean" or "sum". A loss of your own, module or
-    other callable, is split when it has an attribute `reduction` that it follows, and this is "sum"; or "mean", with
-    a method `denominator(output, target)` that returns what the mean divides by. A model must treat every example
-    alone, which batch normalisation in training mode does not.
+    The losses of torch.nn and manualprop.nn with reduction "mean" or "sum" can be split. Your own loss, a
+    module or another callable, can be split if it has an attribute `reduction` that it follows: "sum"; or
+    "mean", with a method `denominator(output, target)` that returns the divisor of the mean. A model must
+    treat every example separately; batch normalisation in training mode does not.
 
     Args:
         loss: called on (output, target).
-        model: checked too when given.
+        model: checked too if given.
 
     Raises:
         TypeError: for any other loss.

@@ -2,13 +2,14 @@
 
 Beside each name: what it is for, and the versions it was seen in.  A private name may change with any version.  What differs between versions is settled here, and nowhere else.  Attributes of
 torch's objects that are private too: ``Tensor._base``, ``Tensor._is_view()``, ``UntypedStorage._cdata`` (2.11 to 2.14);
-``Optimizer._optimizer_step_pre_hooks``, ``._optimizer_step_post_hooks`` and ``._opt_called`` (2.11 to 2.14).
+``Optimizer._optimizer_step_pre_hooks``, ``._optimizer_step_post_hooks`` and ``._opt_called`` (2.11 to 2.14);
+``Module._forward_hooks``, ``._forward_pre_hooks``, ``._backward_hooks`` and ``._backward_pre_hooks`` (2.11 to 2.14).
 """
 
 import re
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd import forward_ad
@@ -66,6 +67,12 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled as forward_mode
 # The names of the reductions as torch.nn.functional reads them, with its errors and warnings.  2.11 to 2.14
 from torch.nn import _reduction as reductions
 
+# Hooks of every module.  2.11 to 2.14
+from torch.nn.modules.module import _global_backward_hooks as backward_hooks
+from torch.nn.modules.module import _global_backward_pre_hooks as backward_pre_hooks
+from torch.nn.modules.module import _global_forward_hooks as forward_hooks
+from torch.nn.modules.module import _global_forward_pre_hooks as forward_pre_hooks
+
 # Hooks of every optimizer's step.  2.11 to 2.14
 from torch.optim.optimizer import _global_optimizer_post_hooks as optimizer_post_hooks
 from torch.optim.optimizer import _global_optimizer_pre_hooks as optimizer_pre_hooks
@@ -96,6 +103,22 @@ batch_norm_with_statistics: Callable[..., Any] = torch._batch_norm_impl_index
 # A tensor that shares the memory of another without being its view.  2.11 to 2.14
 unsafe_view: Callable[..., Any] = torch.ops.aten._unsafe_view
 
+
+class Missing(torch.nn.Module):
+    """Stands for a module that this version of torch lacks, so that all others can be imported."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(
+            f"{type(self).__name__}: torch 2.13 or newer is needed. This is torch {torch.__version__}"
+        )
+
+
+# Public, from 2.13 on.
+if TYPE_CHECKING:
+    from torch.nn import LinearCrossEntropyLoss as LinearCrossEntropyLoss
+else:
+    LinearCrossEntropyLoss = getattr(torch.nn, "LinearCrossEntropyLoss", Missing)
+
 # The module of the compiler's front end, whose import takes seconds.  2.11 to 2.14
 DYNAMO = "torch._dynamo"
 
@@ -110,9 +133,28 @@ def mark_dynamic(t: torch.Tensor, axis: int) -> None:
     torch._dynamo.maybe_mark_dynamic(t, axis)
 
 
+def taken_apart(function: Callable[..., Any], samples: list[torch.Tensor]) -> torch.fx.GraphModule:
+    """A function traced into elementary operations: silu is a product, a quotient, a sum and an exponential.  2.13"""
+    from torch._decomp import decomposition_table  # these two take most of a second to import
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    table: Any = decomposition_table
+    traced: torch.fx.GraphModule = make_fx(lambda *given: function(*given), decomposition_table=table)(
+        *samples
+    )
+    return traced
+
+
 def inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     """A graph, compiled.  2.11 to 2.14"""
     from torch._inductor import compile  # seconds to import
 
     compiled: Callable[..., Any] = compile(graph, inputs)
     return compiled
+
+
+def leave_to_python(function: Callable[..., Any]) -> None:
+    """Keep the compiler from a function's own frame, as ``torch._dynamo`` does itself; no import of it.  2.11 to 2.14"""
+    frames = torch._C._dynamo.eval_frame
+    strategy = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
+    frames.set_code_exec_strategy(function.__code__, strategy)

@@ -6,25 +6,45 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import multiprocessing
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from manualprop.verify import Outcome, Report, check
 from manualprop.verify._check import chosen
 from manualprop.verify._discover import Found, NotFound, discover
 from manualprop.verify._formats import html, junit
-from manualprop.verify._probe import FEATURES, LEVELS, load
+from manualprop.verify._probe import FEATURES, LEVELS, Level
+from manualprop.verify._process import can_fork
+from manualprop.verify._settings import (
+    BadSettings,
+    Settings,
+    known_findings,
+    project_settings,
+    read_baseline,
+    write_baseline,
+)
+from manualprop.verify._verdicts import members
+from manualprop.verify.probes import load
 
 EXAMPLES = """
 what is verified:
   every manualprop.verify.Case among the attributes of a module, alone or in a list or dict, at its inputs;
   every autograd.Function defined in it without a case, at inputs that are made up until it accepts them.
 
+what is known and stays:
+  --accept PROBE=REASON, or in pyproject.toml, by qualified name:
+      [tool.manualprop.verify.accept."mypackage.ops.Swish"]
+      second_order = "its backward calls a kernel"
+  --baseline FILE for a library that starts with findings: new ones count, and known ones that are gone.
+
 examples:
   manualprop verify mypackage.ops
+  manualprop verify mypackage.ops --jobs 4 --baseline verify.json --update-baseline
   manualprop verify mypackage.ops:Swish --only second_order --seed 3
   manualprop verify path/to/ops.py --junit verify.xml --html verify.html
 
@@ -69,16 +89,34 @@ def _parser() -> argparse.ArgumentParser:
         "targets", nargs="*", metavar="MODULE[:NAME]", help="a module, package or .py file, or one name in it"
     )
     parser.add_argument(
-        "--level",
-        choices=LEVELS,
-        default="full",
-        help="how much to ask (default: full, some seconds a Function)",
+        "--level", choices=LEVELS, help="how much to ask (default: pyproject.toml's, or full)"
     )
     parser.add_argument("--only", metavar="PROBE[,PROBE]", help="these probes only; --list names them")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     parser.add_argument(
-        "--time-limit", type=float, default=60.0, metavar="SECONDS", help="for one probe (default: 60)"
+        "--time-limit",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="of processor time, for one probe (default: 60)",
     )
+    parser.add_argument(
+        "--accept",
+        action="append",
+        default=[],
+        metavar="PROBE=REASON",
+        help="of one target: what this probe or group finds is known",
+    )
+    parser.add_argument(
+        "--baseline", metavar="FILE", type=Path, help="findings that are known (default: pyproject.toml's)"
+    )
+    parser.add_argument(
+        "--update-baseline", action="store_true", help="write what is found into the baseline, and end with 0"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="verify so many at a time (default: 1)"
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="a row for every probe")
     parser.add_argument(
         "--list", action="store_true", help="name the probes, and what is there to verify, and stop"
     )
@@ -93,25 +131,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
-    if not options.targets and not options.list:
-        raise _Mistake("name what to verify, as in `manualprop verify mypackage.ops`")
-    for path in (options.json, options.junit, options.html):
-        if path is not None and path != Path("-") and not path.parent.is_dir():
-            raise _Mistake(f"{path} cannot be written: there is no folder {path.parent}")
+    _refuse_mistakes(options)
+    try:
+        plan = _planned(options)
+    except BadSettings as error:
+        raise _Mistake(str(error)) from None
     found = [f for target in options.targets for f in discover(target, options.seed)]
     if options.list:
         _show_list(found)
         return 0
+    if plan.accept and len(found) != 1:
+        raise _Mistake(f"--accept speaks of one target. There are {len(found)}: use pyproject.toml")
     out = sys.stderr if options.json == Path("-") else sys.stdout
-    reports, unverified = [], []
-    for f in found:
-        if f.case is None:
-            unverified.append(f.target)
-            continue
-        report = _verified(f, options)
+    reports, unverified = [], [f.target for f in found if f.case is None]
+    for f, report in _all_verified([f for f in found if f.case is not None], plan):
         reports.append(report)
         made_up = f"inputs made up: {f.guessed}\n" if f.guessed else ""
-        print(f"\n{f.target}\n{made_up}{report}", file=out)
+        print(f"\n{made_up}{report.table() if options.verbose else report}", file=out, flush=True)
     _write(options, reports)
     for target in unverified:
         print(
@@ -121,28 +157,108 @@ def _run(options: argparse.Namespace) -> int:
         print(f"    CASE = manualprop.verify.Case({target.partition(':')[2]}.apply, (inputs, ...))", file=out)
     bad = [r for r in reports if not r.passed]
     print(f"\n{len(reports)} verified, {len(bad)} with findings, {len(unverified)} not verified", file=out)
+    if plan.update is not None:
+        count = write_baseline(plan.update, [(r.name, r) for r in reports])
+        print(f"{plan.update}: {count} known finding{'s' * (count != 1)}", file=out)
+        return 0
     return 1 if bad or unverified else 0
 
 
-def _verified(found: Found, options: argparse.Namespace) -> Report:
-    assert found.case is not None
+def _refuse_mistakes(options: argparse.Namespace) -> None:
+    if not options.targets and not options.list:
+        raise _Mistake("name what to verify, as in `manualprop verify mypackage.ops`")
+    for path in (options.json, options.junit, options.html, options.baseline):
+        if path is not None and path != Path("-") and not path.parent.is_dir():
+            raise _Mistake(f"{path} cannot be written: there is no folder {path.parent}")
+    if options.jobs < 1:
+        raise _Mistake(f"--jobs must be at least 1. Got {options.jobs}")
+    for text in options.accept:
+        if not all(text.partition("=")[::2]):
+            raise _Mistake(
+                f"--accept takes PROBE=REASON, as in --accept second_order='a kernel'. Got {text!r}"
+            )
+
+
+class _Plan(NamedTuple):
+    """How to verify: the options, and what the project says once for all."""
+
+    level: Level
+    only: list[str] | None
+    seed: int
+    time_limit: float
+    jobs: int
+    accept: dict[str, str]
+    settings: Settings
+    known: dict[str, dict[str, str]]  # of the baseline
+    update: Path | None  # the baseline to write
+
+
+def _planned(options: argparse.Namespace) -> _Plan:
+    settings = project_settings()
     only = options.only.split(",") if options.only else None
+    wanted = options.level or settings.level or "full"
+    level = next((known for known in LEVELS if known == wanted), None)
+    if level is None:
+        raise _Mistake(f"[tool.manualprop.verify] level must be one of {', '.join(LEVELS)}. Got {wanted!r}")
+    baseline = options.baseline or settings.baseline
+    if options.update_baseline and baseline is None:
+        raise _Mistake("--update-baseline: name the file by --baseline FILE, or in pyproject.toml")
+    accept = {name: reason for name, _, reason in (text.partition("=") for text in options.accept)}
     try:
-        count = len(chosen(options.level, only))
+        chosen(level, only)
+        members(accept, list(load()), "accept")
     except ValueError as error:
         raise _Mistake(str(error)) from None
-    with _progress(found.target, count) as step:
+    known = {} if baseline is None or options.update_baseline else read_baseline(baseline)
+    update = baseline if options.update_baseline else None
+    return _Plan(level, only, options.seed, options.time_limit, options.jobs, accept, settings, known, update)
+
+
+def _all_verified(found: Sequence[Found], plan: _Plan) -> Iterator[tuple[Found, Report]]:
+    """Each with its report, in order; several at a time, in processes of their own, if that is asked."""
+    if plan.jobs == 1 or len(found) < 2 or not can_fork():
+        for f in found:
+            with _progress(f.target, len(chosen(plan.level, plan.only))) as step:
+                report = _verified(f, plan, step)
+            yield f, report
+        return
+    # A fork hands the cases over as they are: they may be closures, which cannot be pickled.
+    _WORK[:] = [(f, plan) for f in found]
+    with ProcessPoolExecutor(plan.jobs, multiprocessing.get_context("fork")) as pool:
         try:
-            report = check(
-                dataclasses.replace(found.case, seed=options.seed or found.case.seed),
-                level=options.level,
-                only=only,
-                time_limit=options.time_limit,
-                progress=step,
-            )
-        except ValueError as error:
-            raise _Mistake(str(error)) from None
-    again = f"manualprop verify {found.target} --seed {options.seed} --only"
+            yield from zip(found, pool.map(_verified_at, range(len(found))), strict=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            _WORK.clear()
+
+
+_WORK: list[tuple[Found, _Plan]] = []
+
+
+def _verified_at(place: int) -> Report:
+    return _verified(*_WORK[place], None)
+
+
+def _verified(found: Found, plan: _Plan, step: Callable[[Outcome], None] | None) -> Report:
+    case = found.case
+    assert case is not None
+    names = [p.name for p in chosen(plan.level, plan.only)]
+    accept = {
+        **known_findings(plan.known, found.target, names),
+        **plan.settings.accepted(case.fn, case.name),
+        **plan.accept,
+    }
+    try:
+        report = check(
+            dataclasses.replace(case, seed=plan.seed or case.seed, accept={**accept, **case.accept}),
+            level=plan.level,
+            only=plan.only,
+            time_limit=plan.time_limit,
+            progress=step,
+        )
+    except ValueError as error:
+        raise _Mistake(str(error)) from None
+    again = f"manualprop verify {found.target} --seed {plan.seed} --only"
     outcomes = (dataclasses.replace(o, reproduction=f"{again} {o.probe}") for o in report.outcomes)
     return dataclasses.replace(report, name=found.target, outcomes=tuple(outcomes))
 

@@ -1,8 +1,8 @@
 r"""Batch, stochastic and mini-batch gradient descent: which examples each update sees, and the update.
 
-All three follow the gradient of a loss L averaged over examples, $\theta \leftarrow \theta - \eta \nabla L$, and
-differ in how many of the N examples one update averages over: all (batch), one (stochastic), or some (mini-batch).
-This file needs torch only, so that a plain PyTorch loop and Lightning run the same descent:
+All three follow the gradient of a loss L averaged over examples, $\theta \leftarrow \theta - \eta \nabla L$.
+They differ in how many of the N examples one update averages over: all (batch), one (stochastic), or some
+(mini-batch).  This file needs only torch, so a plain PyTorch loop and Lightning can run the same descent:
 
     descent = MiniBatch(batch_size=32, learning_rate=0.1, momentum=0.9)
     optimizer = descent.make_optimizer(model.parameters())
@@ -59,12 +59,12 @@ class Descent(ABC):
 
     Args:
         learning_rate: step size, above 0. Leave it out when `optimizer` is given.
-        momentum: share of the last step that is kept, 0 to below 1.
+        momentum: share of the last step that is kept, at least 0 and below 1.
         nesterov: look ahead along the momentum (needs a momentum above 0).
         weight_decay: factor of the L2 penalty on the weights, at least 0.
         optimizer: any torch.optim class instead of the above, with its own lr; not torch.optim.LBFGS.
         lr_scheduler: any torch.optim.lr_scheduler class.
-        lr_scheduler_interval: move the schedule on after every "epoch" or every "update".
+        lr_scheduler_interval: step the schedule after every "epoch" or every "update".
         lr_scheduler_monitor: logged value that ReduceLROnPlateau watches, once per epoch.
         clip_gradient_norm: scale the gradient down to this total norm, above 0.
         clip_gradient_value: clamp each entry of the gradient to plus or minus this, above 0.
@@ -133,11 +133,11 @@ class Descent(ABC):
     def updates(self, n: int, *, seed: int = 0, epoch: int = 0) -> Iterator[tuple[Tensor, ...]]:
         """Yield, for every update of one epoch, the row numbers of its pieces.
 
-        The order is a pure function of (seed, epoch), so that a resumed run sees what it would have seen.
+        The order depends only on (seed, epoch), so a resumed run sees the same order.
 
         Args:
             n: number of training examples, at least 1.
-            seed: of the order.
+            seed: the seed of the order.
             epoch: 0, 1, ...; each has its own order.
         """
 
@@ -149,7 +149,7 @@ class Descent(ABC):
         """Return the optimizer that takes the step.
 
         Args:
-            parameters: what is trained.
+            parameters: the parameters to train.
 
         Raises:
             ValueError: for an optimizer that evaluates the loss itself, as LBFGS does.
@@ -178,7 +178,7 @@ class Descent(ABC):
             optimizer: made by `make_optimizer`.
 
         Raises:
-            ValueError: for ReduceLROnPlateau with interval "update": its value is known once per epoch.
+            ValueError: for ReduceLROnPlateau with interval "update": its value is known only once per epoch.
         """
         if self.lr_scheduler is None:
             return None
@@ -194,7 +194,7 @@ class Descent(ABC):
         """Limit the gradients in place: each entry first, then the total norm.
 
         Args:
-            parameters: whose `.grad` is limited.
+            parameters: the parameters whose `.grad` is limited.
         """
         if self.clip_gradient_value is None and self.clip_gradient_norm is None:
             return
@@ -211,8 +211,8 @@ class Batch(Descent):
     """Follow the exact gradient over the whole training set: one update per epoch.
 
     Args:
-        micro_batch_size: examples held in memory at once, at least 1; all of them when None. It bounds the
-            memory and changes the gradient by rounding only.
+        micro_batch_size: examples held in memory at once, at least 1; None for all. It bounds the memory and
+            changes the gradient only by rounding.
     """
 
     micro_batch_size: int | None = None
@@ -295,6 +295,6 @@ def _check_count(name: str, n: int) -> None:
 
 
 def _order(n: int, seed: int, epoch: int) -> Tensor:
-    # torch's CPU generator looks at the low 32 bits of its seed only: hash the pair, so that (0, 1) and (1, 0) differ.
+    # torch's CPU generator uses only 32 bits of its seed: hash the pair, so that (0, 1) and (1, 0) differ.
     digest = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=4).digest()
     return torch.randperm(n, generator=torch.Generator().manual_seed(int.from_bytes(digest, "big")))

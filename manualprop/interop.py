@@ -1,8 +1,8 @@
-"""Make our layers known to libraries that look a layer up by its exact class, one call each.
+"""Registers our layers with libraries that look a layer up by its exact class; one call for each library.
 
-Such a library finds the rule for ``torch.nn.Linear`` in a table, and finds nothing for a subclass, however alike.
-Ours have the inputs, outputs and parameters of their torch twins, so what the library knows of the twin holds.
-Each call may be made any number of times, and leaves alone what somebody registered for our classes before.
+Such a library has a table with an entry for ``torch.nn.Linear``, but none for a subclass.  Our layers have
+the inputs, outputs and parameters of their torch twins, so the entry of the twin is right for them.  A call
+may be repeated, and does not change an entry that already exists for our classes.
 """
 
 import functools
@@ -17,13 +17,13 @@ Classes = tuple[type[nn.Module], ...]
 
 
 def register_opacus() -> Classes:
-    """Give Opacus, for our layers, the samplers of per-sample gradients and norms of their torch twins.
+    """Register our layers with Opacus, with their torch twins' samplers of per-sample gradients and norms.
 
-    The validators and fixers too: without them Opacus would let our batch norm pass, which mixes the examples of a
-    batch and so voids the privacy that is promised.
+    They get the validators and fixers too.  Without these, Opacus would accept our batch norm, which mixes
+    the examples of a batch and so breaks the promised privacy.
 
     Returns:
-        our classes that Opacus has a sampler for.
+        our classes that have a sampler in Opacus.
 
     Raises:
         ImportError: if Opacus is not installed.
@@ -38,10 +38,10 @@ def register_opacus() -> Classes:
 
 
 def register_backpack() -> Classes:
-    """Give every BackPACK extension that is made from now on, for our layers, what it has for their torch twins.
+    """Register our layers with BackPACK: every extension made from now on treats them like their torch twins.
 
     Returns:
-        our classes that BackPACK's ``BatchGrad`` knows from now on; other extensions know others.
+        our classes that BackPACK's ``BatchGrad`` now supports; other extensions support others.
 
     Raises:
         ImportError: if BackPACK is not installed.
@@ -67,7 +67,7 @@ def register_backpack() -> Classes:
 
 
 def _give_ours(table: dict[Any, Any]) -> Classes:
-    """Enter our class beside each torch class that ``table`` knows; return ours that it knows then."""
+    """Add our class for each torch class in ``table``; return our classes that are in it afterwards."""
     for torchs, ours in TWINS.items():
         if torchs in table:
             table.setdefault(ours, table[torchs])

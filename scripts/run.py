@@ -3,7 +3,7 @@
 
 It needs nothing but Python. The first call installs everything into `.venv`; later calls hand over to it at once.
 `test --torch 2.14.1` does the same with `.venv-torch-2.14.1`. In an environment, `set-up` is the stamp: it names what
-is installed, once the last step is done. `suite.json` is the last whole run of the tests, for `docs versions`.
+is installed, once the last step is done. `suite-*.json` are the last runs of the tests, for `docs versions`.
 """
 
 import hashlib
@@ -121,7 +121,7 @@ class Environment:
         pins = self.folder / "constraints.txt"
         pins.write_text(self.pins, encoding="utf-8")
         extras = tomllib.loads(self.project)["project"]["optional-dependencies"]
-        names = ("training", "test", "interop", "release") if self.full else ("training", "test")
+        names = ["training", "explain", "test"] + ["interop", "release"] * self.full
         packages = [package for name in names for package in extras[name]]
         # -I: a PYTHONPATH or user site with a torch in it must not count as installed.
         pip = [str(self.python), "-I", "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
@@ -230,7 +230,8 @@ def test(arguments: list[str]) -> Work:
             raise Stop(f"--torch takes a version, as in: test --torch 2.14.1. Got {torch!r}", 2)
     environment = Environment(torch, full)
     options = [] if full else ["-m", "not slow"]  # before the user's own: the last -m counts, the last -n too
-    options += [] if rest else [f"--record={environment.folder / 'suite.json'}"]  # a run of the whole suite
+    part = {(): "full" if full else "all", ("-m", "quick"): "quick"}.get(tuple(rest))
+    options += [f"--record={environment.folder}/suite-{part}.json"] if part else []
     if cores() > 1 and not {"--pdb", "--trace", "no:xdist"} & set(rest):
         options += ["-n", str(min(cores(), 8))]  # each worker loads torch: 300 MB
     # As many workers as cores already; without its cache pytest compiles every test file anew.
@@ -267,6 +268,7 @@ COMMANDS = {
     "manualprop": (script("-m", "manualprop", **CALLED), "the console command, as in: manualprop fit --help"),
     "test": (test, "pytest; -m quick: a part, under a minute; --full: slow ones too"),
     "bench": (bench, f"bench NAME measures {', '.join(BENCHMARKS)}"),
+    "browser": (script("scripts/install_browser.py"), "install Chromium, for the tests of explain's page"),
     "docs": (script("scripts/build_docs.py"), "write the generated pages and the texts of --help"),
     "lint": (lint, "ruff check, ruff format, mypy; --fix repairs what it can"),
 }

@@ -1,6 +1,6 @@
-"""The contract of every layer, one property a function: each raises when the row does not keep it.
+"""The contract of every layer, one function for each property: it raises if a row violates the property.
 
-They stand apart from the tests so that ``test_planted.py`` can hold them against rules that are wrong on purpose.
+They are apart from the tests so that ``test_planted.py`` can run them on rules that are wrong on purpose.
 """
 
 import gc
@@ -16,12 +16,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
-SHARP = {"rtol": 1e-6, "atol": 1e-7}  # at gradcheck's defaults a derivative wrong by 0.1 % passes
+SHARP = {"rtol": 1e-6, "atol": 1e-7}  # with gradcheck's defaults a derivative wrong by 0.1 % passes
 HALVES = (torch.bfloat16, torch.float16)
 
 
 def upstream(y: Tensor) -> Tensor:
-    """A gradient dL/dy without symmetry: no two elements alike."""
+    """A gradient dL/dy without symmetry: no two elements are equal."""
     return (
         torch.linspace(0.3, 1.7, max(y.numel(), 1), dtype=torch.float64)[: y.numel()]
         .reshape(y.shape)
@@ -52,7 +52,7 @@ def first_derivative(case: Case) -> None:
         case.made(),
         **SHARP,
         check_forward_ad=True,
-        check_batched_grad=not case.random,  # a seed inside vmap is refused by torch
+        check_batched_grad=not case.random,  # torch refuses to set a seed inside vmap
         check_batched_forward_grad=not case.random,
     )
 
@@ -64,7 +64,7 @@ def second_derivative(case: Case) -> None:
 
 
 def every_subset_of_gradients(case: Case) -> None:
-    """Each subset of requires_grad gives the gradients of the whole, and no others."""
+    """For each subset of inputs with requires_grad, their gradients are the same as for all inputs."""
     whole = case.made()
     where = case.differentiable(whole)
     expected = dict(zip(where, gradients(case, whole), strict=True))
@@ -81,7 +81,7 @@ def every_subset_of_gradients(case: Case) -> None:
 
 
 def any_layout(case: Case) -> None:
-    """Strided, expanded and offset gradients and arguments give what contiguous ones give."""
+    """Strided, expanded and offset gradients and arguments give the same results as contiguous ones."""
     arguments = case.made()
     y = case(*arguments)
     g = upstream(y)
@@ -104,19 +104,19 @@ def any_layout(case: Case) -> None:
 
 
 def strided(x: Tensor) -> Tensor:
-    """The same values at every other place of a longer storage, from an offset on."""
+    """The same values at every second place of a longer storage, with an offset."""
     long = x.new_zeros(2 * x.numel() + 3)
     view = long[3:].as_strided(x.shape, [2 * s for s in x.contiguous().stride()])
     return view.copy_(x)
 
 
 def transposed(x: Tensor) -> Tensor:
-    """The same values, the last axis stored first."""
+    """The same values, with the last axis stored first."""
     return x.movedim(-1, 0).contiguous().movedim(0, -1) if x.dim() else x
 
 
 def leaves_all_else_alone(case: Case) -> None:
-    """Inputs, the arriving gradient and, unless it draws numbers, the generator are untouched."""
+    """Inputs, the arriving gradient and, for a function that is not random, the generator do not change."""
     arguments = case.made()
     tensors = [a for a in arguments if isinstance(a, Tensor)]
     before, versions = [t.detach().clone() for t in tensors], [t._version for t in tensors]
@@ -136,7 +136,7 @@ def leaves_all_else_alone(case: Case) -> None:
 
 
 def nothing_leaks(case: Case) -> None:
-    """Without garbage collection, everything goes when the last reference does."""
+    """Everything is freed with its last reference, without garbage collection."""
     gc.disable()
     try:
         arguments = case.made()
@@ -150,7 +150,7 @@ def nothing_leaks(case: Case) -> None:
 
 
 def keeps_what_it_declares(case: Case) -> None:
-    """The storages saved for backward are the declared ones; new ones hold no more than the declared bytes."""
+    """The storages saved for backward are the declared ones; new ones have at most the declared bytes."""
     arguments = case.made()
     saved: dict[int, int] = {}
 
@@ -202,7 +202,7 @@ def _double(a: Any) -> Any:
 
 
 def autocast_is_torchs(case: Case) -> None:
-    """Under autocast the output has torch's dtype and value, and backward runs outside of the region."""
+    """Under autocast the output has torch's dtype and value, and backward runs outside the region."""
     with torch.autocast("cpu", torch.bfloat16):
         ours, torchs = case(*case.made(torch.float32)), case.torchs(*case.made(torch.float32))
     assert ours.dtype == torchs.dtype
@@ -216,7 +216,7 @@ def autocast_is_torchs(case: Case) -> None:
 
 
 def survives_checkpointing(case: Case) -> None:
-    """Both forms of activation checkpointing, and saved tensors moved away and back."""
+    """Both forms of activation checkpointing, and saved tensors that are moved away and back."""
     expected = gradients(case, case.made())
     for reentrant in (False, True):
         arguments = case.made()
@@ -230,7 +230,7 @@ def survives_checkpointing(case: Case) -> None:
 
 
 def second_derivative_of_a_sum(case: Case) -> None:
-    """Zeros, not an error, where the function is piecewise linear and torch gives zeros."""
+    """Zeros, not an error, if the function is piecewise linear and torch gives zeros."""
 
     def second(function: Any) -> list[Tensor]:
         arguments = case.made()
@@ -286,7 +286,7 @@ def extremes_stay_finite(case: Case) -> None:
         assert torch.func.vmap(torch.func.grad(torch.func.grad(case)))(x).isfinite().all()
         if not ({"gradient_is_torchs"} & set(case.except_for)):
             torchs = torch.func.vmap(torch.func.grad(case.torchs))(x)
-            # Far out the two lose different digits of a slope near 0; accuracy has properties of its own.
+            # For large x both lose different digits of a slope near 0; other properties test accuracy.
             torch.testing.assert_close(slopes, torchs, rtol=1e-5, atol=4 * torch.finfo(dtype).eps)
 
 
@@ -296,7 +296,7 @@ def infinities_and_nan_pass_as_torchs(case: Case) -> None:
     ours, torchs = (
         gradients(f, (x.clone().requires_grad_(),), torch.ones_like(x))[0] for f in (case, case.torchs)
     )
-    known = ~torchs.isnan()  # where torch's is NaN, a number is no worse
+    known = ~torchs.isnan()  # where torch gives NaN, any number is allowed
     torch.testing.assert_close(ours[:2][known[:2]], torchs[:2][known[:2]])
 
 
@@ -324,7 +324,7 @@ def keeps_the_memory_format(case: Case) -> None:
 
 
 def third_derivative(case: Case) -> None:
-    """f''' by three reverse passes against the central difference of f''."""
+    """f''' from three reverse passes equals the central difference of f''."""
     x = real_points().requires_grad_()
     first = torch.autograd.grad(case(x).sum(), x, create_graph=True)[0]
     second = torch.autograd.grad(first.sum(), x, create_graph=True)[0]

@@ -1,4 +1,4 @@
-"""The routes by which PyTorch differentiates, each as a function (f, x) -> the gradient of sum f at x."""
+"""The routes on which PyTorch differentiates, each as a function (f, x) -> the gradient of sum f at x."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ Route = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 
 
 def compiled(f: Any) -> Any:
-    """f under the compiler: traced whole, run by AOTAutograd, which is where a rule would be bypassed."""
+    """f under the compiler: traced whole, run by AOTAutograd, where a rule could be bypassed."""
     return torch.compile(f, fullgraph=True, backend="aot_eager")
 
 
@@ -27,7 +27,7 @@ def compiled_autograd(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 class Wrapped(torch.nn.Module):
-    """A module of one parameter, for functional_call."""
+    """A module with one parameter, for functional_call."""
 
     def __init__(self, f: Callable[[Tensor], Tensor], x: Tensor) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Wrapped(torch.nn.Module):
 
 
 def per_sample(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The gradient of each of two samples by functional_call under vmap(grad); their scales are 1 and 2."""
+    """The gradient of each of two samples, with scales 1 and 2, by functional_call under vmap(grad)."""
     module = Wrapped(f, x)
 
     def loss(parameters: dict[str, Tensor], scale: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def total(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def direction(x: Tensor) -> Tensor:
-    """A tangent without symmetry: along the ones, softmax does not change at all."""
+    """A tangent without symmetry: along ones, softmax does not change."""
     return torch.linspace(0.3, 1.7, max(x.numel(), 1), dtype=x.dtype)[: x.numel()].reshape(x.shape)
 
 
@@ -125,7 +125,7 @@ SECOND: dict[str, Route] = {
 
 
 def nested_forward(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """d'' f along ``direction``, by forward mode within forward mode."""
+    """d'' f along ``direction``, by forward mode inside forward mode."""
 
     def once(z: Tensor) -> Tensor:
         return jvp(f, (z,), (direction(x),))[1]
@@ -134,7 +134,7 @@ def nested_forward(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def forward_of_reverse(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The same, summed over the outputs, by forward mode within reverse mode."""
+    """The same, summed over the outputs, by forward mode over reverse mode."""
     return jvp(grad(total(f)), (x,), (direction(x),))[1] * direction(x)
 
 

@@ -1,6 +1,6 @@
-"""The contract at infinities, zeros and kinks, one property a function: each raises when the row does not keep it.
+"""The contract at infinities, zeros and kinks, one function for each property.
 
-As in ``properties.py``, torch is the measure wherever it gives a number; where it gives NaN, one is no worse.
+As in ``properties.py``, torch is the measure wherever it gives a number; a NaN of torch allows any number.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 FLOATS = (torch.float64, torch.float32)
 SPECIAL = (math.inf, -math.inf, 0.0)
-CLOSE = {"rtol": 1e-6, "atol": 1e-9}  # these properties ask for numbers instead of NaN; others ask for digits
+CLOSE = {"rtol": 1e-6, "atol": 1e-9}  # these properties look for NaN; others test the accuracy
 
 
 # ----- arguments -----
@@ -28,12 +28,12 @@ def is_float(a: Any) -> bool:
 
 
 def places(count: int) -> list[int]:
-    """The first and the last of ``count``."""
+    """The first and the last of ``count`` places."""
     return sorted({0, count - 1}) if count else []
 
 
 def with_numbers(arguments: tuple[Any, ...], numbers: dict[int, dict[int, float]]) -> tuple[Any, ...]:
-    """The arguments, with {place: number} in some of them."""
+    """The arguments, with {place: number} written into some of them."""
     changed = list(arguments)
     for i, those in numbers.items():
         a = arguments[i].detach().clone()
@@ -44,7 +44,7 @@ def with_numbers(arguments: tuple[Any, ...], numbers: dict[int, dict[int, float]
 
 
 def at_special_values(case: Case, dtype: torch.dtype = torch.float64) -> Iterator[tuple[Any, ...]]:
-    """Arguments with an infinity in one place, both zeros, or special numbers side by side in two tensors of one shape."""
+    """Arguments with an infinity in one place, both zeros, or special numbers at the same place of two."""
     arguments = case.made(dtype)
     floats = [i for i, a in enumerate(arguments) if is_float(a) and a.numel()]
     for i in floats:
@@ -62,11 +62,11 @@ def at_special_values(case: Case, dtype: torch.dtype = torch.float64) -> Iterato
 
 
 def where_defined(case: Case, dtype: torch.dtype = torch.float64) -> Iterator[tuple[Any, ...]]:
-    """Those of :func:`at_special_values` for which torch's value is no NaN, or which the row states."""
+    """The arguments of :func:`at_special_values` where torch's value is not NaN, and the row's ``edges``."""
     for arguments in at_special_values(case, dtype):
         try:
             y = case.torchs(*arguments)
-        except (RuntimeError, ValueError):  # outside of what the function is defined for
+        except (RuntimeError, ValueError):  # outside the domain of the function
             continue
         if not y.isnan().any():
             yield arguments
@@ -75,7 +75,7 @@ def where_defined(case: Case, dtype: torch.dtype = torch.float64) -> Iterator[tu
 
 
 def subsets(where: list[int]) -> set[tuple[int, ...]]:
-    """Every subset of up to three; of more, those of one and of all."""
+    """Every subset of up to three elements; of more elements, the single ones and the whole."""
     counts = range(1, len(where) + 1) if len(where) <= 3 else (1, len(where))
     return {some for n in counts for some in itertools.combinations(where, n)}
 
@@ -99,7 +99,7 @@ def same_where_torchs_is_finite(ours: Any, torchs: Any, what: Any) -> None:
 def agree(
     forward: Tensor, g: Tensor, reverse: Sequence[Tensor | None], t: Sequence[Tensor], what: Any
 ) -> None:
-    """g . (J t) = (J^T g) . t, where the right side is a number."""
+    """Check g . (J t) = (J^T g) . t wherever the right side is a number."""
     terms = torch.stack(
         [(torch.zeros_like(d) if r is None else r * d).sum() for r, d in zip(reverse, t, strict=True)]
     )
@@ -132,7 +132,7 @@ def dual(f: Callable[..., Tensor], xs: Sequence[Tensor], t: Sequence[Tensor]) ->
 
 
 def forward_mode_is_reverse_mode_at_infinities(case: Case) -> None:
-    """For each subset of inputs with a tangent, by dual numbers and by torch.func."""
+    """Forward mode, by dual numbers and by torch.func, equals reverse mode, for each subset of inputs."""
     for arguments in where_defined(case):
         for some in subsets(case.differentiable(arguments)):
             f = of_some(case, arguments, some)
@@ -152,7 +152,7 @@ def forward_mode_is_reverse_mode_at_infinities(case: Case) -> None:
 
 
 def second_order_of_some_at_infinities(case: Case) -> None:
-    """The gradient's own gradient and tangent agree: for those of some inputs, with a tangent of one or of all."""
+    """The gradient of a gradient equals its tangent, for some inputs, with a tangent of one input or all."""
     for arguments in where_defined(case):
         where = case.differentiable(arguments)
         for some in {(i,) for i in where} | {tuple(where)}:
@@ -203,7 +203,7 @@ def with_infinite_gradients(case: Case, dtype: torch.dtype) -> Iterator[tuple[tu
     if case.elementwise:
         kinks = [
             at for at in case.kinks if torch.tensor(at, dtype=dtype).item() == at
-        ]  # else torch is of two minds
+        ]  # otherwise torch gives two answers
         points = [*kinks, *case.special, 0.1, -0.1, 2.3, -2.3, 7.0, -7.0, math.inf, -math.inf]
         sets.append((torch.tensor(points, dtype=dtype).requires_grad_(),))
     sets += [case.cast(edge(), dtype) for edge in case.edges]
@@ -218,7 +218,7 @@ def with_infinite_gradients(case: Case, dtype: torch.dtype) -> Iterator[tuple[tu
 
 
 def infinite_gradient_is_torchs(case: Case) -> None:
-    """Where torch's gradient is a number, as where the slope is 0, so is ours, and the same one."""
+    """Where torch's gradient is a number, such as where the slope is 0, ours is the same number."""
     for dtype in (torch.float64, torch.bfloat16):
         try:
             case.torchs(*case.made(dtype))
@@ -245,7 +245,7 @@ def second_order_of_an_infinite_gradient_is_torchs(case: Case) -> None:
 
 
 def second(function: Any, case: Case, arguments: tuple[Any, ...], g: Tensor) -> list[Tensor] | None:
-    """d <v, dL/dx> / d(g, x), None where torch has none."""
+    """d <v, dL/dx> / d(g, x); None if torch has none."""
     wanted = [arguments[i] for i in case.differentiable(arguments)]
     g = g.clone().requires_grad_()
     try:
@@ -266,14 +266,14 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def other_bits(ours: Tensor, torchs: Tensor, what: Any) -> Tensor:
-    """Where a bit differs, signs of zeros included; any NaN is as good as another."""
+    """Where a bit differs, including signs of zeros; all NaNs count as equal."""
     assert ours.dtype == torchs.dtype and ours.shape == torchs.shape, f"{what}"
     a, b = (z.contiguous().view(INTEGERS[z.itemsize]) for z in (ours, torchs))
     return (a != b) & ~(ours.isnan() & torchs.isnan())
 
 
 def same_kind(ours: Tensor, torchs: Tensor, what: Any) -> None:
-    """NaN and infinity where torch has them, and the sign of every zero and infinity."""
+    """Check that NaN, infinities and the signs of zeros and infinities are as in torch."""
     assert torch.equal(ours.isnan(), torchs.isnan()), f"{what}: {ours}, torch: {torchs}"
     assert torch.equal(ours.isinf(), torchs.isinf()), f"{what}: {ours}, torch: {torchs}"
     marked = torchs.isinf() | ((torchs == 0) & (ours == 0))
@@ -281,7 +281,7 @@ def same_kind(ours: Tensor, torchs: Tensor, what: Any) -> None:
 
 
 def points(case: Case, dtype: torch.dtype) -> Tensor:
-    """Both zeros, denormals, infinities, NaN, what lies at and beside the kinks, and ordinary numbers."""
+    """Both zeros, denormals, infinities, NaN, numbers at and beside the kinks, and ordinary numbers."""
     info = torch.finfo(dtype)
     x = torch.tensor([*case.kinks, *case.special, 0.7, -0.7, 2.3, -2.3, 5.9, -5.9], dtype=dtype)
     beside = [x, *(torch.nextafter(x, torch.full_like(x, to)) for to in (math.inf, -math.inf))]
@@ -315,7 +315,7 @@ def values(case: Case, dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[tuple[
         for arguments in (elementwise_arguments if case.elementwise else several_arguments)(case, dtype):
             try:
                 theirs = case.torchs(*arguments)
-            except (RuntimeError, ValueError):  # no kernel, or outside of what the function is defined for
+            except (RuntimeError, ValueError):  # no kernel, or outside the domain of the function
                 continue
             yield arguments, case(*arguments).detach(), theirs.detach()
 
@@ -331,7 +331,7 @@ def value_is_torchs_to_the_bit(case: Case) -> None:
 
 
 def half_value_is_torchs_or_nearer(case: Case) -> None:
-    """Every bit is torch's, or the value is nearer to what float64 says: ours rounds once."""
+    """Every bit is torch's, or our value is nearer to the float64 value: ours rounds only once."""
     for arguments, ours, theirs in values(case, HALVES):
         wrong = other_bits(ours, theirs, arguments)
         if wrong.any() and not case.another_form:
@@ -342,7 +342,7 @@ def half_value_is_torchs_or_nearer(case: Case) -> None:
 
 
 def in_double(case: Case, arguments: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
-    """torch's value in float64, of arguments and options that were rounded to ``dtype``."""
+    """torch's value in float64, for arguments and options rounded to ``dtype``."""
     rounded = {k: v.to(dtype) if is_float(v) else v for k, v in case.kwargs.items()}
     exact: Tensor = replace(case, kwargs=rounded).torchs(
         *(a.double() if is_float(a) else a for a in arguments)
@@ -351,7 +351,7 @@ def in_double(case: Case, arguments: tuple[Any, ...], dtype: torch.dtype) -> Ten
 
 
 def value_is_of_torchs_kind(case: Case) -> None:
-    """NaN, infinities and zeros, with their signs, are where torch has them."""
+    """NaN, infinities and zeros, with their signs, are at the same places as in torch."""
     for arguments, ours, theirs in values(case, FLOATS):
         same_kind(ours, theirs, arguments)
 

@@ -874,6 +874,8 @@ CAPTURED = [
 def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch, uncompiled: list[int]) -> None:
     """What a GPU would capture runs as it is: the guarded update, without the replaying."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    # Optimizers of a torch that was built with CUDA would ask the driver.
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
     monkeypatch.setattr(_graph, "captured", lambda body, inputs: body)
 
 

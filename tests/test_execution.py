@@ -28,6 +28,7 @@ from manualprop.functions._execution import (
     of_class,
     on_class,
     read_legend,
+    written_over,
 )
 from manualprop.functions._execution._program import program
 from manualprop.functions.fused.mlp import ACTIVATIONS, activated_and_through, through
@@ -44,6 +45,7 @@ def large_is_small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Chunks and kernels from a few elements on, so that the tests are quick."""
     monkeypatch.setattr(_formula, "LARGE", 8)
     monkeypatch.setattr(_formula, "CHUNK", 5)
+    monkeypatch.setattr(_formula, "FEWEST", 2)
     monkeypatch.setattr(_formula, "STEPS", 1)
     monkeypatch.setattr(_lowering, "FEW", 4)
     yield
@@ -233,6 +235,26 @@ def test_an_argument_that_is_given_away_is_written_to() -> None:
     expected = g * (1 - y * y)
     assert run.run(g, y) is g
     torch.testing.assert_close(g, expected)
+
+
+@pytest.mark.parametrize(
+    ("f", "numbers", "one_step"),
+    [
+        (torch.relu, (), True),
+        (lambda x: torch.sigmoid(x), (), True),
+        (lambda x, a: torch.nn.functional.elu(x, a), (0.5,), False),  # one step, which makes another tensor
+        (lambda x: x / (1 + x.abs()), (), False),  # several, of which a program may round fewer
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_function_is_written_over_its_argument(
+    f: Any, numbers: tuple[float, ...], one_step: bool, dtype: torch.dtype
+) -> None:
+    x = points(4, 6, dtype=dtype)[:, ::2]
+    expected = f(x, *numbers)
+    assert written_over(f, x, *numbers) is x
+    torch.testing.assert_close(x, expected, rtol=0, atol=0)
+    assert (_formula._one_step_over(f, dtype, numbers) is not None) == one_step
 
 
 def test_results_are_written_where_they_are_asked_to() -> None:

@@ -22,6 +22,8 @@ PARTS = (
     "scripts",
     "tests",
     "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
     "LICENSE",
     "MANIFEST.in",
     "pyproject.toml",
@@ -109,7 +111,7 @@ def test_links_work_from_the_source_archive(built: Path, tmp_path: Path) -> None
     with tarfile.open(one(built, "*.tar.gz")) as archive:
         archive.extractall(tmp_path, filter="data")
     root = one(tmp_path, "manualprop-*")
-    pages = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    pages = [*sorted(root.glob("*.md")), *sorted((root / "docs").glob("*.md"))]
     assert len(pages) > 10
     links = [(p, target) for p in pages for target in re.findall(r"\]\(([^)\s]+)\)", prose(p))]
     assert len(links) > 15

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import manualprop
 from manualprop import _command
-from manualprop._receipt import BARS, Layer, Receipt, receipt
+from manualprop._receipt import BARS, LayerReceipt, Receipt, receipt
 from manualprop.functions import Rule
 
 FLOAT = 4  # bytes
@@ -36,7 +36,7 @@ class Calling(nn.Module):
         return self.f(*self.parts, *inputs, **kwargs)
 
 
-def by_path(report: Receipt) -> dict[str, Layer]:
+def by_path(report: Receipt) -> dict[str, LayerReceipt]:
     return {layer.path: layer for layer in report.layers}
 
 
@@ -70,7 +70,7 @@ def test_views_and_expanded_tensors_count_their_storage_once() -> None:
 
 def test_a_module_that_is_called_twice_is_one_layer() -> None:
     tanh = nn.Tanh()
-    assert by_path(receipt(nn.Sequential(nn.Linear(I, I), tanh, tanh), x()))["1"] == Layer(
+    assert by_path(receipt(nn.Sequential(nn.Linear(I, I), tanh, tanh), x()))["1"] == LayerReceipt(
         "1", "nn.Tanh", 2, 2 * N * I * FLOAT, 0, 0, 0
     )
 

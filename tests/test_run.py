@@ -77,9 +77,7 @@ import os, sys
 print(os.environ["MANUALPROP_COMMAND"], os.environ["MANUALPROP_CALLED_FROM"], sys.argv[1:], os.getcwd(), sep="|")
 """
 
-PROJECT = (
-    '[project.optional-dependencies]\ntraining = ["t>=1"]\ntest = ["p"]\ninterop = ["i"]\nrelease = ["r"]\n'
-)
+PROJECT = '[project.optional-dependencies]\ntraining = ["t>=1"]\nexplain = ["x"]\ntest = ["p"]\ninterop = ["i"]\nrelease = ["r"]\n'
 
 
 class Tree:
@@ -183,7 +181,7 @@ def test_an_old_python_gets_one_line() -> None:
 def test_the_first_call_installs_and_the_second_does_not(tree: Tree) -> None:
     assert re.search(r"(?s)setting up \.venv.*set-up finished", tree.echo())
     packages, ours = tree.pip_calls
-    assert packages.endswith("torch t>=1 p") and ours.endswith("--no-deps -e .")
+    assert packages.endswith("torch t>=1 x p") and ours.endswith("--no-deps -e .")
     assert f"-c {tree.root}/.venv/constraints.txt" in packages
     assert tree.echo() == "" and len(tree.pip_calls) == 2
 
@@ -211,7 +209,7 @@ def test_the_full_tests_install_what_they_alone_need(tree: Tree) -> None:
     tree.run("test", "--full")
     tree.run("test")
     assert len(tree.pip_calls) == 5
-    assert tree.pip_calls[2].endswith("torch t>=1 p i r")
+    assert tree.pip_calls[2].endswith("torch t>=1 x p i r")
     assert tree.pip_calls[4].endswith("--no-deps backpack-for-pytorch")
 
 
@@ -434,10 +432,10 @@ def test_a_killed_command_is_told_by_its_status(tree: Tree) -> None:
 @pytest.mark.parametrize(
     "given, passed",
     [
-        ("", "-m|not slow|--record={}|-n|2"),
-        ("--full", "--record={}|-n|2"),
+        ("", "-m|not slow|--record={}-all.json|-n|2"),
+        ("--full", "--record={}-full.json|-n|2"),
         ("--full -q", "-n|2|-q"),
-        ("-m quick", "-m|not slow|-n|2|-m|quick"),
+        ("-m quick", "-m|not slow|--record={}-quick.json|-n|2|-m|quick"),
         ("--pdb", "-m|not slow|--pdb"),
         ("-p no:xdist", "-m|not slow|-p|no:xdist"),
     ],
@@ -445,7 +443,7 @@ def test_a_killed_command_is_told_by_its_status(tree: Tree) -> None:
 def test_pytests_arguments(run: ModuleType, monkeypatch, given: str, passed: str) -> None:
     monkeypatch.setattr(run, "cores", lambda: 2)
     steps = run.test(given.split()).steps
-    assert steps == [["-m", "pytest", *passed.format(ROOT / ".venv/suite.json").split("|")]]
+    assert steps == [["-m", "pytest", *passed.format(ROOT / ".venv/suite").split("|")]]
 
 
 def test_the_tests_variables(run: ModuleType, monkeypatch) -> None:
@@ -470,10 +468,10 @@ def test_ci_fails_with_lint_and_with_tests(tmp_path: Path, lint: int, test: int,
     (tmp_path / ".ci").mkdir()
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / ".ci/run", tmp_path / ".ci/run")
-    stub = f"import sys; print(sys.argv[1]); sys.exit(dict(lint={lint}, test={test})[sys.argv[1]])"
+    stub = f"import sys; print(sys.argv[1]); sys.exit(dict(lint={lint}, browser=1, test={test})[sys.argv[1]])"
     (tmp_path / "scripts/run.py").write_text(stub)
     done = subprocess.run([tmp_path / ".ci/run"], cwd="/", capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (result, "lint\ntest\n")
+    assert (done.returncode, done.stdout) == (result, "lint\nbrowser\ntest\n")
     assert ("lint failed" in done.stderr) == bool(lint)
 
 

@@ -1,6 +1,7 @@
 """The structure: which way imports point, what every rule's docstring says, which function has a row."""
 
 import ast
+import graphlib
 import inspect
 import re
 import subprocess
@@ -23,7 +24,7 @@ MAY_IMPORT = {
     "_torch": set(),  # which every part may import
     "functions": set(),
     "functional": {"functions"},
-    "nn": {"functional"},
+    "nn": {"functional", "_torch"},
     "_swap": {"nn", "functional", "_receipt"},
     "interop": {"_swap"},
     "_splitting": set(),
@@ -31,8 +32,11 @@ MAY_IMPORT = {
     "verify": {"_torch"},
     "training": {"_backprop", "nn", "descent", "_splitting", "functional", "_invocation"},
     "_backprop": {"nn", "descent", "_splitting", "functions"},
+    "_explain": {"_backprop", "nn", "descent", "_splitting", "functions"},
+    "_explain_command": {"_command_line", "_explain", "_invocation", "descent", "nn", "training"},
     "_receipt": {"_torch"},
-    "_receipt_command": {"_receipt", "_swap"},
+    "_command_line": set(),
+    "_receipt_command": {"_command_line", "_receipt", "_swap"},
     "_verify_command": {"verify"},
     "_pytest_plugin": {"verify"},
     "_command": {"training", "_invocation"},
@@ -41,6 +45,7 @@ MAY_IMPORT = {
     "__init__": {
         "_backprop",
         "descent",
+        "_explain",
         "functional",
         "functions",
         "interop",
@@ -93,12 +98,57 @@ def test_the_core_imports_torch_alone(part_name: str) -> None:
                 assert top in allowed or top in sys.stdlib_module_names, f"{path.name} imports {name}"
 
 
+# ----- circles of files -----
+
+
+def imports_of_files() -> dict[str, set[str]]:
+    """Which files of the package each file imports, anywhere in it."""
+    files = {".".join(p.relative_to(ROOT.parent).with_suffix("").parts): p for p in ROOT.rglob("*.py")}
+    graph: dict[str, set[str]] = {}
+    for name, path in files.items():
+        graph[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("manualprop"):
+                named = {f"{node.module}.{alias.name}" for alias in node.names}
+                graph[name] |= (named & set(files)) or ({node.module} & set(files))
+    return graph
+
+
+def circle(graph: dict[str, set[str]]) -> list[str] | None:
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return None
+
+
+def test_no_circle_of_files() -> None:
+    """Not even through an import inside of a function."""
+    assert len(imports_of_files()) > 100
+    assert circle(imports_of_files()) is None
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) is not None
+
+
+def test_names_of_helpers_are_unique() -> None:
+    """What one file offers to others has a name that no other file uses for something else."""
+    offered: dict[str, set[str]] = {}
+    for path in ROOT.rglob("*.py"):
+        if part(path) == "verify":  # knows nothing of the rest, nor the rest of it
+            continue
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                offered.setdefault(node.name, set()).add(str(path.relative_to(ROOT)))
+    # A rule, its function and its module share the name of torch's; a command has a main.
+    public = {*vars(functions), *vars(functional), *vars(manualprop.nn), "main"}
+    assert not {name: files for name, files in offered.items() if len(files) > 1 and name not in public}
+
+
 def test_importing_the_package_is_light() -> None:
     script = """
 import sys, manualprop
 assert "torch" not in sys.modules
-manualprop.nn, manualprop.functional, manualprop.descent, manualprop.swap, manualprop.interop
-heavy = {"lightning", "pytest", "torchmetrics", "matplotlib", "torch._dynamo", "jsonargparse", "opacus"} & set(sys.modules)
+manualprop.nn, manualprop.functional, manualprop.descent, manualprop.swap, manualprop.interop, manualprop.explain
+heavy = {"lightning", "pytest", "rich", "latex2mathml", "torchmetrics", "matplotlib", "torch._dynamo", "jsonargparse", "opacus"} & set(sys.modules)
 assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

@@ -217,26 +217,58 @@ def test_backward_that_is_not_linear(df: Callable[..., Tensor], text: str) -> No
     assert text in outcome.diagnosis
 
 
-# ----- declarations -----
+# ----- what is declared, and what is accepted -----
 
 
-def test_declared_limits_are_held_against_what_is_observed() -> None:
-    def verdict(fn: Callable[..., Any], support: bool) -> tuple[str, str]:
-        outcome = check(fn, X, declare={"double_backward": support}, only="second_order", isolate=False)
-        return outcome["second_order"].verdict, outcome["second_order"].evidence
+def test_what_is_declared_must_be_supported() -> None:
+    def outcome(fn: Callable[..., Any]) -> Any:
+        return check(fn, X, declare={"double_backward": True}, only="second_order", isolate=False)[
+            "second_order"
+        ]
 
-    assert verdict(Once.apply, False)[0] == "passed"
-    assert "declared as supported, but it is not" in verdict(Once.apply, True)[1]
-    assert "declared as unsupported, but it works" in verdict(torch.sin, False)[1]
-    assert verdict(DetachedSlope.apply, False)[0] == "finding", "silent is never a limit"
+    assert "declared as supported, but it is not" in outcome(Once.apply).evidence
+    assert outcome(torch.sin).verdict == "passed"
 
 
-def test_a_function_that_is_meant_not_to_be_differentiated_exactly() -> None:
+def test_what_is_accepted_keeps_its_reason_and_is_strict() -> None:
+    def outcome(fn: Callable[..., Any]) -> Any:
+        accept = {"second_order": "a kernel"}
+        return check(fn, X, accept=accept, only="second_order", isolate=False)["second_order"]
+
+    for fn in (Once.apply, DetachedSlope.apply):  # a limit, and a finding
+        accepted = outcome(fn)
+        assert accepted.verdict == "accepted" and accepted.evidence.startswith("a kernel ("), accepted
+    assert outcome(torch.sin).verdict == "finding"
+    assert "accepted, since 'a kernel', but it passes: take 'second_order' out" in outcome(torch.sin).evidence
+
+
+def test_a_group_is_accepted_if_one_of_it_needs_it() -> None:
+    transforms = ["vmap", "func_grad", "jacrev", "jacfwd", "vmap_grad"]
+
+    def verdicts(fn: Callable[..., Any], only: list[str]) -> set[str]:
+        report = check(fn, X, accept={"transforms": "old"}, only=only, isolate=False)
+        return {o.verdict for o in report}
+
+    assert verdicts(Once.apply, transforms) == {"accepted"}
+    assert verdicts(torch.sin, transforms) == {"finding", "passed"}
+    assert verdicts(torch.sin, transforms[:1]) == {"passed"}, "of a part of the group nothing can be said"
+
+
+def test_a_surrogate_is_what_backward_is_held_against() -> None:
+    first = "first_order"
     straight_through = by_hand(torch.round, lambda x, g: g)
-    assert not check(straight_through, X, only="first_order", isolate=False).passed
-    assert check(
-        straight_through, X, only="first_order", declare={"first_order": False}, isolate=False
-    ).passed
+    assert not check(straight_through, X, only=first, isolate=False).passed
+    meant = check(straight_through, X, surrogate=lambda x: x, level="quick")
+    assert meant.passed, meant
+    steep = by_hand(torch.round, lambda x, g: 2 * g)
+    assert "constant factor 2" in check(steep, X, surrogate=lambda x: x, only=first)[first].diagnosis
+    bent = by_hand(torch.sign, lambda x, g: g / (1 + x.abs()) ** 2)
+    softsign = torch.nn.functional.softsign
+    assert check(bent, X, surrogate=softsign, only=[first, "second_order", "sizes"], isolate=False).passed
+    detached = by_hand(torch.sign, lambda x, g: g / (1 + x.detach().abs()) ** 2)
+    assert not check(detached, X, surrogate=softsign, only="second_order", isolate=False).passed
+    with pytest.raises(ValueError, match="surrogate must return what ByHand does"):
+        check(straight_through, X, surrogate=torch.sum)
 
 
 # ----- bad use -----
@@ -261,6 +293,10 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "the class": (lambda: check(Once, X), TypeError, "Give Once.apply"),
     "unknown probe": (lambda: check(torch.sin, X, only="secnd_order"), ValueError, "Did you mean 'second_order'"),
     "unknown declaration": (lambda: check(torch.sin, X, declare={"vmapp": True}), ValueError, "declare must name probes. Got 'vmapp'"),
+    "false declaration": (lambda: check(torch.sin, X, declare={"vmap": False}), ValueError, "Give accept={'vmap': 'the reason'}"),
+    "unknown acceptance": (lambda: check(torch.sin, X, accept={"vmapp": "no"}), ValueError, "accept must name probes. Got 'vmapp'"),
+    "no reason": (lambda: check(torch.sin, X, accept={"vmap": ""}), TypeError, "accept must say why. Got 'vmap': ''"),
+    "inputs twice": (lambda: check(torch.sin, X, inputs=lambda: X), TypeError, "inputs makes the positional arguments"),
     "level": (lambda: check(torch.sin, X, level="slow"), ValueError, "level must be one of 'quick'"),  # type: ignore[arg-type]
     "Case and inputs": (lambda: check(Case(torch.sin, (X,)), X), TypeError, "a Case has its arguments in it"),
 }
@@ -289,8 +325,19 @@ def test_a_hang_is_a_finding() -> None:
     start = time.perf_counter()
     report = check(hanging, X, only=["first_order", "linearity"], time_limit=0.5)
     assert time.perf_counter() - start < 20
-    assert "hangs: no answer after 0.5 s" in report["first_order"].evidence
-    assert report["linearity"].evidence == "first_order hangs", "each would wait for its own time limit"
+    assert "gave up after 0.5 s in which it computed nothing" in report["first_order"].evidence
+    assert report["linearity"].evidence == "first_order was given up", (
+        "each would wait for its own time limit"
+    )
+
+
+def test_an_endless_loop_is_given_up_by_its_processor_time() -> None:
+    def loops(x: Tensor, g: Tensor) -> Tensor:
+        while True:
+            g = g + 0
+
+    report = check(by_hand(torch.sin, loops), X, only="first_order", time_limit=0.5)
+    assert "gave up after 0.5 s of processor time" in report["first_order"].evidence
 
 
 def test_an_exception_in_backward_is_a_finding_with_its_message() -> None:
@@ -344,12 +391,19 @@ def report() -> Any:
 
 
 def test_the_report_reads_well(report: Any) -> None:
-    text = str(report)
-    assert "first_order   FINDING  wrong for args[0]" in text
-    assert "forward_mode  limit    NotImplementedError" in text
-    assert "diagnosis: constant factor 3/2 (in all paths)" in text
-    assert "again:     check(ByHand, *inputs, only='first_order', seed=0)" in text
-    assert "ByHand: 1 finding; 1 probes passed, 1 limits, 0 not applicable" in text
+    lines = str(report).splitlines()
+    assert lines[0].startswith("ByHand: 1 finding; 1 passed, 1 limit, 0 not applicable"), (
+        "the result comes first"
+    )
+    assert lines[1].startswith("FINDING  first_order: wrong for args[0]")
+    assert lines[2:4] == [
+        "    diagnosis: constant factor 3/2 (in all paths)",
+        "    again:     check(ByHand, *inputs, only='first_order', seed=0)",
+    ]
+    assert lines[4].startswith("limit    forward_mode: NotImplementedError: You must implement the jvp")
+    assert len(lines) == 5
+    assert "first_order   FINDING   wrong for args[0]" in report.table()
+    assert "second_order  ok " in report.table()
     with pytest.raises(AssertionError, match="constant factor 3/2"):
         report.assert_passed()
     with pytest.raises(KeyError, match="'vmap' did not run"):

@@ -10,7 +10,7 @@ from torch.autograd import Function
 
 from manualprop.verify import Outcome, check
 from manualprop.verify._difference import difference, listed
-from manualprop.verify.probes.arguments import expansions, layouts
+from manualprop.verify.probes.layouts import expansions, layouts
 
 ARGUMENTS = (
     "grad_output_layout",
@@ -207,10 +207,12 @@ def test_what_is_refused_in_forward_is_a_limit():
     assert "view" in seen.evidence
 
 
-def test_an_output_of_several_may_be_non_differentiable():
+def test_an_output_that_is_not_differentiable_loses_a_term_unless_it_does_not_depend():
     seen = outcome("output_requires_grad", lambda x: (x.tanh(), x.detach().mean()), normal(4))
-    assert seen.verdict == "limit"
-    assert "output 1" in seen.evidence
+    assert seen.verdict == "finding"
+    assert "output 1" in seen.evidence and "in silence" in seen.evidence
+    constant = outcome("output_requires_grad", lambda x: (x.tanh(), torch.ones(2)), normal(4))
+    assert constant.verdict == "passed"
 
 
 def test_torch_batch_norm_reads_a_strided_weight_without_its_stride():

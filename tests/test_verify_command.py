@@ -1,6 +1,7 @@
 """``manualprop verify``."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -62,6 +63,15 @@ class Scale(torch.autograd.Function):
     def backward(ctx, g):
         return g * ctx.factor, None
 
+class Quantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, num_bits, clip_ratio):
+        return (x.clamp(-1, 1) * 2 ** (num_bits - 1) * clip_ratio).round() / 2 ** (num_bits - 1)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, None, None
+
 class Picky(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, b):
@@ -83,10 +93,13 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_discovers_cases_and_makes_up_inputs_for_the_rest(module: str) -> None:
     found = {f.target.partition(":")[2]: f for f in discover(module)}
-    assert set(found) == {"SCALES.three", "Linear", "Root", "Pick", "Picky"}
+    assert set(found) == {"SCALES.three", "Linear", "Root", "Pick", "Quantize", "Picky"}
     assert found["SCALES.three"].guessed == ""
     assert found["Linear"].guessed == "x float32[4, 5], weight float32[3, 5], bias float32[3]"
     assert found["Pick"].guessed.startswith("table float32[4, 5], index int64")
+    assert found["Quantize"].guessed == "x float32[4, 5], num_bits 4, clip_ratio 2", (
+        "numbers without annotation"
+    )
     assert found["Picky"].case is None
     root = found["Root"].case
     assert root is not None
@@ -109,7 +122,7 @@ def test_of_a_file_and_of_one_name(module: str) -> None:
     ("target", "text"),
     [
         ("no_such_module", "there is no module 'no_such_module'"),
-        ("{0}:Liner", "has no 'Liner'. There are: Linear, Root, Pick, Scale, Picky, SCALES"),
+        ("{0}:Liner", "has no 'Liner'. There are: Linear, Root, Pick, Scale, Quantize, Picky, SCALES"),
         ("missing.py", "there is no file missing.py"),
         ("json", "json holds no autograd.Function and no manualprop.verify.Case"),
     ],
@@ -135,6 +148,7 @@ def test_the_command(module: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", f"{module}:Linear", f"{module}:SCALES.three", *options]) == 1
     out = capsys.readouterr().out
     assert "inputs made up: x float32[4, 5]" in out
+    assert f"{module}:Linear: 1 finding; " in out and "probe  " not in out, "the findings, not the table"
     assert "mean for sum over a broadcast dimension" in out
     assert f"again:     manualprop verify {module}:Linear --seed 0 --only first_order" in out
     assert "2 verified, 1 with findings, 0 not verified" in out
@@ -146,9 +160,65 @@ def test_the_command(module: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "NOT VERIFIED" in capsys.readouterr().out
 
 
+def test_every_row_with_v(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", f"{module}:SCALES.three", "-v", "--only", "first_order"]) == 0
+    assert "first_order  ok        largest error" in capsys.readouterr().out
+
+
+def test_several_at_a_time_give_the_same(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    targets = [f"{module}:{name}" for name in ("Linear", "Root", "Pick")]
+    outs = []
+    for jobs in ("1", "2"):
+        assert main(["verify", *targets, "--only", "first_order,linearity", "--jobs", jobs]) == 1
+        outs.append(re.sub(r"\(\d.*? s\)", "", capsys.readouterr().out))
+    assert outs[0] == outs[1] and "3 verified, 1 with findings" in outs[0]
+
+
+def test_a_library_may_start_with_findings(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    known = ["--only", "first_order", "--baseline", "known.json"]
+    assert main(["verify", f"{module}:Linear", *known]) == 2
+    assert "there is no baseline known.json: --update-baseline writes it" in capsys.readouterr().err
+    assert main(["verify", f"{module}:Linear", *known, "--update-baseline"]) == 0
+    assert "known.json: 1 known finding" in capsys.readouterr().out
+    assert main(["verify", f"{module}:Linear", f"{module}:Root", *known]) == 0
+    assert "accepted first_order: known: it stands in the baseline" in capsys.readouterr().out
+    path = Path("known.json")
+    path.write_text(path.read_text().replace(f"{module}:Linear", f"{module}:Root"))
+    assert main(["verify", f"{module}:Linear", f"{module}:Root", *known]) == 1
+    out = capsys.readouterr().out
+    assert "2 verified, 2 with findings" in out, "one is new, and one is gone"
+    assert "accepted, since 'known: it stands in the baseline', but it passes" in out
+    path.write_text("[]")
+    assert main(["verify", f"{module}:Linear", *known]) == 2
+    assert "known.json is no baseline" in capsys.readouterr().err
+
+
+def test_what_is_accepted_stands_in_pyproject_or_in_the_command(
+    module: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    linear = ["verify", f"{module}:Linear", "--only", "first_order"]
+    assert main([*linear, "--accept", "first_order=means are meant"]) == 0
+    assert "accepted first_order: means are meant (wrong for bias" in capsys.readouterr().out
+    table = f'[tool.manualprop.verify.accept."{module}.Linear"]\n'
+    Path("pyproject.toml").write_text(f'{table}first_order = "means are meant"\n')
+    assert main(linear) == 0
+    assert main(["verify", f"{module}:Root", "--only", "first_order"]) == 0, "it speaks of another"
+    Path("pyproject.toml").write_text(f'{table}first_order = ""\n')
+    assert main(linear) == 2
+    assert "must give a reason for each probe" in capsys.readouterr().err
+    Path("pyproject.toml").write_text("[tool.manualprop.verify]\naccpet = {}\n")
+    assert main(linear) == 2
+    assert "has accept, baseline and level. Got accpet." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
+        (["{0}:Scale", "--accept", "vmap"], "--accept takes PROBE=REASON"),
+        (["{0}:Scale", "--accept", "vmpa=no"], "Did you mean 'vmap'"),
+        (["{0}", "--accept", "vmap=no"], "--accept speaks of one target. There are 6"),
+        (["{0}:Scale", "--jobs", "0"], "--jobs must be at least 1"),
+        (["{0}:Scale", "--update-baseline"], "name the file by --baseline FILE"),
         ([], "name what to verify"),
         (["{0}:Scale", "--only", "frist_order"], "Did you mean 'first_order'"),
         (["{0}:Scale", "--json", "no/such/folder/x.json"], "there is no folder no/such/folder"),

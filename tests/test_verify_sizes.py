@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from manualprop.verify import Case, Outcome, check
+from manualprop.verify._ready import ready
 from manualprop.verify._resize import axes, resized
-from manualprop.verify._subject import ready
 
 
 def outcome(probe: str, fn, *args) -> Outcome:

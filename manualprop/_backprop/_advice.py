@@ -1,4 +1,4 @@
-"""Why a loss is not finite: what the data say, and what to do about them."""
+"""Explains a loss that is not finite: what is wrong in the data, and what to do."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch.nn import Module
 
 
 class NotFinite(FloatingPointError):
-    """Of an update that was not made.
+    """Raised when the loss is not finite; the update was not made.
 
     Attributes:
-        loss: of its examples.
+        loss: the loss of the update's examples.
     """
 
     def __init__(self, loss: float, text: str) -> None:
@@ -19,7 +19,7 @@ class NotFinite(FloatingPointError):
 
 
 def not_finite(tensor: Tensor) -> str:
-    """Return which entry is the first that is nan or infinite, and how many there are; "" where all are finite.
+    """Name the first entry that is nan or infinite, and count such entries; "" if all are finite.
 
     Args:
         tensor: one example per row.
@@ -34,11 +34,11 @@ def not_finite(tensor: Tensor) -> str:
 
 
 def data_at_fault(x: Tensor, target: Tensor, loss: Module) -> str:
-    """Return what is wrong with the data of an update whose loss is not finite, and the remedy; "" for nothing.
+    """Say what is wrong with the data of an update whose loss is not finite, and the remedy; "" for nothing.
 
     Args:
-        x: inputs of the update.
-        target: theirs.
+        x: the inputs of the update.
+        target: their targets.
         loss: called on (output, target).
     """
     for name, tensor in (("inputs", x), ("targets", target)):

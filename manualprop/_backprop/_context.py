@@ -1,4 +1,4 @@
-"""A rule without a tape: what it keeps between its forward and its backward."""
+"""Runs a rule without a tape."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from manualprop.functions._rule import recording
 
 
 class Context:
-    """What a rule keeps between its forward and its backward, where no tape does it."""
+    """Stands for autograd's ``ctx``: it keeps what a rule saves between its forward and its backward."""
 
     def __init__(self, needs_input_grad: tuple[bool, ...]) -> None:
         self.needs_input_grad = needs_input_grad
@@ -23,18 +23,18 @@ class Context:
         self.saved_tensors = tensors
 
     def save_for_forward(self, *tensors: Any) -> None:
-        """Nothing: there is no forward mode here."""
+        """Do nothing: there is no forward mode here."""
 
     def set_materialize_grads(self, value: bool) -> None:
-        """Nothing: an absent gradient is handed to backward as None."""
+        """Do nothing: backward always gets None for an absent gradient."""
 
     def mark_non_differentiable(self, *tensors: Any) -> None:
-        """Nothing: only the first output is differentiated."""
+        """Do nothing: only the first output is differentiated."""
 
 
 @dataclass
 class Application:
-    """One application of a rule: what it was given, what it kept, what it returned."""
+    """One application of a rule: its arguments, what it saved, its output."""
 
     rule: type[Rule]
     arguments: tuple[Any, ...]
@@ -49,7 +49,7 @@ class Application:
 
 
 def applications(function: Callable[..., Tensor], *arguments: Tensor) -> tuple[Tensor, list[Application]]:
-    """The value of ``function``, and the rules that were applied in it, in order."""
+    """The value of ``function``, and the applications of rules in it, in order."""
     found: list[Application] = []
 
     def record(rule: type[Rule], given: tuple[Any, ...]) -> Any:

@@ -28,10 +28,10 @@ Evaluate = Callable[[Tensor, Tensor, bool], tuple[Tensor, "Tensor | float", Tens
 
 
 class Criterion:
-    """A loss: its value, what its mean divides by, and its gradient with respect to the network's output.
+    """A loss: its value, the divisor of its mean, and its gradient with respect to the network's output.
 
-    The three come from ``criterion(output, target, divide)``, where ``divide=False`` asks for the sum over the
-    examples and its gradient: those add up over pieces, as the divisors do.
+    ``criterion(output, target, divide)`` returns the three.  ``divide=False`` gives the sum over the examples
+    and its gradient: sums and divisors of pieces can be added up.
     """
 
     def __init__(self, loss: Module) -> None:
@@ -39,7 +39,7 @@ class Criterion:
         self.loss, self.unreduced = loss, copy.copy(loss)
         self.unreduced.reduction = "none"  # type: ignore[assignment]
         self.is_sum = loss.reduction == "sum"
-        self.traced = False  # whether a graph is made of it: then no number may be read
+        self.traced = False  # whether a graph is being made: then no number may be read
         self._evaluate: Evaluate = self._by_rule
         if type(loss) is nn.CrossEntropyLoss and loss.label_smoothing == 0:
             self._evaluate = self._cross_entropy
@@ -52,7 +52,7 @@ class Criterion:
         return self._evaluate(output, target, divide and not self.is_sum)
 
     def repeated(self, x: Tensor, t: Tensor) -> Evaluated:
-        """Loss and gradient of further outputs and targets of these shapes."""
+        """A function that returns loss and gradient of further outputs and targets of these shapes."""
         if x.numel() >= LARGE or x.dtype in HALF:
             return self.evaluate
         if self._evaluate != self._cross_entropy:
@@ -69,7 +69,7 @@ class Criterion:
 
     def _repeated_cross_entropy(self, x: Tensor) -> Evaluated:
         reduction, ignored, general = REDUCTIONS[self.loss.reduction], self._ignored, self.evaluate  # type: ignore[index]
-        minus_ones = x.new_full((len(x), 1), -1.0)  # kept, because making it takes as long as using it
+        minus_ones = x.new_full((len(x), 1), -1.0)  # kept, because making it costs as much as using it
         g = x.new_ones(()) / (1 if self.is_sum else len(x))
         gradient: Any = None
         p: Any = None
@@ -80,24 +80,24 @@ class Criterion:
             loss = nll_loss(log_p, t, None, reduction, ignored).item()
             if p is None:
                 with torch.inference_mode(False):
-                    p = torch.empty_like(log_p)  # laid out as it is
+                    p = torch.empty_like(log_p)  # in the layout of log_p
                 gradient = gradient_of_all.program((log_p, g, index, minus_ones), ()).run
             try:
                 return loss, gradient(log_p, g, index, minus_ones, p)
-            except RuntimeError:  # out of bounds: an ignored target, whose number is negative here
+            except RuntimeError:  # out of bounds: an ignored target, which is negative here
                 return general(x, t)
 
         return evaluate
 
     def _repeated_for_one(self, x: Tensor) -> Evaluated:
-        """For one example, whose loss is read off: -log p of its class."""
+        """For one example: its loss is just -log p of its class."""
         p, minus_one, general, classes = (
             torch.empty_like(x),
             x.new_full((1, 1), -1.0),
             self.evaluate,
             x.shape[1],
         )
-        indices: dict[int, Tensor] = {}  # a class number as (1, 1), which takes as long to make as to use
+        indices: dict[int, Tensor] = {}  # class -> (1, 1) tensor; making one costs as much as using it
         example = (x, None, torch.zeros(1, 1, dtype=torch.int64), minus_one)
         gradient = gradient_of_all.program(example, ()).run
 
@@ -105,12 +105,12 @@ class Criterion:
             target = int(t.item())
             index = indices.get(target)
             if index is None:
-                if not 0 <= target < classes:  # ignored, or an error
+                if not 0 <= target < classes:  # an ignored or a wrong target
                     return general(x, t)
                 index = indices[target] = torch.tensor([[target]])
             log_p = log_softmax(x)
             gradient(log_p, None, index, minus_one, p)
-            return -log_p.tolist()[0][target], p  # quicker than an operation on one number
+            return -log_p.tolist()[0][target], p  # faster than a torch operation on one number
 
         return evaluate
 
@@ -124,7 +124,7 @@ class Criterion:
         if not (plain and issubclass(rule, ElementwiseLoss) and rule.partials[0] == "output_gradient"):
             return self.evaluate
         f, gradient, shape, dtype, general = rule.f, rule.output_gradient, t.shape, t.dtype, self.evaluate  # type: ignore[attr-defined]
-        # As a tensor: a number would become one each time.
+        # A tensor: torch would turn a number into one at every call.
         scale = x.new_tensor(1.0 if self.is_sum else 1 / denominator(self.loss, x, t))
 
         def evaluate(x: Tensor, t: Tensor) -> tuple[float, Tensor]:
@@ -145,7 +145,7 @@ class Criterion:
         return losses.sum() * scale, divisor, dx.to(output.dtype)
 
     def _apply(self, output: Tensor, target: Tensor) -> tuple[Tensor, Application]:
-        """The losses of the elements, and how they were made."""
+        """The losses of the elements, and the application of a rule that made them."""
         if compares_elements(self.loss) and output.shape != target.shape:
             raise ValueError(
                 f"Backprop: {type(self.loss).__name__} must be given an output and a target of one shape. Got "
@@ -167,7 +167,7 @@ class Criterion:
         return divisor(index, self.loss.weight, counted, torch.float64)  # type: ignore[arg-type]
 
     def _cross_entropy(self, x: Tensor, t: Tensor, divide: bool) -> tuple[Tensor, Tensor | float, Tensor]:
-        """Class indices: value and gradient share one softmax."""
+        """For class indices: value and gradient share one softmax."""
         if x.dim() != 2 or t.dim() != 1 or t.dtype != torch.int64:
             return self._by_rule(x, t, divide)
         w: Any = self.loss.weight

@@ -1,7 +1,8 @@
-"""The update as an operation of torch's, with which a compiled graph of forward and backward pass ends.
+"""The update as a torch operation, the last one in a compiled graph of forward and backward pass.
 
-Written out in a graph, a product that is added to a weight is made aside, and the weights are copied to and fro.  An
-operation that changes its arguments is called by the graph as it is: the update stays folded into the product.
+In plain graph code a product that is added to a weight gets a tensor of its own, and the weights are copied
+back and forth.  The graph calls an operation that changes its arguments as it is: the update stays folded
+into the product.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from torch.nn import Parameter
 
 from manualprop._backprop._destinations import Descend
 
-FACTORS = {"take": 1, "take_weight": 2}  # how many tensors each way of taking a gradient has
+FACTORS = {"take": 1, "take_weight": 2}  # method of a destination -> the number of tensors it takes
 
 
 class Updates:
-    """The updates of the parameters that learn, known to graphs by a number: a graph holds tensors and numbers only.
+    """The updates of the parameters that learn.  A graph holds only tensors and numbers: it has their number.
 
-    The hyperparameters are read when the graph runs, so that a scheduler compiles nothing anew.
+    The hyperparameters are read when the graph runs, so a scheduler causes no new compilation.
     """
 
     def __init__(self, descend: Mapping[Parameter, Descend]) -> None:
@@ -34,7 +35,7 @@ class Updates:
         _known[self.number] = self
 
     def record(self, factors: Sequence[Tensor], methods: Sequence[str], loss: Tensor) -> None:
-        """Make the updates, unless the loss is not finite, where a graph is being made."""
+        """Put the updates into the graph that is being made; they happen only if the loss is finite."""
         weights = [destination.value for destination in self.destinations]
         _operation()(weights, factors, loss, self.number, methods)
 
@@ -51,7 +52,7 @@ def _library() -> Any:
     )
     library.impl("descend", _descend, "CompositeExplicitAutograd")
     torch.library.register_fake("manualprop::descend", lambda *_: None, lib=library)
-    return library  # what it defines lasts as long as it does
+    return library  # its definitions last as long as this object
 
 
 def _operation() -> Any:

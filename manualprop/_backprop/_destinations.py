@@ -1,4 +1,4 @@
-"""Where the gradient of a parameter goes: into a buffer, or at once into the parameter."""
+"""Where the gradient of a parameter goes: into a buffer, or straight into the parameter."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from manualprop import functions as rules
+from manualprop.functions._execution._products import add_weight_gradient
 
 
 class Destination:
-    """Takes the gradient of one parameter, which a stage hands over once in every backward pass."""
+    """Takes the gradient of one parameter; a stage passes it on once in every backward pass."""
 
     def __init__(self, parameter: Parameter) -> None:
         self.value = parameter.detach()
@@ -23,7 +24,7 @@ class Destination:
         raise NotImplementedError
 
     def take_weight(self, g_t: Tensor, x: Tensor) -> None:
-        """Take the gradient of a Linear weight, from its factors: rows, and the transposed gradient that arrived."""
+        """Take the gradient of a Linear weight as its two factors: the transposed g, and the rows of x."""
         self.take(rules.Linear.weight_gradient(g_t.t(), x))
 
     def take_bias(self, db: Tensor) -> None:
@@ -33,13 +34,11 @@ class Destination:
 
 Destinations = Mapping[Parameter, Destination]
 
-add_weight_gradient = rules.Linear.add_weight_gradient
-
-THIN = 8  # the smaller side of a weight, at most, of which BLAS may not add up the whole product first
+THIN = 8  # a weight is thin if its smaller side is at most this; see Descend
 
 
 class Collect(Destination):
-    """Adds gradients up: over micro-batches, or over the places where a tied weight stands."""
+    """Adds gradients up: over micro-batches, or over the places of a tied weight."""
 
     def __init__(self, parameter: Parameter) -> None:
         super().__init__(parameter)
@@ -53,7 +52,7 @@ class Collect(Destination):
 
     @property
     def made(self) -> Tensor:
-        """The gradient; zeros where no example reached the parameter."""
+        """The gradient; zeros if no example reached the parameter."""
         if self.gradient is None:
             self.gradient = torch.zeros_like(self.value)
         return self.gradient
@@ -68,11 +67,12 @@ class Collect(Destination):
 class Descend(Destination):
     """The update of stochastic gradient descent, as torch.optim.SGD defines it, folded into the gradient.
 
-    With the gradient G, negated for ``maximize``, and the weight decay d, momentum m and dampening p:
+    With the gradient G (negated for ``maximize``), weight decay d, momentum m and dampening p:
         d W + G -> G;   B <- m B + (1 - p) G;   G + m B (Nesterov), or B -> D;   W <- W - lr D
     Without momentum D = G, and the update is one product:  W <- (1 - lr d) W - lr g^T x.
-    A thin W takes its gradient as a whole: for such a one BLAS may have a kernel (MKL has, on AMD processors) that
-    adds each example's part to W by itself, where a small learning rate leaves nothing of it after rounding.
+    For a thin W the whole gradient is computed first.  Some BLAS kernels for thin matrices (MKL's on AMD
+    processors) would add each example's part to W separately; with a small learning rate such a part is lost
+    in rounding.
     """
 
     def __init__(self, parameter: Parameter, group: Mapping[str, Any], states: dict[Any, Any]) -> None:
@@ -82,7 +82,7 @@ class Descend(Destination):
 
     @property
     def buffer(self) -> Tensor | None:
-        """The momentum's, where torch.optim.SGD keeps it: it makes no entry without one."""
+        """The momentum buffer in the state of torch.optim.SGD; None if there is none yet."""
         buffer: Tensor | None = self.states.get(self.key, {}).get("momentum_buffer")
         return buffer
 
@@ -103,7 +103,7 @@ class Descend(Destination):
     def _momentum(self, gradient: Tensor) -> Tensor:
         buffer = self.buffer
         if buffer is None:  # the first gradient is not dampened
-            with torch.inference_mode(False):  # it outlives the step, and goes into checkpoints
+            with torch.inference_mode(False):  # the buffer outlives the step and goes into checkpoints
                 buffer = self.states[self.key]["momentum_buffer"] = torch.empty_like(self.value)
             return buffer.copy_(gradient)
         dampening = self.group["dampening"]
@@ -146,7 +146,7 @@ class Descend(Destination):
 
 
 class Factors(Destination):
-    """Keeps what a gradient is made of, so that a graph may end there and the update still be folded."""
+    """Keeps the factors of a gradient: the graph ends with them, and the update is still one product."""
 
     def __init__(self, parameter: Parameter) -> None:
         super().__init__(parameter)
@@ -163,14 +163,14 @@ HYPERPARAMETERS = ("lr", "momentum", "dampening", "weight_decay")
 
 
 def on(hyperparameter: float | Tensor) -> bool:
-    """Whether a hyperparameter has an effect; as a tensor it stands for any number but 0."""
+    """Whether a hyperparameter has an effect; a tensor stands for any number except 0."""
     return isinstance(hyperparameter, Tensor) or hyperparameter != 0
 
 
 class Guarded(Descend):
-    """The same update for a graph, which can neither read a number nor raise: kept only if all is well.
+    """The same update for a graph, which cannot read a number or raise; ``commit`` decides whether it counts.
 
-    The hyperparameters that are not 0 come as tensors, so that a scheduler may move them without a new graph.
+    Hyperparameters that are not 0 come as tensors, so a scheduler can change them without a new graph.
     """
 
     def __init__(self, parameter: Parameter, group: Mapping[str, Any], buffer: Tensor | None) -> None:

@@ -1,8 +1,8 @@
 """The step as one graph: compiled, or captured on a GPU.
 
-A graph can neither read a number nor raise.  So the learning rate and its like come as tensors, and the update is
-made real only where the loss is finite.  The graph itself is the stages' own work, run once on tensors without
-data: there is no second implementation.
+A graph cannot read a number or raise.  So the hyperparameters come as tensors, and the update is kept only if
+the loss is finite.  The graph is traced from the stages, which run once on tensors without data.  So there is
+no second implementation.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Graphs:
     """One graph for each combination of shapes, modes and hyperparameters that have an effect.
 
     Args:
-        compile: compile each graph; otherwise it is captured as it is.
-        capture: replay each graph on the GPU, without the CPU's part in it.
+        compile: compile each graph.
+        capture: replay each graph on the GPU as a CUDA graph, without work on the CPU.
     """
 
     def __init__(self, compile: bool, capture: bool) -> None:
@@ -41,7 +41,7 @@ class Graphs:
     def run(
         self, body: Body, key: Any, inputs: list[Tensor], changed: Callable[[], list[Tensor]]
     ) -> tuple[Tensor, ...]:
-        """``body(*inputs)``, by the graph of its own, which is made on the first call."""
+        """``body(*inputs)``, run by its own graph; the first call makes it."""
         key = (key, *[(i.shape, i.dtype, i.device) for i in inputs])
         graph = self._made.get(key)
         with torch.no_grad():
@@ -53,20 +53,20 @@ class Graphs:
         before = [c.clone() for c in changed]
         graph = compiled_graph(body, inputs) if self.compile else body
         graph = captured(graph, inputs) if self.capture else graph
-        for c, b in zip(changed, before, strict=True):  # neither tracing nor warming up is a step
+        for c, b in zip(changed, before, strict=True):  # undo: tracing and warm-up must not count as steps
             c.copy_(b)
         return graph
 
 
 class Hyperparameters:
-    """The hyperparameters of the optimizer's groups that have an effect, as tensors, which are kept up to date."""
+    """The hyperparameters that have an effect, as tensors; they follow the optimizer's groups."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._tensors: dict[tuple[int, str], tuple[float, Tensor]] = {}
 
     def of(self, groups: list[dict[str, Any]]) -> tuple[tuple[Any, ...], list[Tensor]]:
-        """What decides the form of the update, and the numbers in it."""
+        """What decides the form of the update, and its hyperparameters as tensors."""
         form, tensors = [], []
         for i, group in enumerate(groups):
             form.append(
@@ -88,16 +88,16 @@ class Hyperparameters:
 
 
 def with_tensors(groups: list[dict[str, Any]], tensors: Iterable[Tensor]) -> list[Mapping[str, Any]]:
-    """The groups with their hyperparameters replaced by tensors, in the order of ``Hyperparameters.of``."""
+    """The groups, with tensors for their hyperparameters, in the order of ``Hyperparameters.of``."""
     given = iter(tensors)
     return [group | {name: next(given) for name in HYPERPARAMETERS if on(group[name])} for group in groups]
 
 
 def compiled_graph(body: Body, inputs: list[Tensor]) -> Body:
     """``body`` as one compiled graph for inputs of these shapes."""
-    # Not Dynamo: it would have to follow the rules' plumbing, and guard every object on the way in every step.
+    # Not Dynamo: it would trace through the machinery of the rules, and check many guards in every step.
     graph = make_fx(lambda *given: body(*given), tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
-    constants = lifted(graph)
+    constants = tensors_as_inputs(graph)
     run = make(graph, [*inputs, *constants])
 
     def replay(*arguments: Tensor) -> tuple[Tensor, ...]:
@@ -111,16 +111,16 @@ def make(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
     return inductor(graph, [*inputs])
 
 
-def lifted(graph: GraphModule) -> list[Tensor]:
+def tensors_as_inputs(graph: GraphModule) -> list[Tensor]:
     """Turn the tensors that a graph holds (weights, buffers) into inputs, and return them.
 
-    A tensor that is changed in place has to be an input, and the same memory has to be the same input: the graph
-    lets go of what it held, which the compiler would take for one more.
+    A tensor that is changed in place must be an input, and equal memory must be one input.  The graph's own
+    references are removed: the compiler would take them for further inputs.
     """
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     found: dict[Any, tuple[Any, Tensor]] = {}
     for node in [node for node in graph.graph.nodes if node.op == "get_attr"]:
-        tensor = getattr(graph, node.target).data  # not detach(): a view, for which the compiler copies
+        tensor = getattr(graph, node.target).data  # not detach(): it gives a view, which the compiler copies
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         if key not in found:
             with graph.graph.inserting_after(inputs[-1]):
@@ -143,8 +143,8 @@ def lifted(graph: GraphModule) -> list[Tensor]:
 def captured(body: Body, inputs: list[Tensor]) -> Body:
     """``body`` as a CUDA graph for inputs of these shapes.
 
-    The graph reads and writes fixed addresses: inputs are copied to where it reads, outputs are overwritten by the
-    next replay.  CUDA asks for a few runs beforehand, on a stream of their own.
+    The graph reads and writes fixed addresses: inputs are copied there, and the next replay overwrites the
+    outputs.  CUDA needs a few warm-up runs on a separate stream first.
     """
     static = [i.clone() for i in inputs]
     stream = torch.cuda.Stream()

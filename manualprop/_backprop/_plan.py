@@ -1,4 +1,4 @@
-"""Who learns, where its gradient goes, and what a loss that is not finite says: what every way of running a step needs."""
+"""What every way of running a step needs: which parameters learn, where gradients go, a check of the loss."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ class Plan:
     """A model's stages, its loss and its optimizer as they are now.
 
     Args:
-        model: to be trained.
-        stage: of the whole model.
-        criterion: its loss.
+        model: the model to train.
+        stage: the stage of the whole model.
+        criterion: the loss.
         descent: the update.
-        optimizer: the descent's.
-        hooks: whether somebody watches the optimizer's step.
+        optimizer: the descent's optimizer.
+        hooks: whether the optimizer's step has hooks.
 
     Attributes:
-        leaves: the stages that work on tensors themselves.
+        leaves: the stages without inner stages.
         learning: the parameters that learn.
-        ties: whether one of them stands in several places.
-        folds: whether the update is folded into what makes the gradient.
-        descend: where it is, the destinations that do so.
-        micro: the examples of a piece of an update; None for whole updates.
+        ties: whether a parameter is used in several places.
+        folds: whether the update is folded into the product that makes the gradient.
+        descend: the destinations that fold the update; empty if ``folds`` is false.
+        micro: the number of examples in a piece of an update; None for whole updates.
     """
 
     def __init__(
@@ -71,18 +71,18 @@ class Plan:
         """The optimizer's group of each parameter."""
         groups = {p: group for group in self.groups for p in group["params"]}
         missing = [p for p in self.learning if p not in groups]
-        if missing:  # it did not require a gradient when the optimizer was made
+        if missing:  # they did not require a gradient when the optimizer was made
             self.optimizer.add_param_group({"params": missing})
             groups |= dict.fromkeys(missing, self.groups[-1])
         return groups
 
     @property
     def is_plain(self) -> bool:
-        """Whether an update is one backward pass, and folded into it."""
+        """Whether an update is one backward pass with the update folded into it."""
         return self.folds and not self.ties and self.micro is None
 
     def has_buffers(self) -> bool:
-        """Whether no buffer of the momentum is missing: the first step makes them, and is a plain one."""
+        """Whether all momentum buffers exist.  The first step makes them, so it is a plain one."""
         return all(d.buffer is not None for d in self.descend.values() if d.group["momentum"])
 
     # ----- where gradients go -----
@@ -93,7 +93,7 @@ class Plan:
 
     @contextmanager
     def sending(self, to: Destinations) -> Iterator[None]:
-        """Within, gradients go elsewhere than into the update, and no weight changes."""
+        """Inside, gradients go to ``to`` instead of into the update, and no weight changes."""
         self._send(to)
         try:
             yield
@@ -102,7 +102,7 @@ class Plan:
 
     @contextmanager
     def collecting(self) -> Iterator[Collection]:
-        """Within, gradients are collected, and no weight changes."""
+        """Inside, gradients are collected, and no weight changes."""
         to = {p: Collect(p) for p in self.learning}
         with self.sending(to):
             yield to
@@ -117,7 +117,7 @@ class Plan:
     def propagate(
         self, x: Tensor, target: Tensor, divide: bool = True
     ) -> tuple[Tensor, float, Tensor | float]:
-        """Forward propagation, loss, gradient of the loss, backward propagation: output, loss and its divisor."""
+        """Run forward propagation, the loss and backward propagation; return output, loss and divisor."""
         output = self.stage.forward(x)
         loss, divisor, g = self.criterion(output, target, divide)
         value = self.finite(loss, x, target)
@@ -125,14 +125,14 @@ class Plan:
         return output, value, divisor
 
     def finite(self, loss: Tensor, x: Tensor, target: Tensor) -> float:
-        """The loss as a number; refused where it is not finite."""
+        """The loss as a number; raises if it is not finite."""
         value = loss.item()
         if not math.isfinite(value):
             self.refuse(value, x, target)
         return value
 
     def refuse(self, value: float, x: Tensor, target: Tensor) -> NoReturn:
-        """Say what may be at fault for a loss that is not finite."""
+        """Raise for a loss that is not finite, and say what may be the cause."""
         advice = data_at_fault(x, target, self.criterion.loss) or "Try a smaller learning rate"
         raise NotFinite(
             value,

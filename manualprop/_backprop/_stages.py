@@ -2,7 +2,7 @@
 
 Symbols
     x   input of a layer        g   dL/dy, the gradient that arrives
-    y   its output              dx  dL/dx, the gradient handed to the layer before
+    y   its output              dx  dL/dx, the gradient for the layer before
 """
 
 from __future__ import annotations
@@ -22,21 +22,27 @@ from manualprop._backprop._context import Application, applications
 from manualprop._backprop._destinations import Destinations
 from manualprop.functions import Elementwise
 from manualprop.functions._execution import LARGE, Runner
-from manualprop.functions.linear import FEW, rows
+from manualprop.functions._execution._products import (
+    FEW,
+    bias_gradient_of_few,
+    input_gradient_into,
+    multiply_and_add_into,
+)
+from manualprop.functions.linear import rows
 
 Forward = Callable[[Tensor], Tensor]
 Backward = Callable[[Tensor], "Tensor | None"]
 
 
 class Stage:
-    """A layer of the step.  ``forward`` keeps what ``backward`` needs, and ``backward`` lets go of it."""
+    """A layer of the step.  ``forward`` keeps what ``backward`` needs, and ``backward`` frees it."""
 
     def __init__(self, path: str, layer: Module) -> None:
         self.path, self.layer = path, layer
-        self.needs_dx = True  # whether a layer before has anything to learn
-        self.learns = False  # whether it has something to learn itself
-        self.owns_x = False  # whether the input is nobody else's, and may be written over
-        self.owns_g = False  # whether the gradient that arrives is nobody else's, and may be written over
+        self.needs_dx = True  # whether a layer before it learns
+        self.learns = False  # whether it learns itself
+        self.owns_x = False  # whether no one else uses the input, so that it may be overwritten
+        self.owns_g = False  # whether no one else uses the arriving gradient, so that it may be overwritten
 
     def parameters(self) -> list[Parameter]:
         """The parameters that this stage trains."""
@@ -46,46 +52,45 @@ class Stage:
         raise NotImplementedError
 
     def backward(self, g: Tensor) -> Tensor | None:
-        """Hand the parameters' gradients to their destinations and return dx, None where nobody needs it."""
+        """Pass the parameters' gradients to their destinations; return dx, or None if no layer needs it."""
         raise NotImplementedError
 
     def stages(self) -> Iterator[Stage]:
-        """Itself and the stages within."""
+        """This stage and its inner stages."""
         yield self
 
     def need(self, before: bool) -> bool:
-        """Settle ``needs_dx``, given whether a layer before learns; return whether one up to here does."""
+        """Set ``needs_dx`` from whether a layer before learns; return whether any layer up to here learns."""
         self.needs_dx = before
         self.learns = bool(self.parameters())
         return before or self.learns
 
     def send(self, to: Destinations) -> None:
-        """Settle where the gradients of the parameters go."""
+        """Set where the gradients of the parameters go."""
         self.to = to
 
     def kept(self) -> int:
-        """How many elements are kept from step to step for ``repeated``."""
+        """The number of elements that ``repeated`` keeps from step to step."""
         return 0
 
     def repeated(self) -> tuple[Forward, Backward]:
-        """Forward and backward propagation for further inputs of the last one's shape."""
+        """Forward and backward propagation for further inputs of the same shape as the last."""
         return self.forward, self.backward
 
 
-multiply_and_add, multiply_and_add_into = rules.Linear.forward, rules.Linear.forward_into
+multiply_and_add = rules.Linear.forward
 input_gradient, bias_gradient = rules.Linear.input_gradient, rules.Linear.bias_gradient
-bias_gradient_of_few = rules.Linear.bias_gradient_of_few
 
 
 class Affine(Stage):
     """Multiply by the weights, add the biases: :class:`manualprop.nn.Linear`."""
 
-    is_last = False  # of its kind: then y may be the model's output, which the caller may want to keep
+    is_last = False  # the last Affine: y may be the model's output, which the caller may keep
 
     def send(self, to: Destinations) -> None:
         W: Any = self.layer.weight
         b: Any = self.layer.bias
-        # Looked up once: reading a parameter off a module, and hashing it, costs as much as a small product.
+        # Looked up once: to read a parameter from a module and hash it costs as much as a small product.
         self.W, self.b = W.detach(), None if b is None else b.detach()
         self.W_to, self.b_to = to.get(W), None if b is None else to.get(b)
 
@@ -105,7 +110,7 @@ class Affine(Stage):
         return dx
 
     def _bias_gradient(self, g: Tensor) -> Tensor:
-        """To the last bit what ``repeated`` makes: a resumed run starts here where the other one goes on there."""
+        """Bit-identical to ``repeated``, so that a resumed run equals an uninterrupted one."""
         g = rows(g)
         N, O = g.shape
         return (
@@ -117,10 +122,7 @@ class Affine(Stage):
         return elements
 
     def repeated(self) -> tuple[Forward, Backward]:
-        """What is written is written where it was the last time, and views are made once.
-
-        Making a tensor or a view takes as long as a small product.
-        """
+        """Buffers and views are made once and reused: making one costs as much as a small product."""
         if len(self.shape) != 2:
             return self.forward, self.backward
         W, W_to, b_to, needs_dx = self.W, self.W_to, self.b_to, self.needs_dx
@@ -140,10 +142,10 @@ class Affine(Stage):
 
         def backward(g: Tensor) -> Tensor | None:
             nonlocal last_g, g_t, only_row
-            if g is not last_g:  # most often it is: whoever made it writes where it wrote the last time, too
+            if g is not last_g:  # usually the same buffer: the stage that made g reuses its buffers too
                 last_g, g_t, only_row = g, g.t(), g[0]
-            if needs_dx:
-                input_gradient(g, W, dx)
+            if dx is not None:
+                input_gradient_into(dx, g, W)
             if W_to is not None:  # after dx: the update may be folded in
                 W_to.take_weight(g_t, kept)
             if b_to is not None:
@@ -155,7 +157,7 @@ class Affine(Stage):
         return forward, backward
 
 
-# The same function, written over its argument, of activations that are written in their output.
+# In-place forms of the activations whose derivative is written in the output.
 IN_PLACE: Mapping[type[Elementwise], Callable[[Tensor], Tensor]] = {
     rules.ReLU: torch.relu_,
     rules.Sigmoid: torch.sigmoid_,
@@ -204,7 +206,7 @@ class Activation(Stage):
 
         def backward(g: Tensor) -> Tensor:
             nonlocal program
-            if program is None:  # looked up once: that takes as long as a step of it
+            if program is None:  # looked up once: a lookup costs as much as one of its operations
                 program = chain_rule.program((g, s), p, over=0).run
             dx: Tensor = program(g, s)
             return dx
@@ -217,7 +219,7 @@ class Applied(Stage):
 
     def forward(self, x: Tensor) -> Tensor:
         y, found = applications(self.layer.forward, x)
-        # Dropout in evaluation hands its very input on.
+        # Dropout in evaluation returns its input itself.
         self.application = None if y is x else the_one(found, x, y, self.path, self.layer)
         return y
 
@@ -238,7 +240,7 @@ class Applied(Stage):
         return dx
 
     def _want(self, application: Application) -> None:
-        """Ask the rule for no more than is wanted."""
+        """Ask the rule only for the gradients that are needed."""
         application.context.needs_input_grad = tuple(
             argument in self.to if isinstance(argument, Parameter) else needed and self.needs_dx
             for argument, needed in zip(
@@ -248,7 +250,7 @@ class Applied(Stage):
 
 
 def the_one(found: list[Application], x: Tensor, y: Tensor, path: str, layer: Module) -> Application:
-    """The single application that leads from x to y; anything else has no gradient here."""
+    """The single application that leads from x to y; raises for anything else."""
     if len(found) == 1:
         first = found[0].output[0] if isinstance(found[0].output, tuple) else found[0].output
         if first is y and sum(a is x for a in found[0].arguments) == 1:
@@ -257,7 +259,7 @@ def the_one(found: list[Application], x: Tensor, y: Tensor, path: str, layer: Mo
 
 
 class Reshaped(Stage):
-    """Flatten and Unflatten: the gradient takes the input's shape again."""
+    """Flatten and Unflatten: the gradient gets the input's shape."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.shape = x.shape
@@ -289,7 +291,7 @@ class Chained(Stage):
         super().__init__(path, layer)
         self.chain = chain
         for stage, after in itertools.pairwise(chain):
-            stage.owns_g = isinstance(after, Affine)  # whose dx is the product that it made
+            stage.owns_g = isinstance(after, Affine)  # its dx is a new tensor
             after.owns_x = isinstance(stage, Affine)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -300,7 +302,7 @@ class Chained(Stage):
     def backward(self, g: Tensor) -> Tensor | None:
         dx: Tensor | None = g
         for stage in reversed(self.chain):
-            if dx is None:  # nothing before has anything to learn
+            if dx is None:  # no layer before learns
                 return None
             dx = stage.backward(dx)
         return dx
@@ -319,7 +321,7 @@ class Chained(Stage):
 
 
 class Added(Stage):
-    """Branches from one input whose outputs are added: the gradient goes into each, and what returns is added."""
+    """Branches from one input with added outputs: each branch gets g, and their dx are added."""
 
     def __init__(self, path: str, layer: Module, branches: Sequence[Stage], skip: bool) -> None:
         super().__init__(path, layer)
@@ -355,7 +357,7 @@ class Added(Stage):
 
 
 def chain_of(stage: Stage) -> list[Stage]:
-    """The stages in the order of their work, those of nested chains among them."""
+    """The stages in the order of execution, with nested chains flattened."""
     if isinstance(stage, Chained):
         return [inner for within in stage.chain for inner in chain_of(within)]
     return [stage]
@@ -367,15 +369,15 @@ WAY_OUT = "Train this model with autograd, where the same modules work, or give 
 
 
 def refusal(path: str, layer: Module, why: str, way_out: str = WAY_OUT) -> str:
-    """The text that refuses a layer: which, where, why, and what to do."""
+    """The error text for a layer: which, where, why, and what to do."""
     return f"Backprop: layer {path or 'model'!r} ({type(layer).__name__}) cannot be run without a tape: {why}. {way_out}."
 
 
 def build(layer: Module, path: str = "") -> Stage:
-    """The stage of a layer, with those of the layers within.
+    """The stage of a layer, with the stages of its inner layers.
 
     Raises:
-        TypeError: for a layer that has none.
+        TypeError: for a layer without a stage.
     """
     _refuse_hooks(layer, path)
     kind = type(layer)
@@ -411,7 +413,7 @@ def build(layer: Module, path: str = "") -> Stage:
 
 
 def _within(layer: Module, path: str) -> list[Stage]:
-    # Not named_children, which names a layer that stands in two places only once.
+    # Not named_children: it names a layer that is used twice only once.
     within = [(name, child) for name, child in layer._modules.items() if child is not None]
     return [build(child, f"{path}.{name}" if path else name) for name, child in within]
 
@@ -430,7 +432,7 @@ def _activation(layer: Module, path: str) -> Stage | None:
     try:
         with torch.no_grad():
             _, found = applications(copy.copy(layer).forward, torch.ones(2, 2))
-    except (RuntimeError, ValueError, IndexError):  # not a layer for any shape: no elementwise one
+    except (RuntimeError, ValueError, IndexError):  # it does not take every shape, so it is not elementwise
         return None
     finally:
         torch.set_rng_state(state)

@@ -1,9 +1,9 @@
 """The tape-free step: forward propagation, backward propagation and update, written out, without autograd.
 
-A :class:`Backprop` holds one stage for each layer.  A step runs the stages forwards, takes the gradient of the
-loss, runs them backwards, and each stage hands the gradient of its parameters to where it is wanted: into the
-parameter itself (the update, folded into the product that makes the gradient), or into a buffer.  The formulas are
-those of :mod:`manualprop.functions`; none is written here.  ``_ways.py`` has the ways of running a step.
+A :class:`Backprop` holds one stage for each layer.  A step runs the stages forwards, takes the gradient of
+the loss, and runs the stages backwards.  Each stage sends the gradient of its parameters to its destination:
+into the parameter itself (the update is folded into the product that makes the gradient), or into a buffer.
+All formulas come from :mod:`manualprop.functions`.  ``_ways.py`` has the ways of running a step.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from manualprop._backprop._criterion import Criterion
 from manualprop._backprop._graph import Graphs
 from manualprop._backprop._plan import Plan
 from manualprop._backprop._stages import build
-from manualprop._backprop._trace import Note, Record, headline, record, recorder, watched
+from manualprop._backprop._trace import Note, Record, headline, noted, record, recorder, rule_named_as
 from manualprop._backprop._ways import Captured, Collected, Compiled, Plain, Repeated, Way, repeated
 from manualprop._torch import any_autocast, optimizer_post_hooks, optimizer_pre_hooks
 from manualprop.descent import Descent, Stochastic
 
 
 class Observed(NamedTuple):
-    """What a step makes, as :meth:`Backprop.observe` saw it.
+    """The results of a step, from :meth:`Backprop.observe`.
 
-    - ``output``     of the model.
-    - ``loss``       and ``divisor``, what its mean divides by.
+    - ``output``     the model's output.
+    - ``loss``       the loss; ``divisor`` is the divisor of its mean.
     - ``g``          the gradient of the loss with respect to the output.
-    - ``gradients``  of the parameters that learn, by name.
+    - ``gradients``  the gradients of the parameters that learn, by name.
     """
 
     output: Tensor
@@ -45,36 +45,38 @@ class Observed(NamedTuple):
 class Backprop:
     """Train a model without a tape: one call is a forward pass, a backward pass and an update.
 
-    The model is a :class:`torch.nn.Sequential`, nested as you like, of layers of :mod:`manualprop.nn` (and torch's
-    Flatten, Unflatten, Identity and Dropout), with :class:`manualprop.nn.Residual` and
-    :class:`manualprop.nn.Parallel` for branches.  Where the descent is plain or momentum gradient descent, the update
-    is folded into the product that makes the gradient, and no gradient is ever stored.  After N steps the weights
-    are those of torch.nn, autograd and the same optimizer, to rounding.  From the third step on inputs of one small
-    shape, a step writes its tensors where the last one did (2^20 elements at most); never over an output.  Where
-    somebody registered hooks of the optimizer's step, the gradients are handed to the optimizer, which calls them.
+    The model is a :class:`torch.nn.Sequential`, which may be nested.  It contains layers of
+    :mod:`manualprop.nn`, torch's Flatten, Unflatten, Identity and Dropout, and
+    :class:`manualprop.nn.Residual` and
+    :class:`manualprop.nn.Parallel` for branches.  With plain or momentum gradient descent, the update is
+    folded into the product that makes the gradient, and no gradient is ever stored.  After N steps the
+    weights equal those of torch.nn, autograd and the same optimizer, within rounding.  From the third small
+    input of equal shape, buffers are reused (2^20 elements at most); an output never is.  If the optimizer's
+    step has hooks, the optimizer gets the gradients and calls the hooks.
 
     Args:
-        model: to be trained, in place.
-        loss: of :mod:`manualprop.nn`, called on (output, target), with reduction "mean" or "sum".
-        descent: of :mod:`manualprop.descent`: the update, and for Batch the size of the micro-batches. The rows of a
-            call are the examples of one update: one with Stochastic, any number with MiniBatch and Batch.
-        optimizer: the descent's, where it has been made already; it is made anew otherwise.
-        compile: run the step as one graph, compiled by torch's inductor on the first step of each shape of the input
-            (tens of seconds).  It calls the update, which stays folded into the product that makes the gradient and
-            reads its hyperparameters then, so that a scheduler compiles nothing anew; an optimizer that asks for
-            gradients makes its own step after the graph.  It pays for many or large elementwise layers.  Random
-            layers draw other numbers than without.
-        capture: replay the step as a CUDA graph: for small networks on a GPU, where starting the kernels takes longer
-            than their work.  It needs a CUDA device, the model, the inputs and the targets on it, and one graph's
-            memory for each shape of the input.  May be combined with ``compile``.
+        model: the model to train, in place.
+        loss: a loss of :mod:`manualprop.nn`, called on (output, target), with reduction "mean" or "sum".
+        descent: a descent of :mod:`manualprop.descent`: the update, and for Batch the size of the
+            micro-batches. The rows of a call are the examples of one update: one with Stochastic, any number
+            with MiniBatch and Batch.
+        optimizer: the descent's optimizer, if it exists already; otherwise a new one is made.
+        compile: run the step as one graph.  torch's inductor compiles it at the first step of each input
+            shape (tens of seconds).  The graph calls the update, which stays folded into the product that
+            makes the gradient.  Hyperparameters are read when the graph runs, so a scheduler causes no new
+            compilation.  An optimizer that needs gradients makes its own step after the graph.  ``compile``
+            pays for many or large elementwise layers.  Random layers draw other numbers than without it.
+        capture: replay the step as a CUDA graph: for small networks on a GPU, where launching the kernels
+            takes longer than their work.  It needs a CUDA device with the model, the inputs and the targets
+            on it, and one graph's memory for each input shape.  May be combined with ``compile``.
 
     Attributes:
-        output: of the model in the latest step, before its update; with micro-batches, that of the last.
+        output: the model's output in the latest step, before the update; with micro-batches, the last one's.
 
     Raises:
         RuntimeError: for ``capture`` without a GPU.
-        TypeError: for a layer or a loss that cannot be run without a tape; the text names it and the way out; and for
-            a descent that is none.
+        TypeError: for a layer or a loss that cannot run without a tape (the text names it and what to do),
+            and if ``descent`` is not a descent.
         ValueError: for a model without a parameter that requires a gradient.
     """
 
@@ -111,7 +113,7 @@ class Backprop:
         return trained
 
     def _make_plan(self) -> None:
-        """Settle who learns, where its gradient goes, and the ways of running a step."""
+        """Find the parameters that learn and where their gradients go; make the ways of running a step."""
         self._hooks = self._has_hooks()
         self._plan = plan = Plan(
             self.model, self.stage, self.criterion, self.descent, self.optimizer, self._hooks
@@ -128,12 +130,12 @@ class Backprop:
         """Make one update and return the loss before it.
 
         Args:
-            x: inputs of all examples of the update.
+            x: the inputs of all examples of the update.
             target: their targets.
 
         Raises:
-            FloatingPointError: for a loss that is not finite; no weight was changed.
-            ValueError: for more than one example, where the descent is Stochastic.
+            FloatingPointError: if the loss is not finite; no weight is changed then.
+            ValueError: for more than one example with Stochastic.
         """
         self._check()
         if x.shape == self._shape and x.dtype is self._dtype:
@@ -141,13 +143,13 @@ class Backprop:
         else:
             loss, self.output = self._way(x)(x, target)
             self._prepare(x, target)
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what a scheduler looks for
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers check this
         if self._by_update:
             self.lr_scheduler.step()  # type: ignore[union-attr]
         return loss
 
     def _way(self, x: Tensor) -> Way:
-        """The way of running a step on these inputs."""
+        """The way of running a step for these inputs."""
         examples = 1 if x.dim() < 2 and x.is_floating_point() else len(x)
         if examples != 1 and isinstance(self.descent, Stochastic):
             raise ValueError(
@@ -166,14 +168,14 @@ class Backprop:
     # ----- steps on inputs of one shape -----
 
     def _forget(self) -> None:
-        """Let go of what was prepared for further inputs of one shape."""
+        """Drop what was prepared for further inputs of one shape."""
         self._shape: torch.Size | None = None
         self._dtype: torch.dtype | None = None
         self._repeated: Repeated | None = None
         self._last: tuple[torch.Size, torch.dtype] | None = None
 
     def _prepare(self, x: Tensor, target: Tensor) -> None:
-        """Lay out further steps, if this was the second plain one on inputs of one shape."""
+        """Prepare reuse of buffers, if this was the second plain step on inputs of one shape."""
         last = self._last
         self._forget()
         self._last = x.shape, x.dtype
@@ -190,16 +192,16 @@ class Backprop:
                 "Backprop: a step runs in the precision of the model. Got an enabled autocast; leave the region, and "
                 "give the model the precision with model.to(dtype)."
             )
-        # A resumed optimizer has other groups and states than before.
+        # A resumed optimizer has new groups and states.
         if self._plan.groups is not self.optimizer.param_groups or self._has_hooks() is not self._hooks:
             self._make_plan()
         for parameter, learns, memory in self._seen:
             if parameter.requires_grad is not learns or parameter.data_ptr() != memory:
-                # model.double() moves it
+                # model.double() replaces the data
                 return self._make_plan()
 
     def _has_hooks(self) -> bool:
-        """Whether somebody watches the optimizer's step: it is called then, with the gradients in ``.grad``."""
+        """Whether the optimizer's step has hooks: it is then called, with the gradients in ``.grad``."""
         optimizer: Any = self.optimizer
         return bool(
             optimizer._optimizer_step_pre_hooks
@@ -218,20 +220,19 @@ class Backprop:
         return self._plan.named(to)
 
     def observe(self, x: Tensor, target: Tensor, note: Note) -> Observed:
-        """Run forward and backward propagation under the eyes of ``note``; no weight changes.
+        """Run forward and backward propagation and call ``note`` at each stage; no weight changes.
 
         Args:
-            x: inputs of all examples of the update.
+            x: the inputs of all examples of the update.
             target: their targets.
-            note: called after each stage's work with the stage, "forward" or "backward", what it was given and what it
-                made.
+            note: called after each stage with the stage, "forward" or "backward", its inputs and its result.
         """
         self._check()
         plan = self._plan
-        with torch.no_grad(), plan.collecting() as to, watched(plan.leaves, note):
+        with torch.no_grad(), plan.collecting() as to, noted(plan.leaves, note):
             output = self.stage.forward(x)
             loss, divisor, g = self.criterion(output, target)
-            kept = g.clone()  # the last stage may write over it
+            kept = g.clone()  # the last stage may overwrite it
             self.stage.backward(g)
         return Observed(output, loss, float(divisor), kept, plan.named(to))
 
@@ -240,8 +241,8 @@ class Backprop:
         records: list[Record] = []
         made = self.observe(x, target, recorder(records))
         loss = self.criterion.loss
-        turn = sum(one.direction == "forward" for one in records)  # where the way back begins
+        turn = sum(one.direction == "forward" for one in records)  # where backward propagation begins
         yield from records[:turn]
-        yield record("loss", "loss", loss, headline(loss), made.loss)
+        yield record("loss", "loss", loss, headline(rule_named_as(loss)), made.loss)
         yield record("backward", "loss", loss, "dL/dy, the gradient that starts", made.g)
         yield from records[turn:]

@@ -1,4 +1,4 @@
-"""A step watched: one record for everything that it makes."""
+"""Traces a step: one record for each tensor that it makes."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Record:
 
     Args:
         direction: "forward", "loss" or "backward".
-        path: of the layer in the model.
-        layer: its class.
-        formula: of the rule; in a backward step, its derivation.
-        shape: of what the step made.
-        norm: Euclidean, of what the step made.
+        path: the layer's path in the model.
+        layer: the layer's class.
+        formula: the rule's formula; in a backward step, its derivation.
+        shape: the shape of the result.
+        norm: the Euclidean norm of the result.
     """
 
     direction: str
@@ -38,19 +38,19 @@ class Record:
     norm: float
 
 
-# Called with a stage, "forward" or "backward", what the stage was given, and what it made of that.
+# Called with a stage, "forward" or "backward", the stage's inputs, and its result.
 Note = Callable[[Stage, str, tuple[Any, ...], "Tensor | None"], None]
 
 
 @contextmanager
-def watched(stages: Sequence[Stage], note: Note) -> Iterator[None]:
-    """Within, every stage tells ``note`` what it is given and what it makes, forwards and backwards."""
+def noted(stages: Sequence[Stage], note: Note) -> Iterator[None]:
+    """Inside, every stage calls ``note`` with its inputs and its result, forwards and backwards."""
 
     def watch(
         stage: Stage, direction: str, run: Callable[..., Tensor | None]
     ) -> Callable[..., Tensor | None]:
         def told(*given: Any) -> Tensor | None:
-            kept = tuple(one.clone() for one in given)  # a stage may write over the gradient that arrives
+            kept = tuple(one.clone() for one in given)  # a stage may overwrite the arriving gradient
             made = run(*given)
             note(stage, direction, kept, made)
             return made
@@ -68,10 +68,13 @@ def watched(stages: Sequence[Stage], note: Note) -> Iterator[None]:
 
 
 def recorder(records: list[Record]) -> Note:
-    """A note of one record for each step of each stage."""
+    """A ``note`` function that adds one record for each step of each stage."""
 
     def note(stage: Stage, direction: str, given: tuple[Any, ...], made: Tensor | None) -> None:
-        formula = headline(stage.layer) if direction == "forward" else derivation(stage.layer)
+        rule = rule_named_as(stage.layer)
+        formula = headline(rule) if direction == "forward" else derivation(rule)
+        if rule is None:
+            formula = type(stage.layer).__name__ if direction == "forward" else "dx = g, in the shape of x"
         records.append(record(direction, stage.path, stage.layer, formula, made))
 
     return note
@@ -83,21 +86,17 @@ def record(direction: str, path: str, layer: Module, formula: str, made: Tensor 
     return Record(direction, path, type(layer).__name__, formula, shape, norm)
 
 
-def headline(layer: Module) -> str:
-    """The formula of a layer's rule, or what the layer is where it has none."""
-    return _sections(layer)[0]
+def rule_named_as(layer: Module) -> Any:
+    """The rule named as a layer; None without one."""
+    return getattr(rules, type(layer).__name__.removesuffix("Loss"), None)
 
 
-def derivation(layer: Module) -> str:
-    """The derivation of a layer's rule."""
-    return _sections(layer)[1]
+def headline(rule: Any) -> str:
+    """The first line of a rule's docstring: its formula, mathematics between dollar signs; "" without a rule."""
+    return (inspect.getdoc(rule) or "").partition("\n")[0] if rule is not None else ""
 
 
-def _sections(layer: Module) -> tuple[str, str]:
-    rule = getattr(rules, type(layer).__name__.removesuffix("Loss"), None)
-    document = inspect.getdoc(rule) if rule else None
-    if not document:
-        return type(layer).__name__, "dx = g, in the shape of x"
-    headline, _, rest = document.partition("\n")
-    derivation = re.search(r"^Derivation.*?\n(.*?)(?=^\S|\Z)", rest, re.MULTILINE | re.DOTALL)
-    return headline, textwrap.dedent(derivation[1]).strip() if derivation else ""
+def derivation(rule: Any) -> str:
+    """The derivation of a rule, line by line; "" where its docstring has none."""
+    found = re.search(r"^Derivation.*?\n(.*?)(?=^\S|\Z)", inspect.getdoc(rule) or "", re.M | re.S)
+    return textwrap.dedent(found[1]).strip("\n") if found and rule is not None else ""

@@ -2,10 +2,10 @@
 
 ================  ==================================================================================================
 :class:`Plain`     the stages forwards and backwards, each update folded into the product that makes its gradient
-:class:`Repeated`  the same for further small inputs of one shape: no tensor and no view is made twice
+:class:`Repeated`  the same for further small inputs of one shape: buffers and views are reused
 :class:`Compiled`  forward and backward pass as one compiled graph, which ends with the folded update
 :class:`Captured`  the whole step as one CUDA graph
-:class:`Collected`  gradients first, update after: in pieces, for tied weights, or for any optimizer
+:class:`Collected`  gradients first, then the update: for pieces, for tied weights, or for any optimizer
 ================  ==================================================================================================
 """
 
@@ -29,12 +29,12 @@ from manualprop._torch import InferenceMode
 
 Way = Callable[[Tensor, Tensor], tuple[float, Tensor]]
 
-# Elements kept from step to step, at most; with more, making tensors is nothing beside the work on them.
+# The most elements kept from step to step.  For larger models the cost of making tensors is negligible.
 KEPT = 2**20
 
 
 class Plain:
-    """Forward propagation, loss, backward propagation with the updates in it."""
+    """Forward propagation, loss, and backward propagation with the updates folded in."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -49,12 +49,12 @@ class Plain:
 
 
 def repeated(plan: Plan, output: Tensor, target: Tensor) -> Repeated | None:
-    """Further steps on inputs of the last one's shape; None where they would keep too much.
+    """The way for further inputs of the last shape; None if it would keep too many elements.
 
     Args:
-        plan: after a plain step.
-        output: of that step.
-        target: its target.
+        plan: the plan, after a plain step.
+        output: the output of that step.
+        target: the target of that step.
     """
     chain = chain_of(plan.stage)
     if sum(stage.kept() for stage in chain) > KEPT:
@@ -67,7 +67,7 @@ def repeated(plan: Plan, output: Tensor, target: Tensor) -> Repeated | None:
 
 
 class Repeated:
-    """A list of what is to be called, and the tensors to write into; never the output."""
+    """A list of functions to call, which reuse their buffers.  The output is always a new tensor."""
 
     def __init__(
         self, plan: Plan, forwards: list[Forward], backwards: list[Backward], evaluate: Evaluated
@@ -75,7 +75,7 @@ class Repeated:
         self.plan, self.forwards, self.backwards, self.evaluate = plan, forwards, backwards, evaluate
 
     def __call__(self, x: Tensor, target: Tensor) -> tuple[float, Tensor]:
-        with InferenceMode(True):  # what torch.inference_mode enters, at half the price
+        with InferenceMode(True):  # the same as torch.inference_mode, at half the cost
             y = x
             for forward in self.forwards:
                 y = forward(y)
@@ -83,7 +83,7 @@ class Repeated:
             if not math.isfinite(loss):
                 self.plan.refuse(loss, x, target)
             for backward in self.backwards:
-                g = backward(g)  # type: ignore[assignment]  # None from the first that learns alone
+                g = backward(g)  # type: ignore[assignment]  # None only from the first stage that learns
         return loss, y
 
 
@@ -91,13 +91,13 @@ class Repeated:
 
 
 class Graphed:
-    """Runs what a step is made of as graphs, one for each shape and mode."""
+    """Runs the parts of a step as graphs, one for each shape and mode."""
 
     def __init__(self, plan: Plan, graphs: Graphs) -> None:
         self.plan, self.graphs, self.modules = plan, graphs, list(plan.model.modules())
 
     def graph(self, body: Body, form: Any, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-        """``body(*inputs)``, by a graph of the form."""
+        """``body(*inputs)``, run as a graph; ``form`` is part of the graph's key."""
         criterion = self.plan.criterion
         key = (body.__name__, form, *[module.training for module in self.modules])
         criterion.traced = True
@@ -107,7 +107,7 @@ class Graphed:
             criterion.traced = False
 
     def _changed(self) -> list[Tensor]:
-        """What a step changes in place."""
+        """The tensors that a step changes in place."""
         plan = self.plan
         buffers = [destination.buffer for destination in plan.descend.values()]
         return [*plan.parameters, *plan.model.buffers(), *(b for b in buffers if b is not None)]
@@ -123,7 +123,7 @@ class Graphed:
         return loss, divisor, output, *[destination.made for destination in to.values()]
 
     def sums(self, x: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-        """The same of the loss summed over the examples."""
+        """The same, for the loss summed over the examples."""
         return self.gradients(x, target, divide=False)
 
 
@@ -137,7 +137,7 @@ class Captured(Graphed):
     def __call__(self, x: Tensor, target: Tensor) -> tuple[float, Tensor]:
         form, numbers = self.numbers.of(self.plan.groups)
         found, output = self.graph(self._step, form, [x, target, *numbers])
-        torch.autograd.graph.increment_version(self.plan.learning)  # which autograd cannot see otherwise
+        torch.autograd.graph.increment_version(self.plan.learning)  # autograd does not see the graph's writes
         return self.plan.finite(found, x, target), output
 
     def _step(self, x: Tensor, target: Tensor, *numbers: Tensor) -> tuple[Tensor, ...]:
@@ -156,7 +156,7 @@ class Captured(Graphed):
 
 
 class Compiled(Graphed):
-    """A compiled graph, which ends with the update folded into the products."""
+    """A compiled graph, which ends with the folded update."""
 
     def __init__(self, plan: Plan, graphs: Graphs) -> None:
         super().__init__(plan, graphs)
@@ -168,7 +168,7 @@ class Compiled(Graphed):
         return self.plan.finite(found, x, target), output
 
     def _descending(self, x: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-        """Loss and output; what the gradients are made of goes into the update."""
+        """Loss and output; the factors of the gradients go into the update."""
         plan = self.plan
         to = {p: Factors(p) for p in plan.learning}
         with plan.sending(to):
@@ -184,7 +184,7 @@ class Compiled(Graphed):
 
 
 class Collected:
-    """The gradients of the whole update, then the update; where there are graphs, each piece is one."""
+    """The gradients of the whole update, then the update.  If there are graphs, each piece is one."""
 
     def __init__(self, plan: Plan, graphs: Graphs | None) -> None:
         self.plan, self.graphed = plan, None if graphs is None else Graphed(plan, graphs)
@@ -202,7 +202,7 @@ class Collected:
         return loss, output
 
     def _accumulate(self, pieces: Sequence[tuple[Tensor, Tensor]], to: Collection) -> float:
-        """The gradient of the whole, from pieces: numerators and denominators add up, means do not."""
+        """Collect the gradient of the whole update from pieces: sums and divisors add up, means do not."""
         if len(pieces) == 1:
             return self._collect(*pieces[0], to, divide=True)[0]
         loss = self.plan.criterion.loss
@@ -218,7 +218,7 @@ class Collected:
         return total / divisor
 
     def _collect(self, x: Tensor, target: Tensor, to: Collection, divide: bool) -> tuple[float, float]:
-        """Loss and divisor of a piece, whose gradients go to the collection."""
+        """Loss and divisor of a piece; its gradients go into the collection."""
         graphed = self.graphed
         if graphed is None:
             self.output, value, its = self.plan.propagate(x, target, divide)
@@ -231,7 +231,7 @@ class Collected:
         return value, divisor.item()
 
     def _update(self, to: Collection) -> None:
-        """The update from gradients that are there."""
+        """Make the update from the collected gradients."""
         plan = self.plan
         if plan.folds:
             for parameter, destination in to.items():

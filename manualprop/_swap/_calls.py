@@ -1,7 +1,8 @@
-"""Functions that a ``forward`` calls itself (``F.relu(x)``, ``x.softmax(-1)``): no layers, so a swap passes them by.
+"""Finds functions that a ``forward`` calls directly (``F.relu(x)``, ``x.softmax(-1)``): no swap reaches them.
 
-They are read off the compiled code, without a run of the model: names that stand for a function of torch, and names
-of methods that a tensor has. What a ``forward`` calls of its own class and module is read too.
+They are read from the bytecode, without running the model: names that stand for a torch function, and names
+of tensor methods. Methods of the same class and functions of the same module that ``forward`` calls are read
+too.
 """
 
 import dis
@@ -23,11 +24,11 @@ _FUNCTIONS = [
     for name in sorted(_NAMES)
     if hasattr(home, name)
 ]
-_SELF, _COMPUTED, _OTHER = object(), object(), object()  # what a name may stand for, if not for a known value
+_SELF, _COMPUTED, _OTHER = object(), object(), object()  # markers for names without a known value
 
 
 def calls_in_forward(model: nn.Module) -> Iterator[str]:
-    """Yield, for every class of module with a ``forward`` of somebody's own, "relu in Net" for each such call."""
+    """Yield "relu in Net" for each such call, for every module class that is not torch's or ours."""
     for cls, module in {type(module): module for module in model.modules()}.items():
         if not cls.__module__.startswith(("torch.", "manualprop.")):
             names = dict.fromkeys(_called(cls.forward, module, set()))
@@ -35,7 +36,7 @@ def calls_in_forward(model: nn.Module) -> Iterator[str]:
 
 
 def _called(function: Any, module: nn.Module | None, seen: set[Any]) -> Iterator[str]:
-    """Names of ours that a function calls, by itself, by the methods of ``module`` or the functions beside it."""
+    """Names of our functions that a function calls, directly or through methods and functions beside it."""
     function = getattr(function, "__wrapped__", function)
     code = getattr(function, "__code__", None)
     if code is None or code in seen:
@@ -59,7 +60,7 @@ def _called(function: Any, module: nn.Module | None, seen: set[Any]) -> Iterator
 def _names(
     code: types.CodeType, known: dict[str, Any], itself: str, layers: Container[str]
 ) -> Iterator[tuple[Any, str, Any]]:
-    """For every name that a code loads: what it is an attribute of, the name, what it stands for."""
+    """For every name that the code loads: its owner (if it is an attribute), the name, and its value."""
     value: Any = _COMPUTED
     for instruction in dis.get_instructions(code):
         name, kind = instruction.argval, instruction.opname
@@ -70,12 +71,12 @@ def _names(
             value = known.get(name, _OTHER)
             yield None, name, value
         elif kind.startswith(("LOAD_FAST", "LOAD_DEREF")):
-            last = name[-1] if isinstance(name, tuple) else name  # two at once, since Python 3.13
+            last = name[-1] if isinstance(name, tuple) else name  # Python 3.13 loads two at once
             value = _SELF if last == itself else _COMPUTED
         elif kind not in ("CACHE", "PRECALL", "PUSH_NULL"):
             value = _COMPUTED
     for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):  # a comprehension, or a function within
+        if isinstance(constant, types.CodeType):  # a comprehension or an inner function
             yield from _names(constant, known, itself, layers)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 
 class Change(NamedTuple):
-    """One layer gets another class, and a fused one what it needs beside its layers."""
+    """One layer gets another class; a fused one also gets the attributes that it needs."""
 
     path: str
     module: nn.Module

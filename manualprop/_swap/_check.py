@@ -1,4 +1,4 @@
-"""Proof that a swap changes nothing: outputs, loss and gradients, before and after, to what rounding explains."""
+"""Proves a swap: outputs, loss and gradients before and after agree within a rounding bound."""
 
 from collections.abc import Sequence
 from statistics import median
@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 from manualprop._swap._changes import Change, apply, revert
 from manualprop._swap._report import Check
-from manualprop._swap._run import as_call, is_floating, kept, run
+from manualprop._swap._run import as_call, is_floating, kept, run_model
 from manualprop._swap._twins import TWINS, title
 from manualprop.nn import dropout
 
-FACTOR = 4.0  # units of rounding that the swapped model may be off; the five transformers of the tests use up to 1.8
-DRAWS_ALIKE_ON = "cpu"  # torch's fused dropout of other devices draws in another order
+FACTOR = 4.0  # the limit in units of rounding; the five transformers of the tests use up to 1.8
+DRAWS_ALIKE_ON = "cpu"  # on other devices torch's fused dropout draws in another order
 RANDOM = (*(t for t, ours in TWINS.items() if ours.__module__ == dropout.__name__), nn.RReLU)
 
 
 def prove(model: nn.Module, changes: Sequence[Change], inputs: Any) -> Check:
-    """Make the changes, or raise and leave ``model`` as it was: see :func:`manualprop.swap` for what is compared."""
+    """Make the changes, or raise and leave ``model`` as it was; see :func:`manualprop.swap`."""
     if any(nn.parameter.is_lazy(t) for t in (*model.parameters(), *model.buffers())):
         raise ValueError(
             "swap: check needs initialised parameters. Got a lazy layer: run the model once before the swap."
@@ -27,7 +27,7 @@ def prove(model: nn.Module, changes: Sequence[Change], inputs: Any) -> Check:
     compared = [change for change in changes if _draws_alike(change, inputs)]
     others = [change for change in changes if change not in compared]
     try:
-        comparison = Comparison(model, inputs)
+        comparison = ModelBefore(model, inputs)
         closest, wrong = comparison.of(compared)
         if wrong is not None:
             raise _refusal(model, compared, inputs, comparison)
@@ -40,8 +40,8 @@ def prove(model: nn.Module, changes: Sequence[Change], inputs: Any) -> Check:
     return Check(len(comparison.exact), closest.name, closest.ratio, both, tuple(c.path for c in others))
 
 
-class Difference(NamedTuple):
-    """The tensor that came closest to its limit, or went beyond it."""
+class Deviation(NamedTuple):
+    """The tensor that came closest to its limit, or exceeded it."""
 
     name: str
     size: float
@@ -63,12 +63,12 @@ class Difference(NamedTuple):
         )
 
 
-class Comparison:
-    """The model before the swap in two precisions, what rounding does to it, and its comparison with another.
+class ModelBefore:
+    """The results before the swap in two precisions, one unit of rounding for each, and the comparison.
 
     Attributes:
         exact: the results of the model in float64.
-        rounded: its results in its own precision (float32 if that is float64).
+        rounded: its results in its own precision (float32 for a float64 model).
         units: one unit of rounding for each floating result.
         dtypes: {None or float64: eps of the runs to compare}; None is the model's own precision.
     """
@@ -81,8 +81,8 @@ class Comparison:
         self.eps = torch.finfo(torch.float32).eps if own == eps64 else own
         self.dtypes = {torch.float64: eps64} | ({} if own == eps64 else {None: own})
         try:
-            self.exact = run(model, inputs, torch.float64)
-            self.rounded = run(model, inputs, narrow)
+            self.exact = run_model(model, inputs, torch.float64)
+            self.rounded = run_model(model, inputs, narrow)
         except Exception as error:
             error.add_note("This is the model as it was given: swap(check=...) has not swapped anything yet.")
             raise
@@ -91,7 +91,7 @@ class Comparison:
         self.units = self._units()
 
     def _units(self) -> dict[str, float]:
-        """What one unit of rounding is for each tensor: e + a eps s, in the letters of swap's docstring."""
+        """One unit of rounding for each tensor: e + a eps s, with the letters of swap's docstring."""
         e: dict[str, float] = {}
         s: dict[str, float] = {}
         for name, exact in self.exact.items():
@@ -105,40 +105,40 @@ class Comparison:
         a = min(max(1.0, median(e[group] / (self.eps * s[group]) for group in e)), 1 / self.eps)
         return {n: e[_group(n)] + a * self.eps * s[_group(n)] for n in self.exact if _group(n) in e}
 
-    def of(self, changes: Sequence[Change]) -> tuple[Difference, Difference | None]:
-        """The largest difference that ``changes`` make, and it again if it is too large."""
-        worst = Difference("output", 0.0, 1.0, torch.float64)
+    def of(self, changes: Sequence[Change]) -> tuple[Deviation, Deviation | None]:
+        """The largest difference that ``changes`` make; then the same if it is too large, else None."""
+        worst = Deviation("output", 0.0, 1.0, torch.float64)
         apply(changes)
         try:
             for dtype, eps in self.dtypes.items():
                 worst = max(worst, self._largest(dtype, eps), key=lambda d: d.ratio)
         except Exception as error:
-            worst = Difference(f"{type(error).__name__}: {error}", torch.inf, 1.0, torch.float64, error)
+            worst = Deviation(f"{type(error).__name__}: {error}", torch.inf, 1.0, torch.float64, error)
         finally:
             revert(changes)
         return worst, None if worst.ratio <= 1 else worst
 
-    def _largest(self, dtype: torch.dtype | None, eps: float) -> Difference:
-        results = run(self.model, self.inputs, dtype)
+    def _largest(self, dtype: torch.dtype | None, eps: float) -> Deviation:
+        results = run_model(self.model, self.inputs, dtype)
         if set(results) != set(self.exact):
             odd = sorted(set(results) ^ set(self.exact))
             raise RuntimeError(f"only one of the two models gives {', '.join(odd)}")
         found = []
         for name, result in results.items():
             if dtype is None and not is_floating(result):
-                continue  # an index of the largest, say: rounding may tip it; float64 tells
+                continue  # such as an argmax: rounding may change it; the float64 run compares it
             limit = FACTOR * self.units.get(name, 0.0) * eps / self.eps
             a, b = (result, self.exact[name]) if dtype is not None else self._in_range(name, result)
-            found.append(Difference(name, _distance(a, b), limit, result.dtype))
+            found.append(Deviation(name, _distance(a, b), limit, result.dtype))
         return max(found, key=lambda difference: difference.ratio)
 
     def _in_range(self, name: str, result: Tensor) -> tuple[Tensor, Tensor]:
-        """``result`` and the exact one, without the elements that overflow in the model's own precision."""
+        """``result`` and the exact result, without elements that overflow in the model's own precision."""
         overflowed = self.rounded[name].isinf() & self.exact[name].isfinite()
         return result.masked_fill(overflowed, 0), self.exact[name].masked_fill(overflowed, 0)
 
 
-def _refusal(model: nn.Module, changes: Sequence[Change], inputs: Any, comparison: Comparison) -> Exception:
+def _refusal(model: nn.Module, changes: Sequence[Change], inputs: Any, comparison: ModelBefore) -> Exception:
     """The error that names the first layer, in the order of execution, whose swap makes the model differ."""
     _, itself = comparison.of(())
     if itself is not None:
@@ -147,7 +147,7 @@ def _refusal(model: nn.Module, changes: Sequence[Change], inputs: Any, compariso
             "with torch's generators only, and keep no state beside the buffers."
         )
     order = _in_execution_order(model, changes, inputs)
-    # Swapping the first `agree` layers changes nothing, the first `differ` does.
+    # Swapping the first `agree` layers changes nothing; swapping the first `differ` layers does.
     agree, differ = (
         0,
         len(order),
@@ -171,17 +171,17 @@ def _in_execution_order(model: nn.Module, changes: Sequence[Change], inputs: Any
     called: dict[nn.Module, None] = {}
     hooks = [c.module.register_forward_pre_hook(lambda module, _: called.setdefault(module)) for c in changes]
     try:
-        run(model, inputs, torch.float64)
+        run_model(model, inputs, torch.float64)
     finally:
         for hook in hooks:
             hook.remove()
     position = {module: number for number, module in enumerate(called)}
-    # What is fused comes last: it is fused only once its layers are swapped.
+    # Fusions come last: they need swapped layers.
     return sorted(changes, key=lambda c: (c.fuses, position.get(c.module, len(position))))
 
 
 def _draws_alike(change: Change, inputs: Any) -> bool:
-    """Whether a layer draws what its torch twin draws: on the CPU, and where it draws nothing."""
+    """Whether a layer draws the same numbers as its torch twin: on the CPU, or if it draws none."""
     positional, keywords = as_call(inputs)
     tensors = [
         t for t in (*positional, *keywords.values(), *change.module.parameters()) if isinstance(t, Tensor)
@@ -199,7 +199,7 @@ def _widest_eps(model: nn.Module, inputs: Any) -> float:
 
 
 def _group(name: str) -> str:
-    """The parameters of one layer share their scale: the gradient of some biases is 0 but for rounding."""
+    """The parameters of one layer share a scale: the gradient of some biases is 0 except for rounding."""
     return name.rpartition(".")[0] if name.startswith("gradient of ") else name
 
 
@@ -214,7 +214,7 @@ def _largest(value: Tensor) -> float:
 
 
 def _distance(value: Tensor, exact: Tensor) -> float:
-    """The largest difference; infinite where one is not finite and the other is not the same."""
+    """The largest difference; infinite if one element is not finite and the other is not equal to it."""
     if value.shape != exact.shape:
         return torch.inf
     a, b = _parts(value), _parts(exact)

@@ -1,4 +1,4 @@
-"""Fusing: which containers and multi-layer perceptrons can run neighbours as one, and the classes that do."""
+"""Fusing: finds containers and MLPs that can run neighbours as one block, and makes their classes."""
 
 import functools
 import operator
@@ -24,7 +24,7 @@ from manualprop.nn.fusing import (
     runs,
 )
 
-# Of BERT and its kin, of torch's transformer, of an MLP.
+# Of BERT and similar models, of torch's transformer, of an MLP.
 METHODS = (
     "feed_forward_chunk",
     "_ff_block",
@@ -32,29 +32,29 @@ METHODS = (
 )
 PROGRAM = "_manualprop_program"
 CALLED = {*FUNCTIONS, operator.add, operator.mul, torch.add, torch.mul}
-FOREIGN = "transformers.activations"  # classes of their own for the same functions
+FOREIGN = "transformers.activations"  # its own classes for the same functions
 
 
-class Step(NamedTuple):
-    """One step of a method: a layer, or a function, of the values with the numbers ``inputs`` (0: the input)."""
+class MethodStep(NamedTuple):
+    """One step of a method: a layer or a function, and the numbers of its input values (0: the input)."""
 
     path: str
     function: Callable[..., Tensor] | None
     inputs: tuple[int, ...]
-    name: str | None  # of the activation that a foreign class computes
+    name: str | None  # the name of the activation that a foreign class computes
 
 
-class Program(NamedTuple):
-    """What a method does, and the runs of steps that can be one: each has an activation or a norm first."""
+class TracedMethod(NamedTuple):
+    """The steps of a method, and the runs of steps that can be one: an activation or a norm comes first."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[MethodStep, ...]
     sites: tuple[tuple[int, ...], ...]
-    # Modules that hold layers, whose forward the steps stand for.
+    # Inner modules whose forward is replaced by these steps.
     through: tuple[tuple[str, type[nn.Module]], ...]
 
 
 class Fusion(NamedTuple):
-    """The class that runs neighbours as one, what it needs beside the layers, and which they are."""
+    """The class that runs neighbours as one, the attributes it needs, and the names of the neighbours."""
 
     after: type[nn.Module]
     attributes: dict[str, Any]
@@ -62,11 +62,11 @@ class Fusion(NamedTuple):
 
 
 class Unfusable(Exception):
-    """Why a candidate is left."""
+    """The reason why a candidate is not fused."""
 
 
 def fusion(module: nn.Module) -> Fusion | str | None:
-    """How to fuse what ``module`` holds, or why not, or None where there is nothing of the kind."""
+    """How to fuse the layers of ``module``, or why not; None if there is nothing to fuse."""
     if fused_from(type(module)) is not None:
         return "already fused"
     if type(module) is nn.Sequential:
@@ -99,7 +99,7 @@ def _listed(found: Sequence[tuple[str, ...]]) -> str:
 
 
 def _is_candidate(module: nn.Module, method: str) -> bool:
-    """An MLP by its children, or a transformer's layer by the method that holds its MLP."""
+    """Whether ``module`` looks like an MLP, by its children, or like a transformer layer, by its method."""
     if method != "forward":
         return hasattr(type(module), method)
     children = list(module.children())
@@ -138,8 +138,8 @@ class _Tracer(fx.Tracer):
         return next(m.children(), None) is None
 
 
-def _traced(module: nn.Module, method: str) -> Program:
-    """The steps of ``module.method(x)``, which must be the same in training and in evaluation."""
+def _traced(module: nn.Module, method: str) -> TracedMethod:
+    """The steps of ``module.method(x)``; they must be the same in training and in evaluation."""
     programs = []
     training = [(m, m.training) for m in module.modules()]
     try:
@@ -154,15 +154,15 @@ def _traced(module: nn.Module, method: str) -> Program:
     return programs[0]
 
 
-def _read(module: nn.Module, method: str) -> Program:
+def _read(module: nn.Module, method: str) -> TracedMethod:
     try:
         tracer = _Tracer()
         graph = tracer.trace(_Method(module, method))
-    except Exception as error:  # whatever a foreign forward raises when it is given a symbol
+    except Exception as error:  # a foreign forward may raise anything when it gets a symbol
         raise Unfusable(f"its {method} cannot be traced ({type(error).__name__})") from None
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     numbers: dict[fx.Node, int] = {}
-    steps: list[Step] = []
+    steps: list[MethodStep] = []
     for node in graph.nodes:
         if node.op == "placeholder":
             numbers[node] = 0
@@ -172,19 +172,19 @@ def _read(module: nn.Module, method: str) -> Program:
         else:
             steps.append(_step(module, node, numbers, method))
             numbers[node] = len(steps)
-    return Program(tuple(steps), _sites(module, steps), tuple(tracer.through.items()))
+    return TracedMethod(tuple(steps), _sites(module, steps), tuple(tracer.through.items()))
 
 
-def _step(module: nn.Module, node: fx.Node, numbers: dict[fx.Node, int], method: str) -> Step:
+def _step(module: nn.Module, node: fx.Node, numbers: dict[fx.Node, int], method: str) -> MethodStep:
     known = node.op == "call_module" or (node.op == "call_function" and node.target in CALLED)
     plain = not node.kwargs or node.kwargs == {"inplace": False}
     if not known or not plain or not all(isinstance(a, fx.Node) and a in numbers for a in node.args):
         raise Unfusable(f"its {method} calls {getattr(node.target, '__name__', node.target)}")
     inputs = tuple(numbers[arg] for arg in node.args if isinstance(arg, fx.Node))
     if not isinstance(node.target, str):
-        return Step("", node.target, inputs, None)
+        return MethodStep("", node.target, inputs, None)
     path = node.target.removeprefix("owner.")
-    return Step(path, None, inputs, _foreign_name(module.get_submodule(path)))
+    return MethodStep(path, None, inputs, _foreign_name(module.get_submodule(path)))
 
 
 def _foreign_name(part: nn.Module) -> str | None:
@@ -200,8 +200,8 @@ def _foreign_name(part: nn.Module) -> str | None:
     return None
 
 
-def _sites(module: nn.Module, steps: Sequence[Step]) -> tuple[tuple[int, ...], ...]:
-    """The runs of steps that can be one function, each value between them being used once."""
+def _sites(module: nn.Module, steps: Sequence[MethodStep]) -> tuple[tuple[int, ...], ...]:
+    """The runs of steps that can be one function; each value inside is used only once."""
     users: dict[int, list[int]] = {}
     for number, step in enumerate(steps):
         for value in step.inputs:
@@ -215,7 +215,7 @@ def _sites(module: nn.Module, steps: Sequence[Step]) -> tuple[tuple[int, ...], .
         part = _part(module, step)
         if activation_name(part) is None and not is_plain(part, norm.LayerNorm, norm.RMSNorm):
             continue
-        in_place = step.inputs == (0,) and getattr(part, "inplace", False)  # the caller sees what it writes
+        in_place = step.inputs == (0,) and getattr(part, "inplace", False)  # it must write to the input
         for length in (3, 2):
             site = tuple(chain[:length])
             if len(site) == length and not in_place and _call(module, steps, site) is not None:
@@ -233,8 +233,8 @@ def _sites(module: nn.Module, steps: Sequence[Step]) -> tuple[tuple[int, ...], .
 # --------------------------------------------------------------------------------------------- running it
 
 
-def _part(module: nn.Module, step: Step) -> Part:
-    """The layer, function, or name of the activation of a step, as things are now."""
+def _part(module: nn.Module, step: MethodStep) -> Part:
+    """The current layer, function or activation name of a step."""
     if step.function is not None:
         return step.function
     part = module
@@ -245,8 +245,10 @@ def _part(module: nn.Module, step: Step) -> Part:
     return part
 
 
-def _call(module: nn.Module, steps: Sequence[Step], site: tuple[int, ...]) -> Callable[..., Tensor] | None:
-    """The one function of the values that enter the steps of ``site``, or None where they must run one by one."""
+def _call(
+    module: nn.Module, steps: Sequence[MethodStep], site: tuple[int, ...]
+) -> Callable[..., Tensor] | None:
+    """The one function for the steps of ``site``; None if they must run one by one."""
     parts = [_part(module, steps[n]) for n in site]
     if len(site) == 3 and parts[1] in (operator.mul, torch.mul):
         name, linear = activation_name(parts[0]), linear_parameters(parts[2])
@@ -259,8 +261,8 @@ def _call(module: nn.Module, steps: Sequence[Step], site: tuple[int, ...]) -> Ca
     return found.call if found is not None and found.length == len(site) else None
 
 
-def execute(module: nn.Module, program: Program, x: Tensor) -> Tensor:
-    """Run the steps, those of a site as one where its layers still allow it."""
+def execute(module: nn.Module, program: TracedMethod, x: Tensor) -> Tensor:
+    """Run the steps; those of a site as one if its layers still allow it."""
     steps = program.steps
     calls = {site: _call(module, steps, site) for site in program.sites}
     last = {site[-1]: (site, call) for site, call in calls.items() if call is not None}
@@ -279,8 +281,8 @@ def execute(module: nn.Module, program: Program, x: Tensor) -> Tensor:
     return output
 
 
-def _stands(module: nn.Module, program: Program) -> bool:
-    """Whether the steps still say what the method does: nobody listens to, or replaced, a module within."""
+def _stands(module: nn.Module, program: TracedMethod) -> bool:
+    """Whether the steps are still valid: no inner module has been replaced or has got hooks."""
     return all(
         type(part) is cls and not is_heard(part)
         for path, cls in program.through
@@ -288,18 +290,18 @@ def _stands(module: nn.Module, program: Program) -> bool:
     )
 
 
-def _single(module: nn.Module, step: Step) -> Callable[..., Tensor]:
+def _single(module: nn.Module, step: MethodStep) -> Callable[..., Tensor]:
     return step.function if step.function is not None else module.get_submodule(step.path)
 
 
 @functools.cache
 def fused_class(cls: type[nn.Module], method: str) -> type[nn.Module]:
-    """``cls`` with a ``method`` that runs neighbours as one; made once, and made anew when it is unpickled."""
+    """``cls`` with a ``method`` that runs neighbours as one; made once, and again when it is unpickled."""
     original = getattr(cls, method)
 
     @functools.wraps(original)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        program: Program = vars(self)[PROGRAM]
+        program: TracedMethod = vars(self)[PROGRAM]
         if len(args) + len(kwargs) != 1 or not _stands(self, program):
             return original(self, *args, **kwargs)
         return execute(self, program, *args, *kwargs.values())

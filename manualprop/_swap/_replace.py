@@ -22,51 +22,54 @@ def swap(
     check: Any = None,
     fuse: bool = False,
 ) -> Report[Model]:
-    """Give every layer of ``model`` that has a hand-derived twin in :mod:`manualprop.nn` the class of its twin.
+    """Give every layer of ``model`` the class of its hand-derived twin in :mod:`manualprop.nn`.
 
-    Only the class changes, in place: parameters, buffers, hooks, names, tied weights, training mode and
-    everything that refers to a layer or to a parameter (an optimizer, say) stay.  A subclass of a torch layer, a
-    parametrized one and one without a twin are left as they are, and listed with the reason.  A model that is
-    itself such a layer is swapped too.  Swapping twice is swapping once.
+    Only the class changes, in place.  Parameters, buffers, hooks, names, tied weights and training mode stay,
+    and so does everything that refers to a layer or a parameter, such as an optimizer.  Subclasses of torch
+    layers, parametrized layers and layers without a twin are left as they are, and listed with the reason.  A
+    model that is itself such a layer is swapped too.  Swapping twice is the same as swapping once.
 
     Args:
         model: any module.
-        only: which layers, as a class of modules (instances of subclasses count), a pattern of names (as for a
-            shell: ``"encoder.*.mlp"``; a module that matches takes all that is in it), a predicate of a path and a
-            module, or several of these, any of which may hold.  None: all.
-        skip: which layers not, in the same terms.
-        check: inputs for which to compare the model before and after: a tensor, a tuple of positional arguments,
-            or a dict of keyword arguments.  See below.
-        fuse: whether neighbours among the swapped layers are to run as one where that keeps less for backward: in
-            every :class:`torch.nn.Sequential`, which becomes a :class:`manualprop.nn.FusedSequential`, in MLPs (GPT-2's, Llama's and its kin's,
-            ViT's, T5's) and the MLPs of BERT's and torch's transformer layers, which get a subclass of their class.  The layers stay
-            where they are; paths, ``state_dict``, shared weights and hooks too.
+        only: the layers to swap: a class of modules (instances of subclasses count), a name pattern (as in a
+            shell: ``"encoder.*.mlp"``; a module that matches includes everything inside it), a function of a
+            path and a module, or several of these (one match is enough).  None: all.
+        skip: the layers not to swap, in the same terms.
+        check: inputs on which to compare the model before and after: a tensor, a tuple of positional
+            arguments, or a dict of keyword arguments.  See below.
+        fuse: whether neighbours among the swapped layers run as one block if that keeps less for backward.
+            This applies to every :class:`torch.nn.Sequential`, which becomes a
+            :class:`manualprop.nn.FusedSequential`, and to MLPs (like those of GPT-2, Llama, ViT and T5) and
+            the layers of BERT and of torch's transformer, which get a subclass of their class.  Layers,
+            paths, ``state_dict``, shared weights and hooks stay in place.
 
     Returns:
-        a :class:`Report`, which prints as a table: path, from, to, why not.  It has ``model`` too.
+        a :class:`Report`, which prints as a table: path, from, to, why not.  It also has ``model``.
 
     Raises:
-        TypeError: if ``model`` is not a module, or ``only`` or ``skip`` none of the above.
-        ValueError: if a pattern matches no module, or the model cannot be compared: it has uninitialised
+        TypeError: if ``model`` is not a module, or ``only`` or ``skip`` is none of the above.
+        ValueError: if a pattern matches no module, or if the model cannot be compared: it has uninitialised
             parameters, returns no floating tensor, or gives another result the second time.
-        RuntimeError: if the swapped model differs, naming the first layer (in the order of execution) that makes it
-            differ.  The model is then as it was.
+        RuntimeError: if the swapped model differs; the error names the first layer (in the order of
+            execution) that makes it differ.  The model is then as it was.
 
-    The check runs forward and backward passes of the model in its present mode, each with the same random numbers
-    and with copies of the parameters and buffers, so it leaves no trace: gradients, running statistics and random
-    state are as found.  Compared are all floating outputs, a loss (a fixed random projection of them), its gradient
-    for every parameter and floating input, and the buffers, such as running statistics, that the pass leaves.
+    The check runs forward and backward passes of the model in its current mode, each with the same random
+    numbers and on copies of the parameters and buffers.  It leaves no trace: gradients, running statistics
+    and random state stay as they were.  It compares all floating outputs, a loss (a fixed random projection
+    of the outputs), the gradient of the loss for every parameter and floating input, and the buffers after
+    the pass, such as running statistics.
 
-    How large a difference counts follows from float64.  A tensor may be off for two reasons: rounding, and
-    a wrong formula.  The model before the swap is run in its own precision and again in float64 (there every
-    intermediate result is kept in float64, also where the model asks for float32): their difference e is what rounding
-    does to that tensor in that model.  One unit of rounding is then u = e + a eps s, where s is the tensor's largest value,
-    eps that of the model's precision, and a the median of e / (eps s) over all tensors: so a tensor on which
-    torch was lucky gets what is usual in this model.  Parameters of one layer share e and s.  The swapped model
-    must be within 4 u of the float64 run in its own precision, **and** within 4 u (2e-16 / eps) of it when it runs in
-    float64 itself: rounding shrinks a billion times there, a wrong formula does not.  So an error
-    of 1e-9 is found in a bfloat16 model too.  A float64 model is compared in float64 alone, e coming from a run in float32.
-    Last, the bytes kept for backward are measured, before and after: the report names the layers that keep more.
+    The limit of a difference is measured.  A tensor may be off for two reasons: rounding, and a wrong
+    formula.  The model before the swap runs in its own precision and again in float64 (there every
+    intermediate result is kept in float64, also where the model asks for float32).  Their difference e is
+    what rounding does to that tensor in that model.  One unit of rounding is then u = e + a eps s, where s is
+    the tensor's largest value, eps belongs to the model's precision, and a is the median of e / (eps s) over
+    all tensors: so a tensor for which torch was lucky gets the usual limit of this model.  Parameters of one
+    layer share e and s.  The swapped model must be within 4 u of the float64 run in its own precision,
+    **and** within 4 u (2e-16 / eps) of it when it runs in float64 itself.  There rounding shrinks a billion
+    times; the error of a wrong formula does not.  So an error of 1e-9 is found even in a bfloat16 model.  A
+    float64 model is compared only in float64; e then comes from a run in float32.  At the end the bytes kept
+    for backward are measured, before and after: the report names the layers that keep more.
     """
     _check_model("swap", model)
     rows, changes = _plan(model, only, skip, twin)
@@ -88,12 +91,12 @@ def unswap(model: Model, *, only: Selection = None, skip: Selection = None) -> R
     """Undo :func:`swap`, in place: every layer of :mod:`manualprop.nn` gets the class of its torch twin.
 
     Args:
-        model: any module, swapped or built of :mod:`manualprop.nn`.
-        only: which layers, as for :func:`swap`.
-        skip: which layers not, in the same terms.
+        model: any module, swapped or built from :mod:`manualprop.nn`.
+        only: the layers to change back, as for :func:`swap`.
+        skip: the layers to leave, in the same terms.
 
     Raises:
-        TypeError: if ``model`` is not a module, or ``only`` or ``skip`` none of the above.
+        TypeError: if ``model`` is not a module, or ``only`` or ``skip`` is none of the above.
         ValueError: if a pattern matches no module.
     """
     _check_model("unswap", model)
@@ -138,7 +141,7 @@ def _plan(
 
 
 def _fusions(model: nn.Module, skip: Selection) -> tuple[tuple[Row, ...], list[Change]]:
-    """The rows and changes that fuse what holds the layers, once these are swapped."""
+    """The rows and changes that fuse containers and MLPs, after their layers are swapped."""
     rows, changes = [], []
     kept = selected(skip, "skip", _paths(model), False)
     for path, module in model.named_modules():
@@ -155,7 +158,7 @@ def _fusions(model: nn.Module, skip: Selection) -> tuple[tuple[Row, ...], list[C
 
 
 def _unfusions(model: nn.Module, chosen: set[nn.Module]) -> tuple[tuple[Row, ...], list[Change]]:
-    """The rows and changes that take fused classes back."""
+    """The rows and changes that undo fused classes."""
     rows, changes = [], []
     for path, module in model.named_modules():
         before, unfused = type(module), fused_from(type(module))
@@ -168,12 +171,12 @@ def _unfusions(model: nn.Module, chosen: set[nn.Module]) -> tuple[tuple[Row, ...
 def _judged(
     path: str, module: nn.Module, chosen: bool, classes: Classes
 ) -> tuple[Row | None, type[nn.Module] | None]:
-    """The row of one module, if it is a layer, and the class that it is to have, if another."""
+    """The row of one module if it is a layer, and its new class if that is another."""
     before, after = title(type(module)), classes(type(module))
     if after is None:
         reason = no_twin(module)
         nothing_to_take_back = classes is original and not any(map(original, type(module).__mro__))
-        # A part of the parametrized layer, which has its own row.
+        # Part of a parametrized layer, which has its own row.
         within = ".parametrizations." in f".{path}."
         if reason is None or nothing_to_take_back or within:
             return None, None

@@ -12,9 +12,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class Row(NamedTuple):
-    """One layer: where it is, what it was, what it is now (None: the same as before), and if so why.
+    """One layer: its path, its class before and after (None: unchanged), and the reason if it is unchanged.
 
-    A layer that is found under several paths has one row, under the first of them.
+    A layer with several paths has one row, under the first path.
     """
 
     path: str
@@ -24,17 +24,17 @@ class Row(NamedTuple):
 
 
 class Check(NamedTuple):
-    """How the comparison came out: the tensors compared, the one that came closest to its limit, and the bytes kept."""
+    """The result of the comparison: how many tensors, the one closest to its limit, and the bytes kept."""
 
     tensors: int
     closest: str
-    ratio: float  # its difference as a part of what was allowed: 1 would have been refused
+    ratio: float  # its difference divided by its limit: above 1 the swap is refused
     kept: Comparison  # what one forward pass keeps for backward, before and after
-    not_compared: tuple[str, ...] = ()  # paths of layers that draw other random numbers than torch's
+    not_compared: tuple[str, ...] = ()  # paths of layers that draw other random numbers than in torch
 
     @property
     def keeps_more(self) -> dict[str, int]:
-        """{path: bytes} of the layers that keep more than before, where the whole model does."""
+        """{path: bytes} of the layers that keep more than before; empty unless the whole model keeps more."""
         if self.kept.after.kept <= self.kept.before.kept:
             return {}
         grown = {path: after.kept - before.kept for path, (before, after) in self.kept.pairs().items()}
@@ -64,8 +64,8 @@ class Report(Generic[Model]):
     Attributes:
         model: the model, changed in place.
         rows: every layer, in the order of ``model.named_modules()``.
-        check: how the comparison came out, where one was asked for.
-        calls: functions that a ``forward`` calls itself, such as "relu in Net": torch's rules, which no swap reaches.
+        check: the result of the comparison, if ``check`` was given.
+        calls: functions that a ``forward`` calls directly, such as "relu in Net": they run torch's rules.
     """
 
     model: Model
@@ -75,16 +75,16 @@ class Report(Generic[Model]):
 
     @property
     def swapped(self) -> tuple[Row, ...]:
-        """The rows of the layers that have another class now."""
+        """The rows of the layers that now have another class."""
         return tuple(row for row in self.rows if row.after is not None)
 
     @property
     def left(self) -> tuple[Row, ...]:
-        """The rows of the layers that are as they were, with the reason."""
+        """The rows of the unchanged layers, with the reason."""
         return tuple(row for row in self.rows if row.after is None)
 
     def __str__(self) -> str:
-        """The table. Layers whose rows differ in the numbers of their paths alone share a line."""
+        """The table. Layers whose rows differ only in the numbers of their paths share a line."""
         lines = _aligned([("layers", "path", "from", "to", "why not"), *_grouped(self.rows)])
         lines.append(f"{len(self.swapped)} of {len(self.rows)} layers swapped.")
         if self.calls:

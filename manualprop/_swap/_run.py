@@ -1,4 +1,4 @@
-"""One forward and backward pass of a model that leaves no trace in it, in a chosen precision."""
+"""Runs one forward and backward pass of a model in a chosen precision, without a trace in the model."""
 
 import copy
 import dataclasses
@@ -17,25 +17,25 @@ from manualprop._torch import TorchDispatchMode, tree_map
 Named = dict[str, Tensor]
 
 
-def run(model: nn.Module, inputs: Any, dtype: torch.dtype | None) -> Named:
-    """Outputs, loss, gradients and the buffers left behind, by name.
+def run_model(model: nn.Module, inputs: Any, dtype: torch.dtype | None) -> Named:
+    """Outputs, loss, gradients and the buffers after the pass, by name.
 
     Args:
-        model: left as it is: parameters, buffers, gradients, attributes, random state.
-        inputs: a tensor, positional arguments, or keyword arguments; not written to.
-        dtype: of all floating tensors, also those that the model makes itself.  None: as the model has it.
+        model: stays as it is: parameters, buffers, gradients, attributes, random state.
+        inputs: a tensor, positional arguments, or keyword arguments; they are not written to.
+        dtype: of all floating tensors, also those that the model makes itself.  None: the model's own.
     """
     parameters, buffers = _copies(model, dtype)
     leaves: list[Tensor] = []
 
     def leaf(value: Any) -> Any:
         if not isinstance(value, Tensor):
-            return copy.deepcopy(value)  # a cache, say, that the model writes to
+            return copy.deepcopy(value)  # the model may write to it, such as to a cache
         value = _copy(value, dtype)
         if not value.is_floating_point():
             return value
         leaves.append(value.requires_grad_())
-        return value.clone()  # the model may write to what it is given; a leaf it may not
+        return value.clone()  # the model may write to its input, which autograd forbids for a leaf
 
     everywhere = nullcontext() if dtype is None else _In(dtype)
     with left_as_found(model), torch.enable_grad(), everywhere:
@@ -52,14 +52,14 @@ def run(model: nn.Module, inputs: Any, dtype: torch.dtype | None) -> Named:
 
 
 def kept(model: nn.Module, inputs: Any) -> Receipt:
-    """The receipt of one forward pass, which leaves no trace either."""
+    """The receipt of one forward pass, also without a trace."""
 
     def copied(value: Any) -> Any:
         return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
     parameters, buffers = _copies(model, None)
     with left_as_found(model), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the model says it in other runs
+        warnings.simplefilter("ignore")  # the other runs show the model's warnings
         positional, keywords = tree_map(copied, as_call(inputs))
         report: Receipt = functional_call(
             _Measured(model), _within(parameters | buffers), positional, keywords
@@ -68,14 +68,14 @@ def kept(model: nn.Module, inputs: Any) -> Receipt:
 
 
 def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The inputs as the positional and the keyword arguments of a call."""
+    """The inputs as positional and keyword arguments of a call."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
 
 
 class _Step(nn.Module):
-    """Forward and backward pass in one call: checkpointed layers run again in backward, on the same parameters."""
+    """Forward and backward pass in one call, so that checkpointed layers run again on the same parameters."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -112,12 +112,12 @@ def _copies(model: nn.Module, dtype: torch.dtype | None) -> tuple[dict[str, nn.P
 
 
 def _within(values: Mapping[str, Tensor]) -> Named:
-    """The names in a module that holds the model as ``model``."""
+    """The values under the names that they have in a module whose attribute ``model`` is the model."""
     return {f"model.{name}": value for name, value in values.items()}
 
 
 def _tensors(name: str, output: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of any nest of tuples, mappings and dataclasses, by name."""
+    """The tensors in nested tuples, mappings and dataclasses, by name."""
     if isinstance(output, Tensor):
         yield name, output
     elif isinstance(output, Mapping):
@@ -136,10 +136,10 @@ def is_floating(value: Tensor) -> bool:
 
 
 def _project(y: Tensor, seed: int) -> Tensor:
-    """A fixed random projection to a scalar: every element of y counts, and none as every other.
+    """A fixed random projection to a scalar: every element of y counts, with its own weight.
 
-    The weights are odd multiples of 1/32, which every precision holds exactly, drawn as integers: in each precision
-    the same.
+    The weights are odd multiples of 1/32, which are exact in every precision.  They are drawn as integers, so
+    they are the same in each precision.
     """
     y = torch.view_as_real(y.resolve_conj()) if y.is_complex() else y
     drawn = torch.randint(-32, 32, y.shape, generator=torch.Generator().manual_seed(seed))
@@ -152,7 +152,7 @@ def _copy(value: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _tie(originals: Iterator[tuple[str, Tensor]], copies: dict[str, Any]) -> None:
-    """Let the copies of one tensor be one tensor."""
+    """Make the copies of one tensor one tensor."""
     first: dict[Tensor, str] = {}
     for name, original in originals:
         copies[name] = copies[first.setdefault(original, name)]
@@ -166,7 +166,7 @@ def _gradient(value: Tensor) -> Tensor:
 
 @contextmanager
 def left_as_found(model: nn.Module) -> Iterator[None]:
-    """Put back what a forward pass may set: attributes, lazily made buffers, the state of the generators."""
+    """Restore what a forward pass may change: attributes, lazily made buffers, states of generators."""
     before = [(values, dict(values)) for module in model.modules() for values in _dictionaries(module)]
     accelerator = torch.accelerator.current_accelerator()
     kind, count = accelerator.type if accelerator else "cuda", torch.accelerator.device_count()
@@ -184,7 +184,7 @@ def _dictionaries(module: nn.Module) -> list[dict[str, Any]]:
 
 
 class _In(TorchDispatchMode):
-    """Keeps every floating tensor in one dtype, also where the model asks for another, or has a constant of its own."""
+    """Keeps every floating tensor in one dtype, even if the model asks for another or makes constants."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ class _In(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        # A view of the bits must stay one, and what is written to must be the very tensor.
+        # A view of the bits must stay a view, and an in-place operation must write to the same tensor.
         if func is not torch.ops.aten.view.dtype and not func._schema.is_mutable:
             args, kwargs = tree_map(self._cast, (args, kwargs))
         result = func(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Selection of layers by class, by name pattern, by predicate."""
+"""Selects layers by class, by name pattern, or by a function."""
 
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
@@ -14,12 +14,12 @@ Selection: TypeAlias = Selector | Iterable[Selector] | None
 def selected(
     selection: Selection, name: str, paths: dict[nn.Module, list[str]], everything: bool
 ) -> set[nn.Module]:
-    """The modules among ``paths`` that any selector of ``selection`` takes.
+    """The modules of ``paths`` that at least one selector of ``selection`` matches.
 
     Args:
         name: the argument's name, for the errors.
         paths: {module: all its paths}.
-        everything: whether None selects all, or none.
+        everything: whether None selects all or none.
     """
     if selection is None:
         return set(paths) if everything else set()
@@ -52,7 +52,7 @@ def _test(selector: Selector, name: str) -> Callable[[str, nn.Module], bool]:
 
 
 def _and_above(path: str) -> list[str]:
-    """A path and those of the modules that hold it: a pattern that takes a module takes what is in it."""
+    """A path and the paths of its parents: a pattern that matches a module includes everything inside it."""
     names = path.split(".")
     return [".".join(names[:count]) for count in range(1, len(names) + 1)]
 

@@ -1,4 +1,4 @@
-"""Which class of ours stands for which class of torch, and why a layer has none."""
+"""Which of our classes is the twin of which torch class, and why a layer has none."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,9 +13,9 @@ from manualprop.nn.foreign import foreign_original, foreign_twin
 
 
 def _twins() -> dict[type[nn.Module], type[nn.Module]]:
-    """{torch class: ours}, read off the base classes, so that no table can disagree with them.
+    """{torch class: ours}, read from the base classes, so that no table can disagree with them.
 
-    A layer of ours without a twin has no layer of torch's for its base, but ``torch.nn.Module``.
+    A layer of ours without a twin has ``torch.nn.Module`` as its base.
     """
     classes = [
         c
@@ -32,21 +32,21 @@ TORCHS = {ours: torchs for torchs, ours in TWINS.items()}
 
 
 def twin(cls: type[nn.Module]) -> type[nn.Module] | None:
-    """The class of ours for a class of torch's, or of another library's."""
+    """Our class for a class of torch or of another library."""
     return TWINS.get(cls) or foreign_twin(cls)
 
 
 def original(cls: type[nn.Module]) -> type[nn.Module] | None:
-    """The class that a class of ours is the twin of."""
+    """The torch or foreign class whose twin ``cls`` is."""
     return TORCHS.get(cls) or foreign_original(cls)
 
 
-# They hold layers and are none, even when they hold nothing (the shortcut of a residual block, say).
+# They hold layers but are not layers, even if they are empty (such as the shortcut of a residual block).
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 def no_twin(module: nn.Module) -> str | None:
-    """Why ``module`` stays as it is: the reason for the report, or None for what is no layer but holds some."""
+    """The reason why ``module`` stays as it is, for the report; None for a module that only holds layers."""
     bases = [c for c in type(module).__mro__ if twin(c) or original(c)]
     if type(module).__module__.startswith("manualprop.nn") and not isinstance(module, CONTAINERS):
         return "already manualprop's"
@@ -62,12 +62,12 @@ def no_twin(module: nn.Module) -> str | None:
 
 
 def is_rebound(module: nn.Module) -> bool:
-    """Whether somebody (accelerate, a monkey patch) put another ``forward`` on the very instance."""
+    """Whether the instance has its own ``forward`` (from accelerate, or a monkey patch)."""
     return "forward" in vars(module)
 
 
 def bare_functions(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """Attributes such as ``activation=F.relu`` of a TransformerEncoderLayer: layers to the eye, functions to swap."""
+    """Attributes such as ``activation=F.relu`` of a TransformerEncoderLayer: functions, not layers."""
     for name, value in vars(module).items():
         if not isinstance(value, nn.Module) and callable(value):
             called = getattr(value, "__name__", "")
@@ -77,9 +77,9 @@ def bare_functions(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]
 
 
 def title(cls: type) -> str:
-    """The name that users write: ``torch.nn.Linear``, not ``torch.nn.modules.linear.Linear``."""
+    """The public name: ``torch.nn.Linear``, not ``torch.nn.modules.linear.Linear``."""
     if foreign_original(cls) is not None:
-        return f"manualprop's {cls.__qualname__}"  # no name in manualprop.nn: it exists once a model has one
+        return f"manualprop's {cls.__qualname__}"  # not in manualprop.nn: the class is made on demand
     if getattr(nn, cls.__name__, None) is cls:
         return f"torch.nn.{cls.__name__}"
     if cls in TORCHS or cls.__module__.startswith("manualprop.nn"):

@@ -1,7 +1,7 @@
 """Hand-derived functions with the names, signatures and defaults of :mod:`torch.nn.functional`.
 
-Each function checks its arguments, applies a rule of :mod:`manualprop.functions`, and reduces or writes back
-what came out.  What torch raises for the same misuse is raised here, by torch's own forward where there is one.
+Each function checks its arguments, applies a rule of :mod:`manualprop.functions`, and reduces the result or
+writes it back.  A wrong call raises the same exception as in torch, often from torch's own forward.
 """
 
 import inspect
@@ -23,6 +23,6 @@ from manualprop.functional.norm import *
 for _name, _function in [(name, f) for name, f in globals().items() if inspect.isfunction(f)]:
     if not _name.startswith("_"):
         globals()[_name] = _offered(_function)
-        # ``torch.fx.symbolic_trace`` records a call of any of these as one node, as it does for torch.nn.functional: it
-        # does not look inside, where shapes are compared.
+        # ``torch.fx.symbolic_trace`` records a call of any of these as one node, as for torch.nn.functional.
+        # It must not trace inside, where shapes are compared.
         torch.fx.wrap(_name)

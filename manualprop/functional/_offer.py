@@ -1,8 +1,8 @@
-"""Functions offer themselves to the arguments that override torch's functions, as those of torch.nn.functional do.
+"""Our functions support arguments that override torch's functions, as torch.nn.functional does.
 
-An argument overrides them if its class has a ``__torch_function__`` of its own (``torch.overrides``).  It is handed
-torch's function, with torch's arrangement of the arguments, so that it finds in its tables what it looks for; or ours,
-where torch has none.  If it only passes the call on, as a class that logs does, the hand-derived rule still runs.
+An argument overrides them if its class defines ``__torch_function__`` (``torch.overrides``).  It gets torch's
+function in torch's argument order, so that it finds the function in its tables; or ours, if torch has none.
+If it only passes the call on, as a class that logs does, the hand-derived rule still runs.
 """
 
 import functools
@@ -21,9 +21,9 @@ OFFERING = 1  # frames between a public function and its caller, for the stack l
 
 
 def offered(ours: Callable[..., Any]) -> Callable[..., Any]:
-    """``ours``, which is first offered to those of its arguments that override torch's functions.
+    """Wrap ``ours``: arguments that override torch's functions get the call first.
 
-    A mode (``torch.overrides.TorchFunctionMode``) is offered nothing: it sees the calls of torch within.
+    A mode (``torch.overrides.TorchFunctionMode``) does not get the call; it sees the torch calls inside.
     """
     torchs = getattr(torch.nn.functional, ours.__name__, None)
 
@@ -31,31 +31,31 @@ def offered(ours: Callable[..., Any]) -> Callable[..., Any]:
     def offering(*args: Any, **kwargs: Any) -> Any:
         if not (has_torch_function(args) or (kwargs and has_torch_function(tuple(kwargs.values())))):
             return ours(*args, **kwargs)
-        # True also where a mode is active, and for a subclass that has the method of every subclass alone.
+        # Also true if a mode is active, and for a subclass that only inherits the default method.
         enabled = torch_function_enabled()
         overriding = tuple(a for a in (*args, *kwargs.values()) if enabled and overrides(type(a)))
         if not overriding:
             return ours(*args, **kwargs)
-        if torchs is None or any(isinstance(a, fx.Proxy) for a in overriding):  # a graph is to hold ours
+        if torchs is None or any(isinstance(a, fx.Proxy) for a in overriding):  # a graph must hold ours
             return handle_torch_function(offering, overriding, *args, **kwargs)
         with _HandOver(offering, overriding):
             return torchs(*args, **kwargs)
 
-    offering.__module__ = __package__  # where it is found: for pickle, and for the code of a graph
+    offering.__module__ = __package__  # its public place, for pickle and for the code of a graph
     return offering
 
 
 def overrides(cls: type) -> bool:
-    """Whether a class has a ``__torch_function__`` of its own, not only that of every subclass of Tensor."""
+    """Whether a class defines its own ``__torch_function__``, beyond the default of a Tensor subclass."""
     method = getattr(cls, "__torch_function__", None)
     return method is not None and getattr(method, "__func__", method) not in NONE_OF_ITS_OWN
 
 
 class _HandOver(TorchFunctionMode):
-    """Hands what torch's function offers first to the arguments that override it; to call that is to call ours.
+    """Gives torch's call to the arguments that override it; if one then calls torch's function, ours runs.
 
-    So an argument gets the very function and arrangement that torch would give it, and one that only passes the call
-    on gets the hand-derived rule.
+    So an argument gets the same function and argument order as from torch.  If it only passes the call on, it
+    gets the hand-derived rule.
     """
 
     def __init__(self, ours: Callable[..., Any], overriding: tuple[Any, ...]) -> None:

@@ -9,36 +9,38 @@ from manualprop._torch import any_autocast, reductions
 from manualprop.functional._offer import OFFERING
 from manualprop.functions._execution import HALF
 
-NAMES = ("none", "mean", "sum")  # in the order of ATen's numbers
+NAMES = ("none", "mean", "sum")  # the index is ATen's number
 
 
 def legacy_reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
-    """The name of the reduction, with the options that ``reduction`` replaced."""
+    """The name of the reduction; ``size_average`` and ``reduce`` are its deprecated form."""
     if size_average is None and reduce is None and reduction in NAMES:
         return reduction
     if size_average is not None or reduce is not None:
         reduction = reductions.legacy_get_string(size_average, reduce)
-    # ValueError for an unknown one, as in torch, and a warning for the old name of "mean"
+    # An unknown name raises ValueError, as in torch; the old name of "mean" warns.
     return NAMES[reductions.get_enum(reduction)]
 
 
-def reduced(loss: Tensor, reduction: str, dtype: torch.dtype, mass: Tensor | int | None = None) -> Tensor:
+def reduced_loss(
+    loss: Tensor, reduction: str, dtype: torch.dtype, mass: Tensor | int | None = None
+) -> Tensor:
     """The reduction of ``loss``, rounded once to ``dtype``; a mean is over ``mass`` if given."""
     if reduction == "sum":
         loss = loss.sum()
     elif reduction == "mean":
-        # Not loss.mean(): its backward writes one and the same number into a tensor as large as the loss.
+        # Not loss.mean(): its backward fills a tensor as large as the loss with one number.
         loss = loss.sum() / (loss.numel() if mass is None else mass)
     return in_dtype(loss, dtype)
 
 
 def in_dtype(loss: Tensor, dtype: torch.dtype) -> Tensor:
-    """``loss.to(dtype)``, which takes as long as a small loss itself where there is nothing to do."""
+    """``loss.to(dtype)``, skipped if there is nothing to do: even then it costs as much as a small loss."""
     return loss if loss.dtype is dtype else loss.to(dtype)
 
 
 def loss_dtype(input: Tensor) -> torch.dtype:
-    """The dtype of a loss: the input's, but autocast runs most losses in float32 and leaves them there."""
+    """The dtype of a loss: the input's, or under autocast float32, as for most losses of torch."""
     if not input.is_floating_point():
         return torch.get_default_dtype()
     if input.dtype not in HALF or not any_autocast():
@@ -80,7 +82,7 @@ def warn_of_broadcasting(input: Tensor, target: Tensor) -> None:
 
 
 def refuse_gradient(name: str, **arguments: Tensor | None) -> None:
-    """Raise, as torch does, where an argument is not differentiated but requires a gradient."""
+    """Raise, as torch does, if an argument requires a gradient but has no derivative."""
     for argument, tensor in arguments.items():
         if tensor is not None and tensor.requires_grad:
             raise RuntimeError(

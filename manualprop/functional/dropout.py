@@ -1,6 +1,6 @@
 """Dropout with the names, signatures and defaults of :mod:`torch.nn.functional`.
 
-On the CPU the same seed drops the same elements as in torch: the numbers are drawn in the same calls.
+On the CPU the same seed drops the same elements as in torch: the same calls draw the numbers.
 """
 
 import math
@@ -18,7 +18,7 @@ from manualprop.functions.activation import SELU
 
 __all__ = ["alpha_dropout", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout"]
 
-SATURATED = SELU.LAMBDA * SELU.ALPHA  # SELU falls to its negative
+SATURATED = SELU.LAMBDA * SELU.ALPHA  # SELU saturates at minus this
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -83,7 +83,7 @@ def _dropout(
     batched: bool = True,
     alpha: bool = False,
 ) -> Tensor:
-    """Dropout of elements or whole ``channels``, to 0 or (``alpha``) to the value at which SELU saturates."""
+    """Drop elements or whole ``channels``: set them to 0, or for ``alpha`` to SELU's saturation value."""
     _check_probability(p)
     if not training or p == 0 or input.numel() == 0:
         return input
@@ -105,14 +105,14 @@ def _dropout(
 
 
 def _kept(input: Tensor, p: float, channels: bool, batched: bool) -> Tensor:
-    """1 with probability 1 - p, else 0, as bytes: a compiler reads those faster than booleans."""
+    """1 with probability 1 - p, else 0, as bytes: compiled code reads bytes faster than booleans."""
     kept = torch.empty_like(input, dtype=torch.uint8, requires_grad=False)
     if channels:
         if batched and input.dim() < 2:
             raise RuntimeError("Feature dropout requires at least 2 dimensions in the input")
         leading = 2 if batched else 1
         kept = kept.new_empty((*input.shape[:leading], *(1,) * (input.dim() - leading)))
-    if transforms_active():  # of a tensor that is not batched, vmap draws as its ``randomness`` says
+    if transforms_active():  # vmap applies its ``randomness`` only to a tensor that is not batched
         return torch.bernoulli(torch.empty(kept.shape, dtype=torch.uint8, device=kept.device), 1 - p)
     return kept.bernoulli_(1 - p)
 

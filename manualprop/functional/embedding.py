@@ -20,7 +20,7 @@ def embedding(
 ) -> Tensor:
     """Like :func:`torch.nn.functional.embedding`, by :class:`manualprop.functions.Embedding`.
 
-    With ``max_norm`` the rows of ``weight`` that are looked up are shortened in place first, without gradient.
+    With ``max_norm`` the selected rows of ``weight`` are first shortened in place, without gradient.
 
     Shape:
         ``input`` (...) indices, ``weight`` (V, D) -> (..., D)

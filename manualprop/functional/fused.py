@@ -1,9 +1,9 @@
 """Blocks of layers as one function: the exact composition of their parts, with fewer bytes kept for backward.
 
-``activation`` is a name that a rule declares by ``fuses``, as ``"gelu"``, ``"gelu_tanh"``, ``"relu"`` or ``"silu"``.  The
-error for an unknown name lists them all.  ``keep`` is ``"pre-activation"`` or ``"input"``: with the latter nothing is kept
-for a hidden element, and the products that lead to the activation are computed a second time in backward.  With the
-same seed dropout drops what it drops in the parts.
+``activation`` is a name that a rule declares by ``fuses``, such as ``"gelu"``, ``"gelu_tanh"``, ``"relu"`` or
+``"silu"``.  The error for an unknown name lists all of them.  ``keep`` is ``"pre-activation"`` or
+``"input"``.  With ``"input"`` nothing is kept per hidden element, and backward computes the products before
+the activation again.  With the same seed dropout drops the same elements as in the parts.
 """
 
 import torch
@@ -45,15 +45,15 @@ def linear_activation(
 
     Args:
         activation: the name of f.
-        keep: ``"pre-activation"`` applies the two rules one after the other, and no rule for both would keep less:
-            for an f that is differentiated from its output (ReLU, its square, Tanh) that output, which the next layer keeps
-            anyway, else the pre-activation.  ``"input"`` applies :class:`manualprop.functions.LinearActivation`.
+        keep: ``"pre-activation"`` applies the two separate rules; a rule for both would not keep less.  They
+            keep the pre-activation, or for ReLU, its square and Tanh only the output, which the next layer
+            keeps anyway.  ``"input"`` applies :class:`manualprop.functions.LinearActivation`.
 
     Shape:
         ``input`` (..., I), ``weight`` (O, I), ``bias`` (O,) or None -> (..., O)
 
     Raises:
-        ValueError: for an ``activation`` or ``keep`` that does not exist.
+        ValueError: for an unknown ``activation`` or ``keep``.
     """
     _check_names("linear_activation", activation, keep)
     refuse_complex("linear_activation", input, weight)
@@ -74,20 +74,20 @@ def activation_linear(
 ) -> Tensor:
     """``linear(dropout(f(input), p, training), weight, bias)``, by :class:`manualprop.functions.ActivationLinear`.
 
-    An f that is differentiated from its output needs nothing but what the linear layer keeps anyway: ReLU, its square
-    and Tanh without dropout, and ReLU with it, are the rules one after the other.
+    ReLU, its square and Tanh are differentiated from their output, which the linear layer keeps anyway.
+    Without dropout they run as separate rules, ReLU also with dropout.
 
     Args:
         activation: the name of f.
         p: probability that an activation is dropped, in [0, 1].
-        training: whether any is.
+        training: whether anything is dropped.
 
     Shape:
         ``input`` (..., H), ``weight`` (O, H), ``bias`` (O,) or None -> (..., O)
 
     Raises:
-        ValueError: for an ``activation`` that does not exist, or a ``p`` out of its range.
-        RuntimeError: where the shapes or, outside of autocast, the dtypes do not fit.
+        ValueError: for an unknown ``activation``, or a ``p`` out of its range.
+        RuntimeError: if the shapes or, outside autocast, the dtypes do not fit.
     """
     _check_names("activation_linear", activation)
     _check_probability(p)
@@ -119,7 +119,7 @@ def mlp(
     Args:
         activation: the name of f.
         p: probability that a hidden activation is dropped, in [0, 1].
-        training: whether any is.
+        training: whether anything is dropped.
         keep: ``"pre-activation"`` for :class:`manualprop.functions.Linear` and ``ActivationLinear``, ``"input"`` for
             :class:`manualprop.functions.MLP`.
 
@@ -128,7 +128,7 @@ def mlp(
         -> (..., O)
 
     Raises:
-        ValueError: for an ``activation`` or ``keep`` that does not exist, or a ``p`` out of its range.
+        ValueError: for an unknown ``activation`` or ``keep``, or a ``p`` out of its range.
     """
     _check_names("mlp", activation, keep)
     _check_probability(p)
@@ -155,7 +155,7 @@ def gated_mlp(
     activation: str = "silu",
     keep: str = "pre-activation",
 ) -> Tensor:
-    """``linear(f(gate) * up, down_weight, down_bias)`` of two linear functions, ``gate`` and ``up``, of the input.
+    """``linear(f(gate) * up, down_weight, down_bias)``; ``gate`` and ``up`` are linear in the input.
 
     SwiGLU is ``activation="silu"``, GEGLU ``"gelu"``, ReGLU ``"relu"``.
 
@@ -193,7 +193,7 @@ def gated_linear(
         ``gate`` and ``up`` (..., H), ``weight`` (O, H), ``bias`` (O,) or None -> (..., O)
 
     Raises:
-        ValueError: for an ``activation`` that does not exist, or where ``gate`` and ``up`` differ.
+        ValueError: for an unknown ``activation``, or if the shapes of ``gate`` and ``up`` differ.
     """
     _check_names("gated_linear", activation)
     refuse_complex("gated_linear", gate, up, weight)
@@ -213,7 +213,7 @@ def relu_dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor
 
     Args:
         p: probability that an element is dropped, in [0, 1].
-        training: whether any is.
+        training: whether anything is dropped.
 
     Raises:
         ValueError: for a ``p`` out of its range.
@@ -227,10 +227,10 @@ def relu_dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor
 
 
 def packed_relu(input: Tensor, inplace: bool = False) -> Tensor:
-    """``relu(input)``, by :class:`manualprop.functions.PackedReLU`: keeps a bit per element, whoever comes next.
+    """``relu(input)``, by :class:`manualprop.functions.PackedReLU`: keeps one bit per element.
 
-    :func:`relu` keeps its output, which costs nothing where the next layer keeps it too (linear, convolution).
-    This one is for where it does not: before a sum, a pooling by the mean, a layer whose weights are frozen.
+    :func:`relu` keeps its output, which is free if the next layer keeps it too (linear, convolution).  Use
+    this one where it does not: before a sum, an average pooling, a layer with frozen weights.
     """
     refuse_complex("packed_relu", input)
     if inplace:
@@ -276,7 +276,7 @@ def rms_norm_linear(
     """``linear(rms_norm(input, ...), weight, bias)``, by :class:`manualprop.functions.RMSNormLinear`.
 
     Args:
-        eps: added under the root; None for the smallest relative step of the precision it is computed in.
+        eps: added under the root; None for the machine epsilon of the precision of the computation.
 
     Shape:
         ``input`` (..., I), ``norm_weight`` (I,) or None, ``weight`` (O, I), ``bias`` (O,) or None -> (..., O)
@@ -301,7 +301,7 @@ def _activate(input: Tensor, activation: str) -> Tensor:
 
 
 def _mask(hidden: Tensor, p: float, drops: bool) -> tuple[Tensor | None, float]:
-    """What is kept of ``hidden``, 1 or 0, drawn in torch's call; and the probability of it, by which to divide."""
+    """The mask of the elements that are kept, drawn by torch's call; and the probability to divide by."""
     if not drops:
         return None, 1.0
     if p == 1:

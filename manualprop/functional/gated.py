@@ -45,7 +45,7 @@ def rrelu(
     if not training:
         return leaky_relu(input, (lower + upper) / 2, inplace)
     slopes = torch.empty_like(input, memory_format=torch.contiguous_format)
-    torch.ops.aten.rrelu_with_noise(input.detach(), slopes, lower, upper, True)  # draws for x <= 0, else 1
+    torch.ops.aten.rrelu_with_noise(input.detach(), slopes, lower, upper, True)  # random for x <= 0, else 1
     if inplace:
         return write_over(rules.RReLU, input, slopes)
     output: Tensor = rules.RReLU.apply(input, slopes)

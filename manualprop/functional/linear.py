@@ -19,7 +19,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ``input`` (..., I), ``weight`` (O, I) or (I,), ``bias`` (O,) or None -> (..., O) or (...)
     """
     refuse_complex("linear", input, weight)
-    if weight.dim() == 1:  # torch takes a weight of one row without its axis
+    if weight.dim() == 1:  # torch also takes a weight of one row without the row axis
         return linear(input, weight.unsqueeze(0), bias).squeeze(-1)
     input, weight, bias = _autocast_low(input, weight, bias)
     output: Tensor = rules.Linear.apply(input, weight, bias)
@@ -38,9 +38,9 @@ def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None
 
 
 def _autocast_low(*tensors: Any) -> Any:
-    """The tensors as autocast hands them to a matrix product.
+    """The tensors as autocast casts them for a matrix product.
 
-    Cast outside of the rule: inside, its backward would meet half-precision gradients and float32 weights.
+    The cast is outside the rule: inside it, backward would get half-precision gradients and float32 weights.
     """
     if not any_autocast():
         return tensors

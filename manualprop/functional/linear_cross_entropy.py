@@ -1,5 +1,7 @@
 """The linear layer and the cross-entropy of its logits in one, with the signature of :mod:`torch.nn.functional`."""
 
+from __future__ import annotations  # torch has the type of the options from 2.13 on
+
 from typing import Any
 
 import torch
@@ -7,7 +9,7 @@ from torch import Tensor
 
 from manualprop import functions as rules
 from manualprop.functional._checks import refuse_complex
-from manualprop.functional._reduction import legacy_reduction, loss_dtype, reduced, refuse_gradient
+from manualprop.functional._reduction import legacy_reduction, loss_dtype, reduced_loss, refuse_gradient
 from manualprop.functional.linear import _autocast_low
 from manualprop.functions._execution import plain_eager
 from manualprop.functions._execution._chunks import rows_of_a_chunk
@@ -31,24 +33,26 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Like :func:`torch.nn.functional.linear_cross_entropy`, by ``LinearCrossEntropy``, or ``LinearCrossEntropyOnce``.
 
-    The logits are never whole in memory, with ``options`` or without; every combination of the other arguments, and
-    every transform, takes a chunk of rows at a time.
+    The logits are never in memory as a whole: with all arguments and under all transforms, one chunk of rows
+    is computed at a time.
 
     Args:
-        ignore_index: of targets that are left out; None stands for -100, and is a must with class probabilities.
+        ignore_index: the index of targets that are left out; None stands for -100, and is required with class
+            probabilities.
         label_smoothing: in [0, 1].
-        options: None computes the logits again in backward.  Otherwise the gradient is made in the forward pass, which
-            is quicker and serves one backward pass of the first order, unless ``allow_retain_graph`` is set or
-            ``reduction`` is "none"; under ``torch.func`` and ``torch.compile`` the logits are computed again.  Of the
-            other options, those that size a chunk are heeded; sums are in float32 or wider whatever they say.
+        options: None computes the logits again in backward.  Otherwise the forward pass makes the gradient,
+            which is faster and serves one first-order backward pass.  With ``allow_retain_graph``, with
+            ``reduction`` "none", under ``torch.func`` and under ``torch.compile`` the logits are still
+            computed again.  The options for the size of a chunk apply; the others have no effect, and sums
+            are always in float32 or wider.
 
     Shape:
         ``input`` (N, D) or (D,); ``linear_weight`` (C, D), or (C, ..., D) for several losses a row; ``target`` class
         indices (N, ...) or (), or class probabilities (N, C, ...) or (C,); ``linear_bias`` (C, ...); ``weight`` (C,)
 
     Raises:
-        RuntimeError: if shapes do not fit; in a second backward pass, where the gradient was made in the forward pass.
-        ValueError: if there are not as many targets as rows.
+        RuntimeError: if shapes do not fit; in a second backward pass, if the forward pass made the gradient.
+        ValueError: if the number of targets is not the number of rows.
     """
     reduction = legacy_reduction(None, None, reduction)
     refuse_complex("linear_cross_entropy", input, linear_weight, target)
@@ -60,7 +64,7 @@ def linear_cross_entropy(
     x, W, b = _autocast_low(input, linear_weight, linear_bias)
     t = target if input.dim() == 2 else target.unsqueeze(0)
     x = x if input.dim() == 2 else x.unsqueeze(0)
-    if positions:  # one axis for all of them
+    if positions:  # several losses per row: flatten them into one axis
         W, b = W.flatten(1, -2), None if b is None else b.flatten(1)
         t = t.flatten(2) if probabilities else t.flatten(1)
     if probabilities and weight is not None and weight.requires_grad:
@@ -79,11 +83,11 @@ def linear_cross_entropy(
     loss = loss.reshape((*input.shape[:-1], *positions))
     if mass is None and not loss.numel():
         mass = loss.sum()
-    return reduced(loss, reduction, loss_dtype(x), mass)
+    return reduced_loss(loss, reduction, loss_dtype(x), mass)
 
 
 def _rows(x: Tensor, W: Tensor, options: Any) -> int:
-    """Rows of a chunk."""
+    """The number of rows of a chunk."""
     count, features = x.shape
     logits = W.shape[:-1].numel()
     if options is not None and options.batch_chunk_size is not None:
@@ -94,7 +98,7 @@ def _rows(x: Tensor, W: Tensor, options: Any) -> int:
 
 
 def _once(options: torch.nn.LinearCrossEntropyOptions, *tensors: Tensor | None) -> bool:
-    """Whether the gradient is to be made in the forward pass, and can be."""
+    """Whether the forward pass should, and can, make the gradient."""
     *inputs, t = tensors
     differentiable = any(a is not None and a.requires_grad for a in inputs)
     return (
@@ -107,7 +111,7 @@ def _once(options: torch.nn.LinearCrossEntropyOptions, *tensors: Tensor | None) 
 
 
 def _check_shapes(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None) -> None:
-    """torch's own checks, in torch's words, and that there are as many targets as rows."""
+    """torch's own checks, with torch's texts, and a check that there are as many targets as rows."""
     if input.dim() not in (1, 2):
         raise RuntimeError(f"expected input with dimensionality 1 or 2, got {input.dim()}")
     if linear_weight.dim() < 2:
@@ -168,7 +172,7 @@ def _check_options(
 
 
 def _check_classes(target: Tensor, ignored: int, classes: int) -> None:
-    """That class indices are such; their values only where they may be looked at."""
+    """Check the dtype of class indices, and their values if values may be read."""
     if target.dtype != torch.int64:
         raise RuntimeError(
             f"linear_cross_entropy: class indices must be of torch.int64 (Long). Got {target.dtype}. Give target.long()."

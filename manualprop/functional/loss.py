@@ -14,7 +14,7 @@ from manualprop.functional._reduction import (
     legacy_reduction,
     loss_dtype,
     promoted,
-    reduced,
+    reduced_loss,
     refuse_gradient,
     warn_of_broadcasting,
 )
@@ -104,7 +104,7 @@ def huber_loss(
 ) -> Tensor:
     """Like :func:`torch.nn.functional.huber_loss`, by :class:`manualprop.functions.Huber`.
 
-    A weighted mean divides by the number of elements, as in torch; that of the other losses by the weights.
+    As in torch, a weighted mean divides by the number of elements; other losses divide by the weights.
 
     Shape:
         ``input``, ``target`` alike, or broadcastable (with a warning); ``weight`` like ``input``.
@@ -115,9 +115,9 @@ def huber_loss(
     x, t = alike(input, target)
     loss = rules.Huber.apply(x, t, delta)
     if weight is None:
-        return reduced(loss, reduction, loss_dtype(x))
+        return reduced_loss(loss, reduction, loss_dtype(x))
     _check_weight(input, weight)
-    return reduced(loss * weight, reduction, torch.promote_types(loss_dtype(x), weight.dtype))
+    return reduced_loss(loss * weight, reduction, torch.promote_types(loss_dtype(x), weight.dtype))
 
 
 def _regression(
@@ -132,10 +132,10 @@ def _regression(
     refuse_complex(name, input, target)
     x, t = alike(input, target)
     if weight is None:
-        return reduced(rule.apply(x, t, *p), reduction, loss_dtype(x))
+        return reduced_loss(rule.apply(x, t, *p), reduction, loss_dtype(x))
     _check_weight(input, weight)
-    # torch composes the weighted loss of plain operations, which autocast leaves alone.
-    return reduced(
+    # torch makes the weighted loss from plain operations, and autocast does not cast those.
+    return reduced_loss(
         rule.apply(x, t, *p) * weight,
         reduction,
         torch.promote_types(x.dtype, weight.dtype),
@@ -173,7 +173,7 @@ def poisson_nll_loss(
         loss = rules.PoissonNLL.apply(x, t, full)
     else:
         loss = rules.PoissonNLLFromRate.apply(x, t, full, eps)
-    return reduced(loss, reduction, loss_dtype(x))
+    return reduced_loss(loss, reduction, loss_dtype(x))
 
 
 def gaussian_nll_loss(
@@ -191,8 +191,8 @@ def gaussian_nll_loss(
         without it, or a number.
 
     Raises:
-        ValueError: if a variance is negative.  Inside of a transform or of compiled code, where a value can
-            not be looked at, the loss of a negative variance is NaN.
+        ValueError: if a variance is negative.  Inside a transform or compiled code values cannot be read:
+            there the loss of a negative variance is NaN.
     """
     refuse_complex("gaussian_nll_loss", input, target)
     var = _checked_variance(input, var)
@@ -200,7 +200,7 @@ def gaussian_nll_loss(
         raise ValueError(f"{reduction} is not valid")
     x, t, v = alike(input, target, var)
     loss = rules.GaussianNLL.apply(x, t, v, full, eps)
-    return reduced(loss, reduction, x.dtype)
+    return reduced_loss(loss, reduction, x.dtype)
 
 
 def _checked_variance(input: Tensor, var: Tensor | float) -> Tensor:
@@ -253,8 +253,8 @@ def kl_div(
         raise RuntimeError("kl_div: Integral inputs not supported.")
     x, t = alike(input, target)
     if batchmean and input.dim() != 0:
-        return reduced(rule.apply(x, t), "mean", loss_dtype(x), input.size()[0])
-    return reduced(rule.apply(x, t), reduction, loss_dtype(x))
+        return reduced_loss(rule.apply(x, t), "mean", loss_dtype(x), input.size()[0])
+    return reduced_loss(rule.apply(x, t), reduction, loss_dtype(x))
 
 
 # ----- cross-entropy -----
@@ -356,8 +356,8 @@ def binary_cross_entropy(
         weight: a factor of each loss, broadcast to ``target``.
 
     Raises:
-        ValueError: if ``target`` is not of the size of ``input``.
-        RuntimeError: if ``input`` leaves [0, 1].
+        ValueError: if the sizes of ``target`` and ``input`` differ.
+        RuntimeError: if ``input`` is not in [0, 1].
     """
     reduction = legacy_reduction(size_average, reduce, reduction)
     if target.size() != input.size():
@@ -369,7 +369,7 @@ def binary_cross_entropy(
     loss = rules.BCE.apply(input, target)
     if weight is not None:
         loss = loss * weight.expand(torch.broadcast_shapes(target.size(), weight.size()))
-    return reduced(loss, reduction, loss_dtype(input))
+    return reduced_loss(loss, reduction, loss_dtype(input))
 
 
 def binary_cross_entropy_with_logits(
@@ -390,7 +390,7 @@ def binary_cross_entropy_with_logits(
         pos_weight: a factor of the positive part of each loss, broadcastable to ``target``.
 
     Raises:
-        ValueError: if ``target`` is not of the size of ``input``.
+        ValueError: if the sizes of ``target`` and ``input`` differ.
     """
     reduction = legacy_reduction(size_average, reduce, reduction)
     if target.size() != input.size():
@@ -403,4 +403,4 @@ def binary_cross_entropy_with_logits(
         loss = rules.BCEWithLogits.apply(*promoted(input, target))
     else:
         loss = rules.BCEWithPosWeight.apply(*promoted(input, target, pos_weight.expand_as(input)))
-    return reduced(loss if weight is None else loss * weight, reduction, dtype)
+    return reduced_loss(loss if weight is None else loss * weight, reduction, dtype)

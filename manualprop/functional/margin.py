@@ -12,7 +12,7 @@ from manualprop.functional._reduction import (
     legacy_reduction,
     loss_dtype,
     promoted,
-    reduced,
+    reduced_loss,
     refuse_gradient,
 )
 
@@ -45,7 +45,7 @@ def hinge_embedding_loss(
     reduction = legacy_reduction(size_average, reduce, reduction)
     refuse_complex("hinge_embedding_loss", input, target)
     x, t = torch.broadcast_tensors(input, target.detach())
-    return reduced(rules.HingeEmbedding.apply(x, t, margin), reduction, loss_dtype(input))
+    return reduced_loss(rules.HingeEmbedding.apply(x, t, margin), reduction, loss_dtype(input))
 
 
 def soft_margin_loss(
@@ -64,7 +64,7 @@ def soft_margin_loss(
     refuse_complex("soft_margin_loss", input, target)
     refuse_gradient("soft_margin_loss", target=target)
     x, t = alike(input, target)
-    return reduced(rules.SoftMargin.apply(x, t), reduction, loss_dtype(x))
+    return reduced_loss(rules.SoftMargin.apply(x, t), reduction, loss_dtype(x))
 
 
 def margin_ranking_loss(
@@ -89,7 +89,7 @@ def margin_ranking_loss(
         )
     refuse_complex("margin_ranking_loss", input1, input2, target)
     a, b, t = alike(input1, input2, target)
-    return reduced(rules.MarginRanking.apply(a, b, t, margin), reduction, loss_dtype(a))
+    return reduced_loss(rules.MarginRanking.apply(a, b, t, margin), reduction, loss_dtype(a))
 
 
 def cosine_embedding_loss(
@@ -114,7 +114,7 @@ def cosine_embedding_loss(
         if target.dim() == 1 and a.dim() == 2:
             a, b = (v.expand(max(v.shape[0], target.shape[0]), -1) for v in (a, b))
     loss = rules.CosineEmbedding.apply(a, b, target.detach(), margin)
-    return reduced(loss, reduction, loss_dtype(a))
+    return reduced_loss(loss, reduction, loss_dtype(a))
 
 
 def triplet_margin_loss(
@@ -152,7 +152,7 @@ def triplet_margin_loss(
         return output
 
     loss, _ = _triplet_margin(distance, anchor, positive, negative, margin, swap)
-    return reduced(loss, reduction, loss_dtype(anchor))
+    return reduced_loss(loss, reduction, loss_dtype(anchor))
 
 
 def triplet_margin_with_distance_loss(
@@ -167,7 +167,7 @@ def triplet_margin_with_distance_loss(
 ) -> Tensor:
     """Like :func:`torch.nn.functional.triplet_margin_with_distance_loss`, by ``TripletMargin``.
 
-    The distance is differentiated as it was written; without one, by ``PairwiseDistance``.
+    A given ``distance_function`` is differentiated by autograd; the default is ``PairwiseDistance``.
 
     Raises:
         ValueError: if ``margin`` is not positive.
@@ -184,7 +184,7 @@ def triplet_margin_with_distance_loss(
             f"but got: anchor {anchor.ndim}D, positive {positive.ndim}D, and negative {negative.ndim}D inputs"
         )
     loss, distance = _triplet_margin(distance_function, anchor, positive, negative, margin, swap)
-    return reduced(loss, reduction, loss_dtype(distance))  # real, also of what is complex
+    return reduced_loss(loss, reduction, loss_dtype(distance))  # real, even for complex input
 
 
 def _triplet_margin(
@@ -195,7 +195,7 @@ def _triplet_margin(
     margin: float,
     swap: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and the distance of anchor and positive."""
+    """The loss, and the distance between anchor and positive."""
     p, n = distance(anchor, positive), distance(anchor, negative)
     n2 = distance(positive, negative) if swap else n
     p, n, n2 = alike(p, n, n2)
@@ -218,7 +218,7 @@ def multi_margin_loss(
         ``input`` (N, C) or (C,); ``target`` classes (N,), () or (1,); ``weight`` (C,)
 
     Raises:
-        ValueError: if ``p`` is neither 1 nor 2, or ``weight`` not one-dimensional.
+        ValueError: if ``p`` is not 1 or 2, or ``weight`` is not one-dimensional.
     """
     reduction = legacy_reduction(size_average, reduce, reduction)
     if p not in (1, 2):
@@ -230,7 +230,7 @@ def multi_margin_loss(
     if input.dim() == 0:
         input = input.reshape(1)
     loss = rules.MultiMargin.apply(input, target, p, margin, weight)
-    return reduced(loss, reduction, loss_dtype(input))
+    return reduced_loss(loss, reduction, loss_dtype(input))
 
 
 def multilabel_margin_loss(
@@ -243,13 +243,13 @@ def multilabel_margin_loss(
     """Like :func:`torch.nn.functional.multilabel_margin_loss`, by :class:`manualprop.functions.MultiLabelMargin`.
 
     Shape:
-        ``input`` and ``target`` (N, C) or (C,); the target classes lead, a -1 follows them.
+        ``input`` and ``target`` (N, C) or (C,); ``target`` has the target classes first, then a -1.
     """
     reduction = legacy_reduction(size_average, reduce, reduction)
     refuse_complex("multilabel_margin_loss", input)
     if input.dim() == target.dim() == 0:
         input, target = input.reshape(1), target.reshape(1)
-    return reduced(rules.MultiLabelMargin.apply(input, target), reduction, loss_dtype(input))
+    return reduced_loss(rules.MultiLabelMargin.apply(input, target), reduction, loss_dtype(input))
 
 
 def multilabel_soft_margin_loss(
@@ -262,7 +262,7 @@ def multilabel_soft_margin_loss(
 ) -> Tensor:
     """Like :func:`torch.nn.functional.multilabel_soft_margin_loss`, by :class:`manualprop.functions.MultiLabelSoftMargin`.
 
-    It is the mean over the classes of the cross-entropy of each class against all others.
+    It is the binary cross-entropy of each class, averaged over the classes.
 
     Shape:
         ``input``, ``target`` (N, ..., C), alike or broadcastable; ``weight`` (C,)
@@ -275,4 +275,4 @@ def multilabel_soft_margin_loss(
     if weight is not None:
         loss, dtype = loss * weight, torch.promote_types(dtype, weight.dtype)
     last = input.dim() - 1
-    return reduced(loss.sum(last) / input.size(last), reduction, dtype)
+    return reduced_loss(loss.sum(last) / input.size(last), reduction, dtype)

@@ -32,7 +32,7 @@ def rms_norm(
     """Like :func:`torch.nn.functional.rms_norm`, by :class:`manualprop.functions.RMSNorm`.
 
     Args:
-        eps: added under the root; None for the smallest relative step of the precision it is computed in.
+        eps: added under the root; None for the machine epsilon of the precision of the computation.
     """
     refuse_complex("rms_norm", input)
     shape = tuple(normalized_shape)
@@ -115,7 +115,7 @@ def _batch_norm(
     eps: float,
 ) -> Tensor:
     output: Tensor
-    if input.dim() == 1 and input.numel() == 0:  # torch takes it, though it has neither channels nor elements
+    if input.dim() == 1 and input.numel() == 0:  # torch accepts this, without channels or elements
         return input.clone()
     if training:
         output = rules.BatchNorm.apply(input, weight, bias, running_mean, running_var, momentum, eps)[0]
@@ -134,9 +134,9 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Like :func:`torch.nn.functional.instance_norm`: batch norm, where each example has channels of its own.
+    """Like :func:`torch.nn.functional.instance_norm`: a batch norm where each example has its own channels.
 
-    In training the running statistics become the means of those of the examples.
+    In training each running statistic becomes the mean over the examples.
     """
     if use_input_stats:
         _more_than_one(input.shape[2:].numel(), "spatial element", input.shape)
@@ -160,5 +160,5 @@ def _more_than_one(count: int, what: str, size: Sequence[int]) -> None:
 
 
 def _overwrite(buffer: Any, value: Tensor) -> None:
-    """In place, though ``torch.func`` forbids it for what a function captured: running statistics are exempt."""
+    """Write in place.  ``torch.func`` forbids it for captured tensors; running statistics are exempt."""
     torch.ops.aten.alias(buffer).copy_(value)

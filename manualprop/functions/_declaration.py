@@ -1,4 +1,4 @@
-"""What a class statement must say for its rule to be made: a declaration that is not understood raises there."""
+"""Checks of a rule's class statement.  A wrong declaration raises there, before the rule is used."""
 
 import difflib
 import inspect
@@ -29,7 +29,10 @@ def require_choice(rule: type, name: str, choices: tuple[Any, ...]) -> None:
 
 
 def refuse_unknown(rule: type, known: set[str], helpers: bool) -> None:
-    """A name of the class that means nothing, as a misspelt one; constants are upper case, ``helpers`` methods."""
+    """Raise for an unknown name in the class, most often a misspelt one.
+
+    Constants (upper case) and private names are allowed, and methods if ``helpers`` is true.
+    """
     for name, value in vars(rule).items():
         method = callable(value) or isinstance(value, staticmethod)
         if name in known or name.startswith("_") or name.isupper() or (helpers and method):
@@ -43,7 +46,7 @@ def refuse_unknown(rule: type, known: set[str], helpers: bool) -> None:
 
 
 def parameters(function: Callable[..., Any]) -> list[str] | None:
-    """The names of a function's parameters; None where they cannot be known (``*args``, a builtin)."""
+    """The names of a function's parameters; None if they are unknown (``*args``, a builtin)."""
     try:
         found = inspect.signature(function).parameters.values()
     except ValueError:
@@ -54,7 +57,7 @@ def parameters(function: Callable[..., Any]) -> list[str] | None:
 
 
 def require_parameters(rule: type, name: str, like: str) -> None:
-    """The method ``name`` takes as many arguments as ``like``."""
+    """Raise unless the method ``name`` takes as many arguments as ``like``."""
     given, expected = parameters(getattr(rule, name)), parameters(getattr(rule, like))
     if given is None or expected is None:
         return

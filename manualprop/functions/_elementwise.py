@@ -33,12 +33,12 @@ class Elementwise(Rule):
     - ``f(x, *p)``    the function.
     - ``df(s, *p)``   f'(x), written in the saved tensor ``s``.
     - ``ddf(s, *p)``  d df / d s; hence f''(x) is ``ddf`` if ``s`` is x, and ``ddf * df`` if ``s`` is y.
-      Left out where f is piecewise linear: then f'' = 0.
+      A piecewise linear f leaves it out: f'' = 0.
     - ``saves``       what ``s`` is: ``"input"`` or ``"output"``.
-    - ``chooses``     whether dx is 0 where f'(x) is 0, and f'' g where f'' is, whatever g is: sqrt(relu(x)) has an
-      infinite g at x = 0.
+    - ``chooses``     whether g f' is 0 where f' is 0, even if g is infinite or NaN; the same for g f''.
+      Example: sqrt(relu(x)) sends an infinite g to x = 0.
     - ``exact``       whether g f'(x) is free of rounding: f' is 0 or 1.
-    - ``fuses``       the name by which fused blocks of layers take it; without one they do not.
+    - ``fuses``       its name in fused blocks; a rule without a name is not fused.
     """
 
     abstract = True
@@ -82,7 +82,7 @@ class Elementwise(Rule):
 
 
 def _check(rule: type[Elementwise]) -> None:
-    """The declarations of a rule, before anything is made of them."""
+    """Check the declarations of a rule, before anything is built from them."""
     refuse_unknown(rule, DECLARATIONS, helpers=False)
     require_choice(rule, "saves", ("input", "output"))
     require_choice(rule, "chooses", (False, True))
@@ -112,11 +112,11 @@ class Chain(Rule):
     """``dx = g * df(s)``: linear in ``g``, with slope ``g * ddf(s)`` in ``s``.  One subclass for each rule."""
 
     abstract = True
-    gradient: ClassVar[Callable[..., Tensor]]  # the same, recorded only where somebody will differentiate it
+    gradient: ClassVar[Callable[..., Tensor]]  # the same, recorded only in grad mode
     product: ClassVar[Runner]  # the same, never recorded
     value_and_gradient: ClassVar[
         Callable[..., tuple[Tensor, Tensor]]
-    ]  # f(x) and the gradient, recorded as that
+    ]  # f(x) and dx, recorded only in grad mode
 
 
 def _chain(rule: type[Elementwise]) -> type[Chain]:

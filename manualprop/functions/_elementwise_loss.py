@@ -25,23 +25,23 @@ from manualprop.functions._declaration import (
 from manualprop.functions._execution import chosen, formula, full, recorded
 from manualprop.functions._rule import Rule
 
-# The second derivatives, a row for each argument; a number where an entry is constant.
+# The second derivatives, one row for each argument.  A constant entry is a number.
 Curvature = tuple[tuple[Tensor | float, ...], ...]
 
 
 class ElementwiseLoss(Rule):
-    """Base of all rules ``l = f(x, t, *p)``, or of further tensors.  A subclass states the mathematics only.
+    """Base of all rules ``l = f(x, t, *p)``; f may take more tensors.  A subclass states only mathematics.
 
     - ``f(x, t, *p)``                  the loss.
     - ``output_gradient(x, t, *p)``    dl/dx: the gradient of the loss with respect to the network's output.
     - ``target_gradient(x, t, *p)``    dl/dt.
     - ``curvature(x, t, *p)``          ((d2l/dx2, d2l/dxdt), (d2l/dtdx, d2l/dt2)).
     - ``partials``                     the names of the first derivatives, one for each tensor argument; None
-                                       for an argument that l does not depend on smoothly, such as a label.
-    - ``chooses``                      whether a gradient is 0 where its partial derivative is, whatever g is.
+                                       for an argument without a derivative, such as a label.
+    - ``chooses``                      whether a gradient is 0 where its partial derivative is 0, for every g.
 
-    The tensors have one shape.  Half precision is computed in float32 and the loss returned so: the reduction rounds
-    once.
+    The tensors have one shape.  Half precision is computed in float32, and the loss stays in float32: only
+    the reduction rounds.
     """
 
     abstract = True
@@ -92,7 +92,7 @@ class ElementwiseLoss(Rule):
 
 
 def _check(rule: type[ElementwiseLoss]) -> None:
-    """The declarations of a rule, before anything is made of them."""
+    """Check the declarations of a rule, before anything is built from them."""
     refuse_unknown(rule, {"partials", "chooses", "f", "curvature"}, helpers=True)
     require_choice(rule, "chooses", (False, True))
     named = rule.partials
@@ -111,7 +111,7 @@ def _check(rule: type[ElementwiseLoss]) -> None:
 
 
 def _check_curvature(rule: type[ElementwiseLoss]) -> None:
-    """A row of d2l for each derivative that is named, up to the last, and no more entries than there are tensors."""
+    """Check that ``curvature`` has a row, of a right length, for each derivative up to the last named one."""
     count, given = len(rule.partials), parameters(rule.f)
     if given is None or len(given) < count:
         raise TypeError(
@@ -119,7 +119,7 @@ def _check_curvature(rule: type[ElementwiseLoss]) -> None:
         )
     try:
         rows = rule.curvature(*[torch.full((1,), 0.5)] * count, *[1.0] * (len(given) - count))
-    except Exception:  # not defined there: what it returns is seen where it is used
+    except Exception:  # not defined at 0.5: an error then shows at the first use
         return
     needed = 1 + max((i for i, name in enumerate(rule.partials) if name is not None), default=-1)
     smooth = sum(name is not None for name in rule.partials)
@@ -134,7 +134,7 @@ class Slope(Rule):
     """``b = g dl/dx``: linear in ``g``, with slopes ``g d2l/dx2`` and ``g d2l/dxdt``.  One subclass for each dl/dx."""
 
     abstract = True
-    gradient: ClassVar[Callable[..., Tensor]]  # the same, recorded only where somebody will differentiate it
+    gradient: ClassVar[Callable[..., Tensor]]  # the same, recorded only in grad mode
 
 
 def _slope(rule: type[ElementwiseLoss], i: int, partial: Callable[..., Tensor]) -> type[Slope]:
@@ -150,7 +150,7 @@ def _slope(rule: type[ElementwiseLoss], i: int, partial: Callable[..., Tensor]) 
     def bent(g: Tensor, v: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
         terms: list[Tensor | None] = [None] * count
         for j, k in enumerate(curvature(*inputs)[i]):
-            if isinstance(k, int | float):  # constant, and 0 whatever the product is
+            if isinstance(k, int | float):  # constant; a constant 0 gives 0 for every product
                 terms[j] = g * v * k if k else torch.zeros_like(g)
             else:
                 terms[j] = chosen(k, g * v) if chooses else g * v * k
@@ -194,6 +194,6 @@ def _slope(rule: type[ElementwiseLoss], i: int, partial: Callable[..., Tensor]) 
 
 
 def _sum(terms: Iterable[Tensor], like: Tensor) -> Tensor:
-    """The sum of the terms, zeros without any."""
+    """The sum of the terms; zeros if there are none."""
     first, *rest = [*terms] or [torch.zeros_like(like)]
     return sum(rest, first)

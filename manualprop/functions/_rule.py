@@ -1,4 +1,4 @@
-"""What every hand-derived rule shares: how it is applied, and how the compiler is told to keep it."""
+"""What every hand-derived rule shares: how it is applied, and how the compiler keeps it."""
 
 import functools
 import importlib.abc
@@ -32,11 +32,11 @@ from manualprop.functions._declaration import parameters, require_methods
 
 
 def at_every_level(jvp: Callable[..., Any]) -> Callable[..., Any]:
-    """``jvp``, differentiated in its turn where forward mode is nested: ``jacfwd(jacfwd(f))``, jvp of jvp.
+    """Make ``jvp`` differentiable in nested forward mode: ``jacfwd(jacfwd(f))``, jvp of jvp.
 
-    torch calls a Function's jvp with forward mode switched off altogether, so that the outer levels would take its
-    arithmetic for constant, and without an error.  Here they see it: forward mode is on, and what the rule saved
-    comes without the tangents of this level, which are the arguments.
+    torch switches forward mode off while it calls a Function's jvp.  Outer levels would then silently see its
+    arithmetic as constant.  Here forward mode is on, and the saved tensors come without the tangents of this
+    level: those are the arguments of jvp.
     """
 
     @functools.wraps(jvp)
@@ -50,7 +50,7 @@ def at_every_level(jvp: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _WithPrimals:
-    """A rule's context whose saved tensors have lost the tangents of the innermost level."""
+    """A rule's context, whose saved tensors come without the tangents of the innermost level."""
 
     def __init__(self, ctx: Any) -> None:
         self._ctx, self.saved_tensors = ctx, tuple(map(_primal, ctx.saved_tensors))
@@ -62,7 +62,7 @@ class _WithPrimals:
 def _primal(t: Tensor | None) -> Tensor | None:
     if t is None:
         return None
-    if is_batchedtensor(t):  # vmap within forward mode: the tangents lie under the batch
+    if is_batchedtensor(t):  # vmap inside forward mode: the tangents are inside the batched tensor
         inner: Any = _primal(get_unwrapped(t))
         batched: Tensor = add_batch_dim(inner, maybe_get_bdim(t), maybe_get_level(t))
         return batched
@@ -70,14 +70,27 @@ def _primal(t: Tensor | None) -> Tensor | None:
     return primal
 
 
+# ----- what is kept -----
+
+
+def save(ctx: Any, *tensors: tuple[Tensor | None, bool]) -> None:
+    """Save tensors for forward mode, and for backward those that it needs.
+
+    Under vmap both must save the same tensors: torch has one list of their batch axes.
+    """
+    every = transforms_active()
+    ctx.save_for_backward(*[t if needed or every else None for t, needed in tensors])
+    ctx.save_for_forward(*[t for t, _ in tensors])
+
+
 # ----- gradients and tangents that do not exist -----
 #
-# torch hands zeros to backward and jvp for what does not exist, unless it is told not to: a rule would multiply them,
-# and 0 times an infinite number is NaN.
+# By default torch passes zeros to backward and jvp for a gradient or tangent that does not exist.  A rule
+# would multiply them, and 0 times infinity is NaN.
 
 
 def without_zeros(setup_context: Callable[..., None]) -> Callable[..., None]:
-    """``setup_context``, after which an absent gradient or tangent comes as None."""
+    """``setup_context`` that makes an absent gradient or tangent None."""
 
     @functools.wraps(setup_context)
     def absent_as_none(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -88,7 +101,7 @@ def without_zeros(setup_context: Callable[..., None]) -> Callable[..., None]:
 
 
 def of_a_gradient(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """``backward``, which is not asked where no gradient arrives at all."""
+    """``backward`` that is skipped when no gradient arrives."""
 
     @functools.wraps(backward)
     def of_some(ctx: Any, *g: Tensor | None) -> Any:
@@ -111,7 +124,7 @@ _local = _Local()
 
 @contextmanager
 def recording(recorder: Callable[[type["Rule"], tuple[Any, ...]], Any]) -> Iterator[None]:
-    """Within, every application of a rule in this thread is ``recorder(rule, arguments)`` instead: no tape is kept."""
+    """Inside, a rule applied in this thread calls ``recorder(rule, arguments)`` instead; no tape is kept."""
     if not callable(recorder):
         raise TypeError(
             f"recording: recorder must be a function of a rule and its arguments. Got {recorder!r}."
@@ -128,21 +141,21 @@ def is_recorded() -> bool:
     return _local.recorder is not None
 
 
-# What the base adds to a method that a rule states.
+# The wrapper that the base puts around each method of a rule.
 COMPLETED = {"setup_context": without_zeros, "backward": of_a_gradient, "jvp": at_every_level}
 
 
 class Rule(Function):
     """Base of every hand-derived rule: a :class:`torch.autograd.Function` that no transform bypasses.
 
-    A subclass states ``forward``, ``setup_context``, ``backward`` and ``jvp``, written in ordinary tensor
-    arithmetic; batching (``vmap``) follows from these, and :func:`torch.compile` keeps them.  A gradient or a
-    tangent that does not exist is None: of several outputs, or of several inputs, at least one has one.
+    A subclass states ``forward``, ``setup_context``, ``backward`` and ``jvp`` in ordinary tensor arithmetic.
+    Batching (``vmap``) follows from these, and :func:`torch.compile` keeps them.  A gradient or a tangent
+    that does not exist is None; at least one of them is always a tensor.
     """
 
     generate_vmap_rule = True
-    abstract = False  # True in the statement of a class that rules are derived from, and that is none itself
-    _apply: ClassVar[Callable[..., Any]]  # what Function.apply calls in the end
+    abstract = False  # True in a base class of rules, which is no rule itself
+    _apply: ClassVar[Callable[..., Any]]  # the C++ apply under Function.apply
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -157,10 +170,10 @@ class Rule(Function):
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        """Apply the rule, recording it for differentiation.
+        """Apply the rule, and record it for differentiation.
 
-        ``Function.apply`` binds the arguments to forward's signature on every call, 12 of its 17 us.  Rules
-        are called with every argument in place, so outside of transforms that step is skipped.
+        ``Function.apply`` binds the arguments to forward's signature on every call: 12 of its 17 us.  Calls
+        of rules always pass every argument by position, so outside transforms this step is skipped.
         """
         if _local.recorder is not None:
             return _local.recorder(cls, args)
@@ -170,7 +183,7 @@ class Rule(Function):
 
 
 def _require_tangents(rule: type[Rule]) -> None:
-    """forward(*arguments) and jvp(ctx, *tangents) have a tangent for each argument."""
+    """Raise unless jvp(ctx, *tangents) has one tangent for each argument of forward."""
     if "jvp" not in vars(rule):
         return
     arguments, tangents = parameters(rule.forward), parameters(rule.jvp)
@@ -182,7 +195,7 @@ def _require_tangents(rule: type[Rule]) -> None:
 
 
 def _usable(a: Tensor, rule: type[Rule]) -> Tensor:
-    """``a``, or the real tensor where it outlived its transform and is a dead wrapper around that one."""
+    """``a``; the tensor inside if ``a`` is a dead wrapper, which outlived its transform."""
     if not a.is_nested:
         return unwrap_if_dead(a)
     if a.requires_grad and torch.is_grad_enabled():
@@ -199,7 +212,7 @@ def _usable(a: Tensor, rule: type[Rule]) -> Tensor:
 # Without ``torch.compiler.allow_in_graph``, Dynamo refuses a Function that has a ``jvp`` and, worse, under
 # ``torch.compile(torch.func.grad(...))`` silently differentiates the forward instead of running the hand rule
 # (pytorch/pytorch#192985, #193279).  The registration needs ``torch._dynamo``, whose import costs about 2 s
-# and 70 MB; so a rule made before anybody needed the compiler waits, and is registered when Dynamo is imported.
+# and 70 MB.  So a new rule waits, and is registered when something imports Dynamo.
 
 _waiting: list[type[Rule]] = []
 
@@ -212,7 +225,7 @@ def _register(cls: type[Rule]) -> None:
 
 
 class _AfterDynamo(importlib.abc.MetaPathFinder):
-    """Registers the waiting rules as soon as ``torch._dynamo`` has been imported, by whomever."""
+    """Registers the waiting rules as soon as any code has imported ``torch._dynamo``."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -262,9 +275,9 @@ class Flat(Rule):
 
 
 def flat(d: Tensor, x: Tensor) -> Tensor:
-    """A gradient ``d`` that does not change with ``x``: recorded as such, where it is recorded.
+    """A gradient ``d`` that does not depend on ``x``; in grad mode this is recorded.
 
-    The second derivative is then zeros, as in torch, and not the error that ``x`` was not used.
+    The second derivative is then zeros, as in torch, instead of the error that ``x`` was not used.
     """
     recorded: Tensor = Flat.apply(d, x) if torch.is_grad_enabled() else d
     return recorded

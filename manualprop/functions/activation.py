@@ -35,13 +35,12 @@ __all__ = [
     "Tanhshrink",
 ]
 
-# Constants stand outside of the classes: compiled autograd cannot read an attribute of a Function.
+# Constants are outside the classes: compiled autograd cannot read an attribute of a Function.
 
 SELU_ALPHA = 1.6732632423543772848170429916717
 SELU_LAMBDA = 1.0507009873554804934193349852946
 GELU_K, GELU_C = 2 * math.sqrt(2 / math.pi), 0.044715
-# The largest number whose exponential is finite, in the precision in which ATen computes: log(max) less half a unit
-# in its last place.
+# The largest number with a finite exponential in ATen's precision: log(max) minus half its last place.
 LARGEST_EXPONENT = {
     dtype: math.log(torch.finfo(full).max) * (1 - torch.finfo(full).eps / 2)
     for dtype, full in {
@@ -51,7 +50,7 @@ LARGEST_EXPONENT = {
         torch.float16: torch.float32,
     }.items()
 }
-GELU_FAR = 1e4  # of x and of its cubic: beyond, sigma (1 - sigma) is 0 in every dtype
+GELU_FAR = 1e4  # a bound for x and for its cubic: beyond it sigma (1 - sigma) is 0 in every dtype
 
 # ----- sigmoid family -----
 
@@ -147,16 +146,16 @@ class Softplus(Elementwise):
     Derivation
         y' = e^{beta x} / (1 + e^{beta x})          chain rule
            = 1 - e^{-beta y}                        since e^{beta y} = 1 + e^{beta x}
-           = 1 beyond the threshold                 to rounding, the same: e^-theta is lost against 1
+           = 1 beyond the threshold                 the same within rounding: e^-theta is lost against 1
         d y' / d y = beta e^{-beta y}               0 beyond the threshold
     Kinks
         At beta x = theta the value jumps by log(1 + e^-theta) / beta: at most 2e-9 / beta.  With a smaller
-        theta the slope jumps too, and it takes :class:`SoftplusFromInput`.
+        theta the slope jumps too: :class:`SoftplusFromInput` is used there.
     Memory
         y, which the next layer keeps anyway.
     Accuracy
         1 - e^{-beta y} is taken as -expm1(-beta y): right to the last bits even where y -> 0.
-        e^{beta x} never overflows: y = x from there on whatever the threshold, where torch's y is inf.
+        Where e^{beta x} would overflow, y = x for every threshold; torch's y is inf there.
     """
 
     saves = "output"
@@ -183,7 +182,7 @@ class SoftplusFromInput(Elementwise):
     Kinks
         At beta x = theta the value jumps by log(1 + e^-theta) / beta, and the slope from s to 1.
     Memory
-        x: between theta and log(1 + e^theta), beta y comes from either side of the jump.
+        x.  y is not enough: beta y between theta and log(1 + e^theta) may come from either side of the jump.
     Accuracy
         A few units in the last place.
     """
@@ -212,8 +211,8 @@ class SiLU(Elementwise):
     Memory
         x.
     Accuracy
-        The relative error of y' grows near its zero x = -1.278, as that of any sum.  For large x, 1 - s loses
-        digits and x (1 - s) is off by eps x / 2, as in PyTorch; sigma(-x) would keep them, for a second sigmoid.
+        The relative error of y' grows near its zero x = -1.278, as for any sum.  For large x, 1 - s loses
+        digits and x (1 - s) is off by eps x / 2, as in PyTorch.  sigma(-x) would cost a second sigmoid.
     Reference
         Elfwing, Uchibe and Doya, 2017, https://arxiv.org/abs/1702.03118
     """
@@ -248,7 +247,7 @@ class Mish(Elementwise):
     Memory
         x.
     Accuracy
-        Finite for every finite x, where PyTorch's second derivative is NaN from x = 89 on in float32.
+        Finite for every finite x; PyTorch's second derivative is NaN from x = 89 on in float32.
     Reference
         Misra, 2019, https://arxiv.org/abs/1908.08681
     """
@@ -282,7 +281,7 @@ class Tanhshrink(Elementwise):
     Memory
         x.
     Accuracy
-        y' keeps its relative accuracy everywhere; y itself is a difference that cancels near 0, as in PyTorch.
+        y' keeps its relative accuracy everywhere; y itself is a difference and cancels near 0, as in PyTorch.
     """
 
     @staticmethod
@@ -307,7 +306,7 @@ class Softsign(Elementwise):
            = (1 - |y|)^2                            since 1 - |y| = 1 / (1 + |x|)
         d y' / d y = -2 (1 - |y|) sign y            chain rule
     Kinks
-        y'(0) = 1 from either side; y'' jumps from 2 to -2 at 0, and is taken as 0 there.
+        y'(0) = 1 from either side.  y'' jumps from 2 to -2 at 0 and is taken as 0 there.
     Memory
         y, which the next layer keeps anyway.  PyTorch keeps x, |x| and 1 + |x|.
     Accuracy
@@ -374,7 +373,7 @@ class ELUFromInput(Elementwise):
     Kinks
         y'(0) = alpha, as in PyTorch; y'' is taken as 0 there.
     Memory
-        x: with alpha < 0 the sign of y no longer tells the sign of x.
+        x: for alpha < 0 the sign of y does not give the sign of x.
     Accuracy
         A few units in the last place everywhere.
     """
@@ -475,7 +474,7 @@ class GELU(Elementwise):
         x.
     Accuracy
         erfc keeps the left tail, where 1 + erf cancels to 0: y'(-6) is right to 1e-6, not 0.  Compiled kernels
-        take 1 + erf all the same, as PyTorch does everywhere: inductor's erfc takes twice as long as all the rest.
+        still take 1 + erf, as PyTorch always does: inductor's erfc takes twice as long as all the rest.
     Reference
         Hendrycks and Gimpel, 2016, https://arxiv.org/abs/1606.08415
     """
@@ -511,10 +510,10 @@ class GELUTanh(Elementwise):
     Memory
         x.
     Accuracy
-        sigma keeps the left tail, where 1 + tanh u cancels to 0.  Far out, where s (1 - s) is 0, its factor is
-        held finite: in float32 x^3 overflows from 7e12 on, where torch's gradient is NaN.
+        sigma keeps the left tail, where 1 + tanh u cancels to 0.  Where s (1 - s) is 0, its factor is clamped
+        to stay finite: in float32 x^3 overflows from 7e12 on, and torch's gradient is NaN there.
     Reference
-        Hendrycks and Gimpel, 2016, https://arxiv.org/abs/1606.08415: c is theirs, fitted.
+        Hendrycks and Gimpel, 2016, https://arxiv.org/abs/1606.08415: they fitted c.
     """
 
     fuses = "gelu_tanh"

@@ -33,7 +33,7 @@ class BCE(ElementwiseLoss):
         d2l/dxdt = -1 / q
     Kinks
         q is at least 1e-12 in every derivative, as in PyTorch: finite at x = 0 and x = 1.
-        dl/dt = +-100 there, the derivative of l as defined, where torch's is infinite.
+        dl/dt = +-100 there, the derivative of l as defined; torch's is infinite.
     Second order
         By hand, as above; d2l/dt2 = 0.
     Shape
@@ -169,7 +169,8 @@ class MultiLabelSoftMargin(ElementwiseLoss):
     Memory
         x and t, both alive outside anyway.
     Accuracy
-        (1 - t) x - log s, as :class:`BCEWithLogits` has it, is infinity less infinity for an infinite x; this is not.
+        For an infinite x, the joint form of :class:`BCEWithLogits`, (1 - t) x - log s, is infinity minus infinity.  This
+        form keeps the two parts separate.
     """
 
     @staticmethod

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from manualprop.functions._execution import _classes as aten
 from manualprop.functions._execution import formula, less_on_class, of_class, on_class, recorded, weight_of
-from manualprop.functions._execution._classes import classwise, rows, shape_of_targets, weights
+from manualprop.functions._execution._classes import classwise, in_rows, shape_of_targets, weights
 from manualprop.functions._rule import Rule, flat
 from manualprop.functions.norm import shaped, weighted
 from manualprop.functions.softmax import dot
@@ -141,22 +141,31 @@ class CrossEntropy(ClassLoss):
     """
 
     @staticmethod
-    def forward(x: Tensor, t: Tensor, w: Tensor | None, ignored: int, e: float, reduction: str) -> Tensor:
+    def forward(
+        x: Tensor,
+        t: Tensor,
+        w: Tensor | None = None,
+        ignored: int = -100,
+        e: float = 0.0,
+        reduction: str = "mean",
+    ) -> Tensor:
         return aten.cross_entropy(x, t, w, ignored, e, reduction)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, t, w = ctx.saved_tensors
         ignored, e, reduction = ctx.options
-        z, g, t = rows(x, g, t)
+        z, g, t = in_rows(x, g, t)
         g, t = share(g, t, w, ignored, reduction)
         dx = index_gradient(z, g, t, weights(w, z), e, spread(e, x))
         return shaped(dx, x.shape), None, None, None, None, None
 
     @staticmethod
-    def output_gradient(x: Tensor, t: Tensor, w: Tensor | None, ignored: int, e: float) -> Tensor:
+    def output_gradient(
+        x: Tensor, t: Tensor, w: Tensor | None = None, ignored: int = -100, e: float = 0.0
+    ) -> Tensor:
         """dl/dx = M p - m: the gradient of the loss with respect to the network's output, for each example."""
-        z, g, t = rows(x, x.new_ones(t.shape), t)
+        z, g, t = in_rows(x, x.new_ones(t.shape), t)
         g, t = share(g, t, w, ignored, "none")
         dx: Tensor = index_gradient(z, g, t, weights(w, z), e, spread(e, x))
         return shaped(dx, x.shape)  # type: ignore[no-any-return]
@@ -167,7 +176,7 @@ class CrossEntropy(ClassLoss):
         ignored, e, reduction = ctx.options
         dx = torch.zeros_like(x) if dx is None else dx  # class weights are constants, as in PyTorch
         index, counted = aten.counting(t, ignored)
-        (z, index), (dx,) = rows(x, index), rows(dx)
+        (z, index), (dx,) = in_rows(x, index), in_rows(dx)
         dl = index_tangent(z, dx, index, weights(w, z), e, spread(e, x)).reshape(t.shape)
         return aten.reduced(aten.where_counted(dl, counted), t, w, ignored, reduction)
 
@@ -245,7 +254,7 @@ class SoftCrossEntropy(ClassLoss):
         e, reduction = ctx.options
         if reduction == "mean":
             g = g / aten.examples(x)
-        (z, g), (t_rows,), a = rows(x, g), rows(t), spread(e, x)
+        (z, g), (t_rows,), a = in_rows(x, g), in_rows(t), spread(e, x)
         w = weights(w, z)
         dx = dt = None
         if ctx.needs_input_grad[0]:
@@ -258,8 +267,8 @@ class SoftCrossEntropy(ClassLoss):
     def jvp(ctx: Any, dx: Tensor | None, dt: Tensor | None, *_: None) -> Tensor:
         x, t, w = ctx.saved_tensors
         e, reduction = ctx.options
-        (z,), (t_rows,), a = rows(x), rows(t), spread(e, x)
-        dx, dt = (None if d is None else rows(d)[0] for d in (dx, dt))
+        (z,), (t_rows,), a = in_rows(x), in_rows(t), spread(e, x)
+        dx, dt = (None if d is None else in_rows(d)[0] for d in (dx, dt))
         dl = probability_tangent(z, t_rows, dx, dt, weights(w, z), e, a)
         return aten.reduced(dl.reshape(shape_of_targets(x)), t, w, -100, reduction)
 
@@ -310,7 +319,7 @@ def probability_mass(t: Tensor, w: Tensor | None, e: float, a: float) -> Tensor:
 
 def weighted_probabilities(t: Tensor, w: Tensor, e: float) -> Tensor:
     """m of probabilities (N, C, ...), a function of the weights, too, which the rules take for constants."""
-    (m,) = rows(t)
+    (m,) = in_rows(t)
     m = probability_mass(m, weights(w, m), e, spread(e, t))
     return shaped(m, t.shape)  # type: ignore[no-any-return]
 
@@ -406,7 +415,7 @@ class NLL(ClassLoss):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, t, w = ctx.saved_tensors
-        z, g, t = rows(x, g, t)
+        z, g, t = in_rows(x, g, t)
         g, t = share(g, t, w, *ctx.options)
         dx = shaped(log_probability_gradient(z, g, t, weights(w, z)), x.shape)
         return flat(dx, x), None, None, None, None
@@ -417,7 +426,7 @@ class NLL(ClassLoss):
         ignored, reduction = ctx.options
         dx = torch.zeros_like(x) if dx is None else dx  # class weights are constants, as in PyTorch
         index, counted = aten.counting(t, ignored)
-        z, index = rows(dx, index)
+        z, index = in_rows(dx, index)
         dl = log_probability_tangent(z, index, weights(w, z)).reshape(t.shape)
         return aten.reduced(aten.where_counted(dl, counted), t, w, ignored, reduction)
 

@@ -1,10 +1,10 @@
-r"""Hand-derived rules of dropout: products with random numbers, which are constants to the derivative.
+r"""Hand-derived rules of dropout: products with random numbers, which the derivative treats as constants.
 
 Symbols
     x   input               k   1 where x is kept, else 0: drawn before the rule is applied
     y   output              p   probability that an element is dropped
     g   dL/dy, the gradient that arrives                  q = 1 - p
-The numbers are drawn in :mod:`manualprop.functional`, where ``vmap`` sees it and heeds its ``randomness``.
+The numbers are drawn in :mod:`manualprop.functional`, where ``vmap`` can apply its ``randomness``.
 """
 
 from typing import Any
@@ -31,9 +31,9 @@ class Dropout(Rule):
     Shape
         k is like x; where whole channels are dropped it is (N, C, 1, ...) and broadcasts.
     Memory
-        k as bits, 1/8 byte per element, compiled as bytes: torch keeps k / q, 4 in float32, compiled 1 too.
+        k as bits, 1/8 byte per element; compiled 1 byte.  torch keeps k / q, 4 bytes in float32; compiled 1.
     Accuracy
-        Exact but for the rounding of 1 / q.
+        Exact except for the rounding of 1 / q.
     Reference
         Srivastava et al., 2014, https://jmlr.org/papers/v15/srivastava14a.html
     """
@@ -73,11 +73,11 @@ class ReLUDropout(Rule):
     Shape
         k, x and y alike
     Memory
-        y, which the next layer keeps anyway.  torch keeps max(x, 0) and k / q beside it: 12 bytes per element in
-        float32 for 4.
+        y, which the next layer keeps anyway: 4 bytes per element in float32.  torch keeps max(x, 0) and k / q
+        too: 12 bytes.
     Accuracy
-        Exact but for the rounding of 1 / q: x / q is at least x, so no y is rounded to 0.  Where x is inf or NaN
-        and dropped, y is NaN, as in PyTorch, and passes its gradient on.
+        Exact except for the rounding of 1 / q: x / q is at least x, so no y is rounded to 0.  A dropped inf
+        or NaN gives y = NaN, as in PyTorch, and its gradient passes.
     """
 
     @staticmethod
@@ -123,9 +123,9 @@ class AlphaDropout(Rule):
     Shape
         k is like x; where whole channels are dropped it is (N, C, 1, ...) and broadcasts.
     Memory
-        k as bits, 1/8 byte per element, compiled as bytes: torch keeps a k, 4 in float32.
+        k as bits, 1/8 byte per element; 1 byte if compiled.  torch keeps a k, 4 bytes in float32.
     Accuracy
-        Exact but for the rounding of a and of the offset.
+        Exact except for the rounding of a and of the offset.
     Reference
         Klambauer et al., 2017, https://arxiv.org/abs/1706.02515
     """
@@ -152,19 +152,19 @@ class AlphaDropout(Rule):
 
 
 def scaled(x: Tensor, k: Tensor, q: float) -> Tensor:
-    """x k / q; ``k`` are bytes and may broadcast."""
+    """x k / q; ``k`` is made of bytes and may broadcast."""
     k = k if k.shape == x.shape else k.expand(x.shape)
     y: Tensor = dropped(x, k, q)
     return y
 
 
-@formula("x (N), k (N) -> y like x", lift=False)  # k / q in the precision of x, as torch
+@formula("x (N), k (N) -> y like x", lift=False)  # k / q in the precision of x, as in torch
 def dropped(x: Tensor, k: Tensor, q: float) -> Tensor:
     return x * (indicator(k, x) / q)
 
 
 def save_bits(ctx: Any, k: Tensor) -> None:
-    """Save ``k`` for backward and for forward mode, as :func:`keep_bits` keeps it."""
+    """Save ``k`` for backward and for forward mode, packed by :func:`keep_bits`."""
     bits = keep_bits(ctx, k)
     ctx.save_for_backward(bits)
     ctx.save_for_forward(bits)

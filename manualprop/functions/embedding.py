@@ -1,7 +1,7 @@
 r"""Hand-derived rule of the embedding.
 
 Shape legend
-    N   number of indices: any number of axes, flattened where a sum over them is taken
+    N   number of indices: any number of axes, flattened for a sum over them
     V   num_embeddings        D   embedding_dim
 """
 
@@ -27,15 +27,16 @@ class Embedding(Rule):
         padding_idx           its row gets no gradient, by definition: 1[i_n = v] is 0 there
         scale_grad_by_freq    by definition g_nd / (how often i_n occurs), so that row v gets the mean of its g
         sparse                dL/dW as a sparse tensor: the pairs (i_n, g_n) themselves
-        In reverse only: the tangent is that of y as it is.  Where these are used the gradient is not that of y.
+        The first two change only the gradient, which is then not the derivative of y.  The tangent stays
+        exact.
     Second order
-        dW is linear in g, and a function of nothing else: autograd differentiates the sum as written.
+        dW is linear in g and depends on nothing else: autograd differentiates the sum as written.
     Shape
         i (N), W (V, D) -> y (N, D)
     Memory
         i.
     Accuracy
-        A sum of as many terms as an index occurs, in float32 for half precision.
+        Each row is a sum with one term for each occurrence of its index; half precision is summed in float32.
     """
 
     @staticmethod
@@ -77,13 +78,13 @@ def sum_by_index(g: Tensor, i: Tensor, V: int) -> Tensor:
 
 
 def frequency(i: Tensor, g: Tensor, V: int) -> Tensor:
-    """How often each index occurs among the indices, as a column."""
+    """For each index, how often it occurs; as a column."""
     count = sum_by_index(torch.ones_like(i, dtype=torch.float32), i, V)
     return count.index_select(0, i).unsqueeze(1).to(g.dtype)
 
 
 def sparse_rows(i: Tensor, rows: Tensor, V: int, padding_idx: int) -> Tensor:
-    """The rows at their indices, not yet added up, as torch has it."""
+    """The rows at their indices; equal indices are not summed yet, as in torch."""
     if padding_idx >= 0:
         kept = i.ne(padding_idx)
         i, rows = i[kept], rows[kept]

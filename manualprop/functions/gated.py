@@ -33,11 +33,11 @@ class PReLU(Rule):
         dy/dx = W at x = 0, in reverse and in forward mode.  torch has W in reverse and 1 in forward mode.
     Second order
         dx and dW are products and sums of g, W and min(x, 0): autograd differentiates those as written.  1[x > 0]
-        is constant, and d/dx min(x, 0) = 1[x <= 0], which is also d/dW of dy/dx: the mixed terms agree at 0.
+        is constant.  d/dx min(x, 0) = 1[x <= 0] equals d/dW of dy/dx, so the mixed terms agree at 0.
     Shape
         x (N, C, ...), W (C,), (1,) or () -> y like x
     Memory
-        x, as torch.
+        x, as in torch.
     Accuracy
         Exact.
     Reference
@@ -77,7 +77,7 @@ def slope(x: Tensor, w: Tensor) -> Tensor:
 
 @formula("g (N), x (N), w (N) -> dx like x, dW (N)")
 def prelu_gradients(g: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """dL/dx, and dL/dW before it is summed: 0 where x > 0, whatever g is."""
+    """dL/dx, and dL/dW before the sum: 0 where x > 0, for every g."""
     return g * slope(x, w), chosen(x.clamp(max=0), g)
 
 
@@ -92,10 +92,10 @@ class RReLU(Rule):
     r"""$y = n x$ with $n = 1$ for $x > 0$, else $n$ drawn uniformly from an interval: training
 
     Derivation
-        dL/dx = n g                                                n does not depend on x, piece by piece
+        dL/dx = n g                                                n is constant on each side of 0
         dy = n dx                                                  forward mode
     Kinks
-        y'(0) = n, the slope that was drawn, as in PyTorch.
+        y'(0) = n, the random slope, as in PyTorch.
     Second order
         dx is the product of g and a constant: autograd differentiates it as written.
     Shape
@@ -103,7 +103,7 @@ class RReLU(Rule):
     Memory
         n, 4 bytes per element in float32, and y, which the next layer keeps anyway.  torch keeps n and x.
     Accuracy
-        Exact.  In evaluation the layer is a :class:`LeakyReLU` with the mean slope.
+        Exact.  In evaluation the layer is :class:`LeakyReLU` with the mean slope.
     Reference
         Xu et al., 2015, https://arxiv.org/abs/1505.00853
     """
@@ -115,7 +115,7 @@ class RReLU(Rule):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1], output)
-        ctx.save_for_forward(inputs[1], output)  # as for backward: vmap has one list of axes for both
+        ctx.save_for_forward(inputs[1], output)  # under vmap both save calls must list the same tensors
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
@@ -138,11 +138,11 @@ class GLU(Rule):
         dL/dx = dL/da and dL/db, joined along the axis
         dy = s da + a s (1 - s) db                                 forward mode
     Second order
-        Products of g, a and s: autograd differentiates those as written, s as the sigmoid of b.
+        dx is made of products of g, a and s = sigmoid(b): autograd differentiates those as written.
     Shape
         x (..., 2 K, ...), a, b and y (..., K, ...)
     Memory
-        x, as torch.
+        x, as in torch.
     Accuracy
         The relative error of 1 - s grows as eps / (1 - s): 0 for b > 17 in float32, where s rounds to 1.
     Reference
@@ -188,6 +188,6 @@ def glu_tangent(da: Tensor, db: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def channelwise(W: Tensor, x: Tensor) -> Tensor:
-    """The slope of the channel of each element of ``x`` (N, C, ...)."""
+    """W expanded to ``x`` (N, C, ...): each element gets the slope of its channel."""
     w = W.reshape(()) if W.numel() == 1 else W.view(-1, *(1,) * (x.dim() - 2))
     return w.expand_as(x)

@@ -23,7 +23,7 @@ __all__ = ["GaussianNLL", "KLDiv", "KLDivLogTarget", "PoissonNLL", "PoissonNLLFr
 class PoissonNLL(ElementwiseLoss):
     r"""$l = e^x - t x + s(t)$, the count $t$ under a Poisson distribution of rate $e^x$
 
-    s(t) is 0, or the Stirling approximation of log t! where t > 1, if the loss is ``full``:
+    s(t) is 0, unless the loss is ``full`` and t > 1.  It is then the Stirling approximation of log t!:
         s(t) = t log t - t + log(2 pi t) / 2
 
     Derivation
@@ -38,10 +38,10 @@ class PoissonNLL(ElementwiseLoss):
     Shape
         x, t and l alike
     Memory
-        x and t, both alive outside anyway; torch keeps e^x too.
+        x and t, which are alive outside anyway; torch keeps e^x too.
     Accuracy
         e^x - t cancels where the prediction is right; the absolute error stays within eps t.
-        At t = 0 the derivative of the full loss is -x, where torch's is NaN.
+        At t = 0 the derivative of the full loss with respect to t is -x; torch's is NaN.
     """
 
     @staticmethod
@@ -74,7 +74,7 @@ class PoissonNLLFromRate(ElementwiseLoss):
     Shape
         x, t and l alike
     Memory
-        x and t, both alive outside anyway; torch keeps x + eps and its logarithm too.
+        x and t, which are alive outside anyway; torch keeps x + eps and its logarithm too.
     Accuracy
         1 - t / (x + eps) cancels where the prediction is right; the absolute error stays within eps.
     """
@@ -100,7 +100,7 @@ class PoissonNLLFromRate(ElementwiseLoss):
 
 def stirling_slope(t: Tensor) -> Tensor:
     """s'(t), the derivative of Stirling's approximation of log t!."""
-    large = t.clamp(min=1)  # so that what is masked is finite
+    large = t.clamp(min=1)  # keeps the masked elements finite
     return indicator(t > 1, t) * (large.log() + 0.5 / large)
 
 
@@ -120,14 +120,14 @@ class GaussianNLL(ElementwiseLoss):
         dl/dt = -dl/dx
         dl/dv = 1 / 2V - (x - t)^2 / 2V^2                          logarithm and power rule
     Kinks
-        dV/dv = 1 everywhere, also where v < eps, as in PyTorch: a variance that fell too low can rise again.
+        dV/dv = 1 everywhere, also where v < eps, as in PyTorch: a variance that is too low can rise again.
     Second order
         By hand: d2l/dx2 = 1/V = d2l/dt2 = -d2l/dxdt,  d2l/dxdv = -(x - t) / V^2 = -d2l/dtdv,
         d2l/dv2 = (x - t)^2 / V^3 - 1 / 2V^2.
     Shape
         x, t, v and l alike
     Memory
-        x, t and v, alive outside anyway; torch keeps V, x - t and its square too.
+        x, t and v, which are alive outside anyway; torch keeps V, x - t and its square too.
     Accuracy
         dl/dv cancels where v is right; the absolute error stays within eps / V.
     Reference
@@ -163,7 +163,7 @@ class GaussianNLL(ElementwiseLoss):
 
 
 class KLDiv(ElementwiseLoss):
-    r"""$l = t (\log t - x)$, with $t$ a probability and $x$ the logarithm of the predicted one
+    r"""$l = t (\log t - x)$, with $t$ a probability and $x$ the logarithm of the predicted probability
 
     Derivation
         dl/dx = -t
@@ -175,9 +175,9 @@ class KLDiv(ElementwiseLoss):
     Shape
         x, t and l alike
     Memory
-        x and t, both alive outside anyway.
+        x and t, which are alive outside anyway.
     Accuracy
-        Exact for x, that of the logarithm for t.
+        dl/dx is exact; dl/dt is as accurate as the logarithm.
     Reference
         Kullback and Leibler, 1951, https://doi.org/10.1214/aoms/1177729694
     """
@@ -210,9 +210,9 @@ class KLDivLogTarget(ElementwiseLoss):
     Shape
         x, t and l alike
     Memory
-        x and t, both alive outside anyway; torch keeps e^t and t - x too.
+        x and t, which are alive outside anyway; torch keeps e^t and t - x too.
     Accuracy
-        That of the exponential, and of t - x + 1 where it cancels.
+        That of the exponential; t - x + 1 may cancel.
     """
 
     @staticmethod

@@ -1,22 +1,19 @@
 r"""Hand-derived rules of the linear and the bilinear layer.
 
 Shape legend
-    N   batch: any number of leading axes, flattened where a sum over them is taken
-    I   in_features           O   out_features        J   in2_features of a bilinear layer, whose in1_features is I
+    N   batch: any number of leading axes, flattened for a sum over them
+    I   in_features           O   out_features        I, J   in1_features, in2_features of a bilinear layer
 """
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualprop._torch import unsafe_view
-from manualprop.functions._rule import Rule, transforms_active
+from manualprop.functions._execution._products import linear
+from manualprop.functions._rule import Rule, save, transforms_active
 
 __all__ = ["Bilinear", "Linear"]
-
-FEW = 2**11  # rows that a product may add one after the other; a sum adds more by halves, which rounds less
 
 
 class Linear(Rule):
@@ -39,19 +36,13 @@ class Linear(Rule):
 
     @staticmethod
     def forward(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        y = F.linear(x, W, b)  # (N, I) (I, O) + (O,) -> (N, O): multiply by weights, add biases
-        # Of more than two axes torch gives a view of the product, and the view of a Function refuses to be written
-        # to by an in-place activation.
-        return unsafe_view(y, y.shape) if y._is_view() else y
+        return linear(x, W, b)  # (N, I) (I, O) + (O,) -> (N, O): multiply by weights, add biases
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
         x, W, _ = inputs
         needs_x, needs_W, _ = ctx.needs_input_grad
-        # vmap has one list of axes for what either of these saves: a tensor that one lacks has an axis all the same.
-        both = transforms_active()
-        ctx.save_for_backward(x if needs_W or both else None, W if needs_x or both else None)
-        ctx.save_for_forward(x, W)
+        save(ctx, (x, needs_W), (W, needs_x))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -63,14 +54,9 @@ class Linear(Rule):
         return dx, dW, db
 
     @staticmethod
-    def forward_into(y: Tensor | None, x: Tensor, W_t: Tensor, b: Tensor) -> Tensor:
-        """``forward`` of rows, into ``y`` where it is given, from views made once: W transposed, b as wide as y."""
-        return torch.addmm(b, x, W_t, out=y)  # (N, I) (I, O) + (N, O) -> (N, O)
-
-    @staticmethod
-    def input_gradient(g: Tensor, W: Tensor, dx: Tensor | None = None) -> Tensor:
-        """dL/dx: the chain rule to the layer before; of rows into ``dx``, where it is given."""
-        return g.matmul(W) if dx is None else torch.mm(g, W, out=dx)  # (N, O) (O, I) -> (N, I)
+    def input_gradient(g: Tensor, W: Tensor) -> Tensor:
+        """dL/dx: the chain rule to the layer before."""
+        return g.matmul(W)  # (N, O) (O, I) -> (N, I)
 
     @staticmethod
     def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
@@ -83,13 +69,8 @@ class Linear(Rule):
         return rows(g).sum(0)  # (N, O) -> (O,)
 
     @staticmethod
-    def bias_gradient_of_few(g_t: Tensor, ones: Tensor, db: Tensor) -> Tensor:
-        """dL/db as a product with N ones, into ``db``: quicker than a sum where N is small."""
-        return torch.mv(g_t, ones, out=db)  # (O, N) (N,) -> (O,)
-
-    @staticmethod
     def add_weight_gradient(into: Tensor, g_t: Tensor, x: Tensor, scale: float, keep: float = 1.0) -> None:
-        """``into <- keep * into + scale * dL/dW``, one product in place: dW itself is never stored."""
+        """``into <- keep * into + scale * dL/dW`` in one in-place product: dW itself is never stored."""
         if keep == 1:
             into.addmm_(g_t, x, alpha=scale)  # (O, N) (N, I) -> (O, I)
         else:
@@ -130,7 +111,7 @@ class Bilinear(Rule):
     def forward(a: Tensor, c: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         if not transforms_active():
             return F.bilinear(a, c, W, b)
-        y = Bilinear._product(a, c, W)  # vmap has no rule for torch's
+        y = Bilinear._product(a, c, W)  # torch's F.bilinear has no vmap rule
         return y if b is None else y + b
 
     @staticmethod
@@ -180,5 +161,5 @@ class Bilinear(Rule):
 
 
 def rows(x: Tensor) -> Tensor:
-    """Every axis but the last flattened into one."""
+    """All axes except the last, flattened into one."""
     return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])  # not -1: the last may be 0

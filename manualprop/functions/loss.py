@@ -1,7 +1,7 @@
 r"""Hand-derived rules of the regression losses, one value for each element.
 
-Reductions are in :mod:`manualprop.functional`.  Every loss here is an even function of x - t, so it does not
-change when x and t change places: dl/dt at (x, t) is dl/dx at (t, x).
+Reductions are in :mod:`manualprop.functional`.  Every loss here is an even function of x - t, so x and t can
+be exchanged: dl/dt at (x, t) is dl/dx at (t, x).
 
 Symbols
     x   prediction          l   loss, before reduction

@@ -24,7 +24,7 @@ from manualprop.functions._execution import (
     of_class,
     weight_of,
 )
-from manualprop.functions._execution._classes import kernel, lifted, longest, rows
+from manualprop.functions._execution._classes import in_rows, kernel, lifted, longest
 from manualprop.functions._rule import Rule, flat
 from manualprop.functions.norm import shaped
 from manualprop.functions.softmax import dot
@@ -440,7 +440,7 @@ class MultiMargin(Rule):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, t, w = ctx.saved_tensors
-        z, g, t = rows(x, g, t)
+        z, g, t = in_rows(x, g, t)
         dx = multi_margin_gradient(z, g, t, w, ctx.order, ctx.m, z.shape[1])
         return shaped(dx, x.shape), None, None, None, None
 
@@ -448,7 +448,7 @@ class MultiMargin(Rule):
     def jvp(ctx: Any, dx: Tensor | None, *_: None) -> Tensor:
         x, t, w = ctx.saved_tensors
         dx = torch.zeros_like(x) if dx is None else dx  # class weights are constants, as in PyTorch
-        (z, index), (dx,) = rows(x, t), rows(dx)
+        (z, index), (dx,) = in_rows(x, t), in_rows(dx)
         dl: Tensor = multi_margin_tangent(z, dx, index, w, ctx.order, ctx.m, z.shape[1])
         return dl.reshape(t.shape)
 
@@ -456,7 +456,7 @@ class MultiMargin(Rule):
 @kernel(lambda x, t, p, m, w: F.multi_margin_loss(x, t, p, m, w, reduction="none"))
 def multi_margin(x: Tensor, t: Tensor, p: int, m: float, w: Tensor | None) -> Tensor:
     """w_t / C sum_{i /= t} max(z_i, 0)^p"""
-    x, index = rows(x, t)
+    x, index = in_rows(x, t)
     z = missed(x, index, m)
     h = chosen(indicator(z > 0, z), z) ** p
     l = h.scatter(1, index, 0).sum(1, keepdim=True) / x.shape[1]
@@ -529,14 +529,14 @@ class MultiLabelMargin(Rule):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         x, t = ctx.saved_tensors
-        (z, g), (t,) = rows(x, g), rows(t)
+        (z, g), (t,) = in_rows(x, g), in_rows(t)
         dx = label_margin_gradient(z, g, *target_classes(t), z.shape[1])
         return shaped(dx, x.shape), None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, _: None) -> Tensor:
         x, t = ctx.saved_tensors
-        (z,), (dx,), (t,) = rows(x), rows(dx), rows(t)
+        (z,), (dx,), (t,) = in_rows(x), in_rows(dx), in_rows(t)
         dl: Tensor = label_margin_tangent(z, dx, *target_classes(t), z.shape[1])
         return dl.reshape(x.shape[:-1])
 

@@ -5,15 +5,15 @@ Symbols
     m   mean                          gm, gr   dL/dm and dL/dr: None, unless a second derivative is taken
     r   1 / sqrt(variance + eps)      u        g W = dL/dz
     z   r (x - m), normalised         W, b     weight and bias, each may be None
-    mean(.) and sum(.) without an index run over what m is the mean of
+    mean(.) and sum(.) without an index run over the elements that share m
 Shape legend
     N   batch: any number of leading axes            D   the last ``axes`` axes, flattened
     C   channels           L   all further axes, flattened
     G   groups             K   channels in a group, C / G
 Statistics
-    A rule returns the statistics it needed beside its output, with *their* derivatives too.  What backward finds
-    saved is therefore no constant: derivatives of every order pass through m and r as they should, and nothing
-    is computed twice.  In half precision the statistics are float32.
+    A rule also returns the statistics that it used, and *their* derivatives too.  So for autograd the saved m
+    and r are no constants: derivatives of every order pass through them, and nothing is computed twice.  For
+    half-precision input the statistics are float32.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ __all__ = ["BatchNorm", "BatchNormEvaluation", "GroupNorm", "LayerNorm", "RMSNor
 
 
 class Axes(NamedTuple):
-    """Over which axes m is the mean, by whether W changes along them, and which are left for the sums of dW and db."""
+    """The axes of the mean, with and without W along them, and the axes left for the sums of dW and db."""
 
     weighted: tuple[int, ...]
     unweighted: tuple[int, ...]
@@ -39,12 +39,12 @@ class Axes(NamedTuple):
 
     @property
     def mean(self) -> tuple[int, ...]:
-        """All axes over which m is the mean."""
+        """All axes of the mean."""
         return (*self.weighted, *self.unweighted)
 
 
 def total(a: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """The sum over some axes, which stay with length 1."""
+    """The sum over ``axes``, kept with length 1."""
     return a.sum(axes, keepdim=True) if axes else a
 
 
@@ -81,8 +81,8 @@ def norm_gradients(
                   = r (u_i - c1 - z_i c2) + gm / n - gr r^2 z_i / n
         c1 = sum_k u_k / n,  c2 = sum_k u_k z_k / n
         dL/dW = sum g z,  dL/db = sum g                            y is linear in W and b
-    Where W is constant along some of the axes, sums of g and g z over these are weighted as a whole; where it is so along
-    all of them, it is a factor of dx.  Without a mean, m = 0 and c1 = 0.
+    If W is constant along an axis, g and g z are summed over it first and weighted afterwards.  If W is
+    constant along all axes of the mean, it is a factor of dx.  Without a mean, m = 0 and c1 = 0.
     """
     z = normalised(x, m, r)
     gz = g * z
@@ -137,20 +137,20 @@ Shape = tuple[int, ...]
 
 
 class Shapes(NamedTuple):
-    """The shapes in which x, its statistics and its weights broadcast, and how many elements share a mean."""
+    """Shapes of x, statistics and weights that broadcast together; n elements share a mean."""
 
     x: Shape
     stats: Shape
     W: Shape
-    n: int  # 1 where there are none, whose sums are 0
+    n: int  # 1 if there are none: their sums are 0
 
 
 class Normalisation(Rule):
     """Base of the norms with a mean.  A subclass states its value and its shapes.
 
-    - ``shapes(x, *options)``     how x, its statistics and its weights broadcast.
+    - ``shapes(x, *options)``     the shapes of x, statistics and weights that broadcast together.
     - ``letters``                 the same shapes in letters, as :func:`formula` reads them.
-    - ``axes``                    over which of these axes the mean and the sums run.
+    - ``axes``                    the axes of the mean and of the sums.
     """
 
     abstract = True
@@ -208,7 +208,7 @@ def formulas(x: str, stats: str, W: str, axes: Axes) -> tuple[Runner, Runner]:
 
 
 def shaped(t: Any, shape: Shape) -> Any:
-    """``t`` in a shape; a view takes as long as the arithmetic on a small layer, so only where it has another."""
+    """``t`` in a shape, reshaped only if needed: on a small layer a view costs as much as the arithmetic."""
     return t if t is None or t.shape == shape else t.reshape(shape)
 
 
@@ -218,7 +218,7 @@ def of_rows(x: Tensor, axes: int, eps: float) -> Shapes:
     return Shapes((N, D), (N, 1), (D,), D or 1)
 
 
-# Not of a class: compiled autograd reads no attribute of one.
+# Outside the class: compiled autograd cannot read an attribute of a Function.
 ROWS = Axes(weighted=(1,), unweighted=(), batch=(0,))
 
 
@@ -228,12 +228,12 @@ class LayerNorm(Normalisation):
     Derivation
         :func:`norm_gradients` and :func:`norm_tangents`, for one of the N rows: n = D.
     Second order
-        m and r are outputs with derivatives of their own: autograd differentiates the formulas as written, to
+        m and r are outputs with their own derivatives: autograd differentiates the formulas as written, to
         every order.  (torch states its second derivative by hand, and its third is silently wrong.)
     Shape
         x (N, D), W and b (D,) -> y (N, D), m and r (N, 1)
     Memory
-        x, m and r, as torch.  From the output instead of x it would fail where W = 0.
+        x, m and r, as in torch.  The output could not replace x: z cannot be found from y where W = 0.
     Accuracy
         ATen takes the mean first and the variance about it.  x - m is exact where m is large against x - m.
     Reference
@@ -260,13 +260,13 @@ class RMSNorm(Rule):
     Derivation
         :func:`norm_gradients` and :func:`norm_tangents` without a mean, for one of the N rows: n = D.
     Second order
-        As :class:`LayerNorm`: r is an output with a derivative of its own.
+        As :class:`LayerNorm`: r is an output with its own derivative.
     Shape
         x (N, D), W (D,) -> y (N, D), r (N, 1)
     Memory
         x and r: 4 bytes per element in float32, 2 in half precision.  torch keeps 8 on the CPU.
     Accuracy
-        In half precision everything up to the last product is float32.
+        For half-precision input everything is computed in float32; only the last product is rounded.
     Reference
         Zhang and Sennrich, 2019, https://arxiv.org/abs/1910.07467
     """
@@ -308,11 +308,11 @@ class GroupNorm(Normalisation):
     Derivation, for one example and one group, with n = K L elements
         :func:`norm_gradients` and :func:`norm_tangents`; W is constant within a channel: c1 = sum_k W_k sum_l g_kl / n
     Second order
-        As :class:`LayerNorm`: m and r are outputs with derivatives of their own.
+        As :class:`LayerNorm`: m and r are outputs with their own derivatives.
     Shape
         x (N, C, L), W and b (C,) -> y (N, C, L), m and r (N, G);  inside, x is (N, G, K, L)
     Memory
-        x, m and r, as torch.
+        x, m and r, as in torch.
     Accuracy
         As :class:`LayerNorm`.
     Reference
@@ -346,14 +346,14 @@ class BatchNorm(Normalisation):
     Derivation, for one channel, with n = N L elements
         :func:`norm_gradients` and :func:`norm_tangents`, where W is constant
     Second order
-        As :class:`LayerNorm`: m and r are outputs with derivatives of their own.
+        As :class:`LayerNorm`: m and r are outputs with their own derivatives.
     Running statistics
-        Brought up to date by ATen, in place and as in torch: running <- (1 - momentum) running + momentum batch,
-        with the unbiased variance.  They take no part in y, so no gradient passes through them.
+        ATen updates them in place, as in torch: running <- (1 - momentum) running + momentum batch,
+        with the unbiased variance.  y does not depend on them, so no gradient passes through them.
     Shape
         x (N, C, L), all else (C,) -> y (N, C, L), m and r (C,)
     Memory
-        x, m and r, as torch.
+        x, m and r, as in torch.
     Accuracy
         As :class:`LayerNorm`.
     Reference
@@ -395,7 +395,7 @@ class BatchNormEvaluation(Rule):
     Memory
         x if W needs a gradient, else y, which the next layer keeps anyway; and tensors of C elements.
     Accuracy
-        As that of x - m.
+        That of x - m.
     """
 
     @staticmethod
@@ -415,7 +415,7 @@ class BatchNormEvaluation(Rule):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, W, m, v = ctx.saved_tensors
         to = of_channels(g)
-        # Without a gradient of W, what is saved in the place of x may have another list of axes under vmap.
+        # If W needs no gradient, y is saved instead of x.  Under vmap it may have other batch axes: use g.
         rows = (shaped(t, to.x) for t in (g, x if ctx.needs_input_grad[1] else g))
         columns = (shaped(t, to.W) for t in (W, m, v))
         dx, dW, db = evaluation_gradients(*rows, *columns, ctx.eps, needs=ctx.needs_input_grad[:3])

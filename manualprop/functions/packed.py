@@ -19,20 +19,21 @@ __all__ = ["PackedReLU"]
 
 
 class PackedReLU(Rule):
-    r"""$y = \max(x, 0)$, of which one bit per element is kept
+    r"""$y = \max(x, 0)$; one bit per element is kept
 
     Derivation
         y' = 1[y /= 0]                              as :class:`ReLU`
-        dL/dx = g 1[y /= 0]                         chain rule; chosen, as in :class:`ReLU`, not multiplied
+        dL/dx = g 1[y /= 0]                         chain rule; chosen as in :class:`ReLU`
         dy = dx 1[y /= 0]                           forward mode
     Kinks
         y'(0) = 0, as in PyTorch.
     Second order
-        dx does not change with x.  Its zeros hang on an output of no elements: nothing of x or y is kept.
+        dx does not depend on x.  The rule has a second output, without elements, which carries this zero
+        derivative: x and y are not kept.
     Memory
-        1[y /= 0], 1/8 byte per element; compiled 1 byte, as torch.  :class:`ReLU` keeps y, 4 bytes in float32, which costs nothing where the
-        next layer keeps it anyway (a linear layer, a convolution), and all of them where it does not (a sum, a
-        pooling by the mean, a layer whose weights are frozen).
+        1[y /= 0], 1/8 byte per element; 1 byte if compiled, as in torch.  :class:`ReLU` keeps y, 4 bytes in
+        float32.  That is free if the next layer keeps y anyway (a linear layer, a convolution).  It costs all
+        4 bytes if not (a sum, an average pooling, a layer with frozen weights).
     Accuracy
         Exact.
     """
@@ -46,7 +47,7 @@ class PackedReLU(Rule):
         y, nothing = output
         bits = keep_bits(ctx, y.bool().view(torch.uint8))
         ctx.save_for_backward(bits, nothing)
-        ctx.save_for_forward(bits, nothing)  # as many as for backward: vmap asks for one list of axes
+        ctx.save_for_forward(bits, nothing)  # under vmap both save calls must list the same tensors
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _: Tensor | None) -> Tensor:
@@ -63,5 +64,5 @@ class PackedReLU(Rule):
 
 @formula("g (N), k (N) -> dx like g", lift=False)
 def kept_of(g: Tensor, k: Tensor) -> Tensor:
-    """g where k is 1, else 0, whatever g is there."""
+    """g where k is 1, else 0, for every g."""
     return chosen(indicator(k, g), g)

@@ -1,4 +1,4 @@
-r"""Hand-derived rules of the activations that are made of straight pieces, or of one parabola between two.
+r"""Hand-derived rules of the piecewise linear and piecewise quadratic activations.
 
 Symbols
     x   input        g   dL/dy, the gradient that arrives
@@ -95,7 +95,7 @@ class Hardtanh(Elementwise):
     Memory
         y, which the next layer keeps anyway.
     Accuracy
-        Exact, but for an x that half precision cannot tell from a bound: it counts as the bound.
+        Exact, except where x rounds to a bound in half precision: such an x counts as the bound.
     """
 
     saves = "output"
@@ -144,7 +144,7 @@ class LeakyReLUFromInput(Elementwise):
     Kinks
         y'(0) = a, as in PyTorch.
     Memory
-        x: with a < 0 the sign of y no longer tells the sign of x.
+        x: for a < 0 the sign of y does not give the sign of x.
     Accuracy
         Exact for -1 <= a <= 2; beyond, a + (1 - a) is 1 to a relative eps |a|.
     """
@@ -163,13 +163,13 @@ class Threshold(Elementwise):
 
     Derivation
         y' = 1 for x > c, else 0                    piecewise constant slope
-           = 1[max(x, c) /= c]                      so that a NaN passes its gradient on, as in PyTorch
+           = 1[max(x, c) /= c]                      1 for a NaN, as in PyTorch
     Kinks
         y'(c) = 0, as in PyTorch.  y jumps there unless w = c.
     Memory
-        x: an output of w may come from either side.
+        x: an output equal to w may come from either side.
     Accuracy
-        Exact: half precision is compared in float32, as c is not rounded to it in the forward pass either.
+        Exact: half precision is compared in float32, so c is not rounded, as in the forward pass.
     """
 
     chooses = True
@@ -194,7 +194,7 @@ class Hardsigmoid(Elementwise):
     Memory
         y, which the next layer keeps anyway.
     Accuracy
-        Exact, but for an x so close to 3 that x + 3 rounds to 6: it counts as 3.
+        Exact, except for an x so close to 3 that x + 3 rounds to 6: it counts as 3.
     """
 
     saves = "output"
@@ -279,7 +279,7 @@ class Hardswish(Elementwise):
     Memory
         x.
     Accuracy
-        The relative error of y' grows near its zero x = -3/2, as that of any difference.
+        The relative error of y' grows near its zero x = -3/2, as for any difference.
     Reference
         Howard et al., 2019, https://arxiv.org/abs/1905.02244
     """
@@ -311,10 +311,10 @@ class ReLUSquared(Elementwise):
     Kinks
         None in y': both sides give 0 at 0.  y'' jumps there from 0 to 2, and is taken as 0.
     Memory
-        y, which the next layer keeps anyway.  ``torch.relu(x).square()`` keeps max(x, 0) beside it.
+        y, which the next layer keeps anyway.  ``torch.relu(x).square()`` also keeps max(x, 0).
     Accuracy
-        The root halves the relative error of y.  Where x^2 is rounded to 0, for x below 3e-23 in float32, y' and y''
-        are 0; in float16, where that is below 2e-4, :class:`ReLUSquaredFromInput` stands in.
+        The root halves the relative error of y.  Where x^2 rounds to 0, y' and y'' are 0: in float32 for x
+        below 3e-23.  In float16 that limit is 2e-4, so :class:`ReLUSquaredFromInput` is used there.
     Reference
         So et al., 2021, Primer, https://arxiv.org/abs/2109.08668
     """
@@ -340,7 +340,7 @@ class ReLUSquared(Elementwise):
 
 
 class ReLUSquaredFromInput(Elementwise):
-    r"""$y = \max(x, 0)^2$, for precisions of few exponents
+    r"""$y = \max(x, 0)^2$, for a dtype with a short range: float16
 
     Derivation
         y'  = 2 max(x, 0)                           power rule for x > 0, else 0
@@ -348,7 +348,7 @@ class ReLUSquaredFromInput(Elementwise):
     Kinks
         None in y': both sides give 0 at 0.  y'' jumps there from 0 to 2, and is taken as 0.
     Memory
-        x: in float16, x^2 is rounded to 0 for x below 2e-4, and to infinity from 256 on.
+        x: in float16, x^2 rounds to 0 for x below 2e-4, and to infinity from 256 on.
     Accuracy
         Exact.
     Reference

@@ -1,7 +1,7 @@
 r"""Hand-derived rules of softmax and log-softmax.
 
 Symbols
-    x   logits; i, j, k run along the dimension ``dim``, every other axis is a batch axis
+    x   logits; i, j, k run along the axis ``dim``, all other axes are batch axes
     y   output            g   dL/dy, the gradient that arrives
     p   probabilities     t   tangent of x
     <a, b> = sum_k a_k b_k, kept as an axis of length 1
@@ -27,7 +27,7 @@ def dot(a: Tensor, b: Tensor, dim: int) -> Tensor:
 
 
 def along(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A formula ``function(g, y)`` along the second axis of its tensors, as ``f(g, y, dim)`` along any."""
+    """Turn a formula ``function(g, y)`` along the second axis into ``f(g, y, dim)`` along any axis."""
     rows = formula("g (N, C), y (N, C) -> dx like y")(function)
     planes = formula("g (N, C, L), y (N, C, L) -> dx like y")(function)
 
@@ -52,7 +52,7 @@ class Softmax(Rule):
                   = y_j g_j - y_j <g, y>
         dy = y t - y <t, y>                                        forward mode: the Jacobian is symmetric
     Second order
-        dx is a product and a sum of g and y: autograd differentiates it as written, y as the softmax of x.
+        dx is a product and a sum of g and y = softmax(x): autograd differentiates it as written.
     Memory
         y, which the next layer keeps anyway.
     Accuracy
@@ -96,12 +96,12 @@ class LogSoftmax(Rule):
                   = g_j - p_j sum_i g_i
         dy_i = t_i - <p, t>                                        forward mode
     Second order
-        dx is a product and a sum of g and e^y: autograd differentiates it as written, y as the log-softmax of x.
+        dx is a product and a sum of g and e^y, y = log-softmax(x): autograd differentiates it as written.
     Memory
         y, which the next layer keeps anyway.
     Accuracy
-        y is never -inf for finite x: the largest logit is subtracted first, in ATen.  Rounding y makes p wrong by
-        a relative eps |y| / 2; to take p as 2^(y log2 e), which is quicker, makes it as much again.
+        y is never -inf for finite x: ATen subtracts the largest logit first.  The rounding of y gives p a
+        relative error of eps |y| / 2.  2^(y log2 e), which is faster, adds as much again.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
 """Drop-in modules: torch's names, constructors, ``state_dict`` and ``repr``; gradients derived by hand.
 
-The containers of :mod:`torch.nn` are here too, so that ``from manualprop import nn`` can stand where
-``from torch import nn`` stood.  A layer that has no hand-derived twin is not: take it from ``torch.nn``.
+The containers of :mod:`torch.nn` are here too, so that ``from manualprop import nn`` can replace
+``from torch import nn``.  A layer without a hand-derived twin is not here: take it from ``torch.nn``.
 """
 
 from torch.nn import Flatten as Flatten

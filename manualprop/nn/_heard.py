@@ -1,18 +1,31 @@
-"""Who would notice that a layer is not called."""
+"""Whether a layer must really be called, because a hook or its own ``forward`` would run."""
 
 from torch import nn
-from torch.nn.modules import module as all_modules
 
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+from manualprop import _torch
+
+# Dictionaries that torch fills.  Looking up all hooks by name at every call took longer than a small layer.
+OF_ALL_MODULES = (
+    _torch.forward_pre_hooks,
+    _torch.forward_hooks,
+    _torch.backward_pre_hooks,
+    _torch.backward_hooks,
+)
 
 
 def is_heard(part: nn.Module) -> bool:
-    """Whether calling ``part`` would do more than its class says: hooks, or a ``forward`` of its own.
+    """Whether a call of ``part`` does more than its class says: it has hooks or its own ``forward``.
 
-    A hook with the attribute ``only_watches`` does not count: a receipt measures the model as it runs without it.
+    A hook with the attribute ``only_watches`` does not count, so a receipt does not change what it measures.
     """
-    if "forward" in part.__dict__ or any(getattr(all_modules, f"_global{name}") for name in HOOKS):
+    if "forward" in part.__dict__ or any(OF_ALL_MODULES):
         return True
-    return any(
-        not getattr(hook, "only_watches", False) for name in HOOKS for hook in getattr(part, name).values()
-    )
+    for hooks in (
+        part._forward_pre_hooks,
+        part._forward_hooks,
+        part._backward_pre_hooks,
+        part._backward_hooks,
+    ):
+        if hooks and not all(getattr(hook, "only_watches", False) for hook in hooks.values()):
+            return True
+    return False

@@ -1,4 +1,4 @@
-"""Activations: each subclasses its torch twin, where there is one, and replaces ``forward`` only."""
+"""Activations: each subclasses its torch twin, if there is one, and replaces only ``forward``."""
 
 from torch import Tensor, nn
 

@@ -1,4 +1,4 @@
-"""Branches: what a Sequential cannot say, and the tape-free step can still run."""
+"""Containers for branches, which the tape-free step can run."""
 
 from torch import Tensor, nn
 
@@ -9,10 +9,10 @@ class Residual(nn.Sequential):
     """$y = x + f(x)$, where f is the layers in sequence: the gradient takes both ways, $dx = g + g f'(x)$.
 
     Shape:
-        f must return the shape it is given.
+        f must return the shape of its input.
 
     Raises:
-        ValueError: if it does not; broadcasting would add up what does not belong together.
+        ValueError: if it does not; broadcasting would add elements that do not belong together.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ class Parallel(nn.Sequential):
         all f_k must return one shape.
 
     Raises:
-        ValueError: if they do not, or without any branch.
+        ValueError: if they do not, or if there is no branch.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class Parallel(nn.Sequential):
 
 
 def check_alike(name: str, first: Tensor, second: Tensor) -> None:
-    """Refuse to add what has different shapes."""
+    """Refuse to add tensors of different shapes."""
     if first.shape != second.shape:
         raise ValueError(
             f"{name}: what is added must have one shape. Got {tuple(first.shape)} and {tuple(second.shape)}; "

@@ -1,4 +1,4 @@
-"""Dropout: each subclasses its torch twin and replaces ``forward`` only."""
+"""Dropout: each subclasses its torch twin and replaces only ``forward``."""
 
 from torch import Tensor, nn
 
@@ -36,7 +36,7 @@ class Dropout3d(nn.Dropout3d):
 
 
 class AlphaDropout(nn.AlphaDropout):
-    """:class:`torch.nn.AlphaDropout` by :class:`manualprop.functions.AlphaDropout`; like it, never in place."""
+    """:class:`torch.nn.AlphaDropout` by :class:`manualprop.functions.AlphaDropout`; never in place."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.alpha_dropout(input, self.p, self.training)

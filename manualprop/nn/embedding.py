@@ -1,4 +1,4 @@
-"""Embedding: subclasses its torch twin and replaces ``forward`` only."""
+"""Embedding: subclasses its torch twin and replaces only ``forward``."""
 
 from torch import Tensor, nn
 

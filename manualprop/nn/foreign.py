@@ -1,4 +1,4 @@
-"""Twins of layers of other libraries: found by the name of the class, so that no library is imported for them."""
+"""Twins of layers of other libraries, found by the name of the class: no library is imported for them."""
 
 import functools
 from typing import Any
@@ -20,27 +20,27 @@ class TransposedLinear(nn.Module):
         return F.linear(x, self.weight.t(), self.bias)  # (N, I) (I, O) + (O,) -> (N, O)
 
 
-# {module and name of a class: what computes the same by our rules}
+# {(module, name) of a foreign class: the class that computes the same by our rules}
 FORWARDS: dict[tuple[str, str], type[nn.Module]] = {
     ("transformers.pytorch_utils", "Conv1D"): TransposedLinear,
 }
 
 
 def foreign_twin(cls: type[nn.Module]) -> type[nn.Module] | None:
-    """The class of ours for a class of another library, if there is one."""
+    """Our class for a class of another library, if there is one."""
     forward = FORWARDS.get((cls.__module__, cls.__qualname__))
     return None if forward is None else _made(forward, cls)  # type: ignore[arg-type]
 
 
 def foreign_original(cls: type[nn.Module]) -> type[nn.Module] | None:
-    """The class of another library that a class of ours was made from."""
+    """The class of another library that one of our classes was made from."""
     original: type[nn.Module] | None = vars(cls).get("twin_of")
     return original
 
 
 @functools.cache
 def _made(forward: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
-    """``cls`` with our ``forward``: a subclass, made once, and made anew when a layer of it is unpickled."""
+    """A subclass of ``cls`` with our ``forward``; made once, and again when a layer of it is unpickled."""
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         return _unpickled, (cls,), dict(vars(self))

@@ -1,7 +1,7 @@
 """Blocks of layers as one module: the exact composition of their parts, with fewer bytes kept for backward.
 
-A block whose part was replaced (by an adapter, say), parametrized, or given a hook, runs its parts one after the
-other: whatever was put there is called.
+If a part of a block was replaced (for example by an adapter), is parametrized, or has a hook, the block runs
+its parts one after the other, and so calls the new part.
 """
 
 import torch
@@ -27,7 +27,7 @@ PLAIN = (nn.Linear, linear.Linear, nn.LayerNorm, norm.LayerNorm, nn.RMSNorm, nor
 
 
 def nobody_listens(*parts: nn.Module) -> bool:
-    """Whether each part is a layer of torch's or ours and nothing else, so that its parameters say what it does."""
+    """Whether each part is a plain layer of torch or ours, so that its parameters say all that it does."""
     return all(type(part) in PLAIN and not is_heard(part) for part in parts)
 
 
@@ -36,14 +36,15 @@ class LinearActivation(nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as :class:`torch.nn.Linear`; ``state_dict`` is the same.
-        activation: a name, as ``"gelu"``: see :mod:`manualprop.functional.fused`.
-        keep: ``"pre-activation"`` (for ReLU, its square and Tanh the output), or ``"input"``, which computes the product again.
+        activation: a name such as ``"gelu"``: see :mod:`manualprop.functional.fused`.
+        keep: ``"pre-activation"`` (for ReLU, its square and Tanh the output), or ``"input"``: the product is
+            then computed again.
 
     Shape:
         (..., in_features) -> (..., out_features)
 
     Raises:
-        ValueError: for an ``activation`` or ``keep`` that does not exist.
+        ValueError: for an unknown ``activation`` or ``keep``.
     """
 
     def __init__(
@@ -72,14 +73,14 @@ class ActivationLinear(nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as :class:`torch.nn.Linear`; ``state_dict`` is the same.
-        activation: a name, as ``"gelu"``: see :mod:`manualprop.functional.fused`.
+        activation: a name such as ``"gelu"``: see :mod:`manualprop.functional.fused`.
         dropout: probability that an activation is dropped in training, in [0, 1].
 
     Shape:
         (..., in_features) -> (..., out_features)
 
     Raises:
-        ValueError: for an ``activation`` that does not exist, or a ``dropout`` out of its range.
+        ValueError: for an unknown ``activation``, or a ``dropout`` out of its range.
     """
 
     def __init__(
@@ -109,12 +110,12 @@ class ActivationLinear(nn.Linear):
 class MLP(nn.Module):
     """Linear, activation, dropout, linear, by :func:`manualprop.functional.mlp`.
 
-    The layers are ``linear1`` and ``linear2``, as in :class:`torch.nn.TransformerEncoderLayer`; either may be
-    assigned an existing layer, whose parameters are then shared.
+    The layers are ``linear1`` and ``linear2``, as in :class:`torch.nn.TransformerEncoderLayer`.  You may
+    assign an existing layer to either; its parameters are then shared.
 
     Args:
-        in_features, hidden_features, out_features: sizes of the three layers of numbers.
-        activation: a name, as ``"gelu"``: see :mod:`manualprop.functional.fused`.
+        in_features, hidden_features, out_features: the number of features at input, hidden layer and output.
+        activation: a name such as ``"gelu"``: see :mod:`manualprop.functional.fused`.
         dropout: probability that a hidden activation is dropped in training, in [0, 1].
         bias: whether the layers have biases.
         keep: ``"pre-activation"``, or ``"input"``, which computes the hidden layer again in backward.
@@ -124,7 +125,7 @@ class MLP(nn.Module):
         (..., in_features) -> (..., out_features)
 
     Raises:
-        ValueError: for an ``activation`` or ``keep`` that does not exist, or a ``dropout`` out of its range.
+        ValueError: for an unknown ``activation`` or ``keep``, or a ``dropout`` out of its range.
     """
 
     def __init__(
@@ -171,12 +172,12 @@ class MLP(nn.Module):
 class GatedMLP(nn.Module):
     """``down_proj(f(gate_proj(x)) * up_proj(x))``, by :func:`manualprop.functional.gated_mlp`.
 
-    SwiGLU is ``activation="silu"``, GEGLU ``"gelu"``, ReGLU ``"relu"``.  The layers are named as in Llama; each may
-    be assigned an existing layer, whose parameters are then shared.
+    SwiGLU is ``activation="silu"``, GEGLU ``"gelu"``, ReGLU ``"relu"``.  The layers are named as in Llama.
+    You may assign an existing layer to each; its parameters are then shared.
 
     Args:
-        in_features, hidden_features, out_features: sizes of the three layers of numbers.
-        activation: a name, as ``"silu"``: see :mod:`manualprop.functional.fused`.
+        in_features, hidden_features, out_features: the number of features at input, hidden layer and output.
+        activation: a name such as ``"silu"``: see :mod:`manualprop.functional.fused`.
         bias: whether the layers have biases.
         keep: ``"pre-activation"`` for the two branches, or ``"input"``, which computes them again in backward.
         device, dtype: as :class:`torch.nn.Linear`.
@@ -185,7 +186,7 @@ class GatedMLP(nn.Module):
         (..., in_features) -> (..., out_features)
 
     Raises:
-        ValueError: for an ``activation`` or ``keep`` that does not exist.
+        ValueError: for an unknown ``activation`` or ``keep``.
     """
 
     def __init__(
@@ -243,8 +244,8 @@ class ReLUDropout(nn.Module):
 class PackedReLU(nn.ReLU):
     """:class:`torch.nn.ReLU` by :func:`manualprop.functional.packed_relu`: one bit kept per element.
 
-    For where the next layer does not keep its input: before a sum, a pooling by the mean, a frozen layer.  No layer
-    can know by itself what comes next, so this is a class of its own to choose.
+    Use it if the next layer does not keep its input: before a sum, an average pooling, a frozen layer.  A
+    layer cannot know what comes next, so you choose.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -254,7 +255,7 @@ class PackedReLU(nn.ReLU):
 class LayerNormLinear(nn.Module):
     """A layer norm over the last axis and a linear layer, by :func:`manualprop.functional.layer_norm_linear`.
 
-    The layers are ``norm`` and ``linear``; either may be assigned an existing layer.
+    The layers are ``norm`` and ``linear``; you may assign an existing layer to either.
 
     Args:
         in_features, out_features, bias, device, dtype: as :class:`torch.nn.Linear`.
@@ -288,11 +289,11 @@ class LayerNormLinear(nn.Module):
 class RMSNormLinear(nn.Module):
     """An RMS norm over the last axis and a linear layer, by :func:`manualprop.functional.rms_norm_linear`.
 
-    The layers are ``norm`` and ``linear``; either may be assigned an existing layer.
+    The layers are ``norm`` and ``linear``; you may assign an existing layer to either.
 
     Args:
         in_features, out_features, bias, device, dtype: as :class:`torch.nn.Linear`.
-        eps: added under the root; None for the smallest relative step of the precision it is computed in.
+        eps: added under the root; None for the machine epsilon of the precision of the computation.
 
     Shape:
         (..., in_features) -> (..., out_features)

@@ -1,7 +1,7 @@
-"""Layers that stay where they are and run as one: neighbours whose composition keeps fewer bytes for backward.
+"""Neighbouring layers that run as one block, which keeps fewer bytes for backward; the layers stay in place.
 
-Which neighbours can run as one is looked up at each call, so a layer that is given a hook, parametrized, wrapped by an
-adapter or replaced is simply called again.
+The block is looked up at each call.  So a layer that later gets a hook, a parametrization, an adapter or a
+replacement is simply called again.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from manualprop.nn.norm import LayerNorm, RMSNorm
 
 __all__ = ["FusedSequential"]
 
-# The layers and functions whose rules declare that blocks take them.
+# The layers and functions whose rules declare a name for blocks.
 ACTIVATIONS = {
     getattr(activation, rule.__name__): name
     for name, rule in FUSES.items()
@@ -32,27 +32,27 @@ ACTIVATIONS = {
 FUNCTIONS = {
     getattr(module, name): name for module in (torch, torch_F) for name in FUSES if hasattr(module, name)
 }
-# Those that are differentiated from the output, which a linear layer after them keeps.
+# Those that are differentiated from their output; a following linear layer keeps it anyway.
 KEPT_ANYWAY = {name for name, rule in FUSES.items() if rule.saves == "output"}
 
-# A layer, or an activation as a function, or its name.
+# A layer, or an activation as a function or by name.
 Part = nn.Module | Callable[[Tensor], Tensor] | str
 
 
 class Match(NamedTuple):
-    """So many parts from here on can run as one function."""
+    """The next ``length`` parts can run as one function."""
 
     length: int
     call: Callable[[Tensor], Tensor]
 
 
 def is_plain(part: Part, *kinds: type[nn.Module]) -> bool:
-    """Whether a part is a layer of ours of one of these very kinds, and nobody listens to it."""
+    """Whether a part is a layer of exactly one of these kinds, without hooks or its own ``forward``."""
     return isinstance(part, nn.Module) and type(part) in kinds and not is_heard(part)
 
 
 def linear_parameters(part: Part) -> tuple[Tensor, Tensor | None] | None:
-    """Weight (out, in) and bias of a linear layer of ours that nobody listens to."""
+    """Weight (out, in) and bias of a plain linear layer of ours, else None."""
     if isinstance(part, Linear) and is_plain(part, Linear):
         return part.weight, part.bias
     if isinstance(part, TransposedLinear) and foreign_original(type(part)) and not is_heard(part):
@@ -61,7 +61,7 @@ def linear_parameters(part: Part) -> tuple[Tensor, Tensor | None] | None:
 
 
 def activation_name(part: Part) -> str | None:
-    """The name of an activation as :func:`manualprop.functional.activation_linear` takes it."""
+    """The name of an activation for :func:`manualprop.functional.activation_linear`."""
     if isinstance(part, str):
         return part
     if not isinstance(part, nn.Module):
@@ -74,7 +74,7 @@ def activation_name(part: Part) -> str | None:
 
 
 def match(parts: Sequence[Part]) -> Match | None:
-    """The longest run at the start of ``parts`` that keeps less as one function than one by one."""
+    """The longest run at the start of ``parts`` that keeps less as one function than separately."""
     return _activation(parts) or _norm(parts)
 
 
@@ -110,11 +110,12 @@ def _norm(parts: Sequence[Part]) -> Match | None:
 
 
 class FusedSequential(nn.Sequential):
-    """A :class:`torch.nn.Sequential` whose neighbours run as one where that keeps less for backward.
+    """A :class:`torch.nn.Sequential` whose neighbours run as one block if that keeps less for backward.
 
-    Its layers stay its layers: paths, ``state_dict``, shared weights and hooks are those of the Sequential.  Run as one are
-    an activation (and dropout) with the linear layer after it, ReLU with dropout, and a layer or RMS norm over the last axis
-    with the linear layer after it, if all of them are layers of :mod:`manualprop.nn` that nobody listens to.
+    The layers stay: paths, ``state_dict``, shared weights and hooks are those of the Sequential.  Three kinds
+    of neighbours run as one: an activation (and dropout) with the linear layer after it, ReLU with dropout,
+    and a layer or RMS norm over the last axis with the linear layer after it.  All must be plain layers of
+    :mod:`manualprop.nn`, without hooks.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -139,5 +140,5 @@ def runs(sequential: nn.Sequential) -> list[tuple[str, ...]]:
 
 
 def _match_at(parts: Sequence[nn.Module], at: int) -> Match | None:
-    """The match from ``at`` on; an in-place activation at the start writes to what the caller holds, and must."""
+    """The match from ``at`` on.  An in-place activation at the start has none: it must write to the input."""
     return match(parts[at:]) if at > 0 or not getattr(parts[0], "inplace", False) else None

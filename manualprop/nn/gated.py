@@ -1,4 +1,4 @@
-"""Activations with a second argument: each subclasses its torch twin and replaces ``forward`` only."""
+"""Activations with a second argument: each subclasses its torch twin and replaces only ``forward``."""
 
 from torch import Tensor, nn
 

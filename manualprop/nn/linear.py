@@ -1,4 +1,4 @@
-"""Linear layers: each subclasses its torch twin and replaces ``forward`` only."""
+"""Linear layers: each subclasses its torch twin and replaces only ``forward``."""
 
 from torch import Tensor, nn
 
@@ -15,9 +15,9 @@ class Bilinear(nn.Bilinear):
 
 
 class Identity(nn.Identity):
-    """:class:`torch.nn.Identity`: $y = x$, so $dy/dx = 1$ and the gradient that arrives is handed on as it is.
+    """:class:`torch.nn.Identity`: $y = x$, so $dy/dx = 1$ and the gradient passes unchanged.
 
-    Like torch's it returns the very tensor it was given, so there is nothing to compute in either direction.
+    Like torch's it returns its input itself, so there is nothing to compute in either direction.
     """
 
 
@@ -29,7 +29,7 @@ class Linear(nn.Linear):
 
 
 class LazyLinear(nn.LazyLinear):
-    """:class:`torch.nn.LazyLinear`, which becomes :class:`Linear` when it sees its first input."""
+    """:class:`torch.nn.LazyLinear`; it becomes :class:`Linear` at its first input."""
 
     cls_to_become = Linear
 

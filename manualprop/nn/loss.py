@@ -1,9 +1,10 @@
-"""Losses: each subclasses its torch twin and replaces ``forward`` only."""
+"""Losses: each subclasses its torch twin and replaces only ``forward``."""
 
 import warnings
 
 from torch import Tensor, nn
 
+from manualprop import _torch
 from manualprop import functional as F
 
 __all__ = [
@@ -105,7 +106,7 @@ class L1Loss(nn.L1Loss):
         return F.l1_loss(input, target, reduction=self.reduction)
 
 
-class LinearCrossEntropyLoss(nn.LinearCrossEntropyLoss):
+class LinearCrossEntropyLoss(_torch.LinearCrossEntropyLoss):
     """:class:`torch.nn.LinearCrossEntropyLoss` by :class:`manualprop.functions.LinearCrossEntropy`.
 
     With ``options``, the gradient is made in the forward pass, by ``LinearCrossEntropyOnce``.
@@ -173,13 +174,13 @@ class NLLLoss(nn.NLLLoss):
 
 
 with warnings.catch_warnings():
-    # Torch warns where its class is subclassed; ours, where used.
+    # torch warns when its class is subclassed; ours warns when it is used.
     warnings.simplefilter("ignore", FutureWarning)
 
     class NLLLoss2d(nn.NLLLoss2d):
         """``torch.nn.NLLLoss2d`` (deprecated in favour of ``NLLLoss``) by :class:`manualprop.functions.NLL`."""
 
-        # Without annotations, as torch's decorator leaves the signature.
+        # Without annotations, like the signature that torch's decorator leaves.
         def __init__(self, *args, **kwargs):  # type: ignore[no-untyped-def]
             warnings.warn(
                 "`NLLLoss2d` has been deprecated. Please use `NLLLoss` instead as a drop-in replacement.",
@@ -253,4 +254,4 @@ class TripletMarginWithDistanceLoss(nn.TripletMarginWithDistanceLoss):
         )
 
 
-LinearCrossEntropy = LinearCrossEntropyLoss  # its short name
+LinearCrossEntropy = LinearCrossEntropyLoss  # a shorter name

@@ -1,6 +1,6 @@
-"""Normalisations: each subclasses its torch twin and replaces ``forward`` only.
+"""Normalisations: each subclasses its torch twin and replaces only ``forward``.
 
-The instance norms replace ``_apply_instance_norm``, which torch's ``forward`` calls once it has checked the input.
+The instance norms replace ``_apply_instance_norm``; torch's ``forward`` calls it after its checks.
 """
 
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 def _batch_norm(module: _BatchNorm, input: Tensor) -> Tensor:
-    """What ``forward`` of torch's batch norms does: count the batch, choose the statistics, normalise."""
+    """The steps of torch's batch norms in ``forward``: count the batch, choose the statistics, normalise."""
     module._check_input_dim(input)
     momentum = 0.0 if module.momentum is None else module.momentum
     if module.training and module.track_running_stats and module.num_batches_tracked is not None:
@@ -89,7 +89,7 @@ class BatchNorm3d(nn.BatchNorm3d):
 
 
 class LazyBatchNorm1d(nn.LazyBatchNorm1d):
-    """:class:`torch.nn.LazyBatchNorm1d`, which becomes :class:`BatchNorm1d` when it sees its first input."""
+    """:class:`torch.nn.LazyBatchNorm1d`; it becomes :class:`BatchNorm1d` at its first input."""
 
     cls_to_become = BatchNorm1d
 
@@ -98,7 +98,7 @@ class LazyBatchNorm1d(nn.LazyBatchNorm1d):
 
 
 class LazyBatchNorm2d(nn.LazyBatchNorm2d):
-    """:class:`torch.nn.LazyBatchNorm2d`, which becomes :class:`BatchNorm2d` when it sees its first input."""
+    """:class:`torch.nn.LazyBatchNorm2d`; it becomes :class:`BatchNorm2d` at its first input."""
 
     cls_to_become = BatchNorm2d
 
@@ -107,7 +107,7 @@ class LazyBatchNorm2d(nn.LazyBatchNorm2d):
 
 
 class LazyBatchNorm3d(nn.LazyBatchNorm3d):
-    """:class:`torch.nn.LazyBatchNorm3d`, which becomes :class:`BatchNorm3d` when it sees its first input."""
+    """:class:`torch.nn.LazyBatchNorm3d`; it becomes :class:`BatchNorm3d` at its first input."""
 
     cls_to_become = BatchNorm3d
 

@@ -1,6 +1,6 @@
-"""What is checked before the first update: that data, model and loss fit together, and that the data are finite.
+"""Checks before the first update: data, model and loss must fit together, and the data must be finite.
 
-Each refusal names the place (row and column of the data, layer of the model) and what to do.
+Each error names the place (row and column of the data, layer of the model) and what to do.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from manualprop.training._errors import InputTypeError, InputValueError, UserErr
 
 Examples = tuple[Tensor, Tensor]
 
-# What torch's layers and losses raise for tensors that do not fit.
+# The exceptions of torch's layers and losses for tensors that do not fit.
 _MISFITS = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
 
-# How far the loss may climb above that of a network that has learnt nothing.
+# The loss may rise to this many times the loss of a network that has learnt nothing.
 DIVERGED = 100.0
 
 
 def check_examples(split: str, examples: Any) -> None:
-    """Refuse data that no network could be trained on.
+    """Refuse data on which no network can be trained.
 
     Args:
         split: "train", "val" or "test".
@@ -79,13 +79,13 @@ def _pair(split: str, examples: Any) -> Examples:
 
 
 class Fit:
-    """Whether examples, model and loss fit together.
+    """Checks that examples, model and loss fit together.
 
     Args:
         model: called on the inputs, without a trace.
         loss: called on (output, target).
-        descent: which examples an update sees.
-        features: inputs of the model's first layer, where that is Linear.
+        descent: decides which examples an update sees.
+        features: the number of inputs of the model's first layer, if that is Linear.
     """
 
     def __init__(self, model: nn.Module, loss: nn.Module, descent: Descent, features: int | None) -> None:
@@ -112,12 +112,12 @@ class Fit:
         )
 
     def check(self, x: Tensor, target: Tensor, whole: bool = True) -> Tensor:
-        """Run model and loss on examples, which leaves no trace, and return the output.
+        """Run model and loss on examples, without a trace, and return the output.
 
         Args:
             x: the inputs of an update.
-            target: theirs.
-            whole: whether they are all of the update.
+            target: their targets.
+            whole: whether these are all examples of the update.
 
         Raises:
             TypeError: for a dtype that model or loss does not take, and an output that is not a tensor.
@@ -143,12 +143,12 @@ class Fit:
             )
 
     def check_targets(self, output: Tensor, target: Tensor, whole: bool = True) -> None:
-        """Refuse targets that the loss would misread, or that nothing can be learnt from.
+        """Refuse targets that the loss would misread, or from which nothing can be learnt.
 
         Args:
-            output: of the model: which classes there are, or the shape of one example's output.
-            target: of any number of examples.
-            whole: whether they are all of an update, or of a set; a piece of them may hold ignored targets alone.
+            output: the model's output; it shows the number of classes, or the shape of one example's output.
+            target: the targets of any number of examples.
+            whole: whether these are all targets of an update or a set; in a mere piece all may be ignored.
         """
         if self.indices:
             self._check_labels(output, target)
@@ -221,12 +221,12 @@ class Fit:
 
 
 def all_ignored(count: int, ignored: int, descent: Descent) -> InputValueError:
-    """Return the refusal of an update without a single target.
+    """Return the error for an update whose targets are all ignored.
 
     Args:
-        count: of its examples.
-        ignored: the number that stands for a target that is ignored.
-        descent: whose update it is.
+        count: the number of its examples.
+        ignored: the number that stands for an ignored target.
+        descent: the descent of the update.
     """
     remedy = "give some examples a class, or set ignore_index to a number that is not one of them"
     if isinstance(descent, MiniBatch):
@@ -242,7 +242,7 @@ def one_number(value: Any) -> Tensor:
     """Return the loss of an update, which must be one number.
 
     Args:
-        value: what a loss has returned.
+        value: the return value of the loss.
 
     Raises:
         ValueError: for anything else.
@@ -256,11 +256,11 @@ def one_number(value: Any) -> Tensor:
 
 
 def attempt(call: Callable[[], Any], what: str) -> Any:
-    """Return what a model or a loss returns, and say in one line what it does not take.
+    """Return the result of a model or a loss; an error of theirs becomes one line.
 
     Args:
-        call: of the model or the loss.
-        what: must hold.
+        call: calls the model or the loss.
+        what: what must hold, for the error.
     """
     try:
         return call()
@@ -275,11 +275,11 @@ def attempt(call: Callable[[], Any], what: str) -> Any:
 
 @contextmanager
 def untouched(model: nn.Module, x: Tensor) -> Iterator[None]:
-    """Within, neither buffers nor random numbers change for good.
+    """Inside, buffers and random states may change; afterwards they are restored.
 
     Args:
-        model: whose buffers are put back.
-        x: on whose device it draws its random numbers.
+        model: the model whose buffers are restored.
+        x: on the device where the model draws its random numbers.
     """
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
@@ -294,15 +294,16 @@ def untouched(model: nn.Module, x: Tensor) -> Iterator[None]:
 def highest_loss(loss: nn.Module, output: Tensor, target: Tensor) -> float | None:
     """Return the loss above which a network has diverged: a hundred times that of one that has learnt nothing.
 
-    A network that has learnt nothing is the untrained one, or one whose output is 0, whichever has the higher loss.
+    A network that has learnt nothing is the untrained one, or one whose output is 0: the one with the higher
+    loss.
 
     Args:
         loss: called on (output, target).
-        output: of the untrained network.
-        target: to compare with.
+        output: the output of the untrained network.
+        target: the targets.
 
     Returns:
-        That loss, of one example where `loss` is a sum; None where it says nothing of that, as one below 0.
+        That loss, for one example if `loss` is a sum; None if it is no limit, as for a negative loss.
     """
     with torch.no_grad():
         count = len(output) if is_sum(loss) else 1
@@ -315,8 +316,8 @@ def check_architecture(state: Mapping[str, Tensor], module: nn.Module) -> None:
     """Refuse the weights of another network, naming the layers that differ.
 
     Args:
-        state: weights of a checkpoint.
-        module: that is to take them.
+        state: the weights of a checkpoint.
+        module: the module that will get them.
 
     Raises:
         ValueError: for a name or a shape that differs.
@@ -355,7 +356,7 @@ def _reshape(output: Tensor, target: Tensor) -> str:
 
 
 def features(model: nn.Module) -> int | None:
-    """Return in_features of the layer that a model begins with; None where that is no linear layer.
+    """Return in_features of the model's first layer; None if that is not a linear layer.
 
     Args:
         model: a layer, or layers in a row.
@@ -369,7 +370,7 @@ def examples_of(batch: Any) -> tuple[Tensor, Tensor]:
     """Return the inputs and the targets of a batch.
 
     Args:
-        batch: as a data loader made it.
+        batch: the batch from a data loader.
 
     Raises:
         TypeError: for anything but a pair of tensors.

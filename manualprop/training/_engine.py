@@ -1,7 +1,7 @@
-"""The two engines of a `DescentModule`: how forward pass, backward pass and update come about.
+"""The two engines of a `DescentModule`: they run forward pass, backward pass and update.
 
 Both train the same weights with the same torch optimizer and its state, and both count every update where Lightning
-counts `optimizer.step()`. A run may therefore change engines wherever it is resumed.
+counts `optimizer.step()`. So a run may change engines whenever it is resumed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from manualprop.training._trainable import Trainable
 
 Finite = Callable[[float, Tensor, Tensor], float]
 
-# What Lightning calls around autograd and optimizer.step(), neither of which a folded update goes through.
+# Hooks that Lightning calls around autograd and optimizer.step(); a folded update calls neither.
 _CALLBACK_HOOKS = (
     "on_before_zero_grad",
     "on_before_backward",
@@ -36,11 +36,11 @@ _MODULE_HOOKS = (*_CALLBACK_HOOKS, "backward", "optimizer_step", "optimizer_zero
 
 
 class Engine(ABC):
-    """Makes the updates of a module that is being trained.
+    """Makes the updates of a module in training.
 
     Args:
-        module: under training, its optimizer in the state to go on from.
-        finite: returns the loss of some inputs and targets, and refuses one that is not finite.
+        module: the module in training; its optimizer has the state to continue from.
+        finite: returns the loss of some inputs and targets, and raises if it is not finite.
     """
 
     def __init__(self, module: Trainable, finite: Finite) -> None:
@@ -48,7 +48,7 @@ class Engine(ABC):
 
     @abstractmethod
     def update(self, x: Tensor, target: Tensor) -> tuple[float, Tensor]:
-        """Make one update from all of its examples; return the loss before it and the output."""
+        """Make one update from all its examples; return the loss before it and the output."""
 
     def updates(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[float, Tensor]]:
         """Make one update from each pair of inputs and targets; see `update`."""
@@ -59,7 +59,7 @@ class Engine(ABC):
         """Add the gradient of a piece's summed loss to every .grad; return that sum, its divisor and the output."""
 
     def step(self) -> None:
-        """Make the update that the gradients in .grad ask for."""
+        """Make the update from the gradients in .grad."""
         self.module.descent.clip_gradients(self.module.parameters())
         self.optimizer().step()
 
@@ -71,7 +71,7 @@ class Engine(ABC):
 
 
 class Autograd(Engine):
-    """torch's own way, for every model, loss, precision and strategy: a tape, `.grad`, `optimizer.step()`."""
+    """torch's way, for every model, loss, precision and strategy: a tape, `.grad`, `optimizer.step()`."""
 
     def update(self, x: Tensor, target: Tensor) -> tuple[float, Tensor]:
         """Make one update; see `Engine.update`."""
@@ -93,7 +93,7 @@ class Autograd(Engine):
 
 
 class TapeFree(Engine):
-    """The formulas written out, by :class:`manualprop.Backprop`; where it can, the update is folded into them."""
+    """The tape-free step of :class:`manualprop.Backprop`; if possible, the update is folded into it."""
 
     def __init__(self, module: Trainable, finite: Finite) -> None:
         super().__init__(module, finite)
@@ -112,12 +112,12 @@ class TapeFree(Engine):
         except NotFinite as error:
             self.finite(error.loss, x, target)
             raise
-        # As LightningOptimizer.step does, which a folded update does not go through.
+        # LightningOptimizer.step does this too, but a folded update does not call it.
         self._made.increment_by(1)
         return loss, self.backprop.output
 
     def updates(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[float, Tensor]]:
-        """Make many updates, which are counted together; see `Engine.updates`."""
+        """Make many updates and count them together; see `Engine.updates`."""
         made: list[tuple[float, Tensor]] = []
         backprop = self.backprop
         for x, target in pairs:
@@ -150,24 +150,24 @@ class TapeFree(Engine):
         return total.item(), divisor, output
 
     def rehearse(self, x: Tensor, target: Tensor) -> None:
-        """Run forwards and backwards without a trace: some layers are refused when they meet their input only.
+        """Run forwards and backwards without a trace: some layers raise only when they get an input.
 
         Args:
-            x: inputs of an update.
-            target: theirs.
+            x: the inputs of an update.
+            target: their targets.
 
         Raises:
-            TypeError: the refusal.
+            TypeError: if the engine refuses a layer.
         """
         try:
             with untouched(self.module.model, x):
                 self.backprop.gradients(x, target)
         except (ValueError, RuntimeError, ArithmeticError):
-            pass  # of the data, not of the engine: the update itself will say so
+            pass  # the data are wrong, not the engine: the update itself will say so
 
 
 def obstacle(module: Trainable) -> str | None:
-    """Return why a module that is about to be trained cannot be without a tape; None where it can.
+    """Return why a module cannot be trained without a tape; None if it can.
 
     Args:
         module: with a trainer and an optimizer.
@@ -191,16 +191,16 @@ def obstacle(module: Trainable) -> str | None:
 
 
 def shortened(refusal: Exception) -> str:
-    """Return a refusal of Backprop without its name, and without the advice to use autograd.
+    """Return an error text of Backprop without its name, and without the advice to use autograd.
 
     Args:
-        refusal: raised by Backprop.
+        refusal: the error that Backprop raised.
     """
     return str(refusal).removeprefix("Backprop: ").removesuffix(".").removesuffix(WAY_OUT).rstrip(". ")
 
 
 def _overridden(module: Trainable) -> str | None:
-    """Name the first of somebody's own methods that the tape-free engine would pass by."""
+    """Name the first overridden method that the tape-free engine would not call."""
     if is_overridden("forward", module, Trainable):
         return f"{type(module).__name__} has its own forward"
     owners: list[tuple[Any, type, tuple[str, ...]]] = [(module, LightningModule, _MODULE_HOOKS)]

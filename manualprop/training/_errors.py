@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: the command line prints their text alone, without a traceback."""
+"""Errors that the user can fix: the command line prints only their text, without a traceback."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ class UserError(Exception):
     """Base of the errors whose text says what must hold, what was given and what to do.
 
     Attributes:
-        status: exit status of a command that ends so: 2 for a mistake in the command, 1 for a failure while it runs.
+        status: exit status of the command: 2 for a mistake in the command, 1 for a failure while it runs.
     """
 
     status = 2
@@ -18,7 +18,7 @@ class InputValueError(UserError, ValueError):
 
 
 class InputTypeError(UserError, TypeError):
-    """Data of a type that cannot be trained on."""
+    """Data of a type that cannot be used for training."""
 
 
 class DivergedError(UserError, FloatingPointError):
@@ -28,15 +28,15 @@ class DivergedError(UserError, FloatingPointError):
 
 
 class NonFiniteLossError(DivergedError):
-    """The loss became infinite or nan; the weights are those before the update that it would have made."""
+    """The loss became infinite or nan; this update was not made, and the weights are unchanged."""
 
 
 class RunDirectoryError(UserError, FileExistsError):
-    """The run directory is taken, busy, or holds nothing to resume."""
+    """The run directory has results, is in use, or has nothing to resume."""
 
 
 class StorageError(UserError, OSError):
-    """A file could not be written; what stood under its name is unchanged."""
+    """A file could not be written; an older file with its name is unchanged."""
 
     status = 1
 

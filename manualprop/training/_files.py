@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever happens while they are written."""
+"""Writes files that are complete or do not exist, whatever happens during writing."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ PARTIAL = ".partial"
 
 
 def write_whole(path: Path, data: bytes | memoryview) -> None:
-    """Write a file that at every moment is either the old one or the new one, after a loss of power too.
+    """Write a file so that at every moment the old or the new file exists, even after a power failure.
 
-    The data are written beside the target, on the same file system, flushed to disk and renamed; then the directory is
-    flushed, which holds the name.
+    The data are written beside the target, on the same file system, flushed to disk and renamed. Then the
+    directory, which holds the name, is flushed.
 
     Args:
-        path: of the file; its directory is made where it is missing.
-        data: all of it.
+        path: of the file; its directory is made if it is missing.
+        data: the whole content.
 
     Raises:
-        OSError: when it cannot be written; what stood there before is unchanged.
+        OSError: if it cannot be written; the old file is then unchanged.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
@@ -58,7 +58,7 @@ def _write_and_flush(path: Path, data: memoryview) -> None:
 
 
 def _flush_directory(path: Path) -> None:
-    if os.name != "posix":  # elsewhere a directory cannot be opened
+    if os.name != "posix":  # other systems cannot open a directory
         return
     directory = os.open(path, os.O_RDONLY)
     try:
@@ -68,16 +68,16 @@ def _flush_directory(path: Path) -> None:
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Checkpoints that are there whole or not at all: `Trainer(plugins=[WholeCheckpointIO()])`.
+    """Writes checkpoints that are complete or do not exist: `Trainer(plugins=[WholeCheckpointIO()])`.
 
-    Lightning's own are written to the temporary directory and moved. Where that is another file system, moving is
-    copying, and a full disk or a kill leaves a truncated checkpoint under its final name.
+    Lightning writes its checkpoints to the temporary directory and moves them. If that is another file
+    system, to move is to copy: a full disk or a kill then leaves a truncated checkpoint under its final name.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write a checkpoint; see `write_whole`. A path that is an address elsewhere is left to Lightning."""
+        """Write a checkpoint; see `write_whole`. Lightning writes to a path that is a remote address."""
         if storage_options is not None or not _is_local_file_protocol(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return

@@ -1,7 +1,7 @@
-"""The texts that `manualprop fit --help` and the like show: made from the parser, and shipped in `help/` beside this file.
+"""The texts of `manualprop fit --help` and the like: made from the parser, and shipped in `help/` here.
 
-To make the parser takes seconds, and its own help is three times as long; `--help=all` shows that. After a change of
-an option, `python3 scripts/run.py docs help` writes the texts anew.
+It takes seconds to make the parser, and its own help, which `--help=all` shows, is three times as long. After
+a change of an option, `python3 scripts/run.py docs help` writes the texts again.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import nn
 
 from manualprop import descent, training
 from manualprop import nn as hand
-from manualprop.training._usage import plain
+from manualprop.training._usage import without_markup
 from manualprop.training.cli import COMMANDS, DescentCLI
 
 WIDTH, COLUMN = 80, 25
 _TRAINER = "trainer."
-# Options of the Trainer that are described; the others are named.
+# Options of the Trainer that get a description; of the others only the name is listed.
 _COMMON = (
     "max_epochs",
     "max_steps",
@@ -40,7 +40,7 @@ _COMMON = (
     "enable_progress_bar",
     "detect_anomaly",
 )
-# What every descent takes is listed once, for all of them.
+# The options that all descents share are listed once.
 _SHARED = set(inspect.signature(descent.Stochastic).parameters)
 
 _EXAMPLES = ("--name digits-minibatch", "--config recipes/digits/minibatch.yaml --name mine")
@@ -60,7 +60,7 @@ def texts() -> dict[str, str]:
 
 
 class _Made(Exception):
-    """Carries the parsers out of the constructor, before it parses."""
+    """Carries the parsers out of the constructor before it parses."""
 
     def __init__(self, parsers: Mapping[str, ArgumentParser]) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class _Made(Exception):
 
 class _ParsersOnly(DescentCLI):
     def parse_arguments(self, parser: Any, args: Any) -> NoReturn:
-        """Stop here: only the parsers are wanted."""
+        """Stop here: only the parsers are needed."""
         raise _Made(self._subcommand_parsers)
 
 
@@ -134,8 +134,8 @@ def _said(action: argparse.Action) -> str:
 
 
 def _sentence(text: str) -> str:
-    """The first sentence, without the markup of Sphinx."""
-    text = re.sub(r"\s+", " ", plain(text)).strip()
+    """The first sentence, without Sphinx's markup."""
+    text = re.sub(r"\s+", " ", without_markup(text)).strip()
     sentence = re.split(r"(?<!\be\.g)(?<!\bie)\.(?=\s|$)", text)[0]
     return sentence[:1].upper() + sentence[1:] + "."
 
@@ -185,7 +185,10 @@ def _models() -> list[type]:
 
 
 def _data_modules() -> list[type]:
-    return _public(training, lambda c: issubclass(c, LightningDataModule) and not _required(c))
+    found = _public(training, lambda c: issubclass(c, LightningDataModule) and not _required(c))
+    return sorted(
+        found, key=lambda c: c.__name__
+    )  # the package imports them in the order in which they are used
 
 
 def _losses() -> list[str]:

@@ -1,8 +1,9 @@
-"""Model, loss and descent in a checkpoint, so that `DescentModule.load_from_checkpoint(path)` needs nothing else.
+"""Keeps model, loss and descent in a checkpoint: `DescentModule.load_from_checkpoint(path)` needs no more.
 
-They are kept beside the weights, which are not stored twice, as bytes that only `load_from_checkpoint` reads: by torch's
-reader that makes no classes but those it is told to. Told are the layers of torch and of this package, the descents and
-torch's optimizers and schedules; a class of somebody else's must be handed over, or allowed by its owner.
+They are kept beside the weights, as bytes; the weights are not stored twice. Only `load_from_checkpoint`
+reads these bytes, with torch's safe reader, which makes only allowed classes. Allowed are the layers of torch
+and of this package, the descents, and torch's optimizers and schedules. The user must pass an instance of any
+other class, or allow it.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ KEPT = ("model", "loss", "descent", "seed", "engine")
 
 
 def stored(module: Trainable) -> dict[str, Tensor]:
-    """Return what makes a module anew, without the weights; what cannot be written down is left out.
+    """Return what is needed to make a module again, without the weights; what cannot be pickled is left out.
 
     Args:
-        module: whose `state_dict` the checkpoint holds.
+        module: the module whose `state_dict` the checkpoint holds.
     """
     weights = set(map(id, module.state_dict(keep_vars=True).values()))
     tensors = (*module.parameters(), *module.buffers())
@@ -41,10 +42,10 @@ def stored(module: Trainable) -> dict[str, Tensor]:
     for name in KEPT:
         buffer = io.BytesIO()
         try:
-            # Each tensor of the state stands for itself in the copy, without its numbers.
+            # In the copy each tensor of the state is replaced by an empty one.
             torch.save(copy.deepcopy(getattr(module, name), dict(empty)), buffer)
         except (pickle.PicklingError, AttributeError, TypeError, RuntimeError):
-            continue  # a function of somebody's own, say
+            continue  # such as a local function
         found[name] = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
     return found
 
@@ -55,14 +56,14 @@ def _without_data(tensor: Tensor) -> Tensor:
 
 
 def made(kept: dict[str, Tensor], given: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments that make a module anew.
+    """Return the constructor arguments that make a module again.
 
     Args:
-        kept: by `stored`.
-        given: by the caller, which come first.
+        kept: the result of `stored`.
+        given: the caller's arguments, which have priority.
 
     Raises:
-        ValueError: naming an argument that must be given, because the checkpoint cannot make it.
+        ValueError: if an argument must be given because the checkpoint cannot make it; the text names it.
     """
     return {name: given[name] if name in given else _made(name, kept.get(name)) for name in KEPT}
 
@@ -100,7 +101,7 @@ def _to_be_given(name: str, why: str) -> InputValueError:
 
 @functools.cache
 def _known() -> list[Any]:
-    """The classes that a checkpoint may make: none of them does more than hold numbers and compute."""
+    """The classes that a checkpoint may make: they only hold numbers and compute."""
     homes = [hand, networks, descents, torch.optim, torch.optim.lr_scheduler]
     classes = {thing for home in homes for thing in vars(home).values() if inspect.isclass(thing)}
     layers = {thing for thing in vars(nn.modules).values() if inspect.isclass(thing)}

@@ -1,7 +1,7 @@
-"""Going on from a checkpoint with other settings: which are taken up, and which are refused.
+"""Resuming from a checkpoint with other settings: which of them may change, and which are refused.
 
-A checkpoint holds the settings that it was made with, beside the state of the optimizer and of the schedule. Whatever
-differs from them is either put into that state before Lightning restores it, or refused by name.
+A checkpoint holds its settings beside the state of the optimizer and of the schedule. A new setting is either
+put into that state before Lightning restores it, or refused by name.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from manualprop.training._trainable import Trainable
 
 KEY, VERSION = "manualprop", 1
 
-# What every checkpoint of a Trainable under training holds.
+# The keys of every checkpoint of a Trainable in training.
 _NEEDED = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", KEY)
 
 _START_ANEW = "start a run of its own with another --name"
 
 
 def settings(module: Trainable) -> dict[str, Any]:
-    """Return the settings of a module, as its checkpoints hold them.
+    """Return the settings of a module, in the form of its checkpoints.
 
     Args:
-        module: whose descent makes an optimizer of its parameters.
+        module: its descent makes an optimizer for its parameters.
     """
     optimizer, schedule = _made(module)
     return {
@@ -54,10 +54,10 @@ def check_foreign(checkpoint: Mapping[str, Any]) -> None:
     """Refuse a checkpoint that is not one of a `DescentModule`.
 
     Args:
-        checkpoint: as it was read.
+        checkpoint: the content of the file.
 
     Raises:
-        ValueError: naming what it lacks.
+        ValueError: if it is another checkpoint; the text names what is missing.
     """
     missing = [key for key in _NEEDED if key not in checkpoint]
     if missing:
@@ -74,11 +74,11 @@ def check_foreign(checkpoint: Mapping[str, Any]) -> None:
 
 
 def take_up(module: Trainable, checkpoint: dict[str, Any]) -> list[str]:
-    """Put the settings of a module in the place of a checkpoint's, and return what has changed.
+    """Replace the settings of a checkpoint by those of a module, and return what has changed.
 
     Args:
-        module: with a trainer, that is to go on from the checkpoint.
-        checkpoint: which is changed.
+        module: the module, with a trainer, that continues from the checkpoint.
+        checkpoint: changed in place.
 
     Raises:
         ValueError: for a setting that cannot change; the text names it.
@@ -95,7 +95,7 @@ def take_up(module: Trainable, checkpoint: dict[str, Any]) -> list[str]:
 
 
 def _refuse_others(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse what has a state, or gives the numbers of the run their meaning."""
+    """Refuse changes of what has a state, or gives the numbers of the run their meaning."""
     why = {
         "model.model": ("model", "the network whose weights the checkpoint holds"),
         "model.loss": ("loss", "that of the run, by which its best checkpoint is chosen"),
@@ -118,14 +118,14 @@ def _refuse_others(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 def check_same_examples(before: int | None, now: int) -> None:
-    """Refuse a training set of another size: then the order of the examples, and the count of epochs, are others.
+    """Refuse a training set of another size: the order of the examples and the count of epochs would change.
 
     Args:
-        before: number of training examples of the checkpoint; None where it was not known.
-        now: of this run.
+        before: number of training examples of the checkpoint; None if unknown.
+        now: number of training examples of this run.
 
     Raises:
-        ValueError: when they differ.
+        ValueError: if they differ.
     """
     if before is not None and before != now:
         raise InputValueError(
@@ -150,7 +150,7 @@ def _optimizer_changes(
     state = checkpoint["optimizer_states"][0]
     _refuse_without_state(module, state["state"], before["groups"], now["groups"])
     if before["schedule"] != now["schedule"]:
-        optimizer, _ = _made(module)  # as the new schedule starts
+        optimizer, _ = _made(module)  # the start of the new schedule
         state["param_groups"] = [
             dict(_plain(group), params=saved["params"])
             for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
@@ -178,7 +178,7 @@ def _set_hyperparameters(group: dict[str, Any], old: Mapping[str, Any], new: Map
     for key, value in new.items():
         if old.get(key) == value:
             continue
-        if key == "lr" and "initial_lr" in group:  # a schedule goes on: what it has made of the rate stays
+        if key == "lr" and "initial_lr" in group:  # a schedule continues: its factor on the rate stays
             group["lr"] *= value / old["lr"] if old["lr"] else 1.0
             group["initial_lr"] = value
         else:
@@ -203,13 +203,13 @@ def _set_base_rates(states: list[dict[str, Any]], old: list[Any], new: list[Any]
 def _refuse_without_state(
     module: Trainable, state: Mapping[Any, Mapping[str, Any]], old: list[Any], new: list[Any]
 ) -> None:
-    """Refuse options that ask for a state which the checkpoint lacks, as Adam's amsgrad does."""
+    """Refuse options that need a state which the checkpoint does not have, such as Adam's amsgrad."""
     if not state or old == new:
         return
     probe = nn.Parameter(torch.zeros(1))
     probe.grad = torch.zeros(1)
     optimizer = module.descent.make_optimizer([probe])
-    if isinstance(optimizer, SGD):  # it starts its momentum from the gradient, whenever that is
+    if isinstance(optimizer, SGD):  # its momentum can start from the gradient at any time
         return
     optimizer.step()
     missing = set(optimizer.state[probe]) - set(next(iter(state.values())))
@@ -223,7 +223,7 @@ def _refuse_without_state(
 
 
 def _callbacks(module: Trainable, checkpoint: Mapping[str, Any]) -> None:
-    """Keep what a callback was given in this run, where its state would bring the earlier value back."""
+    """Keep the arguments of a callback in this run; its state would restore the earlier values."""
     for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
         state = checkpoint["callbacks"].get(callback.state_key)
         if isinstance(callback, EarlyStopping) and state is not None:
@@ -239,7 +239,7 @@ def _made(module: Trainable) -> tuple[Optimizer, LRScheduler | None]:
 
 
 def _options(descent: Descent) -> dict[str, Any]:
-    """What a descent is given besides what the optimizer and the schedule hold."""
+    """The options of a descent that neither the optimizer nor the schedule holds."""
     held = (
         "learning_rate",
         "momentum",
@@ -273,7 +273,7 @@ def _class(thing: object) -> str:
 
 
 def _text(descent: Descent, schedule: LRScheduler | None) -> str:
-    """A schedule as it starts, without what it takes from the learning rate."""
+    """A schedule at its start as text, without values that come from the learning rate."""
     if schedule is None:
         return "none"
     return (
@@ -304,7 +304,7 @@ def _loss_text(loss: nn.Module) -> str:
 
 
 def _first_difference(there: str, here: str) -> tuple[str, str]:
-    """The first line in which two texts differ, from each; the whole of what has one line."""
+    """The first line in which two texts differ, from each text; if there is none, their numbers of lines."""
     a, b = there.splitlines(), here.splitlines()
     for first, second in zip(a, b, strict=False):
         if first != second:

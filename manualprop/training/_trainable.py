@@ -1,4 +1,4 @@
-"""What a `DescentModule` is given: all that the engines, the data modules and the checkpoints need to know of it."""
+"""The base of `DescentModule`: all that the engines, the data modules and the checkpoints need from it."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ EngineName = Literal["tape-free", "autograd", "auto"]
 
 
 class Trainable(LightningModule):
-    """A model, a loss and a descent, and where their training stands.
+    """A model, a loss and a descent, and the progress of their training.
 
     Args:
         model: called on the inputs.
         loss: called on (output, target); returns one number.
-        descent: which examples an update sees, and the update.
-        seed: of the order of the examples.
-        engine: how an update comes about.
+        descent: decides which examples an update sees, and makes the update.
+        seed: the seed of the order of the examples.
+        engine: what makes an update: "tape-free", "autograd" or "auto".
 
     Attributes:
-        epochs_made: whole epochs that were trained.
-        rows_before: rows of the present epoch that an interrupted run had trained on.
+        epochs_made: the number of complete epochs trained.
+        rows_before: rows of the current epoch that an interrupted run has already used.
 
     Raises:
-        TypeError: for a model, a loss or a descent that is none, and when the descent must split the loss and it cannot be split exactly.
+        TypeError: if model, loss or descent has the wrong type, or if the descent must split a loss that
+            cannot be split exactly.
         ValueError: for a model or a loss that the descent cannot train as its formula says.
     """
 
@@ -58,7 +59,7 @@ class Trainable(LightningModule):
 
     @property
     def learning_rate(self) -> float:
-        """The step size, which `Tuner.lr_find` sets."""
+        """The step size; `Tuner.lr_find` sets it."""
         if self.descent.learning_rate is not None:
             return self.descent.learning_rate
         return float(self.descent.make_optimizer([nn.Parameter(torch.zeros(1))]).param_groups[0]["lr"])

@@ -1,7 +1,8 @@
-"""What the command line makes of its arguments before they are parsed, and of the parser's complaints.
+"""What the command line does with its arguments before they are parsed, and with the parser's errors.
 
-jsonargparse reports a mistake with everything that it tried, over up to twenty lines. Here each kind of complaint
-becomes one line: the key, what was given, and the nearest that exists. One that is not recognised is passed on whole.
+jsonargparse reports a mistake with everything that it tried, in up to twenty lines. Here each kind of error
+becomes one line with the key, the given value, and the nearest name that exists. An unknown kind of error is
+shown as it is.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _FLAGS = ("resume", "overwrite", "checkpoint")
 _OWN_MODULES = ("manualprop.descent", "manualprop.training", "manualprop.nn")
 
 
-# In place of the first line of the docstring of each key's class.
+# These replace the first line of the docstring of each key's class.
 TITLES = {
     "descent": "Which examples an update sees, and the update",
     "model": "What is trained, and on which loss",
@@ -48,7 +49,7 @@ TITLES = {
 }
 
 
-def plain(text: str) -> str:
+def without_markup(text: str) -> str:
     """Return a text without Sphinx's markup.
 
     Args:
@@ -58,10 +59,10 @@ def plain(text: str) -> str:
 
 
 class HelpFormatter(DefaultHelpFormatter):
-    """The usual help, without Sphinx's markup and the lists of all the hundreds of modules that torch knows."""
+    """The usual help, without Sphinx's markup and without the lists of hundreds of torch modules."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        text = plain(super()._get_help_string(action))
+        text = without_markup(super()._get_help_string(action))
         listed = re.search(r", known subclasses: ([^)]*)", text)
         if listed is None or listed[1].count(",") < 6:
             return text
@@ -69,20 +70,20 @@ class HelpFormatter(DefaultHelpFormatter):
 
 
 class _Quiet(argparse.ArgumentParser):
-    """A parser that leaves it to another to say what is wrong."""
+    """A parser without error messages: the real parser says what is wrong."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
 
 def with_saved_config(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with the configuration that a run was trained with, where none is given.
+    """Return the arguments, with the saved configuration of the run if none is given.
 
     Args:
-        arguments: the command and what follows it; a new training run stays as it is.
+        arguments: the command and what follows it; those of a new training run do not change.
 
     Raises:
-        ValueError: when there is no such configuration.
+        ValueError: if there is no saved configuration.
     """
     command, *rest = arguments
     options = _Quiet(add_help=False, allow_abbrev=False)
@@ -91,7 +92,7 @@ def with_saved_config(arguments: Sequence[str]) -> list[str]:
     options.add_argument("--resume", action="store_true")
     try:
         given, _ = options.parse_known_args(rest)
-    except ValueError:  # a value is missing: the real parser says so too
+    except ValueError:  # a value is missing: the real parser says so
         return list(arguments)
     if given.config is not None or (command == "fit" and not given.resume):
         return list(arguments)
@@ -106,11 +107,11 @@ def with_saved_config(arguments: Sequence[str]) -> list[str]:
     )
 
 
-def explain(error: Exception, replaced: Mapping[str, str]) -> str:
-    """Return a parser's complaint in a line or two.
+def complaint(error: Exception, replaced: Mapping[str, str]) -> str:
+    """Return a parser's error in a line or two.
 
     Args:
-        error: of the parser.
+        error: the parser's error.
         replaced: Trainer options that do not exist here, and what to use instead.
     """
     text = str(error)
@@ -136,11 +137,11 @@ def explain(error: Exception, replaced: Mapping[str, str]) -> str:
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """Return a remark on the known word that is most like another.
+    """Return a remark that names the known word most similar to an unknown one.
 
     Args:
-        word: that is not known.
-        known: all that are.
+        word: the unknown word.
+        known: all known words.
     """
     similar = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     if similar:
@@ -220,7 +221,7 @@ def _no_file(text: str, replaced: Mapping[str, str]) -> str:
 
 
 def _recipe(text: str, replaced: Mapping[str, str]) -> str:
-    """A recipe that is no mapping of keys, no YAML, or no text at all."""
+    """The error for a recipe that is not a mapping of keys, not YAML, or not text."""
     for sign, what in (
         ("Unexpected config:", "hold the keys of a run, such as name, descent, model, data and trainer"),
         ("Problems parsing config:", "be YAML"),
@@ -233,7 +234,7 @@ def _recipe(text: str, replaced: Mapping[str, str]) -> str:
 
 
 def _refused(text: str, replaced: Mapping[str, str]) -> str:
-    """The text of a constructor's own ValueError, out of the list of all types that were tried."""
+    """The text of a constructor's own ValueError, taken from the list of all types that were tried."""
     found = re.search(
         r"Errors:\n\s*- ((?!Expected|Problem with|Parser key|Type |Not a valid subclass).+)", text
     )
@@ -270,7 +271,7 @@ def _no_class(text: str, replaced: Mapping[str, str]) -> str:
 
 
 def _failed(text: str, replaced: Mapping[str, str]) -> str:
-    """What the constructor of a class said, where that is not a complaint about its arguments' types."""
+    """The error text of a constructor, if it is not about the types of its arguments."""
     found = re.search(
         r"Problem with given class_path '[\w.]+?(\w+)':\n\s*+(?:- )?+((?!Expected|Problem with|Parser key|Validation |Not a valid subclass).+)",
         text,

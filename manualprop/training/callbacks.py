@@ -1,4 +1,4 @@
-"""What a training run leaves behind and shows: history, checkpoints, a progress bar."""
+"""Callbacks of a training run: history, checkpoints, a progress bar."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ Row = dict[str, float]
 class History(Callback):
     """Write one row per epoch to a CSV file, and keep the rows in the checkpoint.
 
-    A resumed run starts from the rows of its checkpoint, so that the file neither loses nor doubles an epoch, even
-    if the interrupted run had written more rows than its last checkpoint knows of.
+    A resumed run starts from the rows of its checkpoint. So the file does not lose or double an epoch, even
+    if the interrupted run had written more rows than its last checkpoint holds.
 
     Args:
-        path: of the CSV file; None keeps the rows in memory only.
+        path: the CSV file; None keeps the rows only in memory.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -38,12 +38,12 @@ class History(Callback):
         self._start = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock where the last row stopped it."""
+        """Start the clock at the time of the last row."""
         self.trained = True
         self._start = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0.0)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add a row; callbacks that save checkpoints come later, so the checkpoint holds it."""
+        """Add a row. Callbacks that save checkpoints run later, so the checkpoint holds the row."""
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
         row: Row = {
             "epoch": trainer.current_epoch + 1,
@@ -52,7 +52,7 @@ class History(Callback):
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
         }
         if self.rows and self.rows[-1]["epoch"] == row["epoch"]:
-            self.rows.pop()  # the first part of an epoch that max_steps had cut short
+            self.rows.pop()  # the first part of an epoch that max_steps stopped
         self.rows.append(row | dict(sorted(metrics.items())))
         self._write(trainer)
 
@@ -65,20 +65,20 @@ class History(Callback):
         return {"rows": [dict(row) for row in self.rows]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the rows of a checkpoint."""
+        """Restore the rows of a checkpoint."""
         self.rows = [dict(row) for row in state_dict["rows"]]
 
 
-class Record(Callback):
-    """Write the configuration of a run when its first update has been made, and keep it in the checkpoint.
+class RecordRun(Callback):
+    """Write the configuration of a run after its first update, and keep it in the checkpoint.
 
-    Until then the run's directory stays as it is: a run that is refused leaves no trace. Where a resumed run has other
-    settings than its checkpoint, the configuration begins with a line for each, which says from which update on.
+    Until then the run's directory does not change: a refused run leaves no trace. If a resumed run changes
+    settings, the configuration begins with a line for each change, which says from which update on.
 
     Args:
-        run: whose directory it is.
+        run: the run's directory.
         settings: every key of the configuration and its value.
-        text: of the configuration.
+        text: the text of the configuration.
     """
 
     def __init__(self, run: RunDirectory, settings: dict[str, str], text: str) -> None:
@@ -87,7 +87,7 @@ class Record(Callback):
         self._before: dict[str, str] = settings
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note what is other than it was."""
+        """Note which settings have changed."""
         keys = dict.fromkeys([*self._before, *self.settings])
         changed = [
             f"{key} {self._before.get(key, 'absent')} -> {self.settings.get(key, 'absent')}"
@@ -97,7 +97,7 @@ class Record(Callback):
         self.changes += [f"from update {trainer.global_step} on: {change}" for change in changed]
         self._before = self.settings
         if changed:
-            cast(Any, pl_module).changes = changed  # which the module says
+            cast(Any, pl_module).changes = changed  # the module logs them
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -110,20 +110,20 @@ class Record(Callback):
         write_whole(self.run.config, "".join([*lines, self.text]).encode())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the settings, and what has changed since the run began."""
+        """Return the settings, and the changes since the run began."""
         return {"settings": self.settings, "changes": list(self.changes)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what the checkpoint was trained with."""
+        """Restore the settings of the checkpoint."""
         self._before, self.changes = state_dict["settings"], list(state_dict["changes"])
 
 
 def write_csv(path: Path, rows: list[Row] | list[dict[str, Any]]) -> None:
-    """Write rows to a CSV file, which is complete at every moment.
+    """Write rows to a CSV file that is complete at every moment.
 
     Args:
-        path: of the file.
-        rows: with the same keys, or some of those of the others.
+        path: the file.
+        rows: the rows; some may lack some keys.
     """
     names = list(dict.fromkeys(name for row in rows for name in row))
     file = io.StringIO(newline="")
@@ -136,12 +136,12 @@ def write_csv(path: Path, rows: list[Row] | list[dict[str, Any]]) -> None:
 def checkpoint_callbacks(run: RunDirectory, monitor: str | None) -> list[ModelCheckpoint]:
     """Return the callbacks that keep the last and the best checkpoint of a run.
 
-    Two, because one ModelCheckpoint with `save_last` writes the last only when it also writes the best. "Last" comes
-    first: Lightning takes the first for `trainer.checkpoint_callback`.
+    There are two, because one ModelCheckpoint with `save_last` writes the last only when it also writes the
+    best. "Last" comes first: Lightning takes the first for `trainer.checkpoint_callback`.
 
     Args:
-        run: where they lie.
-        monitor: logged value whose smallest marks the best; None keeps the last only.
+        run: the run's directory.
+        monitor: the logged value whose minimum marks the best; None keeps only the last.
     """
     always: dict[str, Any] = {
         "dirpath": run.checkpoints,
@@ -154,10 +154,10 @@ def checkpoint_callbacks(run: RunDirectory, monitor: str | None) -> list[ModelCh
 
 
 class _Clipped(TextColumn):
-    """Gives way where the terminal is narrow, so that the columns beside it, the time above all, keep their place."""
+    """A column that becomes shorter in a narrow terminal, so that the others, such as the time, have room."""
 
     def render(self, task: Task) -> Text:
-        """Return a text that ends in dots where it does not fit."""
+        """Return the text; if it does not fit it ends in dots."""
         text = super().render(task)
         text.no_wrap, text.overflow = True, "ellipsis"
         return text
@@ -167,8 +167,8 @@ class TrainingProgress(ProgressBar):
     """One bar for the whole training run: with many short epochs, a bar per epoch would only flicker.
 
     Args:
-        title: at the left of the bar.
-        console: to draw on; standard error by default.
+        title: the text at the left of the bar.
+        console: where to draw; standard error by default.
     """
 
     def __init__(self, title: str = "training", console: Console | None = None) -> None:
@@ -188,7 +188,7 @@ class TrainingProgress(ProgressBar):
         )
 
     def disable(self) -> None:
-        """Draw nothing (Lightning calls this on all processes but the first)."""
+        """Draw nothing (Lightning calls this on all processes except the first)."""
         self._enabled = False
 
     def enable(self) -> None:
@@ -215,11 +215,11 @@ class TrainingProgress(ProgressBar):
             self._progress.update(self._task, state=_state(trainer, pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the bar as it stands."""
+        """Leave the bar as it is."""
         self._stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the bar as it stands, so that what is printed next has its own line."""
+        """Leave the bar as it is, so that the next printed text has its own line."""
         self._stop()
 
     def _stop(self) -> None:

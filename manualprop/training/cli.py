@@ -1,6 +1,6 @@
 """The commands fit, validate, test and predict: LightningCLI with a descent, and one directory per run.
 
-The classes live here and not in a script, because Lightning starts further processes by importing them.
+The classes are here and not in a script, because Lightning imports them to start further processes.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from manualprop import training
 from manualprop._invocation import console_command, shown
 from manualprop.descent import Descent
 from manualprop.training import _usage
@@ -33,10 +34,21 @@ from manualprop.training._checks import check_architecture
 from manualprop.training._errors import InputValueError, UserError
 from manualprop.training._files import WholeCheckpointIO
 from manualprop.training._resume import check_foreign
-from manualprop.training.callbacks import History, Record, TrainingProgress, checkpoint_callbacks, write_csv
+from manualprop.training.callbacks import (
+    History,
+    RecordRun,
+    TrainingProgress,
+    checkpoint_callbacks,
+    write_csv,
+)
 from manualprop.training.module import DescentModule
 from manualprop.training.plots import plot_history
 from manualprop.training.run_directory import RunDirectory
+
+for _name in training.__all__:
+    getattr(
+        training, _name
+    )  # from here on all of them are known: the parser looks for classes by their names
 
 COMMANDS = {
     "fit": "Train a network: forward pass, backward pass, update, with the descent of your choice.",
@@ -45,7 +57,7 @@ COMMANDS = {
     "predict": "Write the predictions of a trained network for the test examples to a CSV file.",
 }
 
-# Trainer options that would be ignored, or refused, under a descent's own updates and a run's own directory.
+# Trainer options without effect here, or that raise: the descent and the run directory replace them.
 _REPLACED = {
     "accumulate_grad_batches": "Batch with micro_batch_size computes an exact gradient in pieces",
     "gradient_clip_val": "use --descent.clip_gradient_norm or --descent.clip_gradient_value",
@@ -57,7 +69,7 @@ _REPLACED = {
     "num_sanity_val_steps": "the data are checked before the first update",
     "model_registry": "checkpoints lie in the directory of the run",
 }
-# Numpy's generator takes no other seeds.
+# numpy's generator takes only these seeds.
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<=", 2**32 - 1)])
 
 _TRAINER_DEFAULTS = {"logger": False, "enable_model_summary": False, "max_epochs": 20, "accelerator": "auto"}
@@ -67,8 +79,8 @@ class DescentCLI(LightningCLI):
     """LightningCLI with the keys name, descent, model, data and trainer; see `docs/training.md`.
 
     Args:
-        arguments: of the command line, the subcommand first.
-        run: carry the subcommand out; False only makes the objects, from arguments without a subcommand.
+        arguments: the command line, beginning with the subcommand.
+        run: run the subcommand; False only makes the objects, from arguments without a subcommand.
     """
 
     def __init__(self, arguments: Sequence[str], run: bool = True) -> None:
@@ -95,13 +107,13 @@ class DescentCLI(LightningCLI):
             )
         finally:
             if self.run_directory is not None:
-                self.run_directory.release()  # as it was found, unless training has begun
+                self.run_directory.release()  # unless training has begun, the directory is as before
 
     # --- arguments ----------------------------------------------------------------------------------------------
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Return the commands, with the Trainer arguments that a run directory decides."""
+        """Return the commands, with the Trainer arguments that the run directory sets."""
         decided = {"model", "dataloaders", "datamodule", "ckpt_path", "weights_only"}
         training = decided | {"train_dataloaders", "val_dataloaders"}
         return {
@@ -112,7 +124,7 @@ class DescentCLI(LightningCLI):
         }
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what belongs to the run as a whole."""
+        """Add the arguments of the run as a whole."""
         parser.add_argument("--name", type=str, default="run", help="Results lie in runs/NAME.")
         parser.add_argument(
             "--seed_everything",
@@ -125,7 +137,7 @@ class DescentCLI(LightningCLI):
         parser.add_argument("--threads", type=PositiveInt | None, default=None, help=text)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the descent, the module, the data and the trainer, in the order in which one looks for them."""
+        """Add descent, module, data and trainer, in the order in which users look for them."""
         parser.add_subclass_arguments(Descent, "descent", required=True)
         parser.add_lightning_class_args(DescentModule, "model")
         parser.link_arguments("descent", "model.descent", apply_on="instantiate")
@@ -141,7 +153,7 @@ class DescentCLI(LightningCLI):
         parser.link_arguments("name", "trainer.logger.init_args.save_dir", compute_fn=_logs)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the arguments that were given, without a look at sys.argv."""
+        """Parse the given arguments, not sys.argv."""
         self.config = parser.parse_args(args)
 
     def setup_parser(
@@ -164,7 +176,7 @@ class DescentCLI(LightningCLI):
     # --- objects ------------------------------------------------------------------------------------------------
 
     def before_instantiate_classes(self) -> None:
-        """Take the run's directory, before anything costly is made."""
+        """Claim the run's directory before anything slow is done."""
         threads = self._get(self.config, "threads")
         if threads is not None:
             torch.set_num_threads(threads)
@@ -176,7 +188,7 @@ class DescentCLI(LightningCLI):
             self.run_directory.claim(**flags)
 
     def instantiate_classes(self) -> None:
-        """Make the objects; what their constructors refuse is the configuration's mistake, not ours."""
+        """Make the objects; an error of their constructors is a mistake in the configuration."""
         try:
             super().instantiate_classes()
         except UserError:
@@ -193,7 +205,7 @@ class DescentCLI(LightningCLI):
                 f"{error.filename}; correct the path."
             ) from error
         except (ValueError, TypeError, RuntimeError, LookupError) as error:
-            raise InputValueError(_usage.explain(error, _REPLACED)) from error
+            raise InputValueError(_usage.complaint(error, _REPLACED)) from error
         for logger in self.trainer.loggers:
             if logger.log_dir and Path(logger.log_dir).exists():
                 raise InputValueError(
@@ -211,7 +223,7 @@ class DescentCLI(LightningCLI):
             )
         callbacks = given.get("callbacks") or []
         callbacks = [*(callbacks if isinstance(callbacks, list) else [callbacks]), *self._callbacks(given)]
-        # One batch of validation first: what does not fit shows before anything is changed on disk.
+        # One batch of validation first: errors show before anything changes on disk.
         kwargs |= {"callbacks": callbacks, "num_sanity_val_steps": 1}
         plugins = given.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
@@ -236,7 +248,7 @@ class DescentCLI(LightningCLI):
             and trainer.get("limit_val_batches") != 0
         )
         keepers = checkpoint_callbacks(run, "val_loss" if validates else "train_loss")
-        return [Record(run, *self._recorded()), *callbacks, *keepers]
+        return [RecordRun(run, *self._recorded()), *callbacks, *keepers]
 
     def _recorded(self) -> tuple[dict[str, str], str]:
         """The configuration of the run: key by key, and as the text of a recipe."""
@@ -254,7 +266,7 @@ class DescentCLI(LightningCLI):
     # --- commands -----------------------------------------------------------------------------------------------
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
-        """Train, then say what lies where."""
+        """Train, then say where the results are."""
         run = self._run()
         resume = self._get(self.config, "resume")
         if resume:
@@ -289,7 +301,7 @@ class DescentCLI(LightningCLI):
         self._report(self.trainer.test(model, verbose=False, **kwargs), checkpoint)
 
     def predict(self, model: LightningModule, **kwargs: Any) -> None:
-        """Write predictions to a file, and say where it lies."""
+        """Write predictions to a file, and say where it is."""
         self._load_weights(model)
         outputs: Any = self.trainer.predict(model, **kwargs)
         run = self._run()
@@ -307,7 +319,13 @@ class DescentCLI(LightningCLI):
 
     def _load_weights(self, model: LightningModule) -> Path:
         path = self._checkpoint()
-        state = self._read(path).get("state_dict")
+        self.load(model, path)
+        return path
+
+    def load(self, model: LightningModule, path: Path) -> dict[str, Any]:
+        """Load the weights of a checkpoint, and return its whole content."""
+        found = self._read(path)
+        state = found.get("state_dict")
         if not isinstance(state, dict):
             raise InputValueError(
                 f"A checkpoint must be a file that a training run has written. {path} holds no weights (state_dict); "
@@ -315,12 +333,12 @@ class DescentCLI(LightningCLI):
             )
         check_architecture(state, model)
         model.load_state_dict(state)
-        return path
+        return found
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:
             found = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load fails in many ways on a file that is something else
+        except Exception as error:  # torch.load fails in many ways on a file of another kind
             remedy = "give another one as --checkpoint"
             if self.subcommand == "fit":
                 remedy = f"copy {self._run().best} there to go on from the best one, or start anew with --overwrite"
@@ -376,7 +394,7 @@ def _count(number: float, what: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value of the configuration, classes as they are called."""
+    """A value of the configuration as text; a class by its name."""
     if isinstance(value, list):
         return f"[{', '.join(map(_shown, value))}]"
     if not isinstance(value, Namespace) or "class_path" not in value:
@@ -387,7 +405,7 @@ def _shown(value: Any) -> str:
 
 
 def _logs(name: str) -> str:
-    """Where a logger writes: the directory of the run."""
+    """The directory of a logger: that of the run."""
     return str(Path("runs") / name)
 
 
@@ -401,11 +419,11 @@ def _is_first_process() -> bool:
 
 
 def prediction_rows(outputs: Tensor, classifies: bool) -> list[dict[str, Any]]:
-    """Return one row per example: the likeliest class and its probability, or the outputs.
+    """Return one row per example: the most likely class and its probability, or the outputs.
 
     Args:
-        outputs: of all examples, one per row.
-        classifies: whether they are probabilities of classes, in dimension 1.
+        outputs: the outputs of all examples, one per row.
+        classifies: whether they are probabilities of classes, along dimension 1.
     """
     if not classifies:
         table = outputs.reshape(len(outputs), -1).tolist()
@@ -420,8 +438,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> DescentCLI:
     """Return the objects of a recipe (`model`, `datamodule`, `trainer`, `history`) without running it.
 
     Args:
-        path: of the YAML file.
-        overrides: further arguments, as on the command line.
+        path: the YAML file.
+        overrides: more arguments, as on the command line.
     """
     quieten()
     return DescentCLI(["--config", str(path), *overrides], run=False)
@@ -435,8 +453,8 @@ def quieten() -> None:
         r".*isinstance\(treespec, LeafSpec\).* is deprecated",
         r"\s*By default only one JsonargparseDeprecationWarning",
         r"\s*``instantiate_classes`` was deprecated",
-        "Checkpoint directory .* exists and is not empty",  # RunDirectory has seen to that
-        "Be aware that when using `ckpt_path`, callbacks used",  # of another run: the log says what has changed
+        "Checkpoint directory .* exists and is not empty",  # RunDirectory checks this
+        "Be aware that when using `ckpt_path`, callbacks used",  # the log says what has changed
     ):
         warnings.filterwarnings("ignore", message=message)
 
@@ -450,7 +468,7 @@ def _say(text: str) -> None:
 
 
 def _raised_by_lightning(error: BaseException) -> bool:
-    """Whether an error is Lightning's refusal of what it was asked to do, and not a fault of what it calls."""
+    """Whether Lightning itself raised the error, and not something that it calls."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -461,19 +479,19 @@ def main(arguments: Sequence[str]) -> int:
     """Run one of the commands.
 
     Args:
-        arguments: of the command line, the command first.
+        arguments: the command line, beginning with the command.
 
     Returns:
-        The exit status: 0; 1 when training failed; 2 for a mistake in the command; 130 after an interruption.
+        The exit status: 0; 1 if training failed; 2 for a mistake in the command; 130 after an interruption.
     """
     quieten()
     try:
         DescentCLI(_usage.with_saved_config(arguments))
     except (argparse.ArgumentError, UnicodeError) as error:
-        text, status = _usage.explain(error, _REPLACED), 2
+        text, status = _usage.complaint(error, _REPLACED), 2
     except UserError as error:
         text, status = str(error), error.status
-    except MisconfigurationException as error:  # Lightning's own word for a mistake in the configuration
+    except MisconfigurationException as error:  # Lightning's error for a mistake in the configuration
         text, status = " ".join(str(error).split()), 2
     except (ValueError, TypeError, RuntimeError) as error:
         if not _raised_by_lightning(error):

@@ -1,16 +1,14 @@
-"""Data held in memory, handed to a `DescentModule` in the order and in the portions that its descent asks for.
+"""Data in memory, given to a `DescentModule` in the order and in the portions that its descent needs.
 
-The loaders are plain iterables over tensors, not torch DataLoaders: nothing is collated example by example, no random
-number is drawn from the global generator (which would keep a resumed run from being bit for bit the same), and
-Lightning does not exchange the sampler for a padded one on several devices.
+The loaders are plain iterables over tensors, not torch DataLoaders. So nothing is collated example by
+example. No random number comes from the global generator: with one, a resumed run would not be the same bit
+for bit. And Lightning does not replace the sampler by a padded one on several devices.
 """
 
 from __future__ import annotations
 
 import functools
-import gzip
 from collections.abc import Iterable, Iterator
-from importlib import resources
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
@@ -19,25 +17,26 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from manualprop.descent import Batch, Descent, MiniBatch
+from manualprop.training import digits
 from manualprop.training._checks import check_examples
 from manualprop.training._errors import InputValueError
 from manualprop.training._trainable import Trainable
 
 Examples = tuple[Tensor, Tensor]
 
-# Stochastic descent is handed this many examples at a time and makes one update for each: Lightning's own cost of
-# about 0.4 ms per batch is then paid once per 256 updates.
+# Stochastic descent gets this many examples at a time and makes one update for each.  So Lightning's own cost
+# of about 0.4 ms per batch occurs once per 256 updates.
 CHUNK = 256
 
 
 class Rows(Iterable[Examples]):
-    """Examples in their own order, some at a time.
+    """Examples in their own order, in portions.
 
     Args:
         examples: inputs and targets.
-        size: examples handed out at once, over all devices.
-        rank: number of this device.
-        devices: among which each portion is divided.
+        size: examples in a portion, over all devices.
+        rank: the number of this device.
+        devices: the number of devices that share each portion.
     """
 
     def __init__(self, examples: Examples, size: int, rank: int = 0, devices: int = 1) -> None:
@@ -49,7 +48,7 @@ class Rows(Iterable[Examples]):
 
     @property
     def dataset(self) -> Tensor:
-        """What has one entry per example, which `Tuner.scale_batch_size` counts."""
+        """A tensor with one entry per example; `Tuner.scale_batch_size` needs its length."""
         return self.x
 
     def __iter__(self) -> Iterator[Examples]:
@@ -57,19 +56,19 @@ class Rows(Iterable[Examples]):
             yield self.take(rows)
 
     def take(self, rows: Tensor) -> Examples:
-        """Return this device's share of some rows; the shares of all devices together are those rows, once."""
+        """Return this device's share of some rows; each row is in the share of exactly one device."""
         mine = rows[self.rank :: self.devices].to(self.x.device)
         return self.x[mine], self.target[mine]
 
 
 class TrainingRows(Rows):
-    """Training examples as the descent of a module asks for them, from where its training stands.
+    """Training examples in the order of a module's descent, from the current point of its training.
 
-    The order is a function of the seed and the number of updates made, and of nothing else.
+    The order depends only on the seed and the number of updates made.
 
     Args:
         examples: inputs and targets.
-        module: whose descent, seed and `trainer` decide.
+        module: its descent, seed and `trainer` decide.
     """
 
     def __init__(self, examples: Examples, module: Trainable) -> None:
@@ -77,17 +76,17 @@ class TrainingRows(Rows):
         n = len(examples[0])
         try:
             self.descent.updates_per_epoch(n)
-        except ValueError as error:  # a batch_size larger than the data
+        except ValueError as error:  # batch_size is larger than the data
             raise InputValueError(str(error)) from error
         portion = _portion(self.descent, n, module.trainer)
         super().__init__(examples, portion, module.global_rank, module.trainer.world_size)
         self._first_row = 0
-        self._first_update: int | None = None  # of this epoch, once it has begun
+        self._first_update: int | None = None  # the number of this epoch's first update, once it has begun
 
     def __iter__(self) -> Iterator[Examples]:
-        # This body runs when the first batch of an epoch is asked for, after a checkpoint has been restored. What an
-        # interrupted epoch has done already comes as portions without rows, so that their number stays what Lightning
-        # counted.
+        # This body runs when the first batch of an epoch is needed, after a checkpoint has been restored.
+        # Portions that an interrupted epoch has already used come again without rows, so that Lightning's
+        # count of portions is right.
         trainer = self.module.trainer
         self._first_update, self._first_row = trainer.global_step, self.module.rows_before
         self.module.rows_before = 0
@@ -97,19 +96,19 @@ class TrainingRows(Rows):
             skip = max(0, skip - len(rows))
 
     def rows_per_epoch(self) -> int:
-        """Return the number of rows in an epoch, which Trainer(limit_train_batches) may shorten."""
+        """Return the number of rows in an epoch; Trainer(limit_train_batches) may reduce it."""
         limit = int(min(self.module.trainer.num_training_batches, len(self)))
         return min(len(self.x), limit * self.size)
 
     def rows_done(self) -> int:
-        """Return the number of rows of this epoch that updates have been made of."""
+        """Return the number of rows of this epoch that updates have already used."""
         if self._first_update is None:
             return self.module.rows_before
         updates = self.module.trainer.global_step - self._first_update
         if not updates:
             return self._first_row
         per_update = self._rows_per_update()
-        # The first update of an epoch that is gone on with, by another batch size, ends where the next would begin.
+        # If an epoch continues with another batch size, its first update ends where the next one would begin.
         return min(self.rows_per_epoch(), (self._first_row // per_update + updates) * per_update)
 
     def _rows_per_update(self) -> int:
@@ -131,10 +130,10 @@ def _portion(descent: Descent, n: int, trainer: Trainer) -> int:
 
 
 def searches_rate(trainer: Trainer) -> bool:
-    """Return whether `Tuner.lr_find` is at work, which looks at the loss after every portion.
+    """Return whether `Tuner.lr_find` is running; it reads the loss after every portion.
 
     Args:
-        trainer: of the module under training.
+        trainer: the trainer of the module.
     """
     return any(isinstance(callback, _LRCallback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
@@ -142,15 +141,15 @@ def searches_rate(trainer: Trainer) -> bool:
 class TensorDataModule(LightningDataModule):
     """Your own tensors for training, validation, test and prediction.
 
-    A `DescentModule` is handed the examples as its descent asks for them. Any other LightningModule is handed shuffled
-    batches by a torch DataLoader.
+    A `DescentModule` gets the examples as its descent needs them. Any other LightningModule gets shuffled
+    batches from a torch DataLoader.
 
     Args:
         train: (inputs, targets), one example per row.
         val: the same for validation; optional.
         test: the same for the final test and for prediction; optional.
-        evaluation_batch_size: examples evaluated at once outside of training, at least 1.
-        batch_size: examples of a training batch for a LightningModule that is not a `DescentModule`, at least 1.
+        evaluation_batch_size: examples evaluated at once outside training, at least 1.
+        batch_size: examples in a training batch, at least 1, of a module that is not a `DescentModule`.
 
     Raises:
         ValueError: for an empty set, inputs and targets of different lengths, nan and infinite numbers.
@@ -180,7 +179,7 @@ class TensorDataModule(LightningDataModule):
 
     @property
     def batch_size(self) -> int:
-        """The examples of a training batch of any module but a `DescentModule`, which `Tuner` sets: all at most."""
+        """The examples in a training batch of a module that is no `DescentModule`; `Tuner` sets it."""
         return self._batch_size
 
     @batch_size.setter
@@ -188,7 +187,7 @@ class TensorDataModule(LightningDataModule):
         self._batch_size = min(size, len(self.train[0]))
 
     def train_dataloader(self) -> TrainingRows | DataLoader[tuple[Tensor, ...]]:
-        """Return the training examples as the module under training asks for them."""
+        """Return the training examples as the module in training needs them."""
         module = _descent_module(self.trainer)
         if module is not None:
             return TrainingRows(self.train, module)
@@ -208,7 +207,7 @@ class TensorDataModule(LightningDataModule):
 
     def _rows(self, examples: Examples | None) -> Iterable[Examples]:
         if examples is None:
-            return iter(())  # Lightning warns of a loader that has a length, and this is 0
+            return iter(())  # no length: Lightning warns of a loader of length 0
         trainer = self.trainer
         rank, devices = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         return Rows(examples, self.evaluation_batch_size, rank, devices)
@@ -220,65 +219,37 @@ def _descent_module(trainer: Trainer | None) -> Trainable | None:
 
 
 class DigitsDataModule(TensorDataModule):
-    """The UCI handwritten digits: 1,797 images of 8 x 8 pixels, ten classes, held in this package.
+    """The UCI handwritten digits: 1,797 images of 8 x 8 pixels, ten classes, contained in this package.
 
-    Split once and for all, with the same share of every class in each part: 1,297 examples to train, 200 to validate
-    and 300 to test.
+    The split is fixed, with the same share of every class in each part: 1,297 examples to train, 200 to
+    validate and 300 to test.
 
     Args:
-        standardise: shift and scale by the mean and the deviation of all training pixels (else pixels lie in [0, 1]).
-        split_seed: of the division; results are comparable only between runs that share it.
-        evaluation_batch_size: examples evaluated at once outside of training, at least 1.
+        standardise: shift and scale by mean and deviation of all training pixels (else they are in [0, 1]).
+        split_seed: seed of the split; results are comparable only between runs with the same one.
+        evaluation_batch_size: examples evaluated at once outside training, at least 1.
     """
+
+    image = digits.IMAGE  # height and width of an input
 
     def __init__(
         self, standardise: bool = False, split_seed: int = 0, evaluation_batch_size: int = 1024
     ) -> None:
-        x, label = load_digits()
-        held_out = _stratified(label, 500, split_seed)
-        test = held_out[_stratified(label[held_out], 300, split_seed)]
-        train, val = _without(torch.arange(len(x)), held_out), _without(held_out, test)
-        if standardise:
-            x = (x - x[train].mean()) / x[train].std()
-        parts = [(x[rows], label[rows]) for rows in (train, val, test)]
-        super().__init__(parts[0], parts[1], parts[2], evaluation_batch_size)
-
-
-def load_digits() -> Examples:
-    """Return all 1,797 digits: pixels in [0, 1] of shape (1797, 64), and labels 0 to 9 of shape (1797,)."""
-    packed = resources.files("manualprop.training").joinpath("data", "digits.gz").read_bytes()
-    table = torch.frombuffer(bytearray(gzip.decompress(packed)), dtype=torch.uint8).view(-1, 65)
-    return table[:, :64].float() / 16, table[:, 64].long()
-
-
-def _stratified(label: Tensor, count: int, seed: int) -> Tensor:
-    # Order the examples by their rank within their class, each class in a random order of its own, ties in a random
-    # order too: the first `count` then hold every class in proportion, to within one example.
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(label), generator=generator)
-    place = torch.empty(len(label))
-    for value in label.unique():
-        rows = order[label[order] == value]
-        place[rows] = torch.arange(len(rows)) / len(rows)
-    return order[torch.argsort(place[order], stable=True)][:count].sort().values
-
-
-def _without(rows: Tensor, removed: Tensor) -> Tensor:
-    return rows[~torch.isin(rows, removed)]
+        super().__init__(*digits.parts(standardise, split_seed), evaluation_batch_size)
 
 
 class LinearRegressionDataModule(TensorDataModule):
     """Generated data for linear regression: y = X w + b + noise, with standard normal X, w, b and noise.
 
     Args:
-        examples: to train on, at least 1; a quarter as many, at least one, validate, and as many test.
+        examples: training examples, at least 1; a quarter as many, at least 1, to validate and to test.
         features: columns of X, at least 1.
         noise: standard deviation of the noise, at least 0.
-        data_seed: of the data.
-        evaluation_batch_size: examples evaluated at once outside of training, at least 1.
+        data_seed: seed of the data.
+        evaluation_batch_size: examples evaluated at once outside training, at least 1.
 
     Raises:
-        ValueError: for sizes or a noise out of these.
+        ValueError: for sizes or a noise out of their range.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """`DescentModule`: any model, any loss and one of the three descents, under Lightning.
 
 Optimisation is manual in Lightning's sense, because one `training_step` is not one update: stochastic descent makes
-an update for each example of the portion it is handed, and batch descent one for all the portions of an epoch. How
-an update comes about is the engine's business; either counts it, so that `trainer.global_step` is their number.
+an update for each example of its portion, and batch descent makes one update from all portions of an epoch.
+The engine makes the updates; both engines count them, so `trainer.global_step` is their number.
 """
 
 from __future__ import annotations
@@ -49,25 +49,26 @@ from manualprop.training.datamodules import CHUNK, Rows, TensorDataModule, Train
 class DescentModule(Trainable):
     """Train a model on a loss by batch, stochastic or mini-batch descent.
 
-    A training step is handed (inputs, targets): with `MiniBatch` the examples of one update, with `Stochastic` any
-    number of examples, with `Batch` one piece of the training set. `TensorDataModule` hands them out so.
+    A training step gets (inputs, targets): with `MiniBatch` the examples of one update, with `Stochastic` any
+    number of examples, with `Batch` one piece of the training set. `TensorDataModule` provides these.
 
     Args:
         model: called on the inputs.
         loss: called on (output, target); returns one number.
-        descent: which examples an update sees, and the update.
-        seed: of the order of the examples.
+        descent: decides which examples an update sees, and makes the update.
+        seed: seed of the order of the examples.
         engine: "tape-free" makes every update by :class:`manualprop.Backprop`, "autograd" by torch's tape; "auto" is
-            tape-free where that can be (a model and a loss of manualprop.nn, one device, full precision), and says
-            which it took. The weights are the same to rounding.
+            tape-free if possible (a model and a loss of manualprop.nn, one device, full precision), and says
+            which it took. The weights are the same within rounding.
 
     Attributes:
-        engine_taken: "tape-free" or "autograd", from when training starts.
-        observers: called without arguments before every update, by either engine.
-        changes: what a resumed run has taken up in the place of its checkpoint's settings, as text.
+        engine_taken: "tape-free" or "autograd", once training has started.
+        observers: functions called without arguments before every update, by either engine.
+        changes: the settings that a resumed run has changed, as text.
 
     Raises:
-        TypeError: for a model, a loss or a descent that is none, and when the descent must split the loss and it cannot be split exactly.
+        TypeError: if model, loss or descent has the wrong type, or if the descent must split a loss that
+            cannot be split exactly.
         ValueError: for a model or a loss that the descent cannot train as its formula says.
     """
 
@@ -86,7 +87,7 @@ class DescentModule(Trainable):
         self.changes: list[str] = []
         self._sum = self._divisor = 0.0
         self._restored: dict[str, Any] | None = None
-        self._description: dict[str, Any] = {}  # for checkpoints, from one start of training to the next
+        self._description: dict[str, Any] = {}  # for checkpoints; made when training starts
         self._said = ""
         self._highest: float | None = None
         self._left_at = 0
@@ -109,10 +110,10 @@ class DescentModule(Trainable):
     # --- training -----------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
-        """Make the updates that a portion of the training set is good for; return the loss of the last."""
+        """Make the updates of a portion of the training set; return the loss of the last."""
         x, target = examples_of(batch)
         if len(x) == 0 and self.trainer.world_size == 1:
-            return None  # made before a resumed run was interrupted
+            return None  # the run made these updates before it was interrupted
         self._fit.check_inputs(x)
         if self._check_due:
             self._check(x, target)
@@ -121,16 +122,16 @@ class DescentModule(Trainable):
         except NonFiniteLossError:
             if not self._searching:
                 raise
-            self.trainer.should_stop = True  # the rates from here on are too high
+            self.trainer.should_stop = True  # higher learning rates are useless
             return None
         if (
             self._updates_left() == 0
-        ):  # Lightning looks at max_steps between portions, and must still validate
+        ):  # Lightning checks max_steps only between portions, and must still validate
             self.trainer.should_stop = self._stopped = True
         if not self._searching:
             self._update_metrics("train_", outputs, target[: len(outputs)])
             if self.trainer.is_last_batch or self.trainer.should_stop:
-                self._log_metrics("train_")  # once per epoch: a call costs more than an update
+                self._log_metrics("train_")  # once per epoch: one call costs more than an update
         return {"loss": torch.tensor(self.last_loss)} if not self._divisor else None
 
     def _train_on(self, x: Tensor, target: Tensor) -> Tensor:
@@ -143,7 +144,7 @@ class DescentModule(Trainable):
         wanted = itertools.islice(pairs, left if left >= 0 else None)
         watched = self.observers or self._schedule_of_updates is not None
         made = [self._update(*pair) for pair in wanted] if watched else self._engine.updates(wanted)
-        self.last_loss = made[-1][0]  # not in every update: a module's attributes are dear to set
+        self.last_loss = made[-1][0]  # not in every update: it is slow to set an attribute of a module
         self._watch([loss for loss, _ in made], size, made_before)
         return torch.cat([output for _, output in made])
 
@@ -173,7 +174,7 @@ class DescentModule(Trainable):
         devices = self.trainer.world_size
         for parameter in self.parameters() if devices > 1 else ():
             if parameter.grad is not None:
-                parameter.grad.mul_(devices)  # the strategy averaged where the pieces must add up
+                parameter.grad.mul_(devices)  # the strategy averaged, but the pieces must add up
         total, divisor = sums.tolist()
         loss = finish_gradient(self.parameters(), self.loss, total, divisor)
         self.last_loss = self._finite(loss, x, target)
@@ -192,7 +193,7 @@ class DescentModule(Trainable):
     # --- engine -------------------------------------------------------------------------------------------------
 
     def _choose_engine(self) -> None:
-        """Settle which engine trains, and say so where it was left open."""
+        """Choose the engine; for "auto", say which."""
         why = None if self.engine == "autograd" else obstacle(self)
         if self.engine == "tape-free" and why is not None:
             raise _no_tape_free(why)
@@ -207,10 +208,10 @@ class DescentModule(Trainable):
         self._said = said
 
     def _check(self, x: Tensor, target: Tensor) -> None:
-        """Before the first update: refuse what does not fit together, and find out how high the loss may climb."""
+        """Before the first update: check that all fits together, and find out how high the loss may rise."""
         self._check_due = False
         rows = slice(0, 1 if isinstance(self.descent, Stochastic) else None)
-        if len(x):  # several devices share a small update, and one may have none of it
+        if len(x):  # if several devices share a small update, one may have no example
             whole = self.trainer.world_size == 1 and not self._comes_in_pieces()
             output = self._fit.check(x[rows], target[rows], whole)
             loaders = [self.trainer.train_dataloader, self.trainer.val_dataloaders]
@@ -231,7 +232,7 @@ class DescentModule(Trainable):
             return highest_loss(self.loss, self(x), target)
 
     def _rehearse(self, x: Tensor, target: Tensor) -> None:
-        """Find out, before the first update, whether the tape-free engine refuses a layer at the sight of data."""
+        """Find out, before the first update, whether the tape-free engine refuses a layer on these data."""
         assert isinstance(self._engine, TapeFree)
         try:
             self._engine.rehearse(x, target)
@@ -269,9 +270,9 @@ class DescentModule(Trainable):
         """Remember the first update whose loss left the range.
 
         Args:
-            losses: of updates.
-            examples: of each, where the loss is a sum over them.
-            made_before: updates before the first of these.
+            losses: the losses of updates.
+            examples: the number of examples of each, for a loss that is a sum.
+            made_before: the number of updates before the first of these.
         """
         if self._highest is None or self._left_at:
             return
@@ -280,13 +281,13 @@ class DescentModule(Trainable):
             self._left_at = made_before + next(i for i, loss in enumerate(losses, start=1) if loss > limit)
 
     def _refuse_divergence(self) -> None:
-        """Stop a run that ends an epoch outside of the range in which a network learns."""
+        """Stop a run that ends an epoch outside the range in which a network learns."""
         metrics = self.trainer.callback_metrics
         loss, left_at = metrics.get("train_loss"), self._left_at
         if loss is None or self._highest is None or not left_at:
             return
         if loss <= self._highest:
-            self._left_at = 0  # it came back
+            self._left_at = 0  # the loss came back
             return
         rate = self._rate()
         raise DivergedError(
@@ -297,11 +298,11 @@ class DescentModule(Trainable):
         )
 
     def on_train_epoch_start(self) -> None:
-        """Start every epoch without what an interrupted one may have left."""
+        """Start every epoch without leftovers of an interrupted one."""
         self._forget_pieces()
 
     def on_train_epoch_end(self) -> None:
-        """Stop a run that has diverged; move the learning rate schedule on where it counts epochs."""
+        """Stop a run that has diverged; step the learning rate schedule if it counts epochs."""
         loader = self.trainer.train_dataloader
         if isinstance(loader, TrainingRows) and loader.rows_done() == loader.rows_per_epoch():
             self.epochs_made += 1
@@ -324,9 +325,9 @@ class DescentModule(Trainable):
         scheduler.step(known[watched])
 
     def on_train_end(self) -> None:
-        """Let go of the engine, which need not be copied or pickled with the module."""
+        """Drop the engine, so that it is not copied or pickled with the module."""
         del self._engine
-        if self._stopped:  # by max_steps: the trainer may be asked to go on
+        if self._stopped:  # by max_steps: the user may continue with this trainer
             self.trainer.should_stop = self._stopped = False
 
     def configure_optimizers(self) -> Any:
@@ -372,7 +373,7 @@ class DescentModule(Trainable):
         return output
 
     def _update_metrics(self, stage: str, output: Tensor, target: Tensor) -> None:
-        if not len(output):  # this device's share of a small piece
+        if not len(output):  # this device has no share of a small piece
             return
         metrics: Any = self.metrics[stage]
         mean, weight = self._mean_and_weight(output, target)
@@ -405,7 +406,7 @@ class DescentModule(Trainable):
         with torch.no_grad():
             try:
                 check_splittable(self.loss)
-            except TypeError:  # an unknown loss, which is taken as a mean over examples
+            except TypeError:  # an unknown loss counts as a mean over examples
                 return one_number(self.loss(output, target)), float(len(output))
             total, divisor = sum_and_denominator(self.loss, output, target)
         return (total / divisor, divisor) if divisor else (total, 0.0)
@@ -417,7 +418,7 @@ class DescentModule(Trainable):
         return Fit(self.model, self.loss, self.descent, features(self.model))
 
     def _check_trainer(self) -> None:
-        """Refuse what would train silently wrong: on several devices, or with scaled gradients."""
+        """Refuse settings that would silently train wrong: on several devices, or with scaled gradients."""
         clips = self.descent.clip_gradient_norm or self.descent.clip_gradient_value
         if clips and getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             raise InputValueError(
@@ -427,7 +428,7 @@ class DescentModule(Trainable):
         self._check_devices(self.trainer.world_size)
 
     def _check_monitors(self) -> None:
-        """Refuse to watch a value that is never logged, where all that log are known here."""
+        """Refuse a callback that monitors a value which is never logged, if everything that logs is known."""
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         homes = [type(self).__module__, *(type(callback).__module__ for callback in callbacks)]
         if not all(home.startswith(("lightning.", "manualprop.")) for home in homes):
@@ -454,7 +455,7 @@ class DescentModule(Trainable):
         check_splittable(self.loss, self.model)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the settings, the place in the epoch, what makes the module anew, and the random number generators."""
+        """Add the settings, the position in the epoch, the module's description, and the random states."""
         checkpoint["random_state"] = {"torch": torch.get_rng_state(), "python": random.getstate()}
         if torch.cuda.is_available():
             checkpoint["random_state"]["cuda"] = torch.cuda.get_rng_state_all()
@@ -476,7 +477,7 @@ class DescentModule(Trainable):
         return isinstance(loader, TrainingRows) and 0 < loader.rows_done() < loader.rows_per_epoch()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up where a checkpoint stands, with the settings of this module; see `_resume`."""
+        """Continue from a checkpoint with the settings of this module; see `_resume`."""
         goes_on = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if goes_on:
             _resume.check_foreign(checkpoint)
@@ -487,18 +488,16 @@ class DescentModule(Trainable):
         self._restored = checkpoint[_resume.KEY] | {"random_state": checkpoint.get("random_state")}
         self._highest = self._restored["highest_loss"]
         for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
-            if checkpoint["epoch_unfinished"]:  # Lightning counted it as whole
+            if checkpoint["epoch_unfinished"]:  # Lightning counted it as complete
                 for name in counts:
                     counts[name] -= name != "completed"
-            counts["completed"] = counts[
-                "processed"
-            ]  # which Lightning does where max_epochs is a limit, and only there
+            counts["completed"] = counts["processed"]  # Lightning does this only if max_epochs is a limit
 
     def on_train_start(self) -> None:
-        """Take up the optimizer that a checkpoint has filled, and the random numbers after all that draws some."""
+        """Take the optimizer that a checkpoint has filled; restore the random states last."""
         for metric in self.metrics.modules():
             if isinstance(metric, Metric):
-                metric.reset()  # after Trainer.validate its state is an inference tensor, which training cannot change
+                metric.reset()  # Trainer.validate leaves inference tensors, which training cannot change
         self._searching = searches_rate(self.trainer)
         self._check_trainer()
         self._check_monitors()
@@ -514,11 +513,11 @@ class DescentModule(Trainable):
         if isinstance(loader, TrainingRows):
             _resume.check_same_examples(restored["examples"], len(loader.x))
             if not restored["rows"]:
-                # With a limit on steps Lightning takes a whole epoch for one to go on with, and counts it again.
+                # With a limit on steps, Lightning would continue a complete epoch and count it again.
                 restarting: Any = _Loop.restarting
                 restarting.fset(self.trainer.fit_loop, False)
         self.rows_before, self.epochs_made = restored["rows"], restored["epochs"]
-        if self.changes and self.trainer.global_step:  # Lightning's Tuner goes back to update 0
+        if self.changes and self.trainer.global_step:  # Lightning's Tuner returns to update 0
             rank_zero_info(f"resumed at update {self.trainer.global_step} with {'; '.join(self.changes)}")
         self._restore_random_numbers(restored["random_state"])
 
@@ -544,16 +543,16 @@ class DescentModule(Trainable):
         """Return the module of a checkpoint; see `LightningModule.load_from_checkpoint`.
 
         Args:
-            checkpoint_path: of the file.
+            checkpoint_path: the file.
             map_location: where to put the tensors.
             hparams_file: not needed.
             strict: whether the names of the weights must agree.
             weights_only: as in `torch.load`.
-            kwargs: arguments of the constructor that replace those of the checkpoint. A model or a loss of a class of
-                your own must be given.
+            kwargs: arguments of the constructor that replace those of the checkpoint. A model or a loss of
+                your own class must be given.
 
         Raises:
-            ValueError: for a checkpoint of something else, and for an argument that must be given.
+            ValueError: for another kind of checkpoint, and for a missing argument that must be given.
         """
         checkpoint = _load(checkpoint_path, map_location=map_location, weights_only=weights_only)
         _resume.check_foreign(checkpoint)
@@ -568,7 +567,7 @@ class DescentModule(Trainable):
 
     @property
     def batch_size(self) -> int:
-        """The examples of one update of mini-batch descent, which `Tuner.scale_batch_size` sets."""
+        """The examples in one update of mini-batch descent; `Tuner.scale_batch_size` sets it."""
         return self._mini_batch().batch_size
 
     @batch_size.setter

@@ -18,13 +18,13 @@ class MultilayerPerceptron(nn.Sequential):
     Args:
         sizes: features of the input, of every hidden layer, and of the output; two or more positive integers.
         activation: a class of manualprop.nn by name ("Tanh"), or any module by its class path ("torch.nn.Tanh").
-        dropout: probability of dropping a hidden unit during training, 0 to below 1.
+        dropout: probability of dropping a hidden unit during training, at least 0 and below 1.
 
     Shape:
         (N, sizes[0]) -> (N, sizes[-1])
 
     Raises:
-        ValueError: for sizes, an activation or a dropout out of these.
+        ValueError: for sizes, an activation or a dropout out of their range.
     """
 
     def __init__(

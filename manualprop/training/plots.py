@@ -1,7 +1,7 @@
 """Pictures of training: loss and accuracy over updates and over time.
 
-Colours are Okabe and Ito's, which people with any of the common colour deficiencies can tell apart; line styles differ
-too, so that the pictures also work in grey.
+The colours are Okabe and Ito's: people with any common colour deficiency can tell them apart. Line styles
+differ too, so the pictures also work in grey.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _STYLES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."))
 
 
 def plot_history(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Draw training and validation loss (and accuracy where there is one) over the updates of one run.
+    """Draw training and validation loss (and accuracy if there is one) over the updates of one run.
 
     Args:
-        rows: of the history, one per epoch, at least one.
-        path: of the PNG file.
-        title: above the picture.
+        rows: the history, one row per epoch, at least one.
+        path: the PNG file.
+        title: the title above the picture.
     """
     quantities = [name for name in ("loss", "accuracy") if f"train_{name}" in rows[-1]]
     figure = Figure(figsize=(5.2 * len(quantities), 3.9), layout="constrained")
@@ -63,9 +63,9 @@ def plot_descents(
     Args:
         curves: rows with update, seconds, val_loss and val_accuracy, by the label of the descent; the first row of
             each is update 0, the untrained network.
-        path: of the PNG file.
-        title: above the picture.
-        compared: the same descents through autograd, drawn thin over time.
+        path: the PNG file.
+        title: the title above the picture.
+        compared: the same descents through autograd, drawn as thin lines over time.
     """
     figure = Figure(figsize=(10.4, 7.4), layout="constrained")
     grid = figure.subplots(2, 2, sharex="col", sharey="row")
@@ -92,7 +92,7 @@ def plot_descents(
 
 
 def _curve(ax: Axes, rows: Sequence[Row], x: str, y: str, **style: Any) -> None:
-    # 0 and 100 % lie infinitely far out on a logit scale: they are drawn at its ends.
+    # 0 and 100 % are infinitely far away on a logit scale: they are drawn at its ends.
     lowest, highest = (0.001, _HIGHEST) if y.endswith("accuracy") else (-math.inf, math.inf)
     points = [(row[x], min(max(row[y], lowest), highest)) for row in rows if y in row]
     ax.plot(*zip(*points, strict=True), **{"linewidth": _WIDTH, **style})
@@ -106,7 +106,7 @@ def _label(ax: Axes, x: str, quantity: str, prefix: str = "") -> None:
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    else:  # logit: 90, 99 and 99.9 % are as far apart as 10 and 1 % error on a logarithmic axis
+    else:  # logit: 90, 99 and 99.9 % have equal distances, like errors of 10, 1 and 0.1 % on a log axis
         ax.set_yscale("logit")
         ax.yaxis.set_major_locator(
             FixedLocator([0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, _HIGHEST])
@@ -121,7 +121,7 @@ def _percent(value: float, _: int | None) -> str:
 
 
 def _updates_axis(ax: Axes, last: float) -> None:
-    # Symmetric-logarithmic and linear below 1, so that update 0, the untrained network, has a place.
+    # Symmetric-logarithmic: linear below 1, so that update 0, the untrained network, has a place.
     ax.set_xscale("symlog", linthresh=1.0, linscale=0.3)
     ax.set_xlim(left=0.0)
     ax.xaxis.set_major_locator(FixedLocator([0.0] + [10.0**k for k in range(10) if 10.0**k <= 1.2 * last]))

@@ -1,4 +1,4 @@
-"""One directory per run, `runs/<name>/`: what lies where, who may write to it, and what `--overwrite` removes."""
+"""One directory per run, `runs/<name>/`: its files, who may write to it, and what `--overwrite` removes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from manualprop.training._files import PARTIAL
 class RunDirectory:
     """The files of one run.
 
-    `claim` takes it for a command, `begin` is called when training has begun: until then nothing that lies there is
-    changed, and `release` takes back what has been added.
+    `claim` takes it for a command. `begin` is called when training has begun: until then nothing in it is
+    changed, and `release` removes what has been added.
 
     Args:
-        name: of the run: letters, digits, dot, dash and underscore.
-        root: in which the directories of all runs lie.
+        name: the name of the run: letters, digits, dot, dash and underscore.
+        root: the directory that contains the directories of all runs.
 
     Attributes:
-        began: whether training has begun, and what is there is the run's.
+        began: whether training has begun; the content then belongs to the run.
 
     Raises:
         ValueError: for a name that is not a plain directory name.
@@ -60,12 +60,12 @@ class RunDirectory:
 
         Args:
             overwrite: remove the results of an earlier run when this one begins.
-            resume: keep them, to go on from the last checkpoint.
-            resumable: whether the caller can resume at all, and the error may advise it.
+            resume: keep them, to continue from the last checkpoint.
+            resumable: whether the caller can resume, so that the error may advise it.
 
         Raises:
-            OSError: when the directory cannot be written to, or another process trains there, or results are there
-                and neither flag is given, or there is nothing to resume.
+            OSError: if the directory cannot be written to, if another process trains there, if it has results
+                and neither flag is given, or if there is nothing to resume.
         """
         if overwrite and resume:
             raise RunDirectoryError(
@@ -115,20 +115,20 @@ class RunDirectory:
         return parents | set(self.path.rglob("*"))
 
     def begin(self) -> None:
-        """Start the run: remove what `--overwrite` replaces, and what a killed run has left half written."""
+        """Start the run: remove what `--overwrite` replaces, and half-written files of a killed run."""
         if self.began:
             return
         self.began = True
         before = self._before or set()
         _remove(path for path in before if path.name.endswith(PARTIAL) and path.name.startswith("."))
         if self._overwrite:
-            # Only what a run writes: something of the user's own in the directory stays.
+            # Only what a run writes: the user's own files in the directory stay.
             files = (self.config, self.history, self.predictions)
             folders = (self.checkpoints, self.plots, self.logs)
             _remove(p for p in before if p in files or any(f == p or f in p.parents for f in folders))
 
     def release(self) -> None:
-        """Give the directory free before the process ends; where the run never began, as it was found."""
+        """Release the directory before the process ends; if the run never began, restore it."""
         if self._before is not None and not self.began:
             _remove(self._contents() - self._before)
         self._before = None
@@ -136,7 +136,7 @@ class RunDirectory:
 
 
 def _remove(paths: Iterable[Path]) -> None:
-    """Remove files, and the directories that are empty then."""
+    """Remove files, and directories that are then empty."""
     for path in sorted(paths, reverse=True):
         with suppress(OSError):
             if path.is_dir() and not path.is_symlink():

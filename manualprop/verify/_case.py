@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
+
+Project = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,8 +23,17 @@ class Case:
             module, every floating one is.  A module's parameters always are.
         kwargs: keyword arguments, likewise.
         reference: a callable with the same arguments, differentiated by autograd, that is right by definition.
-        declare: name of a probe or feature -> whether it is supported.  A limit that is declared is held against
-            what is observed: unsupported and loud is then no finding, and supported after all is one.
+        declare: name of a probe or group -> True: it must be supported, so that a limit is a finding.
+        accept: name of a probe or group -> the reason why what it finds is accepted.  Strict: an acceptance that is
+            not needed is a finding.
+        surrogate: what backward is meant to be the gradient of, where that is not ``fn``: of the same arguments and
+            outputs, as ``lambda x: x`` for a rounding with a straight-through gradient.
+        domain: a predicate of the arguments: whether ``fn`` may be asked there.
+        unique: names of integer arguments that never hold a value twice.
+        project: the nearest tensor that is allowed, as a function of a tensor: positive, symmetric, sorted, of unit
+            rows.  One for every differentiated argument, or a mapping from their names.
+        inputs: makes the positional arguments, as a function of sizes that have defaults:
+            ``lambda rows=4, columns=5: (torch.randn(rows, columns, requires_grad=True),)``.
         rtol: largest error of a gradient, relative to the gradient's largest entry, in float64.
         atol: largest absolute error.
         saved_bytes: the most bytes that may be kept for backward, parameters and inputs included, or None.
@@ -39,6 +51,12 @@ class Case:
     saved_bytes: int | None = None
     name: str = ""
     seed: int = 0
+    accept: Mapping[str, str] = field(default_factory=dict)
+    surrogate: Callable[..., Any] | None = None
+    domain: Callable[..., bool] | None = None
+    unique: Sequence[str] = ()
+    project: Project | Mapping[str, Project] | None = None
+    inputs: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.fn):
@@ -48,6 +66,29 @@ class Case:
             raise TypeError(f"check: a Function is called by its apply. Give {self.fn.__name__}.apply.")
         if not self.name:
             object.__setattr__(self, "name", name_of(self.fn))
+        if isinstance(self.unique, str):
+            object.__setattr__(self, "unique", (self.unique,))
+        for name, reason in self.accept.items():
+            if not isinstance(reason, str) or not reason.strip():
+                raise TypeError(
+                    f"check: accept must say why. Got {name!r}: {reason!r}. Give accept={{{name!r}: 'the reason'}}."
+                )
+        if not all(self.declare.values()):
+            name = next(name for name, value in self.declare.items() if not value)
+            raise ValueError(
+                f"check: declare says what must be supported. Got {name!r}: False. "
+                f"Give accept={{{name!r}: 'the reason'}}."
+            )
+        if self.inputs is not None and not self.args:
+            object.__setattr__(self, "args", self.made())
+
+    def made(self, **sizes: int) -> tuple[Any, ...]:
+        """The arguments that ``inputs`` makes at these sizes, the same ones each time."""
+        assert self.inputs is not None
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed)
+            made = self.inputs(**sizes)
+        return tuple(made) if isinstance(made, (tuple, list)) else (made,)
 
 
 def name_of(fn: Callable[..., Any]) -> str:

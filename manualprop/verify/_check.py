@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,19 +11,27 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from manualprop.verify import _process
-from manualprop.verify._case import Case
-from manualprop.verify._diagnosis import of_refused_shape
-from manualprop.verify._probe import FEATURES, LEVELS, Level, Probe, load
-from manualprop.verify._report import Outcome, Report, finding, message, skipped
-from manualprop.verify._subject import BadUse, Subject, ready
+from manualprop.verify._case import Case, Project
+from manualprop.verify._judge import judged, prepared
+from manualprop.verify._probe import LEVELS, Level, Probe
+from manualprop.verify._report import Outcome, Report, skipped
+from manualprop.verify._subject import BadUse, Subject
+from manualprop.verify._verdicts import held, members
+from manualprop.verify.probes import load
 
 
 def check(
     fn: Callable[..., Any] | Case,
     *args: Any,
     kwargs: Mapping[str, Any] | None = None,
+    inputs: Callable[..., Any] | None = None,
     reference: Callable[..., Any] | None = None,
+    surrogate: Callable[..., Any] | None = None,
+    accept: Mapping[str, str] | None = None,
     declare: Mapping[str, bool] | None = None,
+    domain: Callable[..., bool] | None = None,
+    unique: Sequence[str] | str = (),
+    project: Project | Mapping[str, Project] | None = None,
     level: Level = "full",
     only: Sequence[str] | str | None = None,
     seed: int = 0,
@@ -39,50 +46,70 @@ def check(
 
     Args:
         fn: ``MyFunction.apply``, a module (its parameters and buffers are checked too), any callable that returns
-            tensors, or a :class:`Case`, which carries the arguments up to ``rtol``, ``atol`` and ``saved_bytes``.
+            tensors, or a :class:`Case`, which carries the arguments up to ``atol`` and ``saved_bytes``.
         args: where it is checked.  Tensors that require grad are differentiated; for a module of whose arguments
             none does, every floating one is.  Values and layout are copied, and checked in float64.
         kwargs: keyword arguments of ``fn``.
+        inputs: in the place of ``args``, a function that makes them, of sizes that have defaults:
+            ``lambda rows=4, columns=5: (torch.randn(rows, columns, requires_grad=True),)``.  Other sizes are then
+            had from it, and not made up.
         reference: a callable of the same arguments that is right by definition, differentiated by autograd.
-        declare: ``{"double_backward": False}``: what is not supported, or must be.  Names are those of the probes,
-            or ``double_backward``, ``transforms``.  Held against what is observed.
-        level: ``quick`` leaves out compilation, large sizes and other slow probes; ``deep`` adds third derivatives
-            and nested forward mode, where some of torch's own layers are wrong.
-        only: names of the probes to run.
+        surrogate: what backward is meant to be the gradient of, where that is not ``fn``: ``lambda x: x`` for a
+            rounding with a straight-through gradient.  Of the same arguments and outputs.
+        accept: ``{"double_backward": "backward calls a kernel"}``: findings and limits that are known, and why they
+            stay.  Names are those of the probes, or ``double_backward``, ``transforms``.  Strict: an acceptance that
+            is not needed is a finding.
+        declare: ``{"vmap": True}``: what must be supported, so that a limit is a finding.
+        domain: a predicate of the arguments: whether ``fn`` may be asked there.
+        unique: names of integer arguments that never hold a value twice.
+        project: the nearest tensor that is allowed (positive, symmetric, sorted, of unit rows), as a function of a
+            tensor: one for every differentiated argument, or a mapping from their names.
+        level: ``quick`` leaves out compilation and other slow probes; ``deep`` adds third derivatives and nested
+            forward mode, where some of torch's own layers are wrong.
+        only: names of the probes to run, or of groups.
         seed: of everything random.
         rtol: largest error of a gradient relative to its largest entry, in float64.
         atol: largest absolute error.
         saved_bytes: the most bytes that may be kept for backward, or None.
-        time_limit: seconds for one probe, after which it counts as hanging.
+        time_limit: seconds of processor time for one probe, after which it is given up; and seconds in which it
+            computes nothing at all.
         isolate: run in child processes, so that a crash or a hang in ``fn`` is a finding and nothing of the caller
             changes.  Not done where the platform cannot fork, or with tensors on an accelerator.
-        progress: called with every outcome as it comes.
+        progress: called with every outcome as it comes, before one is found to explain another.
 
     Returns:
         The report.  A defect never raises; :meth:`Report.assert_passed` does.
 
     Raises:
-        ValueError: if no input requires a gradient, if a name in ``declare`` or ``only`` is unknown, or if ``fn``
-            is not deterministic under a fixed seed.
+        ValueError: if no input requires a gradient, if a name in ``accept``, ``declare`` or ``only`` is unknown, or
+            if ``fn`` is not deterministic under a fixed seed.
         TypeError: if ``fn`` is not callable, or returns no floating tensor.
     """
     if isinstance(fn, Case):
-        if args or kwargs:
+        if args or kwargs or inputs:
             raise TypeError("check: a Case has its arguments in it. Give no others.")
-        case = fn
+        case = dataclasses.replace(
+            fn, args=() if fn.inputs else fn.args, accept={**fn.accept, **(accept or {})}
+        )
     else:
-        case = Case(fn, args, kwargs or {}, reference, declare or {}, rtol, atol, saved_bytes, seed=seed)
+        if args and inputs:
+            raise TypeError("check: inputs makes the positional arguments. Give no others.")
+        case = Case(
+            fn, args, kwargs or {}, reference, declare or {}, rtol, atol, saved_bytes, seed=seed,
+            accept=accept or {}, surrogate=surrogate, domain=domain, unique=unique, project=project, inputs=inputs,
+        )  # fmt: skip
     probes = chosen(level, only)
-    declared = _declared(case.declare, load())
+    members(case.accept, list(load()), "accept")
+    members(case.declare, list(load()), "declare")
     start = time.perf_counter()
     isolated = isolate and _process.can_fork() and not _on_accelerator(case)
     outcomes = []
     for outcome in _process.outcomes(case, probes, time_limit) if isolated else _here(case, probes):
-        outcome = _held(outcome, declared)
         outcome = dataclasses.replace(outcome, reproduction=_again(case, outcome))
         outcomes.append(outcome)
         if progress is not None:
             progress(outcome)
+    outcomes = held(outcomes, case.declare, case.accept, list(load()))
     return Report(case.name, tuple(outcomes), time.perf_counter() - start)
 
 
@@ -96,54 +123,10 @@ def chosen(level: Level, only: Sequence[str] | str | None = None) -> list[Probe]
     if level not in LEVELS:
         raise ValueError(f"check: level must be one of {', '.join(map(repr, LEVELS))}. Got {level!r}.")
     if only is not None:
-        return [probes[name] for name in _known([only] if isinstance(only, str) else only, probes, "only")]
+        return [
+            probes[name] for name in members([only] if isinstance(only, str) else only, list(probes), "only")
+        ]
     return [p for p in probes.values() if LEVELS.index(p.level) <= LEVELS.index(level)]
-
-
-def _declared(declare: Mapping[str, bool], probes: Mapping[str, Probe]) -> dict[str, bool]:
-    return {name: value for key, value in declare.items() for name in _known([key], probes, "declare")}
-
-
-def _known(names: Sequence[str], probes: Mapping[str, Probe], where: str) -> list[str]:
-    import difflib
-
-    found: list[str] = []
-    for name in names:
-        if name not in probes and name not in FEATURES:
-            similar = difflib.get_close_matches(name, [*probes, *FEATURES], n=1)
-            hint = (
-                f"Did you mean {similar[0]!r}?"
-                if similar
-                else f"There are: {', '.join([*probes, *FEATURES])}."
-            )
-            raise ValueError(f"check: {where} must name probes. Got {name!r}. {hint}")
-        found += FEATURES.get(name, (name,))
-    return found
-
-
-def _held(outcome: Outcome, declared: Mapping[str, bool]) -> Outcome:
-    """The outcome in the light of what the author declares."""
-    support = declared.get(outcome.probe)
-    if support is None:
-        return outcome
-    if support and outcome.verdict == "limit":
-        return dataclasses.replace(
-            outcome, verdict="finding", evidence=f"declared as supported, but it is not: {outcome.evidence}"
-        )
-    if not support and outcome.verdict == "limit":
-        return dataclasses.replace(
-            outcome, verdict="passed", evidence=f"a limit, as declared: {outcome.evidence}"
-        )
-    if not support and outcome.verdict == "finding" and outcome.probe == "first_order":
-        # Straight through a rounding, a reversed gradient: meant not to be the derivative.
-        return dataclasses.replace(outcome, verdict="passed", evidence=f"as declared: {outcome.evidence}")
-    if not support and outcome.verdict == "passed":
-        return dataclasses.replace(
-            outcome,
-            verdict="finding",
-            evidence="declared as unsupported, but it works: take the declaration back",
-        )
-    return outcome
 
 
 def _again(case: Case, outcome: Outcome) -> str:
@@ -157,42 +140,7 @@ def _on_accelerator(case: Case) -> bool:
     return any(t.device.type not in ("cpu", "meta") for t in tensors)
 
 
-# ----- running -----
-
-
-def judged(probe: Probe, subject: Subject) -> Outcome:
-    """The outcome of one probe; an exception in it, or in the code it checks, is a finding."""
-    start = time.perf_counter()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            outcome = probe.run(subject)
-    except Exception as error:  # whatever the checked code raises
-        if probe.name != "first_order" and _plain_backward_raises(subject):
-            outcome = skipped("the plain backward raises: see first_order")
-        else:
-            outcome = finding(f"raises {message(error)}", of_refused_shape(str(error)))
-    return dataclasses.replace(outcome, probe=probe.name, seconds=time.perf_counter() - start)
-
-
-def _plain_backward_raises(subject: Subject) -> bool:
-    try:
-        subject.gradients()
-    except Exception:  # whatever the checked code raises
-        return True
-    return False
-
-
-def prepared(case: Case) -> Subject | Outcome:
-    """The case made ready to run, or the finding that it does not run at all."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return ready(case)
-        except BadUse:
-            raise
-        except Exception as error:  # whatever the checked code raises
-            return dataclasses.replace(finding(f"the plain call raises {message(error)}"), probe="call")
+# ----- running in this process -----
 
 
 def _here(case: Case, probes: Sequence[Probe]) -> Iterator[Outcome]:

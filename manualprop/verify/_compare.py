@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.func import jvp
 
 from manualprop.verify import _numeric
+from manualprop.verify._random import generator, normal
 from manualprop.verify._subject import Subject
 
 
@@ -22,7 +23,7 @@ class Comparison(NamedTuple):
     hand: Tensor  # (V, D)
     numeric: Tensor  # (V, D)
     tolerance: Tensor  # (V, D) what the numerical derivative may be off by, and the case's tolerances
-    kinks: Tensor  # (D,) whether the slopes from the two sides differ
+    kinks: Tensor  # (V, D) of bool: whether some output that the cotangent weighs has two slopes in the direction
     cotangents: Tensor  # (V, M)
     directions: Tensor  # (D, N)
 
@@ -41,10 +42,20 @@ class Comparison(NamedTuple):
     @property
     def whole(self) -> bool:
         """Whether the matrices are the very Jacobian: unit vectors on both sides."""
-        return (
-            len(self.cotangents) == self.cotangents.shape[1]
-            and len(self.directions) == self.directions.shape[1]
-        )
+        return _is_basis(self.cotangents, of_ones=False) and _is_basis(self.directions)
+
+
+def _is_basis(rows: Tensor, of_ones: bool = True) -> bool:
+    """Whether these are all unit vectors, in order; not ``of_ones``, some may be zeros."""
+    n, m = rows.shape
+    if n != m:
+        return False
+    diagonal = rows.diagonal()
+    if of_ones and not bool((diagonal == 1).all()):
+        return False
+    return bool(((diagonal == 1) | (diagonal == 0)).all()) and int(rows.count_nonzero()) == int(
+        diagonal.count_nonzero()
+    )
 
 
 Hand = Callable[[Subject, Tensor, Sequence[Tensor]], list[Tensor]]
@@ -55,10 +66,10 @@ def basis(entries: int, s: Subject, seed: int) -> Tensor:
     if entries <= s.whole:
         return torch.eye(entries, dtype=torch.float64)
     units = s.whole // 4
-    generator = torch.Generator().manual_seed(seed)
-    dense = torch.randn(4, entries, generator=generator, dtype=torch.float64)
+    source = generator("basis", seed)
+    dense = normal((4, entries), source)
     chosen = torch.zeros(units, entries, dtype=torch.float64)
-    chosen[torch.arange(units), torch.randperm(entries, generator=generator)[:units]] = 1
+    chosen[torch.arange(units), torch.randperm(entries, generator=source)[:units]] = 1
     return torch.cat([dense, chosen])
 
 
@@ -68,9 +79,18 @@ def compare(s: Subject, hand: Hand | None = None, only: int | None = None) -> li
     In every point, or in ``only`` that one.
     """
     v = basis(sum(y.numel() for y in s.outputs), s, s.case.seed) * _flags(s)
-    d = [basis(p.numel(), s, s.case.seed + i) for i, p in enumerate(s.points)]
-    found = (hand or by_backward)(s, v, d)
-    return [_one(s, i, v, d[i], found[i]) for i in range(len(s.points)) if only in (None, i)]
+    d = [_allowed_directions(s, i, basis(p.numel(), s, s.case.seed + i)) for i, p in enumerate(s.points)]
+    hand = hand or by_backward
+    found = hand(s, v, d)
+    return [_one(s, i, v, d, found[i], hand) for i in range(len(s.points)) if only in (None, i)]
+
+
+def _allowed_directions(s: Subject, i: int, d: Tensor) -> Tensor:
+    """Those in which a point may move, where the case's author has points projected."""
+    if not s.projects or not len(d):
+        return d
+    shape, dtype = s.points[i].shape, s.points[i].dtype
+    return torch.stack([_numeric.flat([s.tangent(i, row.reshape(shape).to(dtype))]) for row in d])
 
 
 def _flags(s: Subject) -> Tensor:
@@ -82,10 +102,7 @@ def _flags(s: Subject) -> Tensor:
 def by_backward(s: Subject, v: Tensor, d: Sequence[Tensor]) -> list[Tensor]:
     """Rows by backward, one for each cotangent; a gradient that is None counts as zeros."""
     rows = [
-        [
-            _flat_or_zeros(g, p)
-            for g, p in zip(s.gradients(cotangents=_parts(r, s.outputs)), s.points, strict=True)
-        ]
+        [_flat_or_zeros(g, p) for g, p in zip(s.linear_part(_parts(r, s.outputs)), s.points, strict=True)]
         for r in v
     ]
     return [_seen_along(torch.stack([row[i] for row in rows]), d[i]) for i in range(len(d))]
@@ -93,12 +110,17 @@ def by_backward(s: Subject, v: Tensor, d: Sequence[Tensor]) -> list[Tensor]:
 
 def _seen_along(rows: Tensor, d: Tensor) -> Tensor:
     """(V, N) (N, D) -> (V, D).  All unit vectors are no product: one NaN times 0 would be NaN in every direction."""
-    return rows if len(d) == d.shape[1] else rows @ d.T
+    return rows if _is_basis(d) else rows @ d.T
 
 
 def by_forward(s: Subject, v: Tensor, d: Sequence[Tensor]) -> list[Tensor]:
     """Columns by forward mode, one for each direction; a tangent that is None counts as zeros."""
-    return [v @ torch.stack([_tangent(s, i, row) for row in d[i]], 1) for i in range(len(d))]  # (V, M) (M, D)
+    return [_columns(v, [_tangent(s, i, row) for row in d[i]]) for i in range(len(d))]
+
+
+def _columns(v: Tensor, tangents: Sequence[Tensor]) -> Tensor:
+    """(V, M) (M, D) -> (V, D)"""
+    return v @ torch.stack(list(tangents), 1) if tangents else v.new_zeros(len(v), 0)
 
 
 def _tangent(s: Subject, i: int, row: Tensor) -> Tensor:
@@ -119,7 +141,7 @@ def by_jvp(s: Subject, v: Tensor, d: Sequence[Tensor]) -> list[Tensor]:
         s.reseed()
         return _numeric.flat(jvp(s.function, tuple(p.clone() for p in s.points), tuple(tangents))[1])
 
-    return [v @ torch.stack([column(i, row) for row in d[i]], 1) for i in range(len(d))]
+    return [_columns(v, [column(i, row) for row in d[i]]) for i in range(len(d))]
 
 
 def _flat_or_zeros(g: Tensor | None, p: Tensor) -> Tensor:
@@ -131,39 +153,77 @@ def _parts(row: Tensor, like: Sequence[Tensor]) -> list[Tensor | None]:
     return [part.reshape(y.shape).to(y.dtype) for part, y in zip(parts, like, strict=True)]
 
 
-def _one(s: Subject, i: int, v: Tensor, d: Tensor, hand: Tensor) -> Comparison:
+def _one(s: Subject, i: int, v: Tensor, directions: Sequence[Tensor], hand: Tensor, by: Hand) -> Comparison:
+    d = directions[i]
     dtype = s.points[i].dtype
     evaluates = [_only(s, i, row) for row in d]
     empty = torch.zeros(v.shape[1], 0, dtype=torch.float64)
     columns = [_numeric.derivative(e, s.noise, dtype) for e in evaluates]
     # (V, M) (M, D) -> (V, D)
-    numeric = v @ (torch.stack([c.value for c in columns], 1) if columns else empty)
-    doubt = v.abs() @ (torch.stack([c.error for c in columns], 1) if columns else empty)
-    finite = numeric[torch.isfinite(numeric)].abs()
-    scale = finite.max().item() if finite.numel() else 0.0
-    tolerance = s.case.atol + s.case.rtol * scale + 4 * doubt.nan_to_num(torch.inf, torch.inf)
-    c = Comparison(i, hand, numeric, tolerance, torch.zeros(len(d), dtype=torch.bool), v, d)
+    values = torch.stack([c.value for c in columns], 1) if columns else empty
+    errors = torch.stack([c.error for c in columns], 1) if columns else empty
+    c = Comparison(
+        i,
+        hand.clone(),
+        _weighed(v, values),
+        _tolerance(s, v, values, errors),
+        torch.zeros_like(hand).bool(),
+        v,
+        d,
+    )
     for j in c.wrong.any(0).nonzero().flatten().tolist():
-        c.kinks[j] = _at_kink(evaluates[j], s.noise, dtype) or _base_at_kink(s, i, d[j])
+        kinks = _kinks(s, i, d[j], evaluates[j])  # (M,)
+        if not bool(kinks.any()):
+            continue
+        c.kinks[:, j] = ((v != 0) & kinks).any(1)
+        mixed = c.kinks[:, j] & ((v != 0) & ~kinks).any(1)
+        if bool(mixed.any()):  # a cotangent of many outputs: ask again without those at the kink
+            w = v[mixed] * ~kinks
+            only = [d[j : j + 1] if k == i else directions[k][:0] for k in range(len(directions))]
+            c.hand[mixed, j] = by(s, w, only)[i][:, 0]
+            c.numeric[mixed, j] = _weighed(w, values[:, j : j + 1])[:, 0]
+            c.tolerance[mixed, j] = _tolerance(s, w, values[:, j : j + 1], errors[:, j : j + 1])[:, 0]
+            c.kinks[mixed, j] = False
+        if isinstance(s, Derived):
+            c.kinks[:, j] |= c.hand[:, j].isnan()  # in reverse mode 0 times what does not exist is NaN too
     return c
 
 
-def _at_kink(evaluate: _numeric.Evaluate, noise: float, dtype: torch.dtype) -> bool:
-    """Whether the slopes from the two sides differ."""
+def _weighed(v: Tensor, values: Tensor) -> Tensor:
+    """(V, M) (M, D) -> (V, D); an output that is not finite counts only where it is weighed."""
+    if bool(torch.isfinite(values).all()):
+        return v @ values
+    return torch.stack([(row.unsqueeze(1) * values).where(row.unsqueeze(1) != 0, 0).sum(0) for row in v])
+
+
+def _tolerance(s: Subject, v: Tensor, values: Tensor, errors: Tensor) -> Tensor:
+    """(V, D): the case's tolerances, and what the numerical derivative may be off by."""
+    numeric = _weighed(v, values)
+    finite = numeric[torch.isfinite(numeric)].abs()
+    scale = finite.max().item() if finite.numel() else 0.0
+    doubt = _weighed(v.abs(), errors)
+    return s.case.atol + s.case.rtol * scale + 4 * doubt.nan_to_num(torch.inf, torch.inf)
+
+
+def _kinks(s: Subject, i: int, row: Tensor, evaluate: _numeric.Evaluate) -> Tensor:
+    """(M,) of bool: which outputs have two slopes in a direction of point ``i``, or are asked at another's kink."""
+    kinks = _at_kink(evaluate, s.noise, s.points[i].dtype) | _at_fine_steps(s, i, evaluate)
+    return kinks | s.kinks_of_base(i, row) if isinstance(s, Derived) else kinks
+
+
+def _at_fine_steps(s: Subject, i: int, evaluate: _numeric.Evaluate) -> Tensor:
+    """(M,) of bool: where small steps find another slope than large ones: a staircase, seen from afar a ramp."""
+    dtype = s.points[i].dtype
+    far = _numeric.derivative(evaluate, s.noise, dtype)
+    near = _numeric.derivative(evaluate, s.noise, dtype, first=1e-5)
+    return (far.value - near.value).abs() > 1e-3 + 10 * (far.error + near.error)
+
+
+def _at_kink(evaluate: _numeric.Evaluate, noise: float, dtype: torch.dtype) -> Tensor:
+    """(M,) of bool: where the slopes from the two sides differ."""
     above, below = (_numeric.one_sided(evaluate, side, noise, dtype) for side in (1, -1))
     jump = (above.value - below.value).abs()
-    return bool((jump > 1e-6 + 4 * (above.error + below.error)).any())
-
-
-def _base_at_kink(s: Subject, i: int, row: Tensor) -> bool:
-    """Whether a derived function is asked about where the one it derives from has a kink: it has no value there."""
-    base = getattr(s, "base", None)
-    if base is None:
-        return False
-    if i < len(base.points):
-        return _at_kink(_only(base, i, row), base.noise, base.points[i].dtype) or _base_at_kink(base, i, row)
-    everywhere = [d.sign() for d in base.random_like(base.points, 6)]
-    return _at_kink(base.along(everywhere), base.noise, base.points[0].dtype)
+    return jump > 1e-6 + 4 * (above.error + below.error)
 
 
 def _only(s: Subject, i: int, row: Tensor) -> _numeric.Evaluate:
@@ -175,19 +235,59 @@ def _only(s: Subject, i: int, row: Tensor) -> _numeric.Evaluate:
 # ----- functions derived from the one under test -----
 
 
-class _Derived(Subject):
+class Derived(Subject):
     """Another function of more points, made from a subject."""
 
     def __init__(self, base: Subject, points: Sequence[Tensor], names: Sequence[str], whole: int) -> None:
         self.base, self.case, self.dtype = base, base.case, base.dtype
         self.points, self.names, self.whole = list(points), list(names), whole
+        self._exchange = base._exchange
+        self._shared = {}
 
     @functools.cached_property
     def recorded(self) -> list[bool]:
         return [True] * len(self.outputs)  # a gradient that does not require grad is a defect, no declaration
 
+    @property
+    def nonlinear(self) -> bool:
+        """It is derived by autograd's own rules, which are linear."""
+        return False
 
-class Gradient(_Derived):
+    def meant(self, *points: Tensor) -> tuple[Tensor, ...]:
+        """The function itself: what is derived from a subject is derived by its own rule."""
+        return self(*points)
+
+    def allowed(self, points: Sequence[Tensor]) -> list[Tensor]:
+        """Points that the base may be asked at, and the rest as it is."""
+        count = len(self.base.points)
+        return [*self.base.allowed(points[:count]), *points[count:]]
+
+    def tangent(self, i: int, direction: Tensor) -> Tensor:
+        """As the base's; grad_output goes anywhere."""
+        return self.base.tangent(i, direction) if i < len(self.base.points) else direction
+
+    def kinks_of_base(self, i: int, row: Tensor) -> Tensor:
+        """(M,) of bool: which outputs follow an output of the base that has a kink here, so have no derivative.
+
+        There the choice of one of two slopes is the author's, and it may be another in each order and mode.
+        """
+        base = self.base
+        if i < len(base.points):
+            at = base.points[i]
+            kinks = _at_kink(_only(base, i, row), base.noise, at.dtype)
+            if isinstance(base, Derived):
+                kinks = kinks | base.kinks_of_base(i, row)
+        else:
+            everywhere = [d.sign() for d in base.random_like(base.points, 6)]
+            kinks = _at_kink(base.along(everywhere), base.noise, base.points[0].dtype)
+        return self.follow(kinks)
+
+    def follow(self, kinks: Tensor) -> Tensor:
+        """(M,) of bool: which outputs depend on the outputs of the base that ``kinks`` marks; all, if any is."""
+        return torch.full((sum(y.numel() for y in self.outputs),), bool(kinks.any()))
+
+
+class Gradient(Derived):
     """The gradients by backward, as a function of the points and of grad_output: its derivative is the second order."""
 
     def __init__(self, base: Subject) -> None:
@@ -195,6 +295,11 @@ class Gradient(_Derived):
         v = [c for c, u in zip(base.cotangents, used, strict=True) if u]
         names = ["grad_output"] if len(v) == 1 else [f"grad_output[{i}]" for i in range(len(v))]
         super().__init__(base, [*base.points, *v], [*base.names, *names], max(base.whole // 4, 8))
+
+    @property
+    def output_names(self) -> list[str]:
+        """Gradients are no outputs that anybody knows."""
+        return [f"the gradient of {name}" for name in self.base.names]
 
     def function(self, *points: Tensor) -> tuple[Tensor, ...]:
         count = len(self.base.points)
@@ -210,8 +315,34 @@ class Gradient(_Derived):
             )
         return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(found, x, strict=True))
 
+    def follow(self, kinks: Tensor) -> Tensor:
+        """The entries of the gradients to which the outputs at a kink send something, nearby."""
+        if not bool(kinks.any()):
+            return super().follow(kinks)
+        base = self.base
+        parts = kinks.split([y.numel() for y in base.outputs])
+        v = [(c * m.reshape(c.shape).to(c.dtype)) for c, m in zip(base.cotangents, parts, strict=True)]
+        hit = torch.zeros(sum(p.numel() for p in base.points), dtype=torch.bool)
+        for seed in (61, 62, 63):
+            for side in (1e-6, -1e-6):
+                aside = [
+                    p + side * n
+                    for p, n in zip(base.points, base.random_like(base.points, seed), strict=True)
+                ]
+                found = base.gradients(aside, v)
+                hit |= (
+                    _numeric.flat(
+                        [
+                            torch.zeros_like(p) if g is None else g
+                            for g, p in zip(found, base.points, strict=True)
+                        ]
+                    )
+                    != 0
+                )
+        return hit
 
-class Tangent(_Derived):
+
+class Tangent(Derived):
     """The tangents by ``torch.func.jvp`` in one fixed direction, as a function of the points."""
 
     def __init__(self, base: Subject) -> None:

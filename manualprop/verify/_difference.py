@@ -37,10 +37,11 @@ def difference(
     expected: Sequence[Tensor | None],
     rtol: float,
     scales: Sequence[float] | None = None,
+    rough: Sequence[float] = (),
 ) -> Difference | None:
     """The worst disagreement beyond ``rtol`` times the larger of the largest entry and ``scales``, or None.
 
-    A missing gradient is one of zeros.  NaN agrees with NaN, and infinity with itself.
+    Each tensor may besides be off by what ``rough`` says of it, in absolute terms.  A missing gradient is one of zeros.  NaN agrees with NaN, and infinity with itself.
     """
     worst: Difference | None = None
     for i, (a, b) in enumerate(zip(found, expected, strict=True)):
@@ -56,7 +57,12 @@ def difference(
         off = off.nan_to_num(torch.inf, torch.inf)
         at = int(off.argmax())
         relative = float(off.flatten()[at]) / scale if scale > 0 else torch.inf * float(off.flatten()[at] > 0)
-        if relative > rtol and (worst is None or relative > worst.relative):
+        allowed = rough[i] if i < len(rough) else 0.0
+        if (
+            relative > rtol
+            and float(off.flatten()[at]) > allowed
+            and (worst is None or relative > worst.relative)
+        ):
             place = tuple(int(k) for k in torch.unravel_index(torch.tensor(at), off.shape))
             worst = Difference(i, place, float(a.flatten()[at]), float(b.flatten()[at]), relative)
     return worst

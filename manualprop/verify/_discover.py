@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import itertools
 import pkgutil
+import re
 import sys
 import typing
 import warnings
@@ -171,10 +172,12 @@ def _guessed(fn: Callable[..., Any], forward: Callable[..., Any], target: str, s
     parameters = _tensors_and_others(forward)
     if parameters is None:
         return Found(target, None)
-    position = _process.in_child(lambda: _first_accepted(fn, parameters, seed), time_limit=60.0)
-    if position is None:
+    accepted = _process.in_child(lambda: _first_accepted(fn, parameters, seed), time_limit=60.0)
+    if accepted is None:
         return Found(target, None)
+    position, numbers = accepted
     args = next(itertools.islice(_trials(parameters, seed), position, None))
+    args = tuple(numbers.get(i, a) for i, a in enumerate(args))
     words = [
         f"{p.name} {str(a.dtype).removeprefix('torch.')}{list(a.shape)}"
         if isinstance(a, Tensor)
@@ -201,8 +204,11 @@ def _tensors_and_others(forward: Callable[..., Any]) -> list[inspect.Parameter] 
     return needed or several  # of `*inputs` alone, one
 
 
-def _first_accepted(fn: Callable[..., Any], parameters: Sequence[inspect.Parameter], seed: int) -> int | None:
-    """Which trial is the first that runs forward and backward; else the first that runs forward."""
+def _first_accepted(
+    fn: Callable[..., Any], parameters: Sequence[inspect.Parameter], seed: int
+) -> tuple[int, dict[int, float]] | None:
+    """Which trial is the first that runs forward and backward, else the first that runs forward; and the arguments
+    that are numbers, as their gradients that are missing tell."""
     forward_only = None
     for position, args in enumerate(_trials(parameters, seed)):
         with warnings.catch_warnings():
@@ -219,8 +225,35 @@ def _first_accepted(fn: Callable[..., Any], parameters: Sequence[inspect.Paramet
                 sum(y.sum() for y in outputs if y.requires_grad).backward()  # type: ignore[union-attr]
             except Exception:  # these are not its inputs
                 continue
-            return position
-    return forward_only
+            return position, _numbers_among(fn, parameters, args)
+    return None if forward_only is None else (forward_only, {})
+
+
+# Names of tensors that have no gradient, and are no numbers for that.
+_TENSORS = re.compile(
+    r"^.$|target|label|mask|index|idx|weight|bias|input|other|grad|noise|mean|var|query|key|value"
+)
+
+
+def _numbers_among(
+    fn: Callable[..., Any], parameters: Sequence[inspect.Parameter], args: tuple[Any, ...]
+) -> dict[int, float]:
+    """Which tensors that got no gradient may be numbers: an un-annotated num_bits is no tensor to be trained."""
+    found: dict[int, float] = {}
+    for i, (parameter, a) in enumerate(zip(parameters, args, strict=False)):
+        if not isinstance(a, Tensor) or not a.requires_grad or a.grad is not None:
+            continue
+        if _TENSORS.search(parameter.name) or parameter.kind == parameter.VAR_POSITIONAL:
+            continue
+        for number in (2, 0.5):
+            try:
+                with torch.no_grad():
+                    fn(*[number if j == i else found.get(j, b) for j, b in enumerate(args)])
+            except Exception:  # it is a tensor after all
+                continue
+            found[i] = number
+            break
+    return found
 
 
 def _trials(parameters: Sequence[inspect.Parameter], seed: int) -> Iterator[tuple[Any, ...]]:
@@ -262,6 +295,10 @@ _NUMBERS: dict[Any, _Value] = {float: (0.5,), int: (1,), bool: (False,)}
 _BY_NAME: dict[str, _Value] = {
     "eps": (1e-5,), "dim": (-1,), "axis": (-1,), "alpha": (0.5,), "beta": (1.0,), "p": (0.5,), "training": (True,),
     "reduction": ("mean",), "inplace": (False,), "scale": (0.5,), "negative_slope": (0.1,), "temperature": (2.0,),
+    "threshold": (0.5,), "momentum": (0.9,), "lambda_": (0.5,), "lam": (0.5,), "lamb": (0.5,), "seed": (0,), "k": None,
+    "stride": (1,), "padding": (0,), "dilation": (1,), "groups": (1,), "num_groups": (1,), "kernel_size": (3,),
+    "num_bits": (4,), "bits": (4,), "n_bits": (4,), "nbits": (4,), "levels": (8,), "causal": (False,),
+    "is_causal": (False,), "ignore_index": (-100,), "label_smoothing": (0.1,),
 }  # fmt: skip
 
 

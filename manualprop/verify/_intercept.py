@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +12,12 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils._pytree import tree_leaves, tree_map
 
+from manualprop._torch import leave_to_python
 from manualprop.verify._case import Case
-from manualprop.verify._check import check
+from manualprop.verify._check import check, chosen
+from manualprop.verify._probe import LEVELS, Level
 from manualprop.verify._report import Report
+from manualprop.verify._settings import known_findings, project_settings, read_baseline, write_baseline
 from manualprop.verify._subject import is_float
 
 MOST_INPUTS = 3  # kinds of inputs at which one Function is verified
@@ -24,10 +29,30 @@ class Interceptor:
 
     Args:
         packages: names of packages or modules, as in ``mypackage.ops``.
+        level: of the checks; pyproject.toml's, or quick, if not given.
+        only: names of the probes to run.
+        baseline: a file of known findings; pyproject.toml's, if not given.
+        update: write the findings into that file instead of failing on them.
     """
 
-    def __init__(self, packages: Sequence[str]) -> None:
+    def __init__(
+        self,
+        packages: Sequence[str],
+        level: str | None = None,
+        only: Sequence[str] | None = None,
+        baseline: Path | None = None,
+        update: bool = False,
+    ) -> None:
         self.packages = tuple(packages)
+        self.settings = project_settings()
+        self.level = _level(level or self.settings.level or "quick")
+        self.only = list(only) if only else None
+        self.probes = [p.name for p in chosen(self.level, self.only)]
+        self.baseline, self.update = baseline or self.settings.baseline, update
+        if update and self.baseline is None:
+            raise ValueError("name the baseline that is to be written")
+        known = self.baseline is not None and not (update and not self.baseline.is_file())
+        self.known = read_baseline(self.baseline) if self.baseline is not None and known else {}
         self.met: dict[type[Function], set[Any]] = {}
         self.waiting: list[Case] = []
         self.reports: list[Report] = []
@@ -40,13 +65,14 @@ class Interceptor:
     def _wrap(self, cls: type[Function]) -> None:
         """Put our apply before the class's own."""
         self._wrapped.add(cls)
-        original: Any = vars(cls)["apply"].__func__
+        original: Any = vars(cls)["apply"]  # a classmethod, from torch 2.14 on one written in C
         watch = self
 
         def apply(this: type[Function], *args: Any, **kwargs: Any) -> Any:
             watch.note(this, args, kwargs)
-            return original(this, *args, **kwargs)
+            return original.__get__(None, this)(*args, **kwargs)
 
+        leave_to_python(apply)  # the compiler cannot follow the call of what is written in C
         cls.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
 
     def watch_overriding(self) -> None:
@@ -85,11 +111,19 @@ class Interceptor:
         cases, self.waiting = self.waiting, []
         new = [report for report in map(self._verified, cases) if report is not None]
         self.reports += new
-        return [report for report in new if not report.passed]
+        return [] if self.update else [report for report in new if not report.passed]
+
+    def finish(self) -> None:
+        """Write the baseline, if that was asked for."""
+        if self.update and self.baseline is not None:
+            write_baseline(self.baseline, [(report.name, report) for report in self.reports])
 
     def _verified(self, case: Case) -> Report | None:
+        accept = self.settings.accepted(case.fn, case.name)
+        if not self.update:
+            accept = {**known_findings(self.known, case.name, self.probes), **accept}
         try:
-            return check(case, level="quick")
+            return check(dataclasses.replace(case, accept=accept), level=self.level, only=self.only)
         except (ValueError, TypeError) as error:  # nothing can be shown at these inputs
             self.errors.append(str(error))
             return None
@@ -101,6 +135,13 @@ class Interceptor:
         ]
         nothing = f"no torch.autograd.Function of {', '.join(self.packages)} was called with an input that requires grad"
         return lines or [nothing]
+
+
+def _level(name: str) -> Level:
+    found = next((level for level in LEVELS if level == name), None)
+    if found is None:
+        raise ValueError(f"the level must be one of {', '.join(LEVELS)}. Got {name!r}.")
+    return found
 
 
 def _kept(value: Any) -> Any:

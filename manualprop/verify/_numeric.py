@@ -32,15 +32,25 @@ def steps(dtype: torch.dtype, levels: int) -> list[float]:
     return [first / RATIO**i for i in range(levels)]
 
 
-def derivative(evaluate: Evaluate, noise: float, dtype: torch.dtype = torch.float64) -> Estimate:
-    """d/dt at 0 of ``evaluate``, whose values are uncertain by ``noise``, by central differences, extrapolated."""
-    h = steps(dtype, 7)
+def derivative(
+    evaluate: Evaluate,
+    noise: float | Tensor,
+    dtype: torch.dtype = torch.float64,
+    first: float | None = None,
+) -> Estimate:
+    """d/dt at 0 of ``evaluate``, whose values are uncertain by ``noise``, by central differences, extrapolated.
+
+    The largest step is ``first``, if it is given.
+    """
+    h = steps(dtype, 7) if first is None else [first / RATIO**k for k in range(4)]
     return _extrapolated(
         [(_safe(evaluate, s) - _safe(evaluate, -s)) / (2 * s) for s in h], 2, [noise / s for s in h]
     )
 
 
-def one_sided(evaluate: Evaluate, side: int, noise: float, dtype: torch.dtype = torch.float64) -> Estimate:
+def one_sided(
+    evaluate: Evaluate, side: int, noise: float | Tensor, dtype: torch.dtype = torch.float64
+) -> Estimate:
     """d/dt at 0 from above (``side`` = 1) or from below (-1)."""
     here = evaluate(0.0).detach()
     h = steps(dtype, 8)
@@ -51,20 +61,24 @@ def one_sided(evaluate: Evaluate, side: int, noise: float, dtype: torch.dtype = 
 
 def noise(evaluate: Evaluate) -> float:
     """How far values of ``evaluate`` scatter about a smooth curve: its rounding, whatever dtype it works in inside."""
+    each = noises(evaluate)
+    each = each[torch.isfinite(each)]
+    return float(each.max()) if each.numel() else 0.0
+
+
+def noises(evaluate: Evaluate) -> Tensor:
+    """The same for each entry of ``evaluate``; NaN for those that are not finite."""
     t = torch.arange(-4, 5, dtype=torch.float64)
     y = torch.stack([_safe(evaluate, 3e-8 * k) for k in t.tolist()])
-    y = y[:, torch.isfinite(y).all(0)]
-    if not y.numel():
-        return 0.0
     # Orthonormal polynomials of degree 0 to 2 on these points: what they leave is no smooth curve.
     curve = torch.stack([torch.ones_like(t), t, t * t - (t * t).mean()], 1)
     curve = curve / curve.norm(dim=0)
-    residual = y - curve @ (curve.T @ y)
-    smallest = torch.finfo(torch.float64).eps * y.abs().max().item()
-    return float(max(residual.abs().max().item(), smallest))
+    residual = (y - curve @ (curve.T @ y)).abs().amax(0) if y.numel() else y.sum(0)
+    smallest = torch.finfo(torch.float64).eps * y.abs().amax(0)
+    return torch.maximum(residual, smallest)
 
 
-def _extrapolated(differences: Sequence[Tensor], power: int, floors: Sequence[float]) -> Estimate:
+def _extrapolated(differences: Sequence[Tensor], power: int, floors: Sequence[float | Tensor]) -> Estimate:
     """The best entry of Richardson's table; the error has powers ``power``, 2 ``power``, ... of h.
 
     No entry is better than the ``floors`` that noise sets for its smallest step.
@@ -91,7 +105,7 @@ def _safe(evaluate: Evaluate, t: float) -> Tensor:
     """NaN where the function is not defined: a logarithm's argument stepped below zero."""
     try:
         return evaluate(t).detach()
-    except (ValueError, RuntimeError, IndexError, AssertionError):
+    except Exception:  # whatever the checked code raises: not defined there
         return torch.full_like(evaluate(0.0).detach(), torch.nan)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
@@ -33,7 +32,6 @@ class Probe(NamedTuple):
 
 
 PROBES: dict[str, Probe] = {}
-FAMILIES = ("derivatives", "arguments", "sizes", "numbers", "state", "memory", "routes", "compiled")
 
 # What users call a feature -> the probes that show it.
 FEATURES = {
@@ -51,10 +49,3 @@ def probe(level: Level = "quick", *, alone: bool = False) -> Callable[[Run], Run
         return run
 
     return register
-
-
-def load() -> dict[str, Probe]:
-    """Every probe, in the order in which they run."""
-    for family in FAMILIES:
-        importlib.import_module(f"manualprop.verify.probes.{family}")
-    return PROBES

@@ -15,11 +15,12 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, Pipe
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from manualprop.verify._case import Case
+from manualprop.verify._judge import judged, prepared
 from manualprop.verify._probe import Probe
 from manualprop.verify._report import Outcome, finding, skipped
 from manualprop.verify._subject import BadUse
@@ -49,14 +50,7 @@ def outcomes(case: Case, probes: Sequence[Probe], time_limit: float) -> Iterator
     Raises:
         ValueError, TypeError: what a wrong use of the check deserves.
     """
-    families = {p.family for p in probes}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own
-        for name in (
-            *_WARM,
-            *(n for family, names in _WARM_FOR.items() if family in families for n in names),
-        ):
-            __import__(name)
+    _warm(probes)
     rest = list(probes)
     while rest:
         batch = _batch(rest)
@@ -66,7 +60,7 @@ def outcomes(case: Case, probes: Sequence[Probe], time_limit: float) -> Iterator
             if isinstance(started, BadUse):
                 raise started.kind(str(started)) from None
             if started is not None:  # it cannot even be called
-                yield started
+                yield started if started.probe else dataclasses.replace(started, probe="call")
                 return
             for done, probe in enumerate(batch, start=1):
                 outcome = child.receive(time_limit)
@@ -74,9 +68,10 @@ def outcomes(case: Case, probes: Sequence[Probe], time_limit: float) -> Iterator
                     outcome = dataclasses.replace(outcome, probe=probe.name)
                     rest = rest[done:]
                     yield outcome
-                    if probe.name == "first_order" and child.pid > 0:  # it hangs, and so would all the others
+                    if probe.name == "first_order" and child.pid > 0:  # and so would all the others
                         yield from (
-                            dataclasses.replace(skipped("first_order hangs"), probe=p.name) for p in rest
+                            dataclasses.replace(skipped("first_order was given up"), probe=p.name)
+                            for p in rest
                         )
                         return
                     break
@@ -85,6 +80,15 @@ def outcomes(case: Case, probes: Sequence[Probe], time_limit: float) -> Iterator
                 rest = rest[len(batch) :]
         finally:
             child.stop()
+
+
+def _warm(probes: Sequence[Probe]) -> None:
+    families = {p.family for p in probes}
+    needed = [n for family, names in _WARM_FOR.items() if family in families for n in names]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own
+        for name in (*_WARM, *needed):
+            __import__(name)
 
 
 def in_child(question: Callable[[], Any], time_limit: float) -> Any:
@@ -140,12 +144,11 @@ class _Child:
         theirs.close()
 
     def receive(self, time_limit: float) -> Any:
-        """What the child says next, or the finding that it crashed or hangs, which names no probe."""
+        """What the child says next, or the finding that it crashed or was given up, which names no probe."""
         start = time.perf_counter()
-        if not self.connection.poll(time_limit):
-            return dataclasses.replace(
-                finding(f"hangs: no answer after {time_limit:g} s"), seconds=time_limit
-            )
+        ended = self._wait(time_limit)
+        if ended:
+            return dataclasses.replace(finding(f"gave up after {ended}"), seconds=time.perf_counter() - start)
         try:
             return self.connection.recv()
         except EOFError:
@@ -154,11 +157,47 @@ class _Child:
             seconds = time.perf_counter() - start
             return dataclasses.replace(finding(f"crashes the process: {_end(status)}"), seconds=seconds)
 
+    def _wait(self, time_limit: float) -> str:
+        """Wait for the child; the limit that it reached, in words, or nothing.
+
+        It counts the processor time of the child, so that a loaded machine gives up no sooner; and the time in which
+        the child computes nothing at all, as in a deadlock.
+        """
+        began = used = _used(self.pid)
+        busy = time.perf_counter()
+        while not self.connection.poll(min(0.2, time_limit / 4)):
+            now = _used(self.pid)
+            if now.seconds - began.seconds > time_limit:
+                return f"{time_limit:g} s of processor time"
+            if now.seconds > used.seconds or now.runnable:
+                used, busy = now, time.perf_counter()
+            elif time.perf_counter() - busy > time_limit:
+                return f"{time_limit:g} s in which it computed nothing"
+        return ""
+
     def stop(self) -> None:
         self.connection.close()
         if self.pid > 0:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
+
+
+class _Used(NamedTuple):
+    """What a process has used."""
+
+    seconds: float  # of processor time, its ended children's included
+    runnable: bool  # whether it computes, or waits for its turn on a processor
+
+
+def _used(pid: int) -> _Used:
+    """By Linux' /proc; where there is none, the time on the wall."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return _Used(time.perf_counter(), False)
+    ticks = sum(int(n) for n in fields[11:15])
+    return _Used(ticks / os.sysconf("SC_CLK_TCK"), fields[0] == "R")
 
 
 def _end(status: int) -> str:
@@ -172,8 +211,6 @@ def _work(case: Case, probes: Sequence[Probe], connection: Connection) -> None:
     """The child's life: never returns."""
     status = 1
     try:
-        from manualprop.verify._check import judged, prepared
-
         faulthandler.disable()  # a crash is told by the parent, and not by pages of traceback as well
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C, and stops the child
         # The threads of the parent's pool do not exist here: a parallel region hangs.

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from manualprop.verify._case import Case
-from manualprop.verify._check import _known, check, chosen
-from manualprop.verify._probe import Level, load
+from manualprop.verify._case import Case, Project
+from manualprop.verify._check import check, chosen
+from manualprop.verify._probe import FEATURES, Level
+from manualprop.verify._settings import project_settings
+from manualprop.verify._verdicts import members
+from manualprop.verify.probes import load
 
 
-class Unsupported(Exception):
-    """What a probe asks for is not supported, and loudly so."""
+class Accepted(Exception):
+    """What a probe finds is accepted, and why."""
 
 
 def gradient_tests(
@@ -22,7 +26,12 @@ def gradient_tests(
     *,
     kwargs: Mapping[str, Any] | None = None,
     reference: Callable[..., Any] | None = None,
-    unsupported: Iterable[str] = (),
+    surrogate: Callable[..., Any] | None = None,
+    accept: Mapping[str, str] | None = None,
+    declare: Mapping[str, bool] | None = None,
+    domain: Callable[..., bool] | None = None,
+    unique: Sequence[str] | str = (),
+    project: Project | Mapping[str, Project] | None = None,
     level: Level = "full",
     only: Sequence[str] | str | None = None,
     seed: int = 0,
@@ -33,16 +42,15 @@ def gradient_tests(
 ) -> Callable[..., None]:
     """Make a test function with one item for each probe: ``test_my_op = gradient_tests(MyOp.apply, inputs=(x, w))``.
 
-    A finding fails its item.  A limit that is declared in ``unsupported`` is a strict xfail, so that the suite says
-    when it starts to work; one that is not is skipped with its message.
+    A finding fails its item.  What is accepted is a strict xfail, so that the suite says when it is needed no more.
+    Any other limit is skipped with its message.
 
     Args:
         fn: as for :func:`check`, or a :class:`Case`.
-        inputs: a tensor, a tuple of arguments, or a function without arguments that makes either, called in the
-            test and not when tests are collected.
-        kwargs: keyword arguments of ``fn``.
-        reference: as for :func:`check`.
-        unsupported: names of probes or features, as in ``["forward_mode", "double_backward"]``.
+        inputs: a tensor, a tuple of arguments, or a function of sizes that makes either, called in the test and not
+            when tests are collected.
+        accept: as for :func:`check`; what ``[tool.manualprop.verify]`` of pyproject.toml accepts counts too.
+        kwargs, reference, surrogate, declare, domain, unique, project: as for :func:`check`.
         level, only, seed, rtol, atol, saved_bytes, time_limit: as for :func:`check`.
 
     Returns:
@@ -53,32 +61,43 @@ def gradient_tests(
     """
     import pytest
 
-    declared = set(_known(list(unsupported), load(), "unsupported"))
-    supported = {p for p, yes in getattr(fn, "declare", {}).items() if yes}
+    own = fn.accept if isinstance(fn, Case) else {}
+    function, name = (fn.fn, fn.name) if isinstance(fn, Case) else (fn, "")
+    reasons = {**project_settings().accepted(function, name), **own, **(accept or {})}
+    members(reasons, list(load()), "accept")
+    members(declare or {}, list(load()), "declare")
+    grouped = {p: group for group in reasons if group in FEATURES for p in FEATURES[group]}
 
     def case() -> Case:
         if isinstance(fn, Case):
-            return fn
-        args = inputs() if callable(inputs) and not isinstance(inputs, torch.Tensor) else inputs
-        args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
-        return Case(fn, args, kwargs or {}, reference, {}, rtol, atol, saved_bytes, seed=seed)
+            return dataclasses.replace(fn, accept=reasons)
+        made = inputs if callable(inputs) and not isinstance(inputs, torch.Tensor) else None
+        args = () if made else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+        return Case(
+            fn, args, kwargs or {}, reference, declare or {}, rtol, atol, saved_bytes, seed=seed, accept=reasons,
+            surrogate=surrogate, domain=domain, unique=unique, project=project, inputs=made,
+        )  # fmt: skip
 
-    def marked(name: str) -> Any:
-        if name not in declared:
-            return name
-        reason = f"{name} is declared as unsupported"
-        return pytest.param(name, marks=pytest.mark.xfail(raises=Unsupported, strict=True, reason=reason))
+    def marked(probe: str) -> Any:
+        if probe not in reasons and probe not in grouped:
+            return probe
+        reason = reasons.get(probe) or reasons[grouped[probe]]
+        strict = probe in reasons  # of a group some may pass
+        return pytest.param(probe, marks=pytest.mark.xfail(raises=Accepted, strict=strict, reason=reason))
 
     @pytest.mark.parametrize("probe", [marked(p.name) for p in chosen(level, only)])
     def test(probe: str) -> None:
         __tracebackhide__ = True  # pytest shows the findings, not this
         report = check(case(), level=level, only=probe, time_limit=time_limit)
         report.assert_passed()
+        for outcome in report.accepted:
+            raise Accepted(outcome.evidence)
         for outcome in report.limits:
-            if probe in declared or probe in supported:
-                raise Unsupported(outcome.evidence)
             pytest.skip(f"limit: {outcome.evidence}")
         if all(o.verdict == "skipped" for o in report):
             pytest.skip("; ".join(o.evidence for o in report))
+        if probe in grouped and probe == FEATURES[grouped[probe]][0]:
+            # Strict for the group as a whole: if nothing of it needs the acceptance, this item says so.
+            check(case(), level=level, only=grouped[probe], time_limit=time_limit).assert_passed()
 
     return test

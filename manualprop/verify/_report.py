@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-Verdict = Literal["passed", "finding", "limit", "skipped"]
+Verdict = Literal["passed", "finding", "accepted", "limit", "skipped"]
 
 
 @dataclass(frozen=True)
@@ -17,12 +18,14 @@ class Outcome:
 
     Args:
         probe: name of the probe.
-        verdict: ``passed``; ``finding``, a defect; ``limit``, unsupported and loudly so; ``skipped``, not applicable.
+        verdict: ``passed``; ``finding``, a defect; ``accepted``, one that the author has accepted; ``limit``,
+            unsupported and loudly so; ``skipped``, not applicable, or the consequence of another finding.
         evidence: what was seen, with figures.
         diagnosis: of a wrong gradient: how it is wrong.
         details: figures for programs, JSON's types only: worst element, matrices of a heat map, seed.
         reproduction: one line that runs this probe again.
         seconds: that it took.
+        notes: on the whole check, as in which dtype it judges.
     """
 
     probe: str
@@ -32,6 +35,7 @@ class Outcome:
     details: dict[str, Any] = field(default_factory=dict)
     reproduction: str = ""
     seconds: float = 0.0
+    notes: tuple[str, ...] = ()
 
 
 def passed(evidence: str = "", **details: Any) -> Outcome:
@@ -56,9 +60,12 @@ def message(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
+MARK = {"passed": "ok", "finding": "FINDING", "accepted": "accepted", "limit": "limit", "skipped": "-"}
+
+
 @dataclass(frozen=True)
 class Report:
-    """The outcomes of all probes on one callable.  ``print(report)`` shows them as a table."""
+    """The outcomes of all probes on one callable.  ``print(report)`` shows what was found; :meth:`table` all of it."""
 
     name: str
     outcomes: tuple[Outcome, ...]
@@ -67,17 +74,30 @@ class Report:
     @property
     def findings(self) -> list[Outcome]:
         """The defects."""
-        return [o for o in self.outcomes if o.verdict == "finding"]
+        return self._of("finding")
 
     @property
     def limits(self) -> list[Outcome]:
         """What is unsupported, and says so."""
-        return [o for o in self.outcomes if o.verdict == "limit"]
+        return self._of("limit")
+
+    @property
+    def accepted(self) -> list[Outcome]:
+        """What the author has accepted, with the reason."""
+        return self._of("accepted")
+
+    def _of(self, verdict: Verdict) -> list[Outcome]:
+        return [o for o in self.outcomes if o.verdict == verdict]
 
     @property
     def passed(self) -> bool:
         """Whether no probe found a defect."""
         return not self.findings
+
+    @property
+    def notes(self) -> list[str]:
+        """On the whole check, as in which dtype it judges."""
+        return list(dict.fromkeys(note for o in self.outcomes for note in o.notes))
 
     def __iter__(self) -> Iterator[Outcome]:
         return iter(self.outcomes)
@@ -101,22 +121,28 @@ class Report:
 
     def summary(self) -> str:
         """One line: how many of each verdict."""
-        counts = {
-            v: sum(o.verdict == v for o in self.outcomes) for v in ("passed", "finding", "limit", "skipped")
-        }
+        count = {v: len(self._of(v)) for v in get_args(Verdict)}
         found = (
-            f"{counts['finding']} finding{'s' * (counts['finding'] != 1)}"
-            if counts["finding"]
-            else "no finding"
+            f"{count['finding']} finding{'s' * (count['finding'] != 1)}" if count["finding"] else "no finding"
         )
+        accepted = f", {count['accepted']} accepted" if count["accepted"] else ""
         return (
-            f"{self.name}: {found}; {counts['passed']} probes passed, {counts['limit']} limits, "
-            f"{counts['skipped']} not applicable ({self.seconds:.1f} s)"
+            f"{self.name}: {found}{accepted}; {count['passed']} passed, {count['limit']} "
+            f"limit{'s' * (count['limit'] != 1)}, {count['skipped']} not applicable ({self.seconds:.1f} s)"
         )
 
     def __str__(self) -> str:
-        """The table, the findings described below it, and the summary."""
-        lines = [*table(self.outcomes), ""]
+        """The summary, what was found, and a line for each kind of limit."""
+        lines = [self.summary(), *self.notes]
+        if self.findings:
+            lines.append(described(self.findings))
+        lines += [f"accepted {o.probe}: {o.evidence}" for o in self.accepted]
+        lines += [f"limit    {names}: {shortened(text)}" for names, text in together(self.limits)]
+        return "\n".join(lines)
+
+    def table(self) -> str:
+        """One row for each probe, the findings in full below, and the summary."""
+        lines = [*table(self.outcomes), "", *self.notes]
         if self.findings:
             lines += [described(self.findings), ""]
         return "\n".join([*lines, self.summary()])
@@ -134,24 +160,59 @@ class Report:
         )
 
 
-MARK = {"passed": "ok", "finding": "FINDING", "limit": "limit", "skipped": "-"}
+def shortened(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
+
+
+def together(outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
+    """Outcomes of one reason under one heading: the seven limits of an old-style Function are one line."""
+    groups: dict[str, list[Outcome]] = {}
+    for o in outcomes:
+        groups.setdefault(reason(o.evidence), []).append(o)
+    return [
+        (", ".join(o.probe for o in group), group[0].evidence if len(group) == 1 else text)
+        for text, group in groups.items()
+    ]
+
+
+# What torch refuses in several words, by what its author would call it.
+REASONS = (
+    (
+        re.compile(r"setup_context"),
+        "an old-style Function (forward takes ctx): no transform of torch.func takes it",
+    ),
+    (re.compile(r"once_differentiable"), "backward is marked @once_differentiable: no second derivative"),
+    (
+        re.compile(r"forward (mode )?AD|jvp.*not implemented|implement.*jvp", re.I),
+        "no jvp: forward mode is not supported",
+    ),
+    (
+        re.compile(r"vmap.*(staticmethod|generate_vmap_rule)|generate_vmap_rule", re.I),
+        "no vmap rule: batching is not supported",
+    ),
+)
+
+
+def reason(evidence: str) -> str:
+    """What a limit comes from, in a line."""
+    return next((words for pattern, words in REASONS if pattern.search(evidence)), evidence)
 
 
 def table(outcomes: Sequence[Outcome], width: int = 110) -> list[str]:
     """One row for each outcome: probe, verdict, evidence."""
     left = max((len(o.probe) for o in outcomes), default=5) + 2
-    lines = [f"{'probe':<{left}}{'verdict':<9}evidence", "-" * width]
+    lines = [f"{'probe':<{left}}{'verdict':<10}evidence", "-" * width]
     for o in outcomes:
-        text = textwrap.wrap(o.evidence, width - left - 9, max_lines=2, placeholder=" ...") or [""]
-        lines.append(f"{o.probe:<{left}}{MARK[o.verdict]:<9}{text[0]}")
-        lines += [" " * (left + 9) + more for more in text[1:]]
+        text = textwrap.wrap(o.evidence, width - left - 10, max_lines=2, placeholder=" ...") or [""]
+        lines.append(f"{o.probe:<{left}}{MARK[o.verdict]:<10}{text[0]}")
+        lines += [" " * (left + 10) + more for more in text[1:]]
     return lines
 
 
 def described(findings: Sequence[Outcome]) -> str:
     """Each finding in full."""
     return "\n".join(
-        f"{o.probe}: {o.evidence}"
+        f"FINDING  {o.probe}: {o.evidence}"
         + (f"\n    diagnosis: {o.diagnosis}" if o.diagnosis else "")
         + (f"\n    again:     {o.reproduction}" if o.reproduction else "")
         for o in findings

@@ -2,19 +2,23 @@
 
 Dimensions of equal length, over all tensors of the call, are taken to belong together, and change together.  Values
 are drawn from the user's own: mixtures of two slices for what is differentiated, so that probabilities stay so and
-nothing is equal by accident; whole slices for the rest, so that indices stay in range.
+nothing is equal by accident; whole slices for the rest, so that indices stay in range.  Where the case makes its
+inputs as a function of sizes, they are had from it.
 """
 
 from __future__ import annotations
 
-import time
+import dataclasses
+import inspect
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from manualprop.verify._subject import Subject
+from manualprop.verify._budget import work
+from manualprop.verify._random import generator
+from manualprop.verify._subject import OutsideDomain, Subject
 
 
 class Axis(NamedTuple):
@@ -24,32 +28,44 @@ class Axis(NamedTuple):
     points: tuple[tuple[int, int], ...]  # (which point, which of its dimensions)
     others: tuple[tuple[int, int], ...]  # (which other argument, which of its dimensions)
     numbers: tuple[int, ...]  # arguments that are this length themselves: a normalized_shape
+    size: str = ""  # of a case that makes its inputs: the name of the size
 
     @property
     def batch(self) -> bool:
         """Whether it is the first dimension wherever it is one."""
-        return all(d == 0 for _, d in (*self.points, *self.others))
+        return not self.size and all(d == 0 for _, d in (*self.points, *self.others))
 
 
 def aside(s: Subject, seed: int) -> Subject:
     """A little away from where it stands, so that no entry lies at a kink and no two are equal by accident."""
     scale = [0.01 * float(p.abs().max()) if p.numel() else 0.0 for p in s.points]
     noise = s.random_like(s.points, 900 + seed)
-    return s.with_points([p + (k or 0.01) * d for p, k, d in zip(s.points, scale, noise, strict=True)])
+    return s.with_points(
+        s.allowed([p + (k or 0.01) * d for p, k, d in zip(s.points, scale, noise, strict=True)])
+    )
 
 
 def resized(s: Subject, axis: Axis, n: int, seed: int = 0) -> Subject:
-    """The function with length ``n`` along ``axis``."""
-    generator = torch.Generator().manual_seed(1000 * s.case.seed + seed)
-    first, step = (torch.randint(k, (n,), generator=generator) for k in (axis.length, axis.length - 1 or 1))
+    """The function with length ``n`` along ``axis``.
+
+    Raises:
+        OutsideDomain: if integers that never repeat would have to, or the case's domain says no.
+    """
+    if axis.size:
+        return _made(s, axis, n, seed)
+    source = generator("resized", s.case.seed, seed)
+    first, step = (torch.randint(k, (n,), generator=source) for k in (axis.length, axis.length - 1 or 1))
     second = (first + step + 1) % axis.length  # another one, so that no two mixtures are equal
-    weight = torch.rand(n, generator=generator, dtype=torch.float64) * 0.8 + 0.1
+    weight = torch.rand(n, generator=source, dtype=torch.float64) * 0.8 + 0.1
     points, others = list(s.points), s.others()
     for i, d in axis.points:
         w = weight.to(points[i].dtype).view(-1, *[1] * (points[i].dim() - d - 1))
         other = points[i].index_select(d, second) * (1 - w) if axis.length > 1 else 0.0
         points[i] = points[i].index_select(d, first) * w + other
     for i, d in axis.others:
+        if others[i].dim() == 1 and never_repeats(s, i, others[i]):
+            others[i] = _unique(others[i], n, source)
+            continue
         t = others[i].index_select(d, first)
         is_index = t.dim() == 1 and not t.is_floating_point() and bool((others[i].diff() >= 0).all())
         others[i] = t.sort().values if is_index else t  # offsets ascend
@@ -57,11 +73,60 @@ def resized(s: Subject, axis: Axis, n: int, seed: int = 0) -> Subject:
     result = s.with_points(points, others=changed)
     if axis.numbers:
         result._leaves = [n if i in axis.numbers else leaf for i, leaf in enumerate(result._leaves)]
-    return result
+    near = result.allowed(result.points)
+    return (
+        result if all(a is b for a, b in zip(near, result.points, strict=True)) else result.with_points(near)
+    )
+
+
+def _made(s: Subject, axis: Axis, n: int, seed: int) -> Subject:
+    """The function at inputs that the case makes of that size."""
+    case = dataclasses.replace(s.case, seed=s.case.seed + seed)
+    other = Subject(dataclasses.replace(case, args=case.made(**{axis.size: n})), s.dtype)
+    other._not_leaf, other._relative_noise = s._not_leaf, s._relative_noise
+    other.allowed(other.points)
+    return other
+
+
+def has_repeats(t: Tensor) -> bool:
+    """Whether some value is there twice."""
+    return bool(t.unique().numel() < t.numel())
+
+
+def never_repeats(s: Subject, i: int, t: Tensor) -> bool:
+    """Whether an argument is said to hold no integer twice, or would be wrong for one."""
+    if not is_integer(t):
+        return False
+    return i in s._unique or s.name_of_leaf(i) in s.case.unique
+
+
+def repeated(t: Tensor) -> Tensor:
+    """The same integers, the first half of them twice."""
+    flat = t.flatten().clone()
+    flat[len(flat) // 2 :] = flat[: len(flat) - len(flat) // 2].clone()
+    return flat.reshape(t.shape)
+
+
+def is_integer(t: Tensor) -> bool:
+    return not t.is_floating_point() and not t.is_complex() and t.dtype != torch.bool
+
+
+def _unique(t: Tensor, n: int, source: torch.Generator) -> Tensor:
+    """``n`` integers as those of ``t``, none twice: a permutation stays one."""
+    high = n if bool((t.sort().values == torch.arange(len(t), device=t.device)).all()) else int(t.max()) + 1
+    if n > high:
+        raise OutsideDomain(f"there are no {n} different integers below {high}")
+    drawn = torch.randperm(high, generator=source)[:n]
+    drawn = drawn.sort().values if bool((t.diff() > 0).all()) and len(t) > 1 else drawn
+    return drawn.to(t.device, t.dtype)
 
 
 def axes(s: Subject) -> Iterator[Axis]:
     """The axes along which the function runs with another length, the batch first."""
+    if s.case.inputs is not None and s.case.args:
+        sizes = inspect.signature(s.case.inputs).parameters
+        yield from (Axis(p.default, (), (), (), p.name) for p in sizes.values() if isinstance(p.default, int))
+        return
     found = []
     lengths = dict.fromkeys(k for t in [*s.points, *s.others().values()] for k in _shape(s, t) if k > 0)
     for length in lengths:
@@ -116,7 +181,7 @@ class Cost(NamedTuple):
     """Of one evaluation."""
 
     bytes: int  # of the largest tensor that is kept or returned
-    seconds: float
+    units: float  # of work
 
 
 def cost(s: Subject) -> Cost:
@@ -127,8 +192,6 @@ def cost(s: Subject) -> Cost:
         sizes.append(t.numel() * t.element_size())
         return t
 
-    start = time.perf_counter()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         outputs = s(*s.at())
-    seconds = time.perf_counter() - start
-    return Cost(max([*sizes, *(y.numel() * y.element_size() for y in outputs)]), seconds)
+    return Cost(max([*sizes, *(y.numel() * y.element_size() for y in outputs)]), work(s))

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from manualprop.verify._case import Case
+from manualprop.verify._module import exchange
 from manualprop.verify._numeric import Evaluate, flat, noise
+from manualprop.verify._random import generator, normal
 
 
 class BadUse(Exception):
@@ -24,6 +25,10 @@ class BadUse(Exception):
 
     def __str__(self) -> str:
         return str(self.args[1])
+
+
+class OutsideDomain(ValueError):
+    """The case's author says that the function is not asked there."""
 
 
 class Point(NamedTuple):
@@ -49,18 +54,25 @@ class Subject:
         random: whether its forward draws random numbers.
     """
 
+    settled = False  # whether its dtype is decided
+    note = ""  # in which dtype it is judged, where that is not float64
+
     whole = 96  # entries of a tensor up to which each is a direction of its own in numerical differentiation
 
     def __init__(self, case: Case, dtype: torch.dtype | None = torch.float64) -> None:
         self.case = case
         self.fn = case.fn
         self.module = case.fn if isinstance(case.fn, torch.nn.Module) else None
+        self._exchange = exchange(self.module) if self.module is not None else None
         self.dtype = dtype
         self._leaves, self._spec = tree_flatten((tuple(case.args), dict(case.kwargs)))
         self._relative_noise = 0.0  # of the outputs, inherited by other sizes
+        self._largest = 0.0  # output, inherited by other sizes
         self._not_leaf = False  # hand over non-leaf tensors, to a function that writes into its input
         self._through: torch.dtype | None = None  # to which what is not differentiated is rounded first
+        self._unique: frozenset[int] = frozenset()  # leaves whose integers are found never to repeat
         self._as_is: frozenset[int] = frozenset()  # leaves handed over without a copy: their layout matters
+        self._shared: dict[str, Any] = {}  # what every copy of this subject knows, found once
         self._points = list(self._find_points())
         self.points = [p.tensor for p in self._points]
         self.names = [p.name for p in self._points]
@@ -73,13 +85,28 @@ class Subject:
         wanted = [(i, t) for i, t in floating if t.requires_grad]
         if self.module is not None and not wanted:
             wanted = floating
-        names = _argument_names(self.case)
+        names = argument_names(self.case)
         for i, t in wanted:
             yield self._point(names[i], i, t)
         if self.module is not None:
-            for name, p in self.module.named_parameters():
+            for name, p in self.own_parameters().items():
                 if p.requires_grad and (p.is_floating_point() or p.is_complex()):
                     yield self._point(name, name, p)
+
+    def own_parameters(self) -> dict[str, Tensor]:
+        """A module's, as it came; empty without one."""
+        found = self._exchange
+        return {} if found is None else {n: t for n, t in found.own.items() if n in found.parameters}
+
+    def own_buffers(self) -> dict[str, Tensor]:
+        """A module's, as it came; empty without one."""
+        found = self._exchange
+        return {} if found is None else {n: t for n, t in found.own.items() if n not in found.parameters}
+
+    def restore(self) -> None:
+        """Give a module its own parameters and buffers back."""
+        if self._exchange is not None:
+            self._exchange.restore()
 
     def _point(self, name: str, slot: int | str, t: Tensor) -> Point:
         t = t.detach()
@@ -101,7 +128,14 @@ class Subject:
 
         It does not touch the random generator, so that it can be traced, batched and compiled.
         """
-        return floating(self.raw(*points))
+        return self.kept(self.raw(*points))
+
+    def kept(self, result: Any) -> tuple[Tensor, ...]:
+        """The floating tensors in what a call has returned."""
+        outputs = floating(result)
+        if self._exchange is not None and not torch.compiler.is_compiling():
+            self._exchange.remember(outputs)
+        return outputs
 
     def __call__(self, *points: Tensor) -> tuple[Tensor, ...]:
         """:meth:`function`, with the random generator at the same place each time."""
@@ -122,8 +156,8 @@ class Subject:
 
     def called(self, args: tuple[Any, ...], kwargs: dict[str, Any], state: dict[str, Tensor]) -> Any:
         """What the callable returns for what :meth:`arguments` made."""
-        if self.module is not None:
-            return functional_call(self.module, state, args, kwargs)
+        if self._exchange is not None:
+            return self._exchange.call(state, args, kwargs)
         return self.fn(*args, **kwargs)
 
     def arguments(self, *points: Tensor) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Tensor]]:
@@ -132,10 +166,8 @@ class Subject:
             self._cast(t.detach()).clone() if isinstance(t, Tensor) and i not in self._as_is else t
             for i, t in enumerate(self._leaves)
         ]
-        state: dict[str, Tensor] = {}
-        if self.module is not None:
-            named = (*self.module.named_parameters(), *self.module.named_buffers())
-            state = {name: self._cast(t.detach()).clone() for name, t in named}
+        own = self._exchange.own if self._exchange is not None else {}
+        state = {name: self._cast(t.detach()).clone() for name, t in own.items()}
         for p, value in zip(self._points, points, strict=True):
             value = torch.view_as_complex(value) if p.complex else value
             if self._not_leaf and not p.complex:
@@ -151,7 +183,7 @@ class Subject:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], state: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Every tensor of what :meth:`arguments` made, by its name."""
-        leaves = zip(_argument_names(self.case), tree_leaves((args, kwargs)), strict=True)
+        leaves = zip(argument_names(self.case), tree_leaves((args, kwargs)), strict=True)
         return {name: t for name, t in leaves if isinstance(t, Tensor)} | state
 
     def at(
@@ -171,9 +203,25 @@ class Subject:
         """The vector-Jacobian product by the function's own backward: one gradient for each point, or None."""
         leaves = self.at(points, subset)
         outputs = self(*leaves)
-        return self.pull_back(
-            outputs, leaves, self.cotangents_for(outputs) if cotangents is None else cotangents
-        )
+        v = self.cotangents_for(outputs) if cotangents is None else cotangents
+        return self.pull_back(outputs, leaves, [copied(c) for c in v])
+
+    @property
+    def nonlinear(self) -> bool:
+        """Whether its author has accepted that backward is not linear in grad_output: it clips, or adds a penalty."""
+        return "linearity" in self.case.accept
+
+    def linear_part(
+        self, cotangents: Sequence[Tensor | None], points: Sequence[Tensor] | None = None
+    ) -> list[Tensor | None]:
+        """The gradients as differences can know them: of a backward that is not linear, what it is for a small
+        grad_output, without what it gives for none."""
+        if not self.nonlinear:
+            return self.gradients(points, cotangents)
+        h = 2.0**-20
+        some = self.gradients(points, [None if c is None else h * c for c in cotangents])
+        none = self.gradients(points, [None if c is None else 0 * c for c in cotangents])
+        return [a if a is None or b is None else (a - b) / h for a, b in zip(some, none, strict=True)]
 
     def pull_back(
         self,
@@ -187,6 +235,8 @@ class Subject:
             (y, v) for y, v in zip(outputs, cotangents, strict=True) if y.requires_grad and v is not None
         ]
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        if self._exchange is not None:
+            self._exchange.recall(outputs)
         if not pairs:
             return [None] * len(leaves)
         found = iter(
@@ -202,28 +252,87 @@ class Subject:
 
     def random_like(self, tensors: Sequence[Tensor], seed: int) -> list[Tensor]:
         """Standard normal numbers in the shapes of ``tensors``, without touching the global generator."""
-        generator = torch.Generator().manual_seed(self.case.seed * 1000 + seed)
-        return [
-            torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device, t.dtype)
-            for t in tensors
-        ]
+        source = generator("like", self.case.seed, seed)
+        return [normal(t.shape, source).to(t.device, t.dtype) for t in tensors]
+
+    # ----- where it may be asked -----
+
+    def allowed(self, points: Sequence[Tensor]) -> list[Tensor]:
+        """The nearest points at which the case's author lets the function be asked.
+
+        Raises:
+            OutsideDomain: if ``domain`` says no even there.
+        """
+        points = [self._projected(p, value) for p, value in zip(self._points, points, strict=True)]
+        domain = self.case.domain
+        if domain is not None:
+            args, kwargs, _ = self.arguments(*[p.detach() for p in points])
+            if not domain(*args, **kwargs):
+                raise OutsideDomain(f"{self.case.name}: domain says no")
+        return points
+
+    def _projected(self, p: Point, value: Tensor) -> Tensor:
+        project = self.case.project
+        if isinstance(project, Mapping):
+            project = project.get(p.name)
+        elif isinstance(p.slot, str):
+            project = None  # a module's parameters are not its arguments
+        if project is None:
+            return value
+        near = project(torch.view_as_complex(value.detach()) if p.complex else value.detach().clone())
+        return torch.view_as_real(near.resolve_conj()) if p.complex else near.to(value.dtype)
+
+    @property
+    def projects(self) -> bool:
+        """Whether some points may not be moved freely."""
+        return self.case.project is not None
+
+    def tangent(self, i: int, direction: Tensor) -> Tensor:
+        """The direction in which point ``i`` moves if it goes in ``direction`` and is projected."""
+        if not self.projects:
+            return direction
+        p, h = self.points[i], 1e-5
+        here = self._projected(self._points[i], p)
+        there, back = (self._projected(self._points[i], p + side * h * direction) for side in (1, -1))
+        if not bool(((there - here) - (here - back)).abs().max() <= 1e-3 * h * direction.abs().max()):
+            return torch.zeros_like(direction)  # at the border of what is allowed one goes one way only
+        return (there - back) / (2 * h)
 
     def along(self, directions: Sequence[Tensor | None], points: Sequence[Tensor] | None = None) -> Evaluate:
-        """The outputs in one vector, as a function of the distance gone from ``points`` in ``directions``."""
+        """The outputs in one vector, as a function of the distance gone from ``points`` in ``directions``.
+
+        Of the surrogate where there is one: it is what backward is held against.
+        """
         points = self.points if points is None else points
 
         def evaluate(t: float) -> Tensor:
             moved = [p.clone() if d is None else p + t * d for p, d in zip(points, directions, strict=True)]
+            if self.case.domain is not None or self.projects:
+                moved = self.allowed(moved)
             with torch.no_grad():
-                return flat(self(*moved))
+                return flat(self.meant(*moved))
 
         return evaluate
+
+    def meant(self, *points: Tensor) -> tuple[Tensor, ...]:
+        """The outputs of what backward is meant to be the gradient of: the surrogate, or the function itself."""
+        surrogate = self.case.surrogate
+        if surrogate is None:
+            return self(*points)
+        self.reseed()
+        args, kwargs, _ = self.arguments(*points)
+        return floating(surrogate(*args, **kwargs))
 
     # ----- the plain run -----
 
     @functools.cached_property
     def outputs(self) -> list[Tensor]:
         return [y.detach() for y in self(*self.at())]
+
+    @property
+    def output_names(self) -> list[str]:
+        """What to call each floating output."""
+        return [f"output {k}" for k in range(len(self.outputs))]
 
     @property
     def cotangents(self) -> list[Tensor]:
@@ -238,10 +347,41 @@ class Subject:
         """Which outputs require grad in the plain run: others may be marked as not differentiable."""
         return [y.requires_grad for y in self(*self.at())]
 
-    @functools.cached_property
+    @property
     def plain(self) -> list[Tensor | None]:
         """The gradients of the plain run: contiguous, in ``dtype``, every point requiring grad."""
-        return self.gradients()
+        if "plain" not in self._shared:
+            self._shared["plain"] = self.gradients()
+        return [None if g is None else g.clone() for g in self._shared["plain"]]
+
+    @property
+    def roughness(self) -> list[float]:
+        """How uncertain each plain gradient is, in absolute terms: what rounding does to these very numbers.
+
+        Backward is linear, so that a grad_output three times as large gives three times as much, to rounding.  That
+        of terms that cancel shows too.
+        """
+        if "roughness" not in self._shared:
+            self._shared["roughness"] = self._roughness()
+        found: list[float] = self._shared["roughness"]
+        return found
+
+    def _roughness(self) -> list[float]:
+        v = self.cotangents
+        largest = max((c.abs().max().item() for c in v if c.numel()), default=0.0)
+        worst = [8 * torch.finfo(p.dtype).eps * largest for p in self.points]
+        for k in (3.0, 5.0, 7.0):
+            try:
+                scaled = self.gradients(cotangents=[k * c for c in v])
+            except Exception:  # whatever the checked code raises: linearity tells
+                continue
+            for i, (a, b) in enumerate(zip(scaled, self.plain, strict=True)):
+                if a is not None and b is not None and a.numel():
+                    off = (a / k - b).abs().nan_to_num(0, 0, 0).max().item()
+                    scale = b.abs().nan_to_num(0, 0, 0).max().item()
+                    # What is not linear is no rounding, and must not be excused as such.
+                    worst[i] = max(worst[i], min(off, max(1e-6 * scale, 1e-12 * largest)))
+        return worst
 
     @functools.cached_property
     def noise(self) -> float:
@@ -251,7 +391,10 @@ class Subject:
             aside = [
                 p + 0.01 * d for p, d in zip(self.points, self.random_like(self.points, seed), strict=True)
             ]
-            found.append(noise(self.along(self.random_like(self.points, seed + 10), aside)))
+            try:
+                found.append(noise(self.along(self.random_like(self.points, seed + 10), self.allowed(aside))))
+            except Exception:  # whatever the checked code raises: not defined there
+                found.append(noise(self.along(self.random_like(self.points, seed + 10))))
         return sorted(found)[1]
 
     @functools.cached_property
@@ -307,8 +450,9 @@ class Subject:
             through: a dtype that this is rounded to before.
         """
         other = object.__new__(Subject)
-        forgotten = ("outputs", "_drawn", "plain", "noise", "precision")
+        forgotten = ("outputs", "_drawn", "noise", "precision", "recorded")
         other.__dict__.update({k: v for k, v in self.__dict__.items() if k not in forgotten})
+        other._shared = {}
         other.points = list(points)
         other._points = [p._replace(tensor=t) for p, t in zip(self._points, points, strict=True)]
         if others:
@@ -316,6 +460,15 @@ class Subject:
             other._as_is = self._as_is | frozenset(others) if as_is else self._as_is
         other.dtype = dtype or self.dtype
         other._through = through or self._through
+        return other
+
+    def fresh(self) -> Subject:
+        """A copy that shares no tensor with this one, so that one probe leaves nothing to the next."""
+        other = self.with_points([p.clone() for p in self.points])
+        for name in ("noise", "precision", "recorded", "random", "functions"):
+            if name in self.__dict__:
+                other.__dict__[name] = self.__dict__[name]
+        other._shared = self._shared
         return other
 
     def others(self) -> dict[int, Tensor]:
@@ -327,10 +480,16 @@ class Subject:
             if isinstance(t, Tensor) and i not in taken
         }
 
-    def numbers(self) -> list[float]:
-        """Plain numbers among the arguments and a module's attributes: thresholds, slopes, margins."""
-        attributes = list(vars(self.module).values()) if self.module is not None else []
-        return [float(v) for v in [*self._leaves, *attributes] if type(v) in (int, float)]
+    def name_of_leaf(self, i: int) -> str:
+        """The name of an argument by its place among the leaves of (args, kwargs)."""
+        return argument_names(self.case)[i]
+
+
+def copied(t: Tensor | None) -> Tensor | None:
+    """A copy that a backward may write into, in the layout of ``t``: an expanded tensor stays expanded."""
+    if t is None or 0 in t.stride() or t.layout != torch.strided:
+        return t
+    return t.clone()
 
 
 def is_float(t: Any) -> bool:
@@ -346,9 +505,9 @@ def _real(t: Tensor) -> Tensor:
     return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
 
 
-def _argument_names(case: Case) -> list[str]:
+def argument_names(case: Case) -> list[str]:
     """A name for each leaf of (args, kwargs): the parameter's name where it can be known."""
-    positional = _parameter_names(case.fn)
+    positional = parameter_names(case.fn)
     names: list[str] = []
     for i, a in enumerate(case.args):
         base = positional[i] if i < len(positional) else f"args[{i}]"
@@ -362,7 +521,7 @@ def _numbered(base: str, count: int) -> list[str]:
     return [base] if count == 1 else [f"{base}[{j}]" for j in range(count)]
 
 
-def _parameter_names(fn: Callable[..., Any]) -> list[str]:
+def parameter_names(fn: Callable[..., Any]) -> list[str]:
     import inspect
 
     owner = getattr(fn, "__self__", None)
@@ -378,67 +537,3 @@ def _parameter_names(fn: Callable[..., Any]) -> list[str]:
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     has_ctx = target is not fn and names[:1] == ["ctx"]
     return names[1:] if has_ctx else names
-
-
-def ready(case: Case) -> Subject:
-    """A subject that runs: in float64 if the function takes it, otherwise in the dtypes that were given.
-
-    Raises:
-        BadUse: if nothing can be shown with these inputs.
-    """
-    given = Subject(case, None)
-    _refuse_bad_input(given)
-    subject = Subject(case)
-    try:
-        _settle(subject)
-    except BadUse:
-        raise
-    except Exception:  # whatever the checked code raises
-        subject = given
-        _settle(subject)  # raises what is wrong with the function at its own inputs
-    _refuse_chance(subject)
-    return subject
-
-
-def _settle(subject: Subject) -> None:
-    """Run once, forward and backward, and learn how the function wants to be called."""
-    try:
-        outputs = subject(*subject.at())
-    except RuntimeError as error:
-        if "a leaf Variable that requires grad" not in str(error):
-            raise
-        subject._not_leaf = True
-        outputs = subject(*subject.at())
-    if not outputs:
-        result = subject.raw(*subject.at())
-        raise BadUse(
-            TypeError,
-            f"check: {subject.case.name} must return a floating tensor, or a nest of them. Got {type(result).__name__}.",
-        )
-
-
-def _refuse_bad_input(subject: Subject) -> None:
-    if subject.points:
-        return
-    tensors = [t for t in subject._leaves if isinstance(t, Tensor)]
-    given = ", ".join(f"{t.dtype} {list(t.shape)}" for t in tensors) or "no tensor"
-    if tensors and not any(is_float(t) for t in tensors):
-        text = f"only floating inputs have gradients. Got {given}. Give floating tensors that require grad."
-    else:
-        text = (
-            f"no input requires a gradient. Got {given}. Call requires_grad_() on those to be differentiated."
-        )
-    raise BadUse(ValueError, f"check: {subject.case.name}: {text}")
-
-
-def _refuse_chance(subject: Subject) -> None:
-    first, second = ([y.detach() for y in subject(*subject.at())] for _ in range(2))
-    for i, (a, b) in enumerate(zip(first, second, strict=True)):
-        if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-10, atol=1e-12, equal_nan=True):
-            distance = f"differ by {(a - b).abs().max():.2g}" if a.shape == b.shape else "differ in shape"
-            raise BadUse(
-                ValueError,
-                f"check: {subject.case.name} must give the same output for the same input and seed. Two runs from "
-                f"torch.manual_seed({subject.case.seed}) {distance} in output {i}. Draw random numbers from torch's "
-                "default generator, or check with the randomness off.",
-            )

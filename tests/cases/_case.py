@@ -18,23 +18,23 @@ class Case:
     """One configuration of one function of :mod:`manualprop.functional`.
 
     - ``name``        the function's name, ours and torch's.
-    - ``reference``   what torch does instead, where it has no function of that name: a composition of others.
-    - ``arguments``   makes the positional arguments afresh, in float64; a tensor that is to be differentiated
-                      requires a gradient.  Use :func:`real`.
+    - ``reference``   what torch does instead, if it has no function of that name: a composition of others.
+    - ``arguments``   makes new positional arguments, in float64; a tensor to be differentiated requires a
+                      gradient.  Use :func:`real`.
     - ``kwargs``      keyword arguments.
     - ``elementwise`` y = f(x) of one tensor: unlocks the tests of kinks, special values, sizes and layouts.
     - ``kinks``       {x: the derivative we choose there}.
     - ``keeps``       what backward may keep: indices of arguments, or ``"output"``.
-    - ``keeps_new``   bytes (in float64) of further tensors that backward may keep.
-    - ``label``       what tells two rows of the same function apart, where ``kwargs`` do not.
+    - ``keeps_new``   bytes (in float64) of more tensors that backward may keep.
+    - ``label``       tells two rows of the same function apart, if ``kwargs`` do not.
     - ``by_name``     names of the last arguments, which are then given by keyword.
-    - ``edges``       further arguments, as ``arguments``, for which the value is finite though an input is infinite,
-                      or at the edge of what it may be.
-    - ``another_form`` why our value is computed another way than torch's, or summed in another order: it is then torch's to
-                      some units in the last place, and not to the bit.
-    - ``exact``       f in as many digits as mpmath has: the page of accuracy is made of the rows that state it, or say
-                      in words why there is nothing to measure.
-    - ``random``      draws random numbers: every call is preceded by the same seed.
+    - ``edges``       more arguments, like ``arguments``, where an input is infinite or at the edge of its
+                      range but the value is finite.
+    - ``another_form`` the reason why our value is computed in another way or order than torch's.  It then
+                      equals torch's within some units in the last place, not to the bit.
+    - ``exact``       f in as many digits as mpmath has, for the page of accuracy; or, in words, why there is
+                      nothing to measure.
+    - ``random``      whether it draws random numbers: the same seed is set before every call.
     - ``except_for``  {property: reason}: tests that cannot hold for this row, named by their function.
     """
 
@@ -70,7 +70,7 @@ class Case:
         if self.random:
             torch.manual_seed(5)
         kwargs = {k: _like(v, arguments) for k, v in self.kwargs.items()}
-        if kwargs.get("inplace"):  # what is overwritten must not be a leaf
+        if kwargs.get("inplace"):  # a leaf cannot be overwritten
             arguments = (arguments[0].clone(), *arguments[1:])
         count = len(arguments) - len(self.by_name)
         return function(
@@ -82,7 +82,7 @@ class Case:
         return "inplace" in inspect.signature(getattr(F, self.name)).parameters
 
     def made(self, dtype: torch.dtype = torch.float64, grad: bool = True) -> tuple[Any, ...]:
-        """Fresh arguments whose floating tensors have the given dtype."""
+        """New arguments whose floating tensors have the given dtype."""
         return self.cast(self.arguments(), dtype, grad)
 
     def cast(self, arguments: tuple[Any, ...], dtype: torch.dtype, grad: bool = True) -> tuple[Any, ...]:
@@ -95,10 +95,10 @@ class Case:
 
 
 def in_place(case: Case) -> Case:
-    """The row of the in-place form; its reference is torch's ordinary one, as torch refuses some gradients in place."""
+    """The row of the in-place form; its reference is torch's ordinary form: its in-place one may raise."""
     torchs = case.reference or getattr(torch_F, case.name)
     (x, *_) = case.made()
-    keeps_input = 0 in case.keeps  # which is overwritten: in place, a copy is kept
+    keeps_input = 0 in case.keeps  # the input is overwritten, so a copy is kept
     return replace(
         case,
         kwargs=case.kwargs | {"inplace": True},
@@ -127,7 +127,7 @@ def _cast(a: Any, dtype: torch.dtype, grad: bool) -> Any:
 
 
 def _like(value: Any, arguments: tuple[Any, ...]) -> Any:
-    """A tensor option (class weights, say) in the dtype of the arguments; others as they are."""
+    """A tensor option, such as class weights, in the dtype of the arguments; other options as they are."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
     dtypes = [a.dtype for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]

@@ -1,8 +1,9 @@
-"""How a formula runs.  Nothing here knows any mathematics, and no rule knows any of this.
+"""How a formula runs.  Nothing here knows the mathematics of a rule, and no rule knows how it runs.
 
-``_formula.py`` decides, ``_program.py`` makes the program for eager mode by the spellings of ``_lowering.py``,
-``_kernels.py`` the compiled kernel.  ``_words.py`` has the few words that formulas use beside torch's;
-``_normalisation.py`` and ``_classes.py`` have the kernels of ATen for values that are its own.
+``_formula.py`` decides.  ``_program.py`` makes the program for eager mode, with the faster forms of
+``_lowering.py``; ``_kernels.py`` makes the compiled kernel.  ``_words.py`` has the few functions that
+formulas use in addition to torch's.  ``_normalisation.py`` and ``_classes.py`` call the ATen kernels that
+compute a value directly.
 """
 
 from manualprop.functions._execution._formula import FORMULAS as FORMULAS
@@ -15,6 +16,7 @@ from manualprop.functions._execution._formula import plain_eager as plain_eager
 from manualprop.functions._execution._formula import read_legend as read_legend
 from manualprop.functions._execution._formula import recorded as recorded
 from manualprop.functions._execution._formula import watched as watched
+from manualprop.functions._execution._formula import written_over as written_over
 from manualprop.functions._execution._words import chosen as chosen
 from manualprop.functions._execution._words import decay as decay
 from manualprop.functions._execution._words import erfc as erfc

@@ -1,4 +1,4 @@
-"""Eight yes-or-no numbers to a byte: what is kept of a mask.
+"""Masks are kept packed, eight elements to a byte.
 
 Symbols
     k      numbers that are 0 or 1, as bytes          bits   the same, eight to a byte
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from manualprop._torch import transforms_active
 
-# Eight planes of equal length, one after the other: bit i of byte j is number j of plane i.  So a whole plane is
-# shifted at once, eight bytes of it as one integer: they are 0 or 1, and a shift by up to 7 stays in its byte.
+# Eight planes of equal length, one after the other: bit i of byte j is number j of plane i.  A whole plane is
+# shifted at once, eight bytes as one integer: each byte is 0 or 1, so a shift by up to 7 stays in its byte.
 PLANES = 8
 LOWEST = 0x0101010101010101  # the lowest bit of each of eight bytes
 
 
 def pack(k: Tensor) -> Tensor:
-    """The elements of ``k``, bytes that are 0 or 1, eight to a byte."""
+    """Pack ``k``, whose bytes are 0 or 1, eight elements to a byte."""
     k = k.reshape(-1)
     if k.numel() % PLANES:
         k = F.pad(k, (0, -k.numel() % PLANES))
@@ -28,7 +28,7 @@ def pack(k: Tensor) -> Tensor:
 
 
 def unpack(bits: Tensor, shape: torch.Size) -> Tensor:
-    """What :func:`pack` packed."""
+    """The inverse of :func:`pack`."""
     integers = _as_integers(bits)
     planes = integers >> _shifts(integers)  # (n,) (8, 1) -> (8, n)
     planes &= LOWEST if planes.dtype == torch.int64 else 1
@@ -36,10 +36,10 @@ def unpack(bits: Tensor, shape: torch.Size) -> Tensor:
 
 
 def keep_bits(ctx: Any, k: Tensor) -> Tensor:
-    """``k`` packed in the order in which it is stored; its shape and this order go into the context.
+    """``k`` packed in memory order; the context keeps its shape and this order.
 
-    As it is where the compiler watches: its kernels read one byte per element as they go, where bits would be
-    gathered from eight of them and spread over eight in kernels of their own.
+    Under the compiler ``k`` stays as bytes: compiled kernels read a byte on the way, while packing and
+    unpacking would be extra kernels.
     """
     ctx.packed = not torch.compiler.is_compiling()
     if not ctx.packed:
@@ -53,7 +53,7 @@ def keep_bits(ctx: Any, k: Tensor) -> Tensor:
 
 
 def kept_bytes(ctx: Any, bits: Tensor) -> Tensor:
-    """What :func:`keep_bits` kept."""
+    """The mask that :func:`keep_bits` kept."""
     if not ctx.packed:
         return bits
     k = unpack(bits, ctx.k_shape)
@@ -61,7 +61,7 @@ def kept_bytes(ctx: Any, bits: Tensor) -> Tensor:
 
 
 def _as_integers(k: Tensor) -> Tensor:
-    """Eight bytes read as one integer, or the bytes where that cannot be: in transforms, and of fake tensors."""
+    """Eight bytes as one integer; the bytes themselves in transforms, for fake tensors and odd lengths."""
     whole = k.numel() > 0 and k.shape[-1] % 8 == 0 and k.storage_offset() % 8 == 0
     return k.view(torch.int64) if whole and not _watched() and type(k) is Tensor else k
 

@@ -1,4 +1,4 @@
-"""For an algorithm whose chunks are its mathematics: how many rows a chunk has, and in which memory its logits lie."""
+"""For rules that are computed in chunks of rows: the size of a chunk, and the memory of its logits."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -11,12 +11,12 @@ from torch import Tensor
 from manualprop._torch import any_autocast
 from manualprop.functions._execution._formula import HALF, full, watched
 
-ROWS = 256  # of a chunk at least: with fewer, adding up dW takes longer than making it
-LOGITS = 2**22  # of a chunk, where the rows are short
+ROWS = 256  # the fewest rows of a chunk: with fewer, adding dW up takes longer than making it
+LOGITS = 2**22  # logits of a chunk with short rows
 
 
 def rows_of_a_chunk(C: int) -> int:
-    """How many rows of C logits a chunk has."""
+    """The number of rows of C logits in a chunk."""
     return max(ROWS, LOGITS // max(C, 1))
 
 
@@ -25,8 +25,8 @@ def logits_in_chunks(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Each chunk of rows and its x W^T + b, (n, D) (D, C) + (C,) -> (n, C), in full precision.
 
-    The next chunk overwrites the last, unless somebody watches one of the tensors: fresh memory costs a page fault
-    every 4 KB, a tenth of the time.
+    Each chunk overwrites the last, unless something traces one of the tensors.  New memory would cost a page
+    fault every 4 KB: a tenth of the time.
     """
     N = x.shape[0]
     room = None
@@ -46,7 +46,7 @@ def _logits(x: Tensor, W: Tensor, b: Tensor | None, room: Tensor | None) -> Tens
 
 
 def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
-    """Sums are in full precision, in an autocast region too."""
+    """A context in which sums are in full precision, also under autocast."""
     device = t.device.type
     if any_autocast() and torch.amp.is_autocast_available(device):
         return torch.autocast(device, enabled=False)

@@ -75,7 +75,7 @@ def cross_entropy(x: Tensor, t: Tensor, w: Tensor | None, ignored: int, e: float
             return reduced(cross_entropy_loss(x, t, w, 0, ignored, e), t, w, ignored, reduction)
         loss: Tensor = cross_entropy_loss(x, t, w, number, ignored, e)
         return loss
-    n = rows_of_a_chunk(x, t)
+    n = rows_to_lift(x, t)
     if n == len(x):
         return cross_entropy(x.float(), full(t), _lifted(w, x), ignored, e, reduction)
     parts = (
@@ -110,7 +110,7 @@ def reduced(l: Tensor, t: Tensor, w: Tensor | None, ignored: int, reduction: str
     return over(l.sum(), divisor(t, w, counted, l.dtype))
 
 
-def rows_of_a_chunk(x: Tensor, t: Tensor) -> int:
+def rows_to_lift(x: Tensor, t: Tensor) -> int:
     """How many rows of x (N, C, ...) and t (N, ...) a chunk has: all of them, unless they are large."""
     N = len(x)
     if x.numel() < _formula.LARGE or x.dim() < 2 or len(t) != N or not x.is_cpu or watched((x, t)):
@@ -241,7 +241,7 @@ def classwise(legend: str, lift: bool = True) -> Callable[[Callable[..., Any]], 
     return marked
 
 
-def rows(x: Tensor, *each: Any) -> tuple[Any, ...]:
+def in_rows(x: Tensor, *each: Any) -> tuple[Any, ...]:
     """``x`` as (N, C) or (N, C, L); with an axis of length 1 for its classes what has one number for each example.
 
     Further axes are not flattened for the compiler, which shares the maximum and the sum of exp x with the forward pass.

@@ -1,14 +1,14 @@
-"""How a formula runs: the one place where this is decided, for all rules.
+"""Decides how a formula runs, for all rules.
 
 A rule states its mathematics as plain functions of tensors, marked with :func:`formula`.  A call runs
 
-- the function as it is written, where somebody watches each step: while a gradient is recorded, under
-  ``torch.func`` and forward mode, within :func:`torch.compile`, for tensor subclasses;
-- else a program made of it once (``_program.py``): the same steps with fewer passes over the memory;
-- on large tensors that program chunk by chunk, so that what it makes on its way stays in the cache, or one kernel
+- the function as written, if something traces each step: in grad mode, under ``torch.func`` and forward mode,
+  within :func:`torch.compile`, for tensor subclasses;
+- else a program (``_program.py``), made once from the function: the same steps with fewer passes over memory;
+- for large tensors that program chunk by chunk, so that intermediate results stay in the cache, or one kernel
   compiled by inductor (``_kernels.py``).
 
-In half precision all of these compute in float32 and round each result once, unless a formula asks not to.
+For half-precision tensors all of these compute in float32 and round each result once, unless ``lift`` is off.
 """
 
 import functools
@@ -30,18 +30,19 @@ HALF = frozenset({torch.float16, torch.bfloat16})
 ORDINARY = frozenset({Tensor, torch.nn.Parameter})
 LARGE = (
     2**18
-)  # elements from which chunks and kernels pay: a chunk takes 10 us of Python, a kernel 70 us to start
-CHUNK = 2**17  # elements of a chunk, for each thread: it and what is made of it stay in a core's cache
-STEPS = 3  # of a program that leaves something in the cache from step to step
-SIZES = (11, 13, 17, 19, 23)  # of the axes of samples: no two alike
-MOST = 512  # programs of one formula; then it begins anew
+)  # from this many elements a compiled kernel pays: it takes 70 us to start.  Below, programs run whole
+CHUNK = 2**17  # elements of a chunk for each thread: a chunk and its intermediate results fit a core's cache
+FEWEST = 8  # fewer chunks than this fit the larger caches whole; a chunk takes 10 us of Python
+STEPS = 3  # shorter programs gain nothing from chunks
+SIZES = (11, 13, 17, 19, 23)  # lengths of the axes of samples: all different
+MOST = 512  # programs kept for one formula; then all are dropped
 
 Formula = Callable[..., Any]
-FORMULAS: list["Runner"] = []  # every formula, in the order in which they were marked
+FORMULAS: list["Runner"] = []  # every formula, in the order of definition
 
 
 class Legend(NamedTuple):
-    """The shapes of a formula's tensors, in letters; ``N`` is the axis along which it works chunk by chunk."""
+    """The shapes of a formula's tensors, in letters; ``N`` is the axis that is split into chunks."""
 
     names: tuple[str, ...]
     shapes: tuple[tuple[str, ...], ...]
@@ -56,7 +57,7 @@ class Legend(NamedTuple):
     def samples(self, dtypes: Sequence[torch.dtype | None]) -> list[Tensor | None]:
         """A small tensor for each argument.
 
-        Not one without data, on the device "meta": its kernels load the compiler, which takes seconds.
+        Not on the device "meta": its kernels load the compiler, which takes seconds.
         """
         letters = dict.fromkeys(letter for shape in self.shapes for letter in shape if letter != "1")
         sizes = {"1": 1} | dict(zip(letters, SIZES, strict=False))
@@ -82,9 +83,9 @@ def formula(legend: str, lift: bool = True) -> Callable[[Formula], "Runner"]:
     """Mark a function of tensors, then of numbers, as a formula.
 
     Args:
-        legend: the shapes of the tensors and what the results are like, as in ``"g (N, D), W (D) -> dx like g"``.
-            A result that is like a tensor is rounded to its precision; one with a shape of its own stays in full
-            precision, and of one without an axis ``N`` the chunks are added up.
+        legend: the shapes of the tensors and of the results, as in ``"g (N, D), W (D) -> dx like g"``.
+            A result that is like a tensor gets its shape and dtype.  A result with its own shape stays in
+            full precision; if it has no axis ``N``, the results of the chunks are added up.
         lift: whether half precision is computed in float32.
     """
 
@@ -97,7 +98,7 @@ def formula(legend: str, lift: bool = True) -> Callable[[Formula], "Runner"]:
 
 
 def recorded(apply: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-    """``plain``, or ``apply``, which a tape records, where somebody will differentiate the result."""
+    """A function that calls ``apply``, which is recorded, in grad mode, and ``plain`` otherwise."""
 
     def either(*arguments: Any) -> Any:
         return apply(*arguments) if torch.is_grad_enabled() else plain(*arguments)
@@ -110,8 +111,24 @@ def full(t: Tensor) -> Tensor:
     return t.float() if t.dtype in HALF else t
 
 
+def written_over(function: Formula, x: Tensor, *numbers: Any) -> Tensor:
+    """Write ``function(x, *numbers)`` into ``x`` and return it; one pass if ATen has this step in place."""
+    run = _one_step_over(function, x.dtype, numbers)
+    return x.copy_(function(x, *numbers)) if run is None else run(x)
+
+
+@functools.lru_cache(maxsize=MOST)
+def _one_step_over(
+    function: Formula, dtype: torch.dtype, numbers: tuple[Any, ...]
+) -> Callable[..., Any] | None:
+    """``function`` as a program that overwrites x, if it is one step: several may round differently."""
+    sample = torch.zeros(SIZES[0], dtype=dtype, device="cpu")
+    made = make(lambda x: function(x, *numbers), [sample], frozenset({0}))
+    return made.run if made.steps == 1 and made.run(sample) is sample else None
+
+
 class Runner:
-    """Runs one formula: a function of the same arguments."""
+    """Runs one formula; takes the same arguments."""
 
     def __init__(self, function: Formula, legend: Legend, lift: bool) -> None:
         functools.update_wrapper(self, function)
@@ -124,9 +141,9 @@ class Runner:
         """The results.
 
         Args:
-            arguments: the tensors, each of which may be None, then the numbers.
-            over: the place of a tensor that may be overwritten.
-            needs: which of the results are needed; the others are None.
+            arguments: the tensors, where None is allowed, then the numbers.
+            over: the index of a tensor that may be overwritten.
+            needs: for each result, whether it is needed; the others are None.
         """
         tensors, numbers = arguments[: self.count], arguments[self.count :]
         dtypes = tuple([None if t is None else t.dtype for t in tensors])
@@ -143,7 +160,7 @@ class Runner:
         dtypes: Sequence[torch.dtype | None],
         needs: tuple[bool, ...] | None = None,
     ) -> Any:
-        """The formula as it is written; half precision is lifted to float32, and each result is rounded once."""
+        """The formula as written; half precision is computed in float32, and each result is rounded once."""
         lift = self.lift and not HALF.isdisjoint(dtypes)
         if not lift and needs is None:
             return self.function(*arguments)
@@ -193,7 +210,7 @@ class Runner:
                 return self.program(tensors, numbers, over, needs).run(*tensors)
             like, *tensors = flat
         if _kernels.backend() == "inductor":
-            results = _kernels.run(self, tensors, numbers, needs)
+            results = _kernels.in_one_kernel(self, tensors, numbers, needs)
         else:
             results = self._in_chunks(self.program(tensors, numbers, over, needs), tensors, over)
         if like is None:
@@ -205,7 +222,7 @@ class Runner:
         first, along = tensors[0], ["N" in shape for shape in self.legend.shapes]
         N = first.shape[0] if along[0] else 1
         rows = max(CHUNK * torch.get_num_threads() * N // first.numel(), 1)
-        if not first.is_cpu or N < 2 * rows or program.steps < STEPS:
+        if not first.is_cpu or N < FEWEST * rows or program.steps < STEPS:
             return program.run(*tensors)
         kinds = [kind for kind, made in zip(self.legend.results, program.made, strict=True) if made]
         wholes = [
@@ -248,7 +265,7 @@ def _several(results: Any) -> tuple[Any, ...]:
 
 
 def watched(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether somebody looks at each step of a formula, so that it must run as it is written."""
+    """Whether something traces each step of a formula (grad mode, a transform, the compiler, a subclass)."""
     if is_grad_enabled() or is_compiling() or transforms_active():
         return True
     if forward_level() >= 0:
@@ -260,12 +277,12 @@ def watched(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def plain_eager() -> bool:
-    """Whether neither a ``torch.func`` transform nor the compiler watches, which may see no number and no kernel."""
+    """Whether no transform or compiler is active: under one, no number is read and no own kernel called."""
     return not (transforms_active() or is_compiling())
 
 
 def flattened(*tensors: Tensor) -> list[Tensor] | None:
-    """A tensor, and one-dimensional views of all in the order of its elements; None where there are none."""
+    """A reference tensor, then flat views of all tensors in its memory order; None if one view is missing."""
     like = next((t for t in tensors if any(t.stride())), tensors[0])
     if not (like.is_contiguous() or like.is_contiguous(memory_format=torch.channels_last)):
         return None
@@ -275,7 +292,7 @@ def flattened(*tensors: Tensor) -> list[Tensor] | None:
             return None
         if t.stride() == like.stride():
             views.append(t.detach().as_strided((t.numel(),), (1,)))
-        elif not any(t.stride()):  # one number, expanded: the gradient of a sum
+        elif not any(t.stride()):  # one expanded number, such as the gradient of a sum
             views.append(t.detach().as_strided((t.numel(),), (0,)))
         else:
             return None

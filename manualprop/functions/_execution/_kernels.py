@@ -1,4 +1,4 @@
-"""The same formulas as one kernel each, which inductor compiles: on large tensors, if :class:`kernels` says so."""
+"""Runs a formula as one kernel compiled by inductor: for large tensors, if :class:`kernels` chose it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,24 +10,24 @@ from manualprop._torch import mark_dynamic
 
 BACKENDS = ("eager", "inductor")
 
-# One for the process, not for the thread: the backward of a CUDA tensor runs in a thread of autograd's own.
+# One for the whole process: the backward of a CUDA tensor runs in one of autograd's threads.
 _backend = "eager"
 _made: dict[tuple[object, ...], Callable[..., Any]] = {}
 
 
 def backend() -> str:
-    """The backend that is chosen."""
+    """The chosen backend."""
     return _backend
 
 
-class kernels:  # used as a function, as torch.set_grad_enabled is
+class kernels:  # used as a function, like torch.set_grad_enabled
     """Choose how the rules run on large tensors in eager mode, from here on or inside a ``with``.
 
-    ``"eager"`` runs a formula operation by operation.  ``"inductor"`` runs the very same formula as one kernel that
-    :func:`torch.compile` makes on its first use (seconds, once for each rule, dtype and device), on CPU and GPU.
-    A forward is one kernel of ATen's anyway, most often the faster one.
-    Under ``torch.func`` transforms and inside ``torch.compile`` the plain formulas run whatever is chosen.  The
-    choice holds for all threads.
+    ``"eager"`` runs a formula operation by operation.  ``"inductor"`` runs the same formula as one kernel, on
+    CPU and GPU.  :func:`torch.compile` makes it on first use, which takes seconds once for each rule, dtype
+    and device.  A forward stays one ATen kernel, which is usually the faster one.
+    Under ``torch.func`` transforms and inside ``torch.compile`` the choice has no effect: the plain formulas
+    run.  The choice holds for all threads.
 
     Args:
         backend: ``"eager"`` or ``"inductor"``.
@@ -56,10 +56,12 @@ class kernels:  # used as a function, as torch.set_grad_enabled is
         _backend = self._before
 
 
-def run(runner: Any, tensors: Sequence[Any], numbers: tuple[Any, ...], needs: tuple[bool, ...] | None) -> Any:
-    """The formula of ``runner`` in one kernel for all lengths of its axis N."""
+def in_one_kernel(
+    runner: Any, tensors: Sequence[Any], numbers: tuple[Any, ...], needs: tuple[bool, ...] | None
+) -> Any:
+    """Run the formula of ``runner`` in one kernel, which serves all lengths of its axis N."""
     dtypes = tuple([None if t is None else t.dtype for t in tensors])
-    # A compiled kernel is made anew in inference mode, and for another device.
+    # Inference mode and each device need their own compiled kernel.
     key = (runner, dtypes, numbers, needs, tensors[0].device, torch.is_inference_mode_enabled())
     kernel = _made.get(key)
     with torch.no_grad():
@@ -77,7 +79,7 @@ def _compiled(formula: Callable[..., Any]) -> Callable[..., Any]:
     def kernel(*tensors: Tensor) -> Any:
         return formula(*tensors)
 
-    # Rules share this function's code, and Dynamo would count their kernels as recompilations of one.
+    # All rules share this function's code; Dynamo would count their kernels as recompilations of one.
     apart = {"isolate_recompiles": True}
     compiled: Callable[..., Any] = torch.compile(  # type: ignore[call-overload]
         kernel, backend="inductor", fullgraph=True, **apart
@@ -89,11 +91,11 @@ def _first_use(kernel: Callable[..., Any], tensors: Sequence[Any], along: Sequen
     try:
         for t, n in zip(tensors, along, strict=True):
             if t is not None and n:
-                # The length alone: dynamic=True would take a formula's constants for variables, too.
+                # Only the length: dynamic=True would turn the formula's constants into variables too.
                 mark_dynamic(t, 0)
         return kernel(*tensors)
     except Exception as error:
-        # What follows the first paragraph is advice on debugging Dynamo.
+        # Keep the first paragraph; the rest is advice on debugging Dynamo.
         reason = " ".join(str(error).partition("\n\n")[0].split())
         raise RuntimeError(
             f"kernels: inductor could not compile a kernel for {tensors[0].device.type}. "

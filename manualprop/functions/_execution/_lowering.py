@@ -1,15 +1,15 @@
-"""Quicker spellings of the steps of a formula, for a program in eager mode.  Each is the same mathematics.
+"""Faster forms of the steps of a formula, for a program in eager mode.  Each is the same mathematics.
 
 ===============================  =======================================================================
 ``a + k b c``                    ``addcmul(a, b, c, value=k)``: one pass, one rounding
 ``a + k b``                      ``add(a, b, alpha=k)``
-``indicator(x > c)``             the comparison written into numbers: ATen compares a vector at a time only into its
-                                 own dtype, and goes by way of booleans 4 to 7 times as slowly
+``indicator(x > c)``             the comparison written into numbers: ATen vectorises a comparison only into
+                                 its own dtype; through booleans it is 4 to 7 times as slow
 ``indicator(p & q)``             the product of the two indicators
 ``k x l``                        ``k l x``: numbers are multiplied once
-``decay(x)``                     ``exp2(x / log 2)``: ATen's works on vectors everywhere, exp only where MKL does
+``decay(x)``                     ``exp2(x / log 2)``: ATen vectorises exp2 everywhere, exp only with MKL
 ``chosen(1[x /= c], g)``         a product of the bits of g with integers 0 and 1
-``chosen(slope, g)``             the product; anew, by choosing, only if there is a NaN in it
+``chosen(slope, g)``             the product; zeros are filled in only if it contains a NaN
 ``1 a``                          ``a``
 ``less_on_class(b, r, t)``         -r added to b at the class t
 ``on_class(r, t, b)``             r written into zeros at the class t
@@ -27,13 +27,13 @@ from torch import Tensor, fx
 from manualprop.functions._execution import _words
 
 LOG2_E = 1 / math.log(2)
-Node = Any  # of torch.fx, which gives the arguments of a node a union of twenty types
+Node = Any  # a torch.fx node: its arguments are typed as a union of twenty types
 PRODUCTS = frozenset({torch.mul, torch.neg, torch.div})
 COMPARISONS = frozenset({torch.gt, torch.ge, torch.lt, torch.le, torch.eq, torch.ne})
 
 
 def lowered(graph: fx.Graph) -> None:
-    """Spell the steps of a traced formula anew, in place."""
+    """Replace the steps of a traced formula by faster forms, in place."""
     for lower in (
         _ones,
         _choices,
@@ -57,7 +57,7 @@ def _replace(node: Node, new: Node) -> None:
 
 
 def _ones(graph: fx.Graph, node: Node) -> None:
-    """1 a, as a formula has it whose factor is 1 without weights."""
+    """Replace 1 a by a: some formulas have a factor that is 1 without weights."""
     if node.target is torch.mul:
         a, b = node.args
         for factor, other in ((a, b), (b, a)):
@@ -90,7 +90,7 @@ def _as_number(graph: fx.Graph, condition: Any, like: Node) -> Node | None:
     if not isinstance(x, fx.Node) or x.meta["value"].dtype != like.meta["value"].dtype:
         return None
     number = graph.call_function(condition.target, condition.args)
-    made = torch.empty_like(like.meta["value"])  # numbers, where the comparison itself makes booleans
+    made = torch.empty_like(like.meta["value"])  # numbers; the comparison alone would give booleans
     number.meta = {"known": made, "value": made}
     return number
 
@@ -123,7 +123,7 @@ def _on_classes(graph: fx.Graph, node: Node) -> None:
 
 
 def put_on_class(r: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """r 1[c = t], written into zeros.  By its bits: ATen's scatter lifts a half-precision tensor and lowers it again."""
+    """r 1[c = t], written into zeros.  Half precision as integers: ATen's scatter would convert to float."""
     d, r = torch.zeros_like(like), r.to(like.dtype).expand_as(t)
     if d.itemsize > 2:
         return d.scatter_(1, t, r)
@@ -175,7 +175,7 @@ def _sums_of_products(graph: fx.Graph, node: Node) -> None:
         k, factors = found
         if (
             k == 0 and len(factors) == 1 and "known" in factors[0].meta
-        ):  # 0 times an indicator, which is finite
+        ):  # 0 times an indicator is 0: it is finite
             node.replace_all_uses_with(base)
             return
         if len(factors) == 2:
@@ -190,7 +190,7 @@ def _sums_of_products(graph: fx.Graph, node: Node) -> None:
 
 
 def _product(node: Any) -> tuple[float, list[Node]] | None:
-    """A number and one or two factors whose product the node is, if it is used once."""
+    """A number and one or two factors whose product is the node; None if the node is used more than once."""
     if not isinstance(node, fx.Node) or len(node.users) != 1:
         return None
     k, factors = _factors(node, True)
@@ -198,10 +198,10 @@ def _product(node: Any) -> tuple[float, list[Node]] | None:
 
 
 def _factors(node: Node, top: bool, any_divisor: bool = False) -> tuple[float, list[Node]]:
-    """A number and the factors that the node is the product of.
+    """A number and the tensors whose product is the node.
 
-    To divide is to multiply only by a power of 2, whose inverse is exact: a mean that cancels against what it was taken
-    of is as exact as its division.
+    A division becomes a product only for a power of 2, whose inverse is exact.  Other divisions stay: a mean
+    is often subtracted from its own elements, and a rounded inverse would show there.
     """
     if node.op == "call_function" and not node.kwargs and (top or len(node.users) == 1):
         if node.target is torch.neg:
@@ -239,14 +239,15 @@ def _numbers(graph: fx.Graph, node: Node) -> None:
 
 # ----- choices -----
 
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a float
-FEW = 2**13  # elements of which ATen chooses as fast as it multiplies
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # the integer type for the bytes of a float
+FEW = 2**13  # below this many elements torch.where is as fast as a product
 
 
 def where_not(x: Tensor, g: Tensor, bound: float, out: Tensor | None = None) -> Tensor:
-    """``g`` where ``x`` is not ``bound``, else 0; a NaN is no bound.  ``x`` may be bytes that are 0 or 1, ``out`` be ``x``.
+    """``g`` where ``x`` is not ``bound``, else 0.  A NaN never equals the bound.
 
-    The bits of g are multiplied by integers 0 and 1: ATen's kernels that choose take 4 to 40 times as long.
+    ``x`` may be bytes 0 and 1; ``out`` may be ``x``.  The bits of g are multiplied by integers 0 and 1:
+    torch.where and masked_fill take 4 to 40 times as long.
     """
     if x.numel() < FEW or not x.is_cpu:
         zero, differs = kept_number(0.0, g.dtype, g.dtype), x != bound if bound else x.bool()
@@ -258,9 +259,7 @@ def where_not(x: Tensor, g: Tensor, bound: float, out: Tensor | None = None) -> 
         k.copy_(x).mul_(g.view(integers))
         return out
     if bound == 0:
-        x = torch.add(
-            x, kept_number(0.0, x.dtype, x.dtype), out=out
-        )  # -0, which has bits of its own, becomes 0
+        x = torch.add(x, kept_number(0.0, x.dtype, x.dtype), out=out)  # -0 has other bits than 0; -0 + 0 is 0
     torch.ne(x.view(integers), kept_number(bound, x.dtype, integers), out=k)
     k.mul_(g.view(integers))
     return out
@@ -268,12 +267,12 @@ def where_not(x: Tensor, g: Tensor, bound: float, out: Tensor | None = None) -> 
 
 @functools.lru_cache(maxsize=256)
 def kept_number(value: float, dtype: torch.dtype, view: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):  # it outlives the mode
+    with torch.inference_mode(False):  # the tensor is cached and outlives inference mode
         return torch.tensor(value, dtype=dtype, device="cpu").view(view)
 
 
 def multiplied_or_chosen(slope: Tensor, g: Tensor, out: Tensor | None = None) -> Tensor:
-    """:func:`chosen`, as a product, and anew by choosing only if there is a NaN in it."""
+    """:func:`chosen` as a product; zeros are filled in only if the product contains a NaN."""
     dx = torch.mul(slope, g, out=out)
     return dx.masked_fill_(slope == 0, 0) if math.isnan(dx.sum().item()) else dx
 
@@ -294,7 +293,7 @@ def _choices(graph: fx.Graph, node: Node) -> None:
 
 
 def _difference(graph: fx.Graph, indicator: Node) -> tuple[Node, float] | None:
-    """x and c, if the indicator is that of x /= c."""
+    """x and c if the indicator is 1[x /= c], else None."""
     if indicator.target is _words.inside:
         y, a, b = indicator.args
         return graph.call_function(torch.threshold, (y, a, b)), b
@@ -310,6 +309,6 @@ def _difference(graph: fx.Graph, indicator: Node) -> tuple[Node, float] | None:
 
 
 def _known(new: Node, like: Node) -> Node:
-    """A node whose sample value is known: the function looks at numbers, or at memory."""
+    """Give a node its sample value.  Its function reads numbers or memory, so it cannot run on samples."""
     new.meta["known"] = torch.empty_like(like.meta["value"])
     return new

@@ -1,6 +1,6 @@
 """ATen's kernels of the norms: the value, the mean m and r = 1 / sqrt(variance + eps).
 
-They differ in what they make of half precision.  Here m and r are float32 of half-precision input, always.
+The kernels treat half precision in different ways.  Here m and r are always float32 for half-precision input.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ Normalised = tuple[Tensor, Tensor, Tensor]
 
 
 def layer_norm(x: Tensor, shape: Sequence[int], W: Tensor | None, b: Tensor | None, eps: float) -> Normalised:
-    """y, m and r over the last axes, which have that shape."""
+    """y, m and r over the last axes; ``shape`` is their shape."""
     if x.dtype not in HALF:
         return torch.native_layer_norm(x, shape, W, b, eps)
     if torch.compiler.is_compiling():  # inductor's returns the mean in half precision
-        m, r = statistics(x, range(-len(shape), 0), eps)
+        m, r = mean_and_scale(x, range(-len(shape), 0), eps)
         return _affine((x.float() - m) * r, W, b).to(x.dtype), m, r
     return torch.native_layer_norm(x, shape, *_lifted(x, shape, W, b), eps)
 
@@ -30,14 +30,14 @@ def group_norm(x: Tensor, G: int, W: Tensor | None, b: Tensor | None, eps: float
     N, C, L = x.shape[0], x.shape[1], x.shape[2:].numel()
     if x.dtype in HALF and torch.compiler.is_compiling():  # inductor's returns the mean in half precision
         groups = x.reshape(N, G, C // G, L)
-        m, r = statistics(groups, (2, 3), eps)
+        m, r = mean_and_scale(groups, (2, 3), eps)
         W, b = (None if t is None else t.view(G, -1, 1) for t in (W, b))
         y = _affine((groups.float() - m) * r, W, b)
         return y.to(x.dtype).view(x.shape), m.view(N, G), r.view(N, G)
     W, b = (None if t is None else t.contiguous() for t in _lifted(x, (C,), W, b))
     y, m, r = torch.native_group_norm(_dense(x), W, b, N, C, L, G, eps)
     if m.dtype in HALF:
-        m, r = statistics(x.reshape(N, G, C // G * L), (2,), eps)
+        m, r = mean_and_scale(x.reshape(N, G, C // G * L), (2,), eps)
     return y, m.reshape(N, G), r.reshape(N, G)
 
 
@@ -50,16 +50,16 @@ def batch_norm(
     momentum: float,
     eps: float,
 ) -> Normalised:
-    """y, and m and r (C,), over the batch; the running statistics are brought up to date in place."""
+    """y, and m and r (C,), over the batch; the running statistics are updated in place."""
     fast = torch.backends.cudnn.enabled
     y, m, r, *_ = batch_norm_with_statistics(x, W, b, running_mean, running_var, True, momentum, eps, fast)
     if x.numel() == 0 or m.dtype in HALF:
-        m, r = statistics(x, (0, *range(2, x.dim())), eps)
+        m, r = mean_and_scale(x, (0, *range(2, x.dim())), eps)
     return y, m.reshape(-1), r.reshape(-1)
 
 
 def rms_norm(x: Tensor, axes: int, W: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """y, and r over the last ``axes`` axes, without a mean: as ATen makes them of smaller operations."""
+    """y, and r over the last ``axes`` axes, without a mean, from the same small operations as in ATen."""
     full = x.float() if x.dtype in HALF else x
     r = (full.square().mean(tuple(range(-axes, 0)), keepdim=True) + eps).rsqrt()
     y = full * r
@@ -68,10 +68,10 @@ def rms_norm(x: Tensor, axes: int, W: Tensor | None, eps: float) -> tuple[Tensor
     return y.to(x.dtype), r
 
 
-def statistics(x: Tensor, axes: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
+def mean_and_scale(x: Tensor, axes: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
     """m and r over ``axes``, in full precision."""
     x = x.float() if x.dtype in HALF else x
-    if x.numel() == 0:  # NaN where it is a mean of nothing, for which var_mean warns
+    if x.numel() == 0:  # the mean of nothing is NaN; var_mean would warn
         mean = x.mean(tuple(axes), keepdim=True)
         return mean, mean
     variance, mean = torch.var_mean(x, tuple(axes), correction=0, keepdim=True)
@@ -81,7 +81,7 @@ def statistics(x: Tensor, axes: Sequence[int], eps: float) -> tuple[Tensor, Tens
 def _lifted(
     x: Tensor, shape: Sequence[int], W: Tensor | None, b: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """W and b in float32 if x is in half precision on the CPU, since ATen's m and r are then so, too."""
+    """W and b, in float32 if x is in half precision on the CPU: ATen then returns m and r in float32 too."""
     if x.dtype not in HALF or not x.is_cpu:
         return W, b
     W = torch.ones(shape) if W is None else W.float()
@@ -94,7 +94,7 @@ def _affine(z: Tensor, W: Tensor | None, b: Tensor | None) -> Tensor:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """``x`` without gaps, its channels last if they are: ATen's group norm takes no other layouts."""
+    """``x`` contiguous, or channels-last if it is so already: ATen's group norm takes no other layout."""
     transformed = transforms_active()
     if x.dim() == 4 and not transformed and x.is_contiguous(memory_format=torch.channels_last):
         return x

@@ -1,16 +1,16 @@
 """A formula as a program for eager mode: the same arithmetic in fewer passes over the memory.
 
 A formula is traced once by :mod:`torch.fx`, run on small tensors to learn the shape of each value, and
-written out as straight-line Python.  Four things change, none of them the mathematics:
+written out as straight-line Python.  The mathematics stays.  Four things change:
 
 - ``a + k b c`` is one ``addcmul``, ``a + k b`` one ``add``: one pass and one rounding.
-- A value that is not needed any more is overwritten by the next one of its shape: large temporaries cost a page
-  fault every few kilobytes, small ones the time to make them.
-- A number is a tensor without axes, made once: ATen makes one of every number that it is given.
-- Some steps have a quicker spelling, such as a matrix product for a weighted sum: ``_lowering.py`` lists them.
+- A value that is no longer needed is overwritten by the next value of its shape.  A new large tensor costs a
+  page fault every few kilobytes, a new small one the time to make it.
+- A number is a 0-d tensor, made once.  Otherwise ATen makes one at every call.
+- Some steps have a faster form, such as a matrix product for a weighted sum: ``_lowering.py`` lists them.
 
 Symbols
-    node   a step of the formula          base   the node that owns the memory a node lies in: itself, unless it is a view
+    node   a step of the formula        base   the node that owns a node's memory: itself unless it is a view
 """
 
 import math
@@ -28,26 +28,26 @@ from manualprop.functions._execution._lowering import lowered, where_not
 class Program(NamedTuple):
     """A formula as straight-line Python."""
 
-    run: Callable[..., Any]  # of the formula's arguments, then of a tensor for each result that is made
+    run: Callable[..., Any]  # takes the formula's arguments, then an optional ``out`` for each result
     steps: int
-    made: tuple[bool, ...]  # which results are made; the others are None
+    made: tuple[bool, ...]  # for each result, whether it is computed; the others are None
     code: str
 
 
-# Functions of torch that write into ``out``.
+# Functions that take ``out``.
 WRITES_OUT = frozenset(
     "abs add addcdiv addcmul ceil clamp cos div eq erf erfc exp exp2 expm1 ge gt le log log1p lt maximum minimum "
     "mm mul multiplied_or_chosen mv ne neg pow reciprocal rsqrt sigmoid sign sin softmax sqrt square sub tanh threshold where where_not xlogy".split()
 )
-# Methods that are functions of torch's with the same arguments.
+# Methods that torch also has as functions with the same arguments.
 METHODS = WRITES_OUT - {"multiplied_or_chosen", "where", "where_not"} | frozenset(
     "detach index_add masked_fill scatter scatter_add squeeze sum unsqueeze".split()
 )
-# Those of them that may not read what they write; where_not may, its first argument.
+# Functions whose ``out`` must not be one of their inputs.  In where_not it may be the first input.
 PRODUCTS = frozenset({"mm", "multiplied_or_chosen", "mv", "softmax"})
 COMPARISONS = frozenset({"torch.eq", "torch.ge", "torch.gt", "torch.le", "torch.lt", "torch.ne"})
 COMMUTES = frozenset({"add", "mul"})
-# Functions whose numbers may be tensors without axes.
+# Functions whose numbers may be 0-d tensors.
 TAKES_CONSTANTS = frozenset("add addcmul div eq ge gt le lt maximum minimum mul ne sub where".split())
 
 OPERATORS = {
@@ -71,14 +71,14 @@ OPERATORS = {
 def program(
     formula: Callable[..., Any], arguments: Sequence[Tensor | None], given: frozenset[int]
 ) -> Program:
-    """``formula`` as a function of the same arguments and of one tensor more for each result, to write it into.
+    """``formula`` as a program; it takes the same arguments, then an optional ``out`` tensor for each result.
 
     Args:
-        formula: a function of tensors that returns a tensor, or a tuple of these and None.
-        arguments: a sample for each of its arguments, with a size of its own for each axis that may differ.
-        given: the arguments that may be overwritten.
+        formula: a function of tensors that returns a tensor, or a tuple of tensors and None.
+        arguments: a sample for each argument; axes that may differ in length must differ in the samples.
+        given: the indices of the arguments that may be overwritten.
     """
-    with without_modes():  # nobody's mode is to count these steps, or to make tensors of its own
+    with without_modes():  # an active torch mode must not count these steps or replace the samples
         graph = traced(formula, arguments)
         lowered(graph)
         measure(graph, arguments)
@@ -108,7 +108,7 @@ def traced(formula: Callable[..., Any], arguments: Sequence[Tensor | None]) -> f
 
 
 def measure(graph: fx.Graph, arguments: Sequence[Tensor | None]) -> None:
-    """Give each node its value for the samples, and its base."""
+    """Run the graph on the samples; give each node its value and its base."""
     rest = iter([a for a in arguments if a is not None])
     with torch.inference_mode(False), torch.no_grad():
         for node in graph.nodes:
@@ -139,7 +139,7 @@ def _shares_memory(value: Any, source: Any) -> bool:
 
 
 class Writer:
-    """Writes a graph as Python, line by line, with names for the memory that its values lie in."""
+    """Writes a graph as Python, line by line, and names the memory of each value."""
 
     def __init__(self, graph: fx.Graph, count: int, given: frozenset[int]) -> None:
         self.nodes = [n for n in graph.nodes if n.op != "output"]
@@ -152,7 +152,7 @@ class Writer:
         self.free: list[tuple[str, torch.Size, torch.dtype]] = []
         self.lines: list[str] = []
         self.last_use = self._last_uses()
-        self.born: dict[str, int] = {}  # memory that a call made -> its line
+        self.born: dict[str, int] = {}  # name of memory -> the line whose call allocates it
 
     def _last_uses(self) -> dict[fx.Node, int]:
         last: dict[fx.Node, int] = {}
@@ -185,7 +185,7 @@ class Writer:
         self.names[node] = name
         function, args = self._call(node)
         base = node.meta["base"]
-        if base is not node or not isinstance(value, Tensor):  # a view, or no tensor
+        if base is not node or not isinstance(value, Tensor):  # a view, or not a tensor
             self.lines.append(f"{name} = {function}({', '.join(args)})")
             return
         plain, room = function.removeprefix("torch."), self._dying(i, node)
@@ -200,9 +200,7 @@ class Writer:
         else:
             room, call = name, f"{function}({', '.join(args)})"
             self.born[name] = len(self.lines)
-            if (
-                function in COMPARISONS and "known" in node.meta
-            ):  # it makes booleans if not told where to write
+            if function in COMPARISONS and "known" in node.meta:  # without ``out`` it would give booleans
                 self.lines.append(f"{name} = torch.empty_like({args[0]})")
                 call = f"{call[:-1]}, out={name})"
             else:
@@ -224,7 +222,7 @@ class Writer:
                 self.environment[name] = target
         tensors = [a.meta["value"] for a in node.all_input_nodes if isinstance(a.meta["value"], Tensor)]
         like = tensors[0].dtype if tensors and name.removeprefix("torch.") in TAKES_CONSTANTS else None
-        like = None if like is not None and like.itemsize < 4 else like  # which would round the number
+        like = None if like is not None and like.itemsize < 4 else like  # half precision would round it
         args = [self._text(a, like) for a in node.args]
         return name, args + [f"{k}={self._text(v)}" for k, v in node.kwargs.items()]
 
@@ -242,22 +240,22 @@ class Writer:
         return name
 
     def _constant(self, value: float, dtype: torch.dtype) -> str:
-        key = (repr(value), dtype)  # 0.0 and -0.0 apart
+        key = (repr(value), dtype)  # repr tells 0.0 from -0.0
         if key not in self.constants:
             name = self.constants[key] = f"c{len(self.constants)}"
-            with torch.inference_mode(False):  # it outlives the mode
+            with torch.inference_mode(False):  # the tensor is cached and outlives inference mode
                 self.environment[name] = torch.tensor(value, dtype=dtype, device="cpu")
         return self.constants[key]
 
     # ----- memory -----
 
     def _dying(self, i: int, node: fx.Node) -> str | None:
-        """Memory of an argument that nobody reads after this node, of this node's shape."""
+        """The memory of an argument of this node's shape that no later node reads."""
         value, sources = node.meta["value"], node.all_input_nodes
         if getattr(node.target, "__name__", "") in PRODUCTS:
             return None
         for source in sources[:1] if node.target is where_not else sources:
-            if sum(other.meta["base"] is source for other in sources) > 1:  # a view of it is read, too
+            if sum(other.meta["base"] is source for other in sources) > 1:  # the node also reads a view of it
                 continue
             whole = source.meta["base"] is source and _alike(source.meta["value"], value)
             if whole and source in self.buffers and self.last_use[source] == i:
@@ -272,7 +270,7 @@ class Writer:
         return None
 
     def _let_go(self, i: int, node: fx.Node) -> None:
-        """Memory whose last use was node i is free, unless that node took it over."""
+        """Free the memory that node i used last, unless the node writes its own value there."""
         taken = {self.buffers.get(other) for other, last in self.last_use.items() if last > i}
         for source in {n.meta["base"] for n in (node, *node.all_input_nodes)}:
             name = self.buffers.get(source)
@@ -288,7 +286,7 @@ class Writer:
         return [f"out{j}=None" for j, r in enumerate(self.results) if r is not None]
 
     def _with_outs(self) -> list[str]:
-        """The lines, in which the memory of a result is ``out``, if that is given."""
+        """The lines, changed so that each result goes into its ``out`` if it is given."""
         lines, copies = list(self.lines), []
         for j, result in enumerate(self.results):
             if result is None:

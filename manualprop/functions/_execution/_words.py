@@ -1,6 +1,6 @@
-"""The few words that formulas use beside torch's: each is mathematics, with a quicker spelling for eager mode.
+"""The few functions that formulas use in addition to torch's.
 
-In a formula they mean what they say; ``_lowering.py`` spells them for a program.
+In a formula each is plain mathematics; ``_lowering.py`` gives it a faster form in a program for eager mode.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 
 def word(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A function that stays one step when a formula is traced."""
+    """Mark a function that stays one step when a formula is traced."""
 
     def call(*args: Any) -> Any:
         proxy = next((a for a in args if isinstance(a, fx.Proxy)), None)
@@ -25,52 +25,56 @@ def word(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @word
 def indicator(condition: Tensor, like: Tensor) -> Tensor:
-    """1[condition]: 1 where it holds, else 0, in the dtype of ``like``.  A condition is booleans, or bytes 0 and 1."""
+    """1 where ``condition`` (booleans, or bytes 0 and 1) holds, else 0, in the dtype of ``like``."""
     return condition.to(like.dtype)
 
 
 @word
 def inside(y: Tensor, a: float, b: float) -> Tensor:
-    """1[y /= a] 1[y /= b] in the dtype of ``y``, which is nowhere below ``a`` nor above ``b``."""
+    """1[y /= a] 1[y /= b] in the dtype of ``y``; every y must be between ``a`` and ``b``."""
     return ((y != a) & (y != b)).to(y.dtype)
 
 
 @word
 def chosen(slope: Tensor, g: Tensor) -> Tensor:
-    """``g * slope``, and 0 where the slope is 0, whatever ``g`` is: 0 times infinity would be NaN."""
-    return (
-        g.masked_fill(slope == 0, 0) * slope
-    )  # in this order a derivative of it, too, has no 0 times infinity
+    """``g * slope``, but 0 where the slope is 0, for every ``g``: 0 times infinity would be NaN."""
+    return g.masked_fill(slope == 0, 0) * slope  # in this order its derivative has no 0 times infinity either
 
 
 @word
 def decay(x: Tensor) -> Tensor:
-    """e^x of numbers that are not positive.  Its absolute error is eps, its relative error grows as eps |x|."""
+    """e^x for x <= 0.  The absolute error is eps; the relative error grows as eps |x|."""
     return torch.exp(x)
 
 
 @word
 def erfc(z: Tensor) -> Tensor:
-    """1 - erf z, which keeps the left tail.  Compiled it is 1 - erf z: inductor's erfc takes twice as long as all the rest."""
+    """erfc z, which keeps the tail where 1 - erf z cancels.
+
+    Compiled code still takes 1 - erf z: inductor's erfc takes twice as long as everything else together.
+    """
     return 1 - torch.erf(z) if torch.compiler.is_compiling() else torch.erfc(z)
 
 
 @word
 def on_class(r: Tensor | float, t: Tensor, like: Tensor) -> Tensor:
-    """r 1[c = t] along the second axis of ``like`` (N, C, ...), in its dtype; r a number, or r and t (N, 1, ...)."""
+    """r 1[c = t] along the second axis of ``like`` (N, C, ...), in its dtype.
+
+    t is (N, 1, ...); r is a number or has the shape of t.
+    """
     zeros = torch.zeros_like(like)
     if isinstance(r, Tensor) and not torch.compiler.is_compiling():
         return zeros.scatter(1, t, r.to(like.dtype).expand_as(t))
-    one = zeros.scatter(1, t, 1.0)  # inductor makes it a comparison, where it would scatter value by value
+    one = zeros.scatter(1, t, 1.0)  # inductor turns this into a comparison; other scatters go value by value
     return one * r.to(like.dtype) if isinstance(r, Tensor) else one * r
 
 
 @word
 def less_on_class(b: Tensor, r: Tensor | float, t: Tensor) -> Tensor:
-    """b - r 1[c = t], as :func:`on_class`."""
+    """b - r 1[c = t], with r and t as in :func:`on_class`."""
     if (
         torch.compiler.is_compiling() and b.dim() == 2
-    ):  # inductor adds to few values in less time than it compares all
+    ):  # in inductor, adding to a few values is faster than comparing all of them
         minus_r = -r if isinstance(r, Tensor) else b.new_full((), -r)
         return b.scatter_add(1, t, minus_r.expand_as(t))
     return b - on_class(r, t, b)
@@ -78,11 +82,11 @@ def less_on_class(b: Tensor, r: Tensor | float, t: Tensor) -> Tensor:
 
 @word
 def of_class(x: Tensor, t: Tensor) -> Tensor:
-    """x_t: of x (N, C, ...) along its second axis, or of one number for each class; t is (N, 1, ...)."""
+    """x_t along the second axis of x (N, C, ...) or of one number for each class; t is (N, 1, ...)."""
     if x.dim() == t.dim():
         return x.gather(1, t)
     if torch.compiler.is_compiling() and t.dim() > 2:
-        # A sum over the classes is kept for all of them, where inductor would look x_t up for each.
+        # inductor would look x_t up again for each class; a sum over the classes is computed once.
         one = torch.arange(x.numel(), device=x.device).view(x.shape) == t
         return (one * x).sum(1, keepdim=True)
     return x.reshape(-1)[t]

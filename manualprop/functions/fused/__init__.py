@@ -1,4 +1,4 @@
-"""Blocks: rules made of several rules, the exact composition of which they are, with fewer bytes kept for backward."""
+"""Blocks: each rule is the exact composition of several rules, and keeps fewer bytes for backward."""
 
 from manualprop.functions.fused.gated_mlp import *
 from manualprop.functions.fused.mlp import *

@@ -18,7 +18,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualprop.functions._rule import Rule, transforms_active
+from manualprop.functions._rule import Rule, save
 from manualprop.functions.fused.mlp import (
     activated,
     activated_and_through,
@@ -34,21 +34,21 @@ __all__ = ["GatedLinear", "GatedMLP"]
 
 
 class GatedLinear(Rule):
-    r"""$y = (f(a) \, c) V^\top + e$, of which the branches $a$ and $c$ are kept
+    r"""$y = (f(a) \, c) V^\top + e$; the branches $a$ and $c$ are kept
 
     Derivation, with h = f(a) and d = h c
         dL/dV = g^T d,  dL/de = sum_n g_n,  dd = g V               :class:`Linear`, with d for x
         dc = dd h                                                  product rule
         da = dd c f'(a)                                            product and chain rule; f is elementwise
-        dy = (f'(a) da c + h dc) V^T + d dV^T + de                 forward mode, with tangents for gradients
+        dy = (f'(a) da c + h dc) V^T + d dV^T + de                 forward mode; da, dc, ... are tangents here
     Second order
-        h is computed again by the rule of f, f' by its chain; the rest are products and sums.
+        The rule of f computes h again, and its derivative rule f'; the rest are products and sums.
     Shape
         a and c (N, H), V (O, H), e (O,) or None -> y (N, O)
     Memory
         a and c, 8 bytes per hidden element in float32.  torch keeps h and d too, 16 bytes; torch.compile 12.
     Accuracy
-        That of its parts, but for the last bits of h, which comes out of backward along with f'(a).
+        That of its parts.  Only the last bits of h may differ: backward computes h together with f'(a).
     Reference
         Shazeer, 2020, https://arxiv.org/abs/2002.05202
     """
@@ -62,13 +62,7 @@ class GatedLinear(Rule):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         a, c, V, _, ctx.activation = inputs
         needs_a, needs_c, needs_V, *_ = ctx.needs_input_grad
-        both = transforms_active()  # as in Linear
-        ctx.save_for_backward(
-            a if needs_a or needs_c or needs_V or both else None,
-            c if needs_a or needs_V or both else None,
-            V if needs_a or needs_c or both else None,
-        )
-        ctx.save_for_forward(a, c, V)
+        save(ctx, (a, needs_a or needs_c or needs_V), (c, needs_a or needs_V), (V, needs_a or needs_c))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -89,22 +83,22 @@ class GatedLinear(Rule):
 
 
 class GatedMLP(Rule):
-    r"""$y = (f(a) \, c) V^\top + e$ with $a = x W^\top + p$ and $c = x U^\top + s$, of which the input alone is kept
+    r"""$y = (f(a) \, c) V^\top + e$ with $a = x W^\top + p$ and $c = x U^\top + s$; only the input is kept
 
     Derivation
         da, dc, dL/dV, dL/de as :class:`GatedLinear`
         dL/dW = da^T x,  dL/dp = sum_n da_n                        :class:`Linear`, with da for g
         dL/dU = dc^T x,  dL/ds = sum_n dc_n                        and with dc
         dx = da W + dc U                                           x goes into both
-        dy as :class:`GatedLinear`, da = dx W^T + x dW^T + dp      forward mode, with tangents for gradients
+        dy as :class:`GatedLinear`, da = dx W^T + x dW^T + dp      forward mode; da, dx, ... are tangents here
     Second order
-        a and c are computed again by :class:`Linear`; the rest as :class:`GatedLinear`.
+        :class:`Linear` computes a and c again; the rest is as in :class:`GatedLinear`.
     Shape
         x (N, I), W and U (H, I), p and s (H,) or None, V (O, H), e (O,) or None -> y (N, O)
     Memory
-        x and the parameters: nothing for each hidden element, at the price of two products more in backward.
+        x and the parameters: nothing per hidden element.  Backward costs two more products.
     Accuracy
-        That of its parts: a and c come out as they did in forward.
+        That of its parts: backward computes the same a and c as forward.
     Reference
         Shazeer, 2020, https://arxiv.org/abs/2002.05202
     """
@@ -178,7 +172,7 @@ def branch_gradients(
     needs_c: bool,
     needs_V: bool,
 ) -> tuple[Any, Any, Any]:
-    """da, dc and dV of y = (f(a) c) V^T, None where they are not needed; a and c may be more precise than V."""
+    """da, dc and dV of y = (f(a) c) V^T; None if not needed.  a and c may have a higher precision than V."""
     h = da = dc = dV = None
     if needs_a or needs_c:
         dd = Linear.input_gradient(g, V).to(a.dtype)  # (N, O) (O, H) -> (N, H)
@@ -200,7 +194,7 @@ def branch_gradients(
 def product_tangent(
     activation: str, a: Tensor, c: Tensor, h: Tensor, da: Tensor | None, dc: Tensor | None
 ) -> Tensor | None:
-    """The tangent of f(a) c: None where neither branch has one."""
+    """The tangent of f(a) c; None if no branch has a tangent."""
     by_a = None if da is None else tangent(activation, da, a, h) * c
     by_c = None if dc is None else h * dc
     return by_c if by_a is None else by_a if by_c is None else by_a + by_c

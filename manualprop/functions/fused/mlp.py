@@ -1,7 +1,7 @@
 r"""Hand-derived rules of a linear layer with the activation before or after it, and of two layers in a row.
 
-Each is the exact composition of the rules of its parts.  What it keeps is among its arguments, and what the parts
-would have kept beside it is computed again in backward, by the formulas of the parts.
+Each is the exact composition of the rules of its parts.  It keeps only its arguments.  What the parts would
+also have kept is computed again in backward, by the formulas of the parts.
 
 Symbols
     x   input                        g   dL/dy, the gradient that arrives
@@ -26,23 +26,23 @@ from manualprop.functions import piecewise
 from manualprop.functions._elementwise import Elementwise
 from manualprop.functions._execution import recorded
 from manualprop.functions._execution._bits import keep_bits, kept_bytes
-from manualprop.functions._rule import Rule, transforms_active
+from manualprop.functions._rule import Rule, save
 from manualprop.functions.linear import Linear
 
 __all__ = ["MLP", "ActivationLinear", "LinearActivation"]
 
 
 class ActivationFormulas(NamedTuple):
-    """What the rules below use of an activation's: compiled autograd cannot read the attributes of a rule."""
+    """An activation's functions for blocks: compiled autograd cannot read the attributes of a rule."""
 
     f: Callable[[Tensor], Tensor]  # u -> h
-    gradient: Callable[[Tensor, Tensor], Tensor]  # g f', from g and what f' is written in, u or h
+    gradient: Callable[[Tensor, Tensor], Tensor]  # g f', from g and from u or h, whichever f' is written in
     value_and_gradient: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # h and g f', from g and u
     tangent: Callable[[Tensor, Tensor], Tensor]  # f' du, from du and u or h
-    from_output: bool  # whether f' is written in h, not in u
+    from_output: bool  # whether f' is written in h; otherwise in u
 
 
-# By the names that the rules declare.
+# The key is the name that the rule declares in ``fuses``.
 FUSES: dict[str, type[Elementwise]] = {
     rule.fuses: rule
     for rule in (*vars(activations).values(), *vars(piecewise).values())
@@ -83,21 +83,21 @@ def tangent(activation: str, du: Tensor, u: Tensor, h: Tensor) -> Tensor:
 
 
 class LinearActivation(Rule):
-    r"""$y = f(x W^\top + b)$, of which the input alone is kept
+    r"""$y = f(x W^\top + b)$; only the input is kept
 
     Derivation, with u = x W^T + b and du = dL/du
         du_no = g_no f'(u_no)                                      f is elementwise
         dx = du W,  dW = du^T x,  db = sum_n du_n                  :class:`Linear`, with du for g
         dy = f'(u) (dx W^T + x dW^T + db)                          forward mode: chain and product rule
     Second order
-        u is computed again by :class:`Linear` and f' by the rule of f; both have derivatives of every order.
+        :class:`Linear` computes u again, and the rule of f computes f'; both have derivatives of every order.
     Shape
         x (N, I), W (O, I), b (O,) or None -> y (N, O)
     Memory
-        x, and the parameters: nothing of the size of the output, at the price of one product more in backward.
-        The two rules one after the other keep u too (for ReLU and Tanh y, which the next layer keeps anyway).
+        x and the parameters: nothing of the size of the output.  Backward costs one more product.
+        The two separate rules keep u too (for ReLU and Tanh y, which the next layer keeps anyway).
     Accuracy
-        That of its parts: u comes out as it did in forward.
+        That of its parts: backward computes the same u as forward.
     """
 
     @staticmethod
@@ -129,7 +129,7 @@ class LinearActivation(Rule):
 
 
 class ActivationLinear(Rule):
-    r"""$y = d W^\top + b$ with $d = k f(u) / q$: activation, dropout and linear, of which $u$ is kept
+    r"""$y = d W^\top + b$ with $d = k f(u) / q$: activation, dropout and linear; $u$ is kept
 
     Derivation, with h = f(u)
         dL/dW = g^T d,  dL/db = sum_n g_n,  dd = g W               :class:`Linear`, with d for x
@@ -137,14 +137,14 @@ class ActivationLinear(Rule):
         du = f'(u) dh                                              f is elementwise
         dy = (k f'(u) du / q) W^T + d dW^T + db                    forward mode: chain and product rule
     Second order
-        h is computed again by the rule of f, f' by its chain; the rest are products and sums.
+        The rule of f computes h again, and its derivative rule f'; the rest are products and sums.
     Shape
         u (N, H), W (O, H), b (O,) or None, k (N, H), () or None for no dropout -> y (N, O)
     Memory
-        u, 4 bytes per element in float32, and k as bits, 1/8 byte.  The rules one after the other keep u and d, 8
-        bytes and 1/8; torch 8 bytes, with dropout 12.
+        u, 4 bytes per element in float32, and k as bits, 1/8 byte.  The separate rules keep u, d and k: 8 1/8
+        bytes; torch 8 bytes, with dropout 12.
     Accuracy
-        That of its parts, but for the last bits of h, which comes out of backward along with f'(u).
+        That of its parts.  Only the last bits of h may differ: backward computes h together with f'(u).
     """
 
     @staticmethod
@@ -161,9 +161,7 @@ class ActivationLinear(Rule):
         u, W, _, k, ctx.q, ctx.activation = inputs
         needs_u, needs_W, *_ = ctx.needs_input_grad
         bits = None if k is None else keep_bits(ctx, k)
-        both = transforms_active()  # as in Linear
-        ctx.save_for_backward(u if needs_u or needs_W or both else None, W if needs_u or both else None, bits)
-        ctx.save_for_forward(u, W, bits)
+        save(ctx, (u, needs_u or needs_W), (W, needs_u), (bits, True))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -183,23 +181,23 @@ class ActivationLinear(Rule):
 
 
 class MLP(Rule):
-    r"""$y = d V^\top + c$ with $d = k f(u) / q$ and $u = x W^\top + b$, of which the input alone is kept
+    r"""$y = d V^\top + c$ with $d = k f(u) / q$ and $u = x W^\top + b$; only the input is kept
 
     Derivation, with h = f(u)
         dL/dV = g^T d,  dL/dc = sum_n g_n                          :class:`ActivationLinear`
         du = f'(u) k (g V) / q
         dx = du W,  dL/dW = du^T x,  dL/db = sum_n du_n            :class:`Linear`, with du for g
         dy = (k f'(u) du / q) V^T + d dV^T + dc                    forward mode: chain and product rule,
-        du = dx W^T + x dW^T + db                                  with tangents for gradients
+        du = dx W^T + x dW^T + db                                  where du, dx, ... are tangents
     Second order
-        u is computed again by :class:`Linear`, h by the rule of f and f' by its chain; the rest are products.
+        :class:`Linear` computes u again, the rule of f h, and its derivative rule f'; the rest are products.
     Shape
         x (N, I), W (H, I), b (H,) or None, V (O, H), c (O,) or None, k (N, H), () or None -> y (N, O)
     Memory
-        x, the parameters, and k as bits: 0 or 1/8 byte per hidden element, at the price of one product more in
-        backward.  :class:`Linear` followed by :class:`ActivationLinear` keeps u too: 4 bytes in float32.
+        x, the parameters, and k as bits: 0 or 1/8 byte per hidden element.  Backward costs one more product.
+        :class:`Linear` followed by :class:`ActivationLinear` keeps u too: 4 bytes in float32.
     Accuracy
-        As :class:`ActivationLinear`: u comes out as it did in forward.
+        As :class:`ActivationLinear`: backward computes the same u as forward.
     """
 
     @staticmethod
@@ -293,12 +291,12 @@ def masked(h: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def dropout_mask(ctx: Any, bits: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """k / q, None without dropout."""
+    """k / q; None without dropout."""
     return None if bits is None else kept_bytes(ctx, bits).to(dtype) / ctx.q
 
 
 def moves(*tangents: Tensor | None) -> bool:
-    """Whether there is a tangent among these."""
+    """Whether any of these is a tangent, not None."""
     return any(t is not None for t in tangents)
 
 

@@ -10,7 +10,7 @@ Symbols
 Shape legend
     N   batch: any number of leading axes            I   in_features, over which m is the mean
     O   out_features
-The statistics are outputs of the rules, with derivatives of their own, as in :mod:`manualprop.functions.norm`.
+The statistics are outputs of the rules, with their own derivatives, as in :mod:`manualprop.functions.norm`.
 """
 
 from typing import Any
@@ -35,7 +35,7 @@ __all__ = ["LayerNormLinear", "RMSNormLinear"]
 
 
 class LayerNormLinear(Rule):
-    r"""$y = n W^\top + b$ with $n = w z + c$ and $z = r (x - m)$, of which $x$, $m$ and $r$ are kept
+    r"""$y = n W^\top + b$ with $n = w z + c$ and $z = r (x - m)$; $x$, $m$ and $r$ are kept
 
     Derivation
         dL/db = sum_n g_n,  dL/dW = g^T n,  dn = g W               :class:`Linear`, with n for x
@@ -43,13 +43,13 @@ class LayerNormLinear(Rule):
         dm, dr, dn = w dz + z dw + dc                              forward mode of :class:`LayerNorm`
         dy = dn W^T + n dW^T + db                                  and of :class:`Linear`
     Second order
-        m and r are outputs with derivatives of their own: autograd differentiates the formulas as written.
+        m and r are outputs with their own derivatives: autograd differentiates the formulas as written.
     Shape
         x (N, I), w and c (I,), W (O, I), b (O,) -> y (N, O), m and r (N, 1)
     Memory
-        x, m and r: 4 bytes per element of x in float32.  The two layers one after the other keep n too: 8 bytes.
+        x, m and r: 4 bytes per element of x in float32.  The two separate layers keep n too: 8 bytes.
     Accuracy
-        n is made of x again: nothing is divided by w, which may be 0.
+        Backward computes n from x, without a division by w: w may be 0.
     """
 
     @staticmethod
@@ -104,16 +104,16 @@ class LayerNormLinear(Rule):
 
 
 class RMSNormLinear(Rule):
-    r"""$y = n W^\top + b$ with $n = w z$ and $z = r x$, of which $x$ and $r$ are kept
+    r"""$y = n W^\top + b$ with $n = w z$ and $z = r x$; $x$ and $r$ are kept
 
     Derivation
-        As :class:`LayerNormLinear`, with :class:`RMSNorm` in the place of :class:`LayerNorm`.
+        As :class:`LayerNormLinear`, with :class:`RMSNorm` instead of :class:`LayerNorm`.
     Second order
-        r is an output with a derivative of its own: autograd differentiates the formulas as written.
+        r is an output with its own derivative: autograd differentiates the formulas as written.
     Shape
         x (N, I), w (I,), W (O, I), b (O,) -> y (N, O), r (N, 1)
     Memory
-        x and r: 4 bytes per element of x in float32.  The two layers one after the other keep n too: 8 bytes;
+        x and r: 4 bytes per element of x in float32.  The two separate layers keep n too: 8 bytes;
         torch 12 on the CPU.
     Accuracy
         As :class:`LayerNormLinear`.

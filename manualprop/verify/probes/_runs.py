@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from manualprop.verify._random import generator
 from manualprop.verify._report import Outcome, skipped
-from manualprop.verify._subject import Subject, floating
+from manualprop.verify._subject import Subject
 
 Found = Sequence[Tensor | None]
 
@@ -52,6 +54,43 @@ def repeatable(run: Callable[[Subject], Outcome]) -> Callable[[Subject], Outcome
     return guarded
 
 
+def recorded_outputs(s: Subject) -> list[int]:
+    """The outputs that require grad in the plain run."""
+    return [k for k, y in enumerate(s(*s.at())) if y.requires_grad]
+
+
+def nothing_requires_grad() -> Outcome:
+    return skipped("no output requires grad: see output_requires_grad")
+
+
+def replaced(items: Sequence[Tensor], k: int, item: Tensor) -> list[Tensor]:
+    """Copies of the tensors, but for one, which is handed over as it is."""
+    return [item if i == k else t.clone() for i, t in enumerate(items)]
+
+
+def moved(s: Subject, points: Sequence[Tensor]) -> Subject | None:
+    """The function at other points, if it may be asked there and works."""
+    try:
+        near = s.allowed(points)
+        if not all(torch.equal(a, b) for a, b in zip(near, points, strict=True)):
+            return None
+        other = s.with_points(points)
+        finite = all(torch.isfinite(y).all() for y in other.outputs)
+        return other if finite and other.plain else None
+    except Exception:  # whatever the checked code raises: outside its domain
+        return None
+
+
+def reference_of(s: Subject) -> Subject | None:
+    """The reference at the same points, where one is given that takes them."""
+    if s.case.reference is None:
+        return None
+    other = Subject(dataclasses.replace(s.case, fn=s.case.reference, surrogate=None), s.dtype)
+    if [p.shape for p in other.points] != [p.shape for p in s.points]:
+        return None
+    return other.with_points([p.clone() for p in s.points])
+
+
 class Call:
     """One forward, whose every tensor stays in hand.
 
@@ -88,7 +127,7 @@ class Call:
 
     def forward(self) -> Call:
         self.result = self.s.called(self.args, self.kwargs, self.state)
-        self.outputs = floating(self.result)
+        self.outputs = self.s.kept(self.result)
         self.returned = [t for t in tree_leaves(self.result) if isinstance(t, Tensor)]
         return self
 
@@ -128,10 +167,16 @@ def scale_of(tensors: Found) -> float:
     return max(finite, default=0.0)
 
 
-def differs(found: Found, expected: Found, names: Sequence[str], rtol: float) -> str:
-    """How ``found`` is not ``expected``, to ``rtol`` of the largest entry; None counts as zeros.  Empty if it is."""
+def differs(
+    found: Found, expected: Found, names: Sequence[str], rtol: float, rough: Sequence[float] = ()
+) -> str:
+    """How ``found`` is not ``expected``, to ``rtol`` of the largest entry; None counts as zeros.  Empty if it is.
+
+    Each may besides be off by what ``rough`` says of it, in absolute terms.
+    """
     overall = scale_of(expected)
-    for name, f, e in zip(names, found, expected, strict=True):
+    spare = [*rough, *[0.0] * (len(expected) - len(rough))]
+    for name, f, e, extra in zip(names, found, expected, spare, strict=True):
         if f is None and e is None:
             continue
         f = torch.zeros_like(e) if f is None else f.detach()  # type: ignore[arg-type]
@@ -142,7 +187,7 @@ def differs(found: Found, expected: Found, names: Sequence[str], rtol: float) ->
         scale = max(scale_of([e]), 1e-3 * overall)
         # Equal where both are infinite, or NaN: what is NaN in the plain run is another probe's matter.
         error = torch.where((f == e) | (f.isnan() & e.isnan()), 0.0, (f - e).abs().nan_to_num(torch.inf))
-        if error.numel() and not error.max().item() <= rtol * scale + torch.finfo(e.dtype).tiny:
+        if error.numel() and not error.max().item() <= rtol * scale + extra + torch.finfo(e.dtype).tiny:
             index = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
             at = f" at {list(index)}" if index else ""
             return f"{name} is {f[index].item():.6g}{at} instead of {e[index].item():.6g}"
@@ -192,8 +237,10 @@ def in_words(found: Found, expected: Found, otherwise: str) -> str:
 
 def elsewhere(s: Subject, seed: int = 5) -> list[Tensor]:
     """Other values in the domain of the function: of the same signs, somewhat smaller."""
-    generator = torch.Generator().manual_seed(s.case.seed * 1000 + seed)
-    return [
-        p * (0.65 + 0.3 * torch.rand(p.shape, generator=generator, dtype=torch.float64)).to(p.dtype)
-        for p in s.points
-    ]
+    source = generator("elsewhere", s.case.seed, seed)
+    return s.allowed(
+        [
+            p * (0.65 + 0.3 * torch.rand(p.shape, generator=source, dtype=torch.float64)).to(p.dtype)
+            for p in s.points
+        ]
+    )

@@ -1,10 +1,10 @@
-"""What stands in the arguments: their layout, who requires grad, who is used, who shares memory with whom."""
+"""Who requires grad, who is used, who shares memory with whom."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,217 +15,7 @@ from manualprop.verify._probe import probe
 from manualprop.verify._report import Outcome, finding, limit, message, passed, skipped
 from manualprop.verify._subject import Subject
 from manualprop.verify._watch import watched
-
-# ----- layouts -----
-
-
-class Layout(NamedTuple):
-    """A tensor's values, laid out in another way inside ``buffer``, whose other entries are NaN."""
-
-    name: str
-    view: Tensor
-    buffer: Tensor
-    own: Tensor  # of bool: which entries of the buffer belong to the view
-
-
-def layouts(t: Tensor) -> Iterator[Layout]:
-    """``t`` in every layout that a contiguous tensor of its shape does not have."""
-    n, shape = t.dim(), tuple(t.shape)
-    orders = {"transposed": [*range(n - 2), n - 1, n - 2], "permuted": list(reversed(range(n)))}
-    if n in (4, 5):
-        orders["channels-last"] = [0, *range(2, n), 1]
-    for name, order in orders.items():
-        if n >= 2 and (name != "permuted" or n >= 3):
-            buffer = _unset([shape[d] for d in order], t)
-            view = buffer.permute([order.index(d) for d in range(n)])
-            if not view.is_contiguous():
-                yield _filled(name, view, buffer, t)
-    if n:
-        buffer = _unset([*shape[:-1], 2 * shape[-1]], t)
-        yield _filled("strided", buffer[..., ::2], buffer, t)
-        buffer = _unset([k + 2 for k in shape], t)
-        yield _filled("sliced", buffer[tuple(slice(1, k + 1) for k in shape)], buffer, t)
-    buffer = _unset([t.numel() + 3], t)
-    yield _filled("sliced", buffer[2 : t.numel() + 2].view(shape), buffer, t)
-
-
-def expansions(t: Tensor) -> Iterator[Tensor]:
-    """Tensors of the shape of ``t`` that repeat one entry, as after ``sum()``, or one row, along each axis."""
-    if t.dim():
-        yield torch.ones((), dtype=t.dtype, device=t.device).expand(t.shape)
-    if t.numel() > 1:
-        yield t.flatten()[0].clone().expand(t.shape)
-        for d in range(t.dim()):
-            if t.shape[d] > 1 and t.dim() > 1:
-                yield t.narrow(d, 0, 1).clone().expand(t.shape)
-
-
-def _unset(shape: Sequence[int], like: Tensor) -> Tensor:
-    buffer = torch.zeros(shape, dtype=like.dtype, device=like.device)
-    return buffer.fill_(torch.nan) if like.is_floating_point() or like.is_complex() else buffer
-
-
-def _filled(name: str, view: Tensor, buffer: Tensor, values: Tensor) -> Layout:
-    view.copy_(values)
-    own = torch.zeros(buffer.shape, dtype=torch.bool, device=buffer.device)
-    own.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(True)
-    return Layout(name, view, buffer, own)
-
-
-# ----- of grad_output -----
-
-
-@probe()
-def grad_output_layout(s: Subject) -> Outcome:
-    """Transposed, strided, sliced, expanded grad_output against a contiguous one of equal values."""
-    live = _live(s)
-    if not live:
-        return _nothing_requires_grad()
-    seen: list[str] = []
-    wrong: list[tuple[str, str]] = []
-    for k in live:
-        for layout in layouts(s.cotangents[k]):
-            seen.append(layout.name)
-            evidence = _with_grad_output(s, k, layout.view, s.plain)
-            written = (layout.buffer == layout.buffer) & ~layout.own
-            if evidence is None and written.any():
-                evidence = f"backward writes {int(written.sum())} entries beside a view that is grad_output"
-            if evidence is not None:
-                wrong.append((layout.name, evidence))
-        for expanded in expansions(s.cotangents[k]):
-            seen.append("expanded")
-            try:
-                expected = s.gradients(cotangents=_replaced(s.cotangents, k, expanded.contiguous()))
-            except Exception:  # whatever the checked code raises; another probe's business
-                continue
-            evidence = _with_grad_output(s, k, expanded, expected)
-            if evidence is not None:
-                wrong.append(("expanded", evidence))
-    return _layout_outcome(wrong, seen, "grad_output")
-
-
-def _with_grad_output(s: Subject, k: int, v: Tensor, expected: Sequence[Tensor | None]) -> str | None:
-    """What is wrong with the gradients for ``v`` at output ``k``, or None."""
-    try:
-        found = s.gradients(cotangents=_replaced(s.cotangents, k, v))
-    except Exception as error:  # whatever the checked code raises
-        return f"backward raises {message(error)}"
-    off = difference(found, expected, tolerance(s), sizes(s.plain))
-    return None if off is None else f"gradient of {s.names[off.which]}: {off}"
-
-
-def _layout_outcome(wrong: Sequence[tuple[str, str]], seen: Sequence[str], what: str) -> Outcome:
-    if wrong:
-        name, evidence = wrong[0]
-        kinds = listed([name for name, _ in wrong])
-        return finding(
-            f"a {name} {what}, against a contiguous one of equal values: {evidence}",
-            f"only for a {kinds} {what}",
-            layouts=[name for name, _ in wrong],
-        )
-    return passed(f"the same for a {listed(seen)} {what} as for a contiguous one")
-
-
-def _replaced(items: Sequence[Tensor], k: int, item: Tensor) -> list[Tensor]:
-    return [item if i == k else t for i, t in enumerate(items)]
-
-
-def _live(s: Subject) -> list[int]:
-    """The outputs that require grad in the plain run."""
-    return [k for k, y in enumerate(s(*s.at())) if y.requires_grad]
-
-
-def _nothing_requires_grad() -> Outcome:
-    return skipped("no output requires grad: see output_requires_grad")
-
-
-# ----- of inputs -----
-
-
-@probe()
-def input_layout(s: Subject) -> Outcome:
-    """Value and gradient with transposed, strided, sliced, expanded inputs against contiguous ones."""
-    if not _live(s):
-        return _nothing_requires_grad()
-    wrong: list[tuple[str, str]] = []
-    seen: list[str] = []
-    refused: list[str] = []
-    for name, variant, points, plain in _laid_out_inputs(s):
-        seen.append(name)
-        try:
-            leaves = _leaves(points)
-            outputs = variant(*leaves)
-        except Exception as error:  # whatever the checked code raises
-            refused.append(f"{name}: {message(error)}")
-            continue
-        evidence = _as_plain(plain, outputs, leaves, max(sizes(s.plain)))
-        if evidence is not None:
-            wrong.append((name, evidence))
-    if refused and not wrong:
-        return limit(f"not every layout of the inputs is accepted. {refused[0]}")
-    return _layout_outcome(wrong, seen, "input")
-
-
-def _laid_out_inputs(s: Subject) -> Iterator[tuple[str, Subject, list[Tensor], Subject]]:
-    """Name of the layout, what to call, the points to call it at, and the same with contiguous ones."""
-    for i, point in enumerate(s.points):
-        parameter = isinstance(s._points[i].slot, str)
-        for layout in _real_layouts(point, s._points[i].complex):
-            if parameter and layout.name == "strided":
-                # Parameters come transposed, or as parts of one buffer.
-                continue
-            yield layout.name, s, _replaced(s.points, i, layout.view), s
-        for expanded in () if parameter or s._points[i].complex else list(expansions(point))[1:]:
-            points = _replaced(s.points, i, expanded.contiguous())
-            if (plain := _elsewhere(s, points)) is not None:
-                yield "expanded", s, _replaced(s.points, i, expanded), plain
-    for slot, other in s.others().items():
-        for layout in layouts(other):
-            yield layout.name, s.with_points(s.points, others={slot: layout.view}, as_is=True), s.points, s
-
-
-def _real_layouts(point: Tensor, is_complex: bool) -> Iterator[Layout]:
-    if not is_complex:
-        yield from layouts(point)
-        return
-    for layout in layouts(torch.view_as_complex(point)):
-        yield layout._replace(view=torch.view_as_real(layout.view))
-
-
-def _elsewhere(s: Subject, points: Sequence[Tensor]) -> Subject | None:
-    """The function at other points, if it works there."""
-    other = s.with_points(points)
-    try:
-        finite = all(torch.isfinite(y).all() for y in other.outputs)
-        return other if finite and other.plain else None
-    except Exception:  # whatever the checked code raises: outside its domain
-        return None
-
-
-def _leaves(points: Sequence[Tensor]) -> list[Tensor]:
-    """The very tensors, in their layout, as leaves that require grad."""
-    return [p.detach().requires_grad_() for p in points]
-
-
-def _as_plain(
-    plain: Subject, outputs: Sequence[Tensor], leaves: Sequence[Tensor], scale: float
-) -> str | None:
-    """How values and gradients differ from those of the plain run, or None."""
-    if plain.random:  # the layout may decide which entry gets which random number
-        expected_outputs = list(outputs)
-    else:
-        expected_outputs = list(plain.outputs)
-    off = difference(outputs, expected_outputs, tolerance(plain), sizes(plain.outputs))
-    if off is not None:
-        return f"output {off.which}: {off}"
-    try:
-        found = plain.pull_back(outputs, leaves, plain.cotangents)
-    except Exception as error:  # whatever the checked code raises
-        return f"accepted in forward, then backward raises {message(error)}"
-    scales = [max(scale, *sizes(plain.plain))] * len(plain.points)
-    off = None if plain.random else difference(found, plain.plain, tolerance(plain), scales)
-    return None if off is None else f"gradient of {plain.names[off.which]}: {off}"
-
+from manualprop.verify.probes._runs import moved, nothing_requires_grad, recorded_outputs
 
 # ----- who requires grad -----
 
@@ -233,13 +23,16 @@ def _as_plain(
 @probe()
 def requires_grad_subsets(s: Subject) -> Outcome:
     """The same gradients whichever of the inputs require grad."""
-    if not _live(s):
-        return _nothing_requires_grad()
+    if not recorded_outputs(s):
+        return nothing_requires_grad()
     scales = sizes(s.plain)
     for subset in _subsets(len(s.points)):
         who = _who(s, subset)
         leaves = s.at(subset=subset)
         outputs = s(*leaves)
+        off = difference(outputs, s.outputs, tolerance(s), sizes(s.outputs))
+        if off is not None and not s.random:
+            return finding(f"{who}: output {off.which}: {off}", "the value depends on who requires grad")
         if not any(subset):
             if any(_made_to_require_grad(y) for y in outputs):
                 return finding("an output requires grad though no input does", "no simple explanation")
@@ -249,7 +42,7 @@ def requires_grad_subsets(s: Subject) -> Outcome:
         except Exception as error:  # whatever the checked code raises
             return finding(f"{who}: backward raises {message(error)}", f"raises {who}")
         expected = [g if r else None for g, r in zip(s.plain, subset, strict=True)]
-        off = difference(found, expected, tolerance(s), scales)
+        off = difference(found, expected, tolerance(s), scales, s.roughness)
         if off is not None:
             return finding(f"{who}: gradient of {s.names[off.which]}: {off}", _how(off, found, s, who))
     return passed(f"the same gradients for every subset of {', '.join(s.names)}")
@@ -301,7 +94,7 @@ def _made_to_require_grad(y: Tensor) -> bool:
 @probe()
 def partial_outputs(s: Subject) -> Outcome:
     """Gradients when only some of several outputs are used: those of a zero grad_output for the others."""
-    live = _live(s)
+    live = recorded_outputs(s)
     if len(live) < 2:
         return skipped("there is one differentiable output")
     scales = sizes(s.plain)
@@ -314,13 +107,13 @@ def partial_outputs(s: Subject) -> Outcome:
             found = s.gradients(cotangents=some)
         except Exception as error:  # whatever the checked code raises
             return finding(f"{who}: backward raises {message(error)}", f"raises {who}")
-        off = difference(found, expected, tolerance(s), scales)
+        off = difference(found, expected, tolerance(s), scales, s.roughness)
         if off is not None:
             return finding(f"{who}: gradient of {s.names[off.which]}: {off}", f"one path: wrong {who}")
     parts = [
         s.gradients(cotangents=[v if j == k else None for j, v in enumerate(s.cotangents)]) for k in live
     ]
-    off = difference(_sum(parts), s.plain, tolerance(s), scales)
+    off = None if s.nonlinear else difference(_sum(parts), s.plain, tolerance(s), scales, s.roughness)
     if off is not None:
         return finding(
             f"the gradients through each output alone do not add up: {s.names[off.which]}: {off}",
@@ -352,7 +145,7 @@ def same_input(s: Subject) -> Outcome:
     for i, j in pairs[:6]:
         who = f"the same tensor as {s.names[i]} and {s.names[j]}"
         for k in (i, j):
-            twice = _elsewhere(s, [s.points[k] if m in (i, j) else p for m, p in enumerate(s.points)])
+            twice = moved(s, [s.points[k] if m in (i, j) else p for m, p in enumerate(s.points)])
             if twice is None or not any(y.requires_grad for y in twice(*twice.at())):
                 continue
             outcome = _one_for_two(twice, i, j, who)
@@ -431,7 +224,7 @@ def _writing_changes(y: Tensor, other: Tensor) -> bool:
 
 def _gradients_share(s: Subject) -> Outcome | None:
     """Accumulate as training does: ``.grad`` is added to in place, and set to zero in place."""
-    if not _live(s):
+    if not recorded_outputs(s):
         return None
     scales = sizes(s.plain)
     leaves = s.at()
@@ -444,7 +237,7 @@ def _gradients_share(s: Subject) -> Outcome | None:
         live = [(y, v.clone()) for y, v in zip(outputs, s.cotangents, strict=True) if y.requires_grad]
         torch.autograd.backward([y for y, _ in live], [v for _, v in live])
         expected = [None if g is None else factor * g for g in s.plain]
-        off = difference([leaf.grad for leaf in leaves], expected, tolerance(s), scales)
+        off = difference([leaf.grad for leaf in leaves], expected, tolerance(s), scales, s.roughness)
         if off is not None:
             shared = (
                 f"the gradient of {s.names[off.which]} shares memory with {_shared(s, leaves, off.which)}"
@@ -484,7 +277,7 @@ def output_requires_grad(s: Subject) -> Outcome:
     was = s.module.training
     try:
         s.module.train(not was)
-        other = _elsewhere(s, s.points)
+        other = moved(s, s.points)
         outcome_other = outcome if other is None else _depends_but_lost(other)
     finally:
         s.module.train(was)
@@ -513,9 +306,11 @@ def _depends_but_lost(s: Subject) -> Outcome:
                 f"{values[k][int(values[k].abs().argmax())]:.4g}"
             )
             if any(requires):
-                if _has_formula_for_what_is_lost(s):
-                    return finding(f"{evidence}, and backward has a formula for it", "zero: one path is lost")
-                return limit(f"{evidence}: meant as non-differentiable?")
+                formula = ", and backward has a formula for it" if _has_formula_for_what_is_lost(s) else ""
+                return finding(
+                    f"{evidence}{formula}: what is trained on it loses a term in silence",
+                    "zero: one path is lost. If the output is not meant to be trained on, accept this finding",
+                )
             return finding(evidence, "zero: the output is cut off from the graph")
     return passed(f"outputs {', '.join(map(str, lost))} do not require grad, and do not depend on the inputs")
 

@@ -28,8 +28,9 @@ from manualprop.verify.probes.routes import closeness, first_sentence, lost, rec
 FACTOR = 3
 
 
-def _compiled(f: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled(s: Subject, f: Callable[..., Any]) -> Callable[..., Any]:
     """Traced whole and run by AOTAutograd, without a code generator."""
+    s.restore()  # the compiler reads the module's own parameters
     torch._dynamo.reset()
     traced: Callable[..., Any] = torch.compile(f, fullgraph=True, backend="aot_eager")
     return traced
@@ -43,7 +44,7 @@ def compile(s: Subject) -> Outcome:
     leaves = s.at()
     try:
         s.reseed()
-        outputs = _compiled(s.function)(*leaves)
+        outputs = _compiled(s, s.function)(*leaves)
         found = s.pull_back(outputs, leaves, [c.clone() for c in s.cotangents])
     except Exception as error:  # whatever the compiler refuses with
         return limit(first_sentence(error))
@@ -171,16 +172,16 @@ def _jacfwd(s: Subject) -> Found:
 def _compile(s: Subject) -> Found:
     leaves = s.at()
     s.reseed()
-    outputs = _compiled(s.function)(*leaves)
+    outputs = _compiled(s, s.function)(*leaves)
     return s.pull_back(outputs, leaves, [c.clone() for c in s.cotangents])
 
 
 def _compile_grad(s: Subject) -> Found:
-    return list(_compiled(_grad_of(s))(*_points(s)))
+    return list(_compiled(s, _grad_of(s))(*_points(s)))
 
 
 def _compile_vmap_grad(s: Subject) -> Found:
-    return [g[0] for g in _compiled(_vmap_of(s))(*[torch.stack([p, p]) for p in _points(s)])]
+    return [g[0] for g in _compiled(s, _vmap_of(s))(*[torch.stack([p, p]) for p in _points(s)])]
 
 
 class _Exportable(torch.nn.Module):
@@ -193,6 +194,7 @@ class _Exportable(torch.nn.Module):
 
 
 def _exported(s: Subject) -> Found:
+    s.restore()
     program = torch.export.export(_Exportable(s), _points(s), strict=False)
     leaves = s.at()
     return s.pull_back(program.module()(*leaves), leaves, [c.clone() for c in s.cotangents])

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from manualprop.verify._probe import probe
+from manualprop.verify._random import generator, normal
 from manualprop.verify._report import Outcome, finding, limit, message, passed
 from manualprop.verify._subject import Subject
 from manualprop.verify.probes._runs import (
@@ -28,6 +29,7 @@ from manualprop.verify.probes._runs import (
     gradients_named,
     repeatable,
     run,
+    same_bits,
 )
 
 # ----- edited after forward -----
@@ -40,7 +42,7 @@ MOST = 16  # tensors that are edited, one after the other
 def inplace_edit(s: Subject) -> Outcome:
     """An edit in place of an input or an output, after forward, makes backward raise, or changes nothing."""
     count = len(_editable(run(s)))
-    heard, harmless = [], []
+    heard, harmless, noted = [], [], []
     for i in range(min(count, MOST)):
         call = run(s)
         name, t = _editable(call)[i]
@@ -56,13 +58,20 @@ def inplace_edit(s: Subject) -> Outcome:
             heard.append(name)
             continue
         text = differs(found, s.plain, gradients_named(s), exactness(s))
-        if text:
+        if text and name in s.own_parameters():
+            noted.append(
+                name
+            )  # whoever computes anew in backward, as torch's checkpoint, takes what is there then
+        elif text:
             return finding(
                 f"an edit of {name} in place, after forward, goes unseen: {text}",
                 f"stale or overwritten saved tensor: {name} is kept past save_for_backward, as .data or on ctx",
                 edited=name,
             )
-        harmless.append(name)
+        else:
+            harmless.append(name)
+    if noted:
+        return limit(f"backward computes anew with {', '.join(noted)}: an edit after forward goes unseen")
     parts = [f"{', '.join(heard)}: backward raises"] if heard else []
     parts += [f"{', '.join(harmless)}: harmless"] if harmless else []
     return passed("; ".join(parts))
@@ -79,9 +88,9 @@ def _editable(call: Call) -> list[tuple[str, Tensor]]:
 def _edit(t: Tensor) -> None:
     """Other values: random ones, or the same integers in another order."""
     if t.is_floating_point() or t.is_complex():
-        generator = torch.Generator().manual_seed(7)
+        source = generator("edit")
         shape = torch.view_as_real(t).shape if t.is_complex() else t.shape
-        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        noise = normal(shape, source)
         t.copy_(torch.view_as_complex(noise) if t.is_complex() else noise)
     elif t.dtype == torch.bool:
         t.logical_not_()
@@ -100,12 +109,18 @@ def saved_tensors(s: Subject) -> Outcome:
     theirs = {_storage(t) for t in (*call.given.values(), *call.returned)}
     buffers = {_storage(t) for name, t in call.state.items() if name not in s.names}
     notes = []
+    other = _kept_elsewhere(s)
     for node in s.nodes(call.outputs):
         cls = node._forward_cls.__name__
         for path, t in _tensors(vars(node)):
             whose = "an input or output" if _storage(t) in theirs else f"a tensor of shape {list(t.shape)}"
-            scalar = t.numel() < 2 and _storage(t) not in theirs
-            if scalar or _storage(t) in buffers or isinstance(t, torch.nn.Parameter):
+            # Made from numbers, whatever the inputs are: nobody can edit it, and it is no memory of the call.
+            constant = (cls, path) in other and same_bits(t, other[cls, path])
+            if (
+                ((constant or t.numel() < 2) and _storage(t) not in theirs)
+                or _storage(t) in buffers
+                or isinstance(t, torch.nn.Parameter)
+            ):
                 notes.append(f"{cls} keeps {whose} as ctx{path}")
                 continue
             return finding(
@@ -126,6 +141,18 @@ def saved_tensors(s: Subject) -> Outcome:
                 attribute=where,
             )
     return passed("; ".join(notes) or "nothing is kept past save_for_backward")
+
+
+def _kept_elsewhere(s: Subject) -> dict[tuple[str, str], Tensor]:
+    """The bytes of what the Functions keep on ctx at other inputs, and other random numbers."""
+    try:
+        there = s.with_points(elsewhere(s))
+        leaves = there.at()
+        torch.default_generator.manual_seed(s.case.seed + 1)
+        nodes = s.nodes(there.function(*leaves))
+        return {(n._forward_cls.__name__, path): bits(t) for n in nodes for path, t in _tensors(vars(n))}
+    except Exception:  # whatever the checked code raises: not defined there
+        return {}
 
 
 def _storage(t: Tensor) -> int:

@@ -29,9 +29,10 @@ MOST = 4  # arguments that are varied one by one
 def closeness(s: Subject, found: Found, expected: Found, names: Sequence[str]) -> str:
     """How the same mathematics in another order of operations differs, beyond rounding."""
     strict = 1e-9 if s.dtype == torch.float64 else 1e-4
-    return differs(found, expected, names, strict) and differs(
-        found, expected, names, max(strict, s.precision)
-    )
+    if not differs(found, expected, names, strict):
+        return ""
+    rough = [100 * r for r in s.roughness] if len(names) == len(s.points) else ()
+    return differs(found, expected, names, max(strict, s.precision), rough)
 
 
 def what_is_wrong(found: Found, expected: Found, route: str) -> str:

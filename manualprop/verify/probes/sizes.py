@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,16 +12,29 @@ import torch
 from torch import Tensor
 
 from manualprop.verify import _numeric
+from manualprop.verify._budget import work
 from manualprop.verify._probe import probe
+from manualprop.verify._random import generator
 from manualprop.verify._report import Outcome, finding, limit, message, passed, skipped
-from manualprop.verify._resize import Axis, aside, axes, cost, refusal, resized
-from manualprop.verify._subject import Subject
+from manualprop.verify._resize import (
+    Axis,
+    aside,
+    axes,
+    cost,
+    has_repeats,
+    is_integer,
+    refusal,
+    repeated,
+    resized,
+)
+from manualprop.verify._subject import OutsideDomain, Subject
 
-FIRST = (1, 7, 257, 1025)  # of every axis; of the batch also
+FIRST = (1, 7, 8, 257, 1025)  # of every axis; of the batch also
 MORE = (65537, 256, 255, 127, 31, 13, 1023, 65535)
 MOST_BYTES = 16 << 20  # of one tensor
-MOST_SECONDS = 0.02  # of one evaluation
-IN_ALL = 0.4  # seconds for all sizes, after which larger ones are left out
+MOST_UNITS = 4_000.0  # of work in one evaluation (see _budget)
+MOST_SECONDS = 0.5  # of processor time in one evaluation
+IN_ALL = 60_000.0  # units for all sizes together, after which larger ones are left out
 STEPS = (1e-4, 1e-5, 1e-3, 1e-6, 1e-2, 1e-7)
 RTOL = 1e-5
 
@@ -35,7 +49,10 @@ def wrong_slope(make: Make, axis: Axis | None) -> str | None:
     """A direction in which the gradient is wrong, or None.  What is said survives other values and directions."""
     said = None
     for seed in (0, 1, 2):
-        s = make(seed)
+        try:
+            s = make(seed)
+        except OutsideDomain:
+            return None
         said = _wrong_slope(aside(s, seed) if seed else s, axis, seed)
         if said is None:
             return None
@@ -52,7 +69,7 @@ def _wrong_slope(s: Subject, axis: Axis | None, seed: int) -> str | None:
         return None
     v = s.cotangents_for(outputs, seed + 1)
     try:
-        found = s.pull_back(outputs, leaves, v)
+        found = s.linear_part(v) if s.nonlinear else s.pull_back(outputs, leaves, v)
     except Exception as error:  # whatever the checked code raises
         return f"accepted in forward, then backward raises {message(error)}"
     weights = _numeric.flat(
@@ -61,23 +78,37 @@ def _wrong_slope(s: Subject, axis: Axis | None, seed: int) -> str | None:
     values = _numeric.flat(outputs)
     if not torch.isfinite(values).all():
         return None
+    if values.numel() and s._largest and float(values.abs().max()) > 1e8 * s._largest:
+        return None  # it blows up with the size, and the digits are gone
     scatter = 4 * float((weights * values).norm()) * max(torch.finfo(torch.float64).eps, s._relative_noise)
     for i, g in enumerate(found):
         g = torch.zeros_like(s.points[i]) if g is None else g
         if not torch.isfinite(g).all():
             return f"gradient of {s.names[i]}: {_first_not_finite(g)}, though the value is finite"
-        for where, d in _directions(s, axis, i, seed):
+        for where, free in _directions(s, axis, i, seed):
+            d = s.tangent(i, free)
             parts = (g.double() * d.double()).flatten()
             hand, size = float(parts.sum()), float(parts.norm())
             evaluate = s.along([d if j == i else None for j in range(len(s.points))])
             numeric = _agreeing(evaluate, weights, hand, size, scatter)
+            if numeric is not None:  # is it as rough here as it was where the noise was measured?
+                rougher = max(
+                    scatter, 4 * float((weights * _numeric.noises(evaluate).nan_to_num(torch.inf)).norm())
+                )
+                by_hand = 100 * s.roughness[i] * float(d.abs().sum())
+                numeric = _agreeing(evaluate, weights, hand, size, rougher, by_hand)
             if numeric is not None:
                 return f"slope along {where} of {s.names[i]}: {hand:.6g} by backward, {numeric:.6g} by differences"
     return None
 
 
 def _agreeing(
-    evaluate: _numeric.Evaluate, weights: Tensor, hand: float, size: float, scatter: float
+    evaluate: _numeric.Evaluate,
+    weights: Tensor,
+    hand: float,
+    size: float,
+    scatter: float,
+    by_hand: float = 0.0,
 ) -> float | None:
     """None if differences with some step agree with ``hand`` or none can tell; else the best of them.
 
@@ -91,7 +122,7 @@ def _agreeing(
         doubt = scatter / h
         if not math.isfinite(numeric) or doubt > 0.01 * scale + 1e-7:
             continue
-        off = abs(hand - numeric) - doubt - RTOL * scale - 1e-7
+        off = abs(hand - numeric) - doubt - by_hand - RTOL * scale - 1e-7
         if off <= 0:
             return None
         if best is None or off < best[0]:
@@ -113,8 +144,7 @@ def _directions(s: Subject, axis: Axis | None, i: int, seed: int) -> Iterator[tu
     if point.numel() <= 4096:
         yield "a direction", dense
     else:
-        generator = torch.Generator().manual_seed(seed)
-        some = torch.randint(point.numel(), (32,), generator=generator)
+        some = torch.randint(point.numel(), (32,), generator=generator("some entries", seed))
         sparse = torch.zeros_like(dense).flatten()
         sparse[some] = dense.flatten()[some]
         yield "some entries", sparse.view_as(dense)
@@ -134,13 +164,14 @@ def sizes(s: Subject) -> Outcome:
     _remember_noise(s)
     if wrong_slope(lambda seed: s, None) is not None:
         return skipped("wrong at the sizes given: see first_order")
+    s._unique = frozenset(_never_repeating(s))
     tested: list[str] = []
     failures: list[Failure] = []
     resizable = list(axes(s))
-    until = time.perf_counter() + IN_ALL
+    left = [IN_ALL]
     for k, axis in enumerate(resizable):
         ladder = _affordable(s, axis, FIRST if k else (*FIRST, *MORE))
-        ladder, failed = _failing(s, axis, ladder, until)
+        ladder, failed = _failing(s, axis, ladder, left)
         failures += failed
         tested.append(f"{_called(s, axis)}: {', '.join(map(str, ladder))}")
     if not failures:
@@ -163,6 +194,15 @@ def sizes(s: Subject) -> Outcome:
     )
 
 
+def _never_repeating(s: Subject) -> Iterator[int]:
+    """The integer arguments that hold no value twice, and whose gradient is wrong if they do: see indices."""
+    for i, t in s.others().items():
+        if is_integer(t) and t.numel() > 1 and not has_repeats(t):
+            there = s.with_points(s.points, others={i: repeated(t)})
+            if wrong_slope(lambda seed, there=there: there, None) is not None:  # type: ignore[misc]
+                yield i
+
+
 class Failure(NamedTuple):
     """A size at which the gradient is wrong."""
 
@@ -175,32 +215,73 @@ class Failure(NamedTuple):
 def _remember_noise(s: Subject) -> None:
     """Rounding relative to the largest output: other sizes inherit it."""
     largest = max((float(y.abs().max()) for y in s.outputs if y.numel()), default=0.0)
+    s._largest = largest if math.isfinite(largest) else 0.0
     s._relative_noise = s.noise / largest if largest > 0 and math.isfinite(largest) else 0.0
 
 
 def _affordable(s: Subject, axis: Axis, wanted: Sequence[int]) -> list[int]:
     """Those sizes that memory and time allow, judged by how the largest tensor grows."""
-    small, large = 64, 128
-    if any(refusal(s, axis, n) is not None for n in (small, large)):
-        return [n for n in wanted if n <= 31]
+    pairs = ((64, 128), (16, 32), (8, 16))
+    pair = next(((k, n) for k, n in pairs if _bytes_of_inputs(s, axis, n) <= MOST_BYTES / 16), None)
+    if pair is None or any(refusal(s, axis, n) is not None for n in pair):
+        return [n for n in wanted if n <= 31 and _bytes_of_inputs(s, axis, n) <= MOST_BYTES / 16]
+    small, large = pair
     low, high = (cost(resized(s, axis, n)) for n in (small, large))
     power = max(1.0, math.log2(high.bytes / low.bytes)) if low.bytes else 1.0
-    allowed = [n for n in wanted if high.bytes * (n / large) ** power <= MOST_BYTES]
-    for most in (1025, max(wanted)):  # the time of a small size is overhead
-        seconds = cost(resized(s, axis, large)).seconds
-        allowed = [n for n in allowed if n > most or seconds * (n / large) ** power <= MOST_SECONDS]
-        if 1025 not in allowed:
-            return [n for n in allowed if n < 1025]
-        large = 1025
-    return allowed
+    # What does not grow with the size is no matter: an operation on few numbers takes as long as on none.
+    more = (high.units - low.units) / (large**power - small**power)
+    allowed = [
+        n
+        for n in wanted
+        if high.bytes * (n / large) ** power <= MOST_BYTES
+        and (n <= large or high.units + more * (n**power - large**power) <= MOST_UNITS)
+    ]
+    allowed = _in_time(s, axis, allowed, small, large)
+    return _in_time(s, axis, allowed, 257, 1025) if {257, 1025} <= set(allowed) else allowed
 
 
-def _failing(s: Subject, axis: Axis, wanted: Sequence[int], until: float) -> tuple[list[int], list[Failure]]:
+def _in_time(s: Subject, axis: Axis, wanted: Sequence[int], small: int, large: int) -> list[int]:
+    """Those sizes that do not take a thousand times what their number of entries says: loops inside an operation.
+
+    By processor time, and far from any usual time, so that a loaded machine says the same.
+    """
+    if not any(n > large for n in wanted):
+        return list(wanted)
+    before, after = (min(_seconds(s, axis, n) for _ in range(2)) for n in (small, large))
+    power = min(4.0, max(1.0, math.log(after / before) / math.log(large / small)))
+    return [n for n in wanted if n <= large or after * (n / large) ** power <= MOST_SECONDS]
+
+
+def _seconds(s: Subject, axis: Axis, n: int) -> float:
+    """Of processor time, for one forward and backward."""
+    there = resized(s, axis, n)
+    start = time.process_time()
+    with contextlib.suppress(Exception):  # whatever the checked code raises
+        there.gradients()
+    return max(time.process_time() - start, 1e-6)
+
+
+def _bytes_of_inputs(s: Subject, axis: Axis, n: int) -> float:
+    """Of all inputs together with length ``n``: a kernel whose every length is the same grows with its fourth power."""
+    if axis.size or not axis.length:
+        return 0.0
+    total = 0.0
+    for tensors, places in ((dict(enumerate(s.points)), axis.points), (s.others(), axis.others)):
+        for i, t in tensors.items():
+            grown = sum(1 for j, _ in places if j == i)
+            total += t.numel() * t.element_size() * (n / axis.length) ** grown
+    return total
+
+
+def _failing(
+    s: Subject, axis: Axis, wanted: Sequence[int], left: list[float]
+) -> tuple[list[int], list[Failure]]:
     """The sizes that were tried, and those that are wrong; the smallest by bisection where all larger ones are."""
     said: dict[int, str | None] = {}
     for n in wanted:
-        if n in (*FIRST, 65537) or time.perf_counter() < until:
+        if n in (*FIRST, 65537) or left[0] > 0:
             said[n] = _at_size(s, axis, n)
+            left[0] -= _units(s, axis, n)
     ladder = sorted(said)
     wrong = [n for n in ladder if said[n] is not None]
     if not wrong:
@@ -223,6 +304,13 @@ def _failing(s: Subject, axis: Axis, wanted: Sequence[int], until: float) -> tup
         smaller = [n for n in right if n < wrong[0]]
         beyond = max(smaller) if smaller and wrong[0] > 31 else None
     return ladder, [Failure(axis, n, said[n] or "", beyond) for n in wrong]
+
+
+def _units(s: Subject, axis: Axis, n: int) -> float:
+    """About what the look at a size takes: a dozen evaluations for each point."""
+    if refusal(s, axis, n) is not None:
+        return 0.0
+    return 12 * len(s.points) * work(resized(s, axis, n))
 
 
 def _at_size(s: Subject, axis: Axis, n: int) -> str | None:
@@ -257,6 +345,8 @@ def _power_between(s: Subject, firsts: Sequence[Failure]) -> int | None:
 
 
 def _called(s: Subject, axis: Axis) -> str:
+    if axis.size:
+        return f"inputs({axis.size}=...)"
     names = [f"{s.names[i]}.shape[{d}]" for i, d in axis.points]
     return names[0] if names else f"an argument's dimension of length {axis.length}"
 
@@ -301,6 +391,8 @@ def _zero_dimensional(s: Subject) -> str | None:
 @probe()
 def zero_size(s: Subject) -> Outcome:
     """Every dimension that can be empty, empty: gradients of the right shape, and none of them NaN."""
+    if wrong_slope(lambda seed: s, None) is not None:
+        return skipped("wrong at the sizes given: see first_order")
     tested, refused = [], []
     for axis in axes(s):
         called = _called(s, axis)

@@ -1,0 +1,47 @@
+"""The products of a linear layer, written into existing tensors: for the tape-free step and sums over chunks.
+
+To make a tensor or a view costs as much as a small product.  So these functions write into existing tensors,
+and take views that were made once.  The letters are those of :mod:`manualprop.functions.linear`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from manualprop._torch import unsafe_view
+
+FEW = 2**11  # above this many rows, pairwise summation rounds less than a product
+
+
+def linear(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    """x W^T + b, as a tensor to which an in-place activation may write.
+
+    For more than two axes torch returns a view of the product.  Autograd refuses to write into a view that a
+    Function returned.
+    """
+    y = F.linear(x, W, b)  # (N, I) (I, O) + (O,) -> (N, O)
+    view: Tensor = unsafe_view(y, y.shape) if y._is_view() else y
+    return view
+
+
+def multiply_and_add_into(y: Tensor | None, x: Tensor, W_t: Tensor, b: Tensor) -> Tensor:
+    """x W^T + b of rows, into ``y`` if given; ``b`` has the shape of y."""
+    return torch.addmm(b, x, W_t, out=y)  # (N, I) (I, O) + (N, O) -> (N, O)
+
+
+def input_gradient_into(dx: Tensor, g: Tensor, W: Tensor) -> Tensor:
+    """g W of rows."""
+    return torch.mm(g, W, out=dx)  # (N, O) (O, I) -> (N, I)
+
+
+def bias_gradient_of_few(g_t: Tensor, ones: Tensor, db: Tensor) -> Tensor:
+    """sum_n g_n as a product with N ones: for small N faster than a sum."""
+    return torch.mv(g_t, ones, out=db)  # (O, N) (N,) -> (O,)
+
+
+def add_weight_gradient(into: Tensor, g_t: Tensor, x: Tensor, scale: float, keep: float = 1.0) -> None:
+    """``into <- keep * into + scale * g^T x`` in one in-place product: g^T x itself is never stored."""
+    if keep == 1:
+        into.addmm_(g_t, x, alpha=scale)  # (O, N) (N, I) -> (O, I)
+    else:
+        into.addmm_(g_t, x, alpha=scale, beta=keep)

@@ -1,0 +1,486 @@
+"""What usual mistakes would give: each explanation says what the Jacobian by hand would then be.
+
+H is the Jacobian by hand, N the numerical one, both seen through cotangents (rows) and directions (columns).  The
+first that fits to rounding is named, the simplest first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from manualprop.verify import _numeric
+from manualprop.verify._compare import Comparison, _only, compare
+from manualprop.verify._random import generator, normal
+from manualprop.verify._subject import Subject
+
+FIT = 2e-6  # of the largest entry: how closely an explanation must fit
+
+
+class Wrong(NamedTuple):
+    """One input's wrong Jacobian, with what cannot be judged (kinks, infinities) masked out."""
+
+    s: Subject
+    c: Comparison
+    all: Sequence[Comparison]
+    hand: Tensor
+    numeric: Tensor
+
+    @property
+    def name(self) -> str:
+        return self.s.names[self.c.point]
+
+    @property
+    def point(self) -> Tensor:
+        return self.s.points[self.c.point]
+
+    def fits(self, hand: Tensor, explained: Tensor) -> bool:
+        """Whether ``explained`` accounts for what the hand gave."""
+        scale = max(hand.abs().max().item(), explained.abs().max().item()) if hand.numel() else 0.0
+        return bool(((hand - explained).abs() <= FIT * scale + self.c.tolerance).all())
+
+    @property
+    def negligible(self) -> bool:
+        """Whether the error is hardly more than what differences may be off by: then anything would explain it."""
+        beyond = ((self.hand - self.numeric).abs() / self.c.tolerance).where(self.c.wrong, 0)
+        return not bool((beyond > 8).any())
+
+
+# ----- explanations, the simplest first; each returns a sentence or nothing -----
+
+
+def _zero(w: Wrong) -> str:
+    if w.hand.abs().max() > 0:
+        return ""
+    given = w.s.gradients()[w.c.point]
+    return (
+        "zero: no gradient at all (None is returned, or nothing requires grad)" if given is None else "zero"
+    )
+
+
+def _exchanged(w: Wrong) -> str:
+    for other in w.all:
+        if other.point == w.c.point or w.s.points[other.point].shape != w.point.shape:
+            continue
+        if not other.wrong.any():
+            continue  # the same gradient twice is no exchange
+        if other.numeric.shape == w.hand.shape and w.fits(w.hand, other.numeric):
+            return f"exchanged: this is the gradient of {w.s.names[other.point]}"
+    return ""
+
+
+def _constant(w: Wrong) -> str:
+    c = _ratio(w.hand, w.numeric)
+    if c is None or not w.fits(w.hand, c * w.numeric):
+        return ""
+    return f"constant factor {_number(c)}{_meaning(c, w)} (in all paths)"
+
+
+def _ratio(hand: Tensor, numeric: Tensor) -> float | None:
+    """The c for which hand - c numeric is smallest."""
+    norm = (numeric * numeric).sum().item()
+    return (hand * numeric).sum().item() / norm if norm else None
+
+
+def _number(c: float) -> str:
+    simple = Fraction(c).limit_denominator(1000)
+    if abs(float(simple) - c) <= 1e-6 * abs(c) and simple.denominator <= 64:
+        return str(simple)
+    return f"{c:.6g}"
+
+
+def _meaning(c: float, w: Wrong) -> str:
+    """What a constant factor usually comes from."""
+    if abs(c + 1) < 1e-5:
+        return ": wrong sign"
+    sign = ", and wrong sign" if c < 0 else ""
+    size = abs(c)
+    broadcast = {
+        y.numel() // w.point.numel()
+        for y in w.s.outputs
+        if w.point.numel() and y.numel() % w.point.numel() == 0
+    }
+    for n in sorted(broadcast - {1}):
+        if abs(size * n - 1) < 1e-5:
+            return f" = 1/{n}: mean for sum over a broadcast dimension?{sign}"
+        if abs(size - n) < 1e-5 * n and n > 2:
+            return f": sum for mean, or summed {n} times?{sign}"
+    if abs(size - 2) < 1e-5:
+        return f": doubled, accumulated twice?{sign}"
+    if abs(size - 0.5) < 1e-5:
+        return f": half, a factor 2 missing?{sign}"
+    for n, what in _sizes(w):
+        if abs(size * n - 1) < 1e-5:
+            return f" = 1/{n}: a mean's divisor? ({what} is {n}){sign}"
+        if abs(size - n) < 1e-5 * n:
+            return f": a mean's divisor missing? ({what} is {n}){sign}"
+    return sign
+
+
+def _sizes(w: Wrong) -> Iterator[tuple[int, str]]:
+    """Every length and number of entries above 2, with its name."""
+    tensors = [
+        *zip(w.s.names, w.s.points, strict=True),
+        *zip(w.s.output_names, w.s.outputs, strict=True),
+    ]
+    for name, t in tensors:
+        yield from ((n, f"the length of dim {d} of {name}") for d, n in enumerate(t.shape) if n > 2)
+        if t.numel() > 2:
+            yield t.numel(), f"the number of entries of {name}"
+
+
+def _ignores_grad_output(w: Wrong) -> str:
+    """H (1) = N (1) though rows are wrong: only the sum of the outputs was thought of."""
+    s, i = w.s, w.c.point
+    ones = s.gradients(cotangents=[torch.ones_like(y) for y in s.outputs])[i]
+    others = s.gradients(cotangents=s.random_like(s.outputs, 3))[i]
+    if ones is None or others is None:
+        return ""
+    if torch.equal(ones, others):
+        return "grad_output is ignored: right at most for a grad_output of ones"
+    if not w.c.whole:
+        return ""
+    good = (_numeric.flat([ones]) - w.numeric.sum(0)).abs() <= FIT * w.numeric.abs().sum(
+        0
+    ).max() + w.c.tolerance.sum(0)
+    return "right only for a grad_output of ones" if bool((good | w.c.kinks.any(0)).all()) else ""
+
+
+def _transposed(w: Wrong) -> str:
+    if w.point.dim() < 2 or not w.c.whole:
+        return ""
+    for a in range(w.point.dim()):
+        for b in range(a + 1, w.point.dim()):
+            if w.point.shape[a] != w.point.shape[b] or w.point.shape[a] == 1:
+                continue
+            order = torch.arange(w.point.numel()).reshape(w.point.shape).transpose(a, b).reshape(-1)
+            explained = w.numeric[:, order]
+            c = _ratio(w.hand, explained)
+            if c is not None and w.fits(w.hand, c * explained):
+                factor = "" if abs(c - 1) < 1e-5 else f", with constant factor {_number(c)}"
+                return f"transposed in dims {a} and {b}{factor}"
+    return ""
+
+
+def _missing_sum(w: Wrong) -> str:
+    """Rows of H are those of N for some entries of the output, and zeros for the others."""
+    if not w.c.whole:
+        return ""
+    tolerance = FIT * w.numeric.abs().max() + w.c.tolerance
+    right = ((w.hand - w.numeric).abs() <= tolerance).all(1)
+    dropped = (w.hand.abs() <= tolerance).all(1) & ~right
+    if not bool((right | dropped).all()) or not bool(dropped.any()):
+        return ""
+    counted = right & (w.numeric.abs() > tolerance).any(1)
+    offset = 0
+    for k, y in enumerate(w.s.outputs):
+        rows = slice(offset, offset + y.numel())
+        offset += y.numel()
+        if len(w.s.outputs) > 1 and bool(dropped[rows].all()):
+            return f"one path of a sum is missing: what comes through {w.s.output_names[k]}"
+        where = counted[rows].reshape(y.shape)
+        lost = dropped[rows].reshape(y.shape)
+        for d in range(y.dim()):
+            others = [e for e in range(y.dim()) if e != d]
+            kept = where.any(others) if others else where
+            gone = lost.all(others) if others else lost
+            if bool((kept ^ gone).all()) and bool(kept.any()) and bool(gone.any()):
+                at = kept.nonzero().flatten().tolist()
+                which = f"index {at[0]}" if len(at) == 1 else f"{len(at)} of {y.shape[d]} indices"
+                return f"missing sum over dim {d} of {w.s.output_names[k]}: only {which} of it is counted"
+    share = dropped.double().mean().item()
+    return f"missing sum: {share:.0%} of the output's entries send nothing back"
+
+
+def _one_output(w: Wrong) -> str:
+    """Wrong only in what comes through some of several outputs."""
+    if len(w.s.outputs) < 2:
+        return ""
+    bad = w.c.wrong.any(1)
+    parts = bad.split([y.numel() for y in w.s.outputs]) if w.c.whole else []
+    hit = [k for k, part in enumerate(parts) if bool(part.any())]
+    if not hit or len(hit) == len(w.s.outputs):
+        return ""
+    rows = torch.cat([torch.full((y.numel(),), k in hit) for k, y in enumerate(w.s.outputs)])
+    c = _ratio(w.hand[rows], w.numeric[rows])
+    inner = w.numeric * rows.unsqueeze(1)
+    zero = not bool(w.hand[rows].abs().max() > 0)
+    factor = ""
+    if zero:
+        factor = ", which is missing"
+    elif c is not None and w.fits(w.hand * rows.unsqueeze(1), c * inner):
+        factor = f", by a constant factor {_number(c)}{_meaning(c, w)}"
+    return f"one path of a sum is wrong: what comes through {', '.join(w.s.output_names[k] for k in hit)}{factor}"
+
+
+def _elsewhere(w: Wrong) -> str:
+    """H is the derivative at another point: a saved tensor was overwritten, or is of another call."""
+    if not w.c.whole or getattr(w.s, "base", None) is not None:
+        return ""
+    direction = normal((w.c.directions.shape[1],), generator("elsewhere"))
+    by_hand = w.hand @ direction
+    for what, points in _other_points(w.s):
+        try:
+            there = _numeric.derivative(
+                _only(w.s.with_points(points), w.c.point, direction), w.s.noise, w.point.dtype
+            )
+        except Exception:  # the function may not be defined there
+            continue
+        explained = w.c.cotangents @ there.value
+        close = FIT * by_hand.abs().max() + 4 * there.error.max() + w.c.tolerance.max()
+        if bool(((by_hand - explained).abs() <= close).all()):
+            return f"overwritten or stale saved tensor: this is the gradient at {what}"
+    return ""
+
+
+def _other_points(s: Subject) -> Iterator[tuple[str, list[Tensor]]]:
+    def replaced(i: int, value: Tensor) -> list[Tensor]:
+        return [value.clone() if j == i else p for j, p in enumerate(s.points)]
+
+    for i, (name, p) in enumerate(zip(s.names, s.points, strict=True)):
+        for k, y in enumerate(s.outputs):
+            if y.shape == p.shape:
+                yield f"{name} = {s.output_names[k]}", replaced(i, y)
+        for j, q in enumerate(s.points):
+            if j != i and q.shape == p.shape:
+                yield f"{name} = {s.names[j]}", replaced(i, q)
+        yield f"{name} = 0", replaced(i, torch.zeros_like(p))
+        yield f"{name} = 1", replaced(i, torch.ones_like(p))
+        yield f"{name} = |{name}|", replaced(i, p.abs())
+        yield f"{name} = 2 {name}", replaced(i, 2 * p)
+
+
+def _part(w: Wrong) -> str:
+    """Wrong in some entries of the input, right in the others."""
+    if not w.c.whole:
+        return ""
+    bad = w.c.wrong.any(0)
+    share = bad.double().mean().item()
+    if share > 0.9:
+        return ""
+    x = _numeric.flat([w.point])
+    where = _where(bad, x, w.point.shape)
+    c = _ratio(w.hand[:, bad], w.numeric[:, bad])
+    explained = w.numeric.clone()
+    how = ""
+    if not bool(w.hand[:, bad].abs().max() > 0):
+        how = "zero"
+    elif c is not None:
+        explained[:, bad] *= c
+        how = f"constant factor {_number(c)}{_meaning(c, w)}" if w.fits(w.hand, explained) else ""
+    return f"only in {share:.0%} of the entries of {w.name}, {where}" + (f": {how} there" if how else "")
+
+
+def _where(bad: Tensor, x: Tensor, shape: torch.Size) -> str:
+    """A condition that tells the wrong entries from the right ones."""
+    good = ~bad
+    for text, condition in (
+        ("where it is negative", x < 0),
+        ("where it is positive", x > 0),
+        ("where it is 0", x == 0),
+    ):
+        if torch.equal(condition, bad):
+            return text
+    if bool(good.any()) and x[bad].min() > x[good].max():
+        return f"where it is above {x[good].max().item():.4g}"
+    if bool(good.any()) and x[bad].max() < x[good].min():
+        return f"where it is below {x[good].min().item():.4g}"
+    shaped = bad.reshape(shape)
+    for d in range(len(shape)):
+        others = [e for e in range(len(shape)) if e != d]
+        some = shaped.any(others) if others else shaped
+        every = shaped.all(others) if others else shaped
+        if torch.equal(some, every):
+            at = some.nonzero().flatten().tolist()
+            return f"at {at[:6]} of dim {d}"
+    index = [int(i) for i in torch.unravel_index(bad.nonzero()[0, 0], shape)] if shape else []
+    return f"as at {index}"
+
+
+def _one_path(w: Wrong) -> str:
+    """The Jacobian is a sum of paths, of which one is wrong: D = H - N is that path, scaled."""
+    if not w.c.whole:
+        return ""
+    n, d = w.numeric, w.hand - w.numeric
+    if n.shape[0] == n.shape[1]:
+        eye = torch.eye(len(n), dtype=n.dtype)
+        direct, coupling = n * eye, n * (1 - eye)
+        for what, path in (
+            ("the identity (a residual connection)", eye),
+            ("all but the identity (the block beside a residual connection)", n - eye),
+            ("the direct one, of each output to its own input", direct),
+            ("the coupling between entries (through a sum, a mean or a norm)", coupling),
+        ):
+            c = _ratio(d, path)
+            if c is not None and abs(c) > 1e-6 and w.fits(d, c * path):
+                return f"one path of a sum is wrong, {what}: {_path_factor(c)}; the rest is right"
+    rank, full = _rank(d, w), max(_rank(n, w), _rank(w.hand, w))
+    if 0 < rank < full and 3 * rank <= 2 * full:
+        return (
+            f"one path of a sum is wrong: the error has rank {rank} where the Jacobian has {full}, as a missing or "
+            "extra term that goes through a sum, a mean or a norm has"
+        )
+    return ""
+
+
+def _path_factor(c: float) -> str:
+    return "it is missing" if abs(c + 1) < 1e-5 else f"constant factor {_number(1 + c)} in it"
+
+
+def _rank(m: Tensor, w: Wrong) -> int:
+    values = torch.linalg.svdvals(m)
+    return int(
+        (values > max(FIT * values.max().item(), w.c.tolerance.max().item() * math.sqrt(m.numel()))).sum()
+    )
+
+
+def _own_factors(w: Wrong) -> str:
+    """H = N with a factor for each entry of the input, or of the output."""
+    if not w.c.whole:
+        return ""
+    for what, dim, tensors in (
+        ("input", 0, [(n, p) for n, p in zip(w.s.names, w.s.points, strict=True)]),
+        ("output", 1, list(zip(w.s.output_names, w.s.outputs, strict=True))),
+    ):
+        norm = (w.numeric * w.numeric).sum(dim, keepdim=True)
+        factors = (w.hand * w.numeric).sum(dim, keepdim=True) / norm.where(norm > 0, 1)
+        if not w.fits(w.hand, factors * w.numeric):
+            continue
+        used = factors[norm > 0]
+        for name, t in (*tensors, *zip(w.s.output_names, w.s.outputs, strict=True)):
+            extra = _numeric.flat([t])
+            if extra.numel() != factors.numel():
+                continue
+            for text, value in ((f"{name}", extra), (f"1 / {name}", 1 / extra), (f"{name}^2", extra * extra)):
+                c = _ratio(factors.reshape(-1), value) if bool(torch.isfinite(value).all()) else None
+                if c is not None and bool(
+                    ((factors.reshape(-1) - c * value).abs() <= 1e-4 * factors.abs().max()).all()
+                ):
+                    return f"an extra factor {'' if abs(c - 1) < 1e-4 else _number(c) + ' '}{text}"
+        return (
+            f"a factor of its own for each entry of the {what}, from {used.min().item():.4g} to {used.max().item():.4g}: "
+            "one path of a sum inside the formula, or a wrong formula"
+        )
+    return ""
+
+
+def _step(w: Wrong) -> str:
+    """The output is a step, whose slope is 0, and backward is something else: on purpose, most of the time."""
+    if not bool((w.numeric.abs() <= w.c.tolerance).all()) or not bool(w.hand.abs().max() > 0):
+        return ""
+    if getattr(w.s, "base", None) is not None:
+        return ""
+    far = w.s.random_like([w.point], 91)[0]
+    here, there = (
+        _numeric.flat(
+            w.s.meant(*[p + k * far if j == w.c.point else p.clone() for j, p in enumerate(w.s.points)])
+        )
+        for k in (0.0, 1.0)
+    )
+    if bool(((here - there).abs() <= 1e-9).all()):
+        return f"the output does not depend on {w.name}, and backward gives it a gradient"
+    if w.hand.shape[0] == w.hand.shape[1] and w.fits(w.hand, torch.eye(len(w.hand), dtype=w.hand.dtype)):
+        return (
+            "straight-through: the output is a step, whose slope is 0, and backward hands grad_output on. "
+            "If that is meant: surrogate=lambda x: x"
+        )
+    return (
+        "a surrogate gradient: the output is a step, whose slope is 0, and backward is not. "
+        "If that is meant, give surrogate= what backward is the gradient of"
+    )
+
+
+def _softmax_axis(w: Wrong) -> str:
+    """The Jacobian of softmax or log_softmax over one axis where it should be over another."""
+    y = w.s.outputs[0] if len(w.s.outputs) == 1 else None
+    if y is None or not w.c.whole or y.shape != w.point.shape or y.dim() < 2:
+        return ""
+    flat = _numeric.flat([y])
+    index = torch.arange(y.numel()).reshape(y.shape)
+    eye = torch.eye(y.numel(), dtype=torch.float64)
+    same = {}
+    for d in range(y.dim()):
+        row = index.select(d, 0).unsqueeze(d).expand(y.shape).reshape(-1)
+        same[d] = (row.unsqueeze(0) == row.unsqueeze(1)).double()
+    forms: dict[str, Callable[[int], Tensor]] = {
+        "softmax": lambda d: torch.diag(flat) - same[d] * torch.outer(flat, flat),
+        "log_softmax": lambda d: eye - same[d] * flat.exp().unsqueeze(0),
+    }
+    for name, jacobian in forms.items():
+        right = [d for d in same if w.fits(w.numeric, jacobian(d))]
+        wrong = [d for d in same if w.fits(w.hand, jacobian(d))]
+        if right and wrong:
+            return (
+                f"{name} over the wrong axis: over dim {wrong[0]} in backward, over dim {right[0]} in forward"
+            )
+    return ""
+
+
+def _detached(w: Wrong) -> str:
+    """y = x a(x), of which one factor is taken for a constant."""
+    if not w.c.whole or w.hand.shape[0] != w.hand.shape[1] or getattr(w.s, "base", None) is not None:
+        return ""
+    x = _numeric.flat([w.point])
+    for k, y in enumerate(w.s.outputs):
+        if len(w.s.outputs) > 1 or y.shape != w.point.shape or not bool((x != 0).all()):
+            return ""
+        factor = torch.diag(_numeric.flat([y]) / x)
+        name = w.s.output_names[k]
+        if w.fits(w.hand, factor):
+            return f"a detached factor: {w.name} times what {name} is of it, which is taken for a constant"
+        if w.fits(w.hand, w.numeric - factor):
+            return (
+                f"a detached factor: {name} is {w.name} times something, and {w.name} is taken for a constant"
+            )
+    return ""
+
+
+def _missing_eps(w: Wrong) -> str:
+    """The error falls with the square, or the first power, of the input's size: as without what keeps from 0."""
+    if getattr(w.s, "base", None) is not None:
+        return ""
+    off = []
+    for c in (1.0, 4.0, 16.0):
+        points = [c * p if j == w.c.point else p for j, p in enumerate(w.s.points)]
+        try:
+            (there,) = compare(w.s.with_points(w.s.allowed(points)), only=w.c.point)
+        except Exception:  # the function may not be defined there
+            return ""
+        known = there.measured
+        scale = float(there.numeric.where(known, 0).norm())
+        off.append(float((there.hand - there.numeric).where(known, 0).norm()) / scale if scale else 0.0)
+    if min(off) <= 1e-9 or off[0] > 0.5:
+        return ""
+    ratios = [off[0] / off[1], off[1] / off[2]]
+    for power in (16.0, 4.0):
+        if all(abs(r - power) <= 0.15 * power for r in ratios):
+            how = "square" if power == 16.0 else "first power"
+            return (
+                f"a missing eps: the error is {off[0]:.2g} of the gradient here, and falls with the {how} of the size "
+                f"of {w.name}"
+            )
+    return ""
+
+
+EXPLANATIONS: tuple[Callable[[Wrong], str], ...] = (
+    _step,
+    _zero,
+    _exchanged,
+    _constant,
+    _ignores_grad_output,
+    _transposed,
+    _softmax_axis,
+    _detached,
+    _one_output,
+    _missing_sum,
+    _part,
+    _one_path,
+    _elsewhere,
+    _missing_eps,
+    _own_factors,
+)

@@ -1,0 +1,116 @@
+"""Make a case ready to be asked: in which dtype it runs, and refuse what can show nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from manualprop.verify._case import Case
+from manualprop.verify._module import exchange
+from manualprop.verify._subject import BadUse, Subject, is_float
+
+
+def ready(case: Case) -> Subject:
+    """A subject that runs: in float64 if the function takes it, otherwise in the dtypes that were given.
+
+    Raises:
+        BadUse: if nothing can be shown with these inputs.
+    """
+    if isinstance(case.fn, torch.nn.Module):
+        exchange(case.fn, afresh=True)
+    given = Subject(case, None)
+    _refuse_bad_input(given)
+    subject = Subject(case)
+    try:
+        _settle(subject)
+    except BadUse:
+        raise
+    except Exception as error:  # whatever the checked code raises
+        given.note = f"judged in {_dtypes(given)}: forward refuses float64 ({type(error).__name__})"
+        subject = given
+        _settle(subject)  # raises what is wrong with the function at its own inputs
+    _refuse_chance(subject)
+    _refuse_surrogate(subject)
+    return subject
+
+
+def lower_if_needed(subject: Subject) -> None:
+    """Judge in the dtypes that were given what forward takes in float64, and backward in these only.
+
+    It runs backward, which may crash: so it is asked for when a probe runs, and not before.
+    """
+    given = Subject(subject.case, None)
+    given._not_leaf = subject._not_leaf
+    if subject.dtype is None or all(p.dtype == subject.dtype for p in given.points):
+        return
+    try:
+        subject.gradients()
+    except Exception as error:  # whatever the checked code raises
+        try:
+            given.gradients()
+        except Exception:  # it raises in any dtype: first_order tells
+            return
+        given.note = f"judged in {_dtypes(given)}: backward refuses float64 ({type(error).__name__})"
+        subject.__dict__.clear()
+        subject.__dict__.update(given.__dict__)
+
+
+def _dtypes(subject: Subject) -> str:
+    names = dict.fromkeys(str(p.dtype).removeprefix("torch.") for p in subject.points)
+    return " and ".join(names)
+
+
+def _settle(subject: Subject) -> None:
+    """Run forward once, and learn how the function wants to be called."""
+    try:
+        outputs = subject(*subject.at())
+    except RuntimeError as error:
+        if "a leaf Variable that requires grad" not in str(error):
+            raise
+        subject._not_leaf = True
+        outputs = subject(*subject.at())
+    if not outputs:
+        result = subject.raw(*subject.at())
+        raise BadUse(
+            TypeError,
+            f"check: {subject.case.name} must return a floating tensor, or a nest of them. Got {type(result).__name__}.",
+        )
+
+
+def _refuse_surrogate(subject: Subject) -> None:
+    if subject.case.surrogate is None:
+        return
+    shapes = [list(y.shape) for y in subject(*subject.at())]
+    others = [list(y.shape) for y in subject.meant(*subject.at())]
+    if shapes != others:
+        raise BadUse(
+            ValueError,
+            f"check: surrogate must return what {subject.case.name} does. Got tensors of shape {others} for {shapes}.",
+        )
+
+
+def _refuse_bad_input(subject: Subject) -> None:
+    if subject.points:
+        return
+    tensors = [t for t in subject._leaves if isinstance(t, Tensor)]
+    given = ", ".join(f"{t.dtype} {list(t.shape)}" for t in tensors) or "no tensor"
+    if tensors and not any(is_float(t) for t in tensors):
+        text = f"only floating inputs have gradients. Got {given}. Give floating tensors that require grad."
+    else:
+        text = (
+            f"no input requires a gradient. Got {given}. Call requires_grad_() on those to be differentiated."
+        )
+    raise BadUse(ValueError, f"check: {subject.case.name}: {text}")
+
+
+def _refuse_chance(subject: Subject) -> None:
+    first, second = ([y.detach() for y in subject(*subject.at())] for _ in range(2))
+    for i, (a, b) in enumerate(zip(first, second, strict=True)):
+        if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-10, atol=1e-12, equal_nan=True):
+            distance = f"differ by {(a - b).abs().max():.2g}" if a.shape == b.shape else "differ in shape"
+            raise BadUse(
+                ValueError,
+                f"check: {subject.case.name} must give the same output for the same input and seed. Two runs from "
+                f"torch.manual_seed({subject.case.seed}) {distance} in output {i}. Draw random numbers from torch's "
+                "default generator, or check with the randomness off.",
+            )

@@ -1,0 +1,163 @@
+"""From what the probes saw to what is reported: one finding for one cause, what is declared, what is accepted."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+
+from manualprop.verify._probe import FEATURES
+from manualprop.verify._report import Outcome
+
+# Whoever finds one of these explains what the probes behind it find: they call the same backward, in the state that
+# it is in.  From the cause to the consequence: the first that was found counts.
+_STATE = (
+    "retain_graph", "repeat", "interleaving", "checkpointing", "saved_tensors", "inplace_edit", "grad_modes",
+)  # fmt: skip
+_NUMBERS = (
+    "first_order", "second_order", "third_order", "forward_over_reverse", "linearity", "sizes", "zero_size", "ranks",
+    "indices", "dtypes", "mixed_dtypes", "autocast", "extremes", "ties",
+)  # fmt: skip
+_FORWARD = ("forward_mode", "forward_over_reverse", "nested_forward_mode", "jacfwd")
+_TRANSFORMS = ("func_grad", "jacrev", "vmap", "vmap_grad", "compile", "poisoned_backward")
+_ARGUMENTS = (
+    "grad_output_layout", "input_layout", "requires_grad_subsets", "partial_outputs", "same_input", "aliasing",
+)  # fmt: skip
+CONSEQUENCES: dict[str, tuple[str, ...]] = {
+    "mutation": (*_NUMBERS, *_ARGUMENTS, *_STATE, *_TRANSFORMS, "random_state", "module_copy"),
+    "random_state": (*_NUMBERS, *_ARGUMENTS, *_STATE, *_TRANSFORMS),
+    "grad_modes": ("second_order", "third_order", "forward_over_reverse", "checkpointing", "leaks", "saved_tensors", "ranks"),
+    "retain_graph": (
+        "first_order", "second_order", "linearity", "repeat", "interleaving", "checkpointing", "grad_modes", *_ARGUMENTS,
+    ),
+    "interleaving": (
+        "second_order", "input_layout", "repeat", "saved_tensors", "inplace_edit", "leaks", "checkpointing", "vmap",
+        "sizes", "ranks", "grad_modes",
+    ),
+    "repeat": (*_NUMBERS, *_ARGUMENTS, "saved_tensors", "inplace_edit", "checkpointing", "grad_modes", "leaks", "vmap"),
+    "first_order": (*_NUMBERS, *_FORWARD, "reference", "autocast"),
+    "output_requires_grad": ("first_order", *_FORWARD, "second_order", "partial_outputs"),
+    "requires_grad_subsets": ("second_order", *_FORWARD, *_TRANSFORMS, "leaks"),
+    "partial_outputs": ("second_order", "extremes", "ties", "sizes", *_TRANSFORMS),
+    "grad_output_layout": ("second_order", "jacrev", "vmap", "ranks"),
+    "input_layout": ("second_order", "vmap", "ranks", "vmap_grad"),
+    "same_input": ("second_order",),
+    "reference": ("extremes", "ties"),
+    "second_order": (
+        "third_order", "forward_over_reverse", "saved_tensors", "sizes", "dtypes", "extremes", "leaks",
+    ),
+    "linearity": ("second_order", "partial_outputs", "zero_size", "sizes", "dtypes", "autocast", "extremes", "ranks"),
+    "saved_tensors": ("inplace_edit", "leaks"),
+    "inplace_edit": ("leaks",),
+    "indices": ("sizes", "ranks"),
+    "sizes": ("zero_size", "ranks", "extremes", "vmap"),
+    "ranks": ("sizes", "zero_size", "vmap", "vmap_grad"),
+    "dtypes": ("mixed_dtypes", "autocast", "extremes", "ranks"),
+    "output_dtype": ("dtypes", "mixed_dtypes", "autocast", "extremes"),
+    "extremes": ("ties", "zero_size", "sizes"),
+    "ties": ("sizes", "extremes", "ranks", "vmap", "vmap_grad"),
+    "forward_mode": ("forward_over_reverse", "nested_forward_mode", "jacfwd", "vmap", "ties"),
+    "vmap": ("vmap_grad", "jacrev"),
+    "func_grad": ("jacrev", "vmap_grad", "compile", "poisoned_backward"),
+    "jacrev": ("vmap_grad",),
+    "checkpointing": ("saved_tensor_hooks", "sizes"),
+    "compile": ("poisoned_backward",),
+}  # fmt: skip
+
+
+VALUE_DEPENDS = "the value depends on who requires grad"
+
+
+def linked(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The same outcomes, with findings that another one explains turned into a word that points to it."""
+    by_name = {o.probe: o for o in outcomes}
+    explained: dict[str, str] = {}
+    crash = next((o for o in outcomes if o.evidence.startswith("crashes the process")), None)
+    for o in outcomes:
+        if crash is not None and o.evidence == crash.evidence and o is not crash:
+            explained[o.probe] = crash.probe
+    subsets = by_name.get("requires_grad_subsets")
+    if subsets and subsets.verdict == "finding" and subsets.diagnosis == VALUE_DEPENDS:
+        for name in _NUMBERS:  # differences are taken without a gradient: of another function
+            explained.setdefault(name, "requires_grad_subsets")
+    for cause, consequences in CONSEQUENCES.items():
+        if cause not in by_name or by_name[cause].verdict != "finding" or cause in explained:
+            continue
+        for name in consequences:
+            if name != cause and name != (crash.probe if crash else ""):
+                explained.setdefault(name, cause)
+    return [
+        dataclasses.replace(
+            o, verdict="skipped", evidence=f"see {explained[o.probe]}: {o.evidence}", diagnosis=""
+        )
+        if o.probe in explained and o.verdict == "finding"
+        else o
+        for o in outcomes
+    ]
+
+
+def held(
+    outcomes: Iterable[Outcome], declare: Mapping[str, bool], accept: Mapping[str, str], known: Sequence[str]
+) -> list[Outcome]:
+    """The outcomes in the light of what the author declares and accepts.
+
+    Args:
+        outcomes: of the probes that ran.
+        declare: what must be supported.
+        accept: why a finding, or a limit, is accepted.
+        known: names of all probes.
+    """
+    required = {p for name in declare for p in members([name], known, "declare")}
+    reasons = {p: reason for name, reason in accept.items() for p in members([name], known, "accept")}
+    found = linked([_required(o) if o.probe in required else o for o in outcomes])
+    found = [_accepted(o, reasons[o.probe]) if o.probe in reasons else o for o in found]
+    for name, reason in accept.items():
+        found = _still_needed(found, name, reason)
+    return found
+
+
+def _required(o: Outcome) -> Outcome:
+    if o.verdict != "limit":
+        return o
+    return dataclasses.replace(
+        o, verdict="finding", evidence=f"declared as supported, but it is not: {o.evidence}"
+    )
+
+
+def _accepted(o: Outcome, reason: str) -> Outcome:
+    if o.verdict not in ("finding", "limit"):
+        return o
+    return dataclasses.replace(o, verdict="accepted", evidence=f"{reason} ({o.evidence})")
+
+
+def _still_needed(outcomes: Sequence[Outcome], name: str, reason: str) -> list[Outcome]:
+    """Strict: an acceptance of what passes is a finding, at the first probe that it names."""
+    group = FEATURES.get(name, (name,))
+    ran = [o for o in outcomes if o.probe in group]
+    whole = name not in FEATURES or {o.probe for o in ran} >= set(group) - {"third_order"}
+    if not ran or not whole or any(o.verdict != "passed" for o in ran):
+        return list(outcomes)
+    evidence = f"accepted, since {reason!r}, but it passes: take {name!r} out of what is accepted"
+    return [
+        dataclasses.replace(o, verdict="finding", evidence=evidence) if o is ran[0] else o for o in outcomes
+    ]
+
+
+def members(names: Iterable[str], known: Sequence[str], where: str) -> list[str]:
+    """The probes behind names of probes and groups.
+
+    Raises:
+        ValueError: for a name that is neither.
+    """
+    found: list[str] = []
+    for name in names:
+        if name not in known and name not in FEATURES:
+            similar = difflib.get_close_matches(name, [*known, *FEATURES], n=1)
+            hint = (
+                f"Did you mean {similar[0]!r}?"
+                if similar
+                else f"There are: {', '.join([*known, *FEATURES])}."
+            )
+            raise ValueError(f"check: {where} must name probes. Got {name!r}. {hint}")
+        found += FEATURES.get(name, (name,))
+    return found

@@ -164,7 +164,7 @@ class Criterion:
         if not (self.traced and indices):
             return denominator(self.loss, output, target)
         index, counted = counting(target, self.loss.ignore_index)  # type: ignore[arg-type]
-        return divisor(index, self.loss.weight, counted)  # type: ignore[arg-type]
+        return divisor(index, self.loss.weight, counted, torch.float64)  # type: ignore[arg-type]
 
     def _cross_entropy(self, x: Tensor, t: Tensor, divide: bool) -> tuple[Tensor, Tensor | float, Tensor]:
         """For class indices: value and gradient share one softmax."""
@@ -174,7 +174,7 @@ class Criterion:
         log_p = log_softmax(x)
         loss = nll_loss(log_p, t, w, REDUCTIONS["mean" if divide else "sum"], self._ignored)
         index, counted = counting(t.unsqueeze(1), self._ignored)
-        D = divisor(index, w, counted)
+        D = divisor(index, w, counted, log_p.dtype)
         g = log_p.new_ones(()) / D if divide else log_p.new_ones(())
         dx = gradient_of_log(log_p, where_counted(g, counted), index, w, over=0)
         return loss, D, dx if dx.dtype == x.dtype else dx.to(x.dtype)

@@ -73,7 +73,7 @@ def linear_cross_entropy(
     mass: Tensor | int | None = None
     if reduction == "mean" and not probabilities:
         index, counted = counting(target, ignored)
-        mass = divisor(index, weight, counted)
+        mass = divisor(index, weight, counted, torch.promote_types(x.dtype, torch.float32))
     if options is not None and reduction != "none" and _once(options, x, W, b, t):
         if reduction == "mean" and not isinstance(mass, Tensor):
             mass = x.new_tensor(target.numel() / classes if mass is None else mass, dtype=torch.float32)

@@ -156,6 +156,9 @@ class MultiLabelSoftMargin(ElementwiseLoss):
     r"""$l = -t \log s - (1 - t) \log(1 - s)$ with $s = 1 / (1 + e^{-x})$, of one class of several against all others
 
     Derivation
+        -log s = max(-x, 0) - log sigma(|x|)                       where x < 0, sigma(x) = e^x sigma(-x)
+        -log(1 - s) = max(x, 0) - log sigma(|x|)                   1 - s is the sigmoid of -x
+        l = t max(-x, 0) + (1 - t) max(x, 0) - log sigma(|x|)
         dl/dx = s - t                                              as :class:`BCEWithLogits`, the same function
         dl/dt = log(1 - s) - log s = -x
         d2l/dx2 = s (1 - s)                                        the slope of the sigmoid
@@ -166,13 +169,13 @@ class MultiLabelSoftMargin(ElementwiseLoss):
     Memory
         x and t, both alive outside anyway.
     Accuracy
-        1 - s is the sigmoid of -x.  The two logarithms stay separate: for an infinite x, the joint form of
-        :class:`BCEWithLogits` is infinity minus infinity.
+        For an infinite x, the joint form of :class:`BCEWithLogits`, (1 - t) x - log s, is infinity minus infinity.  This
+        form keeps the two parts separate.
     """
 
     @staticmethod
     def f(x: Tensor, t: Tensor) -> Tensor:
-        return -(t * F.logsigmoid(x) + (1 - t) * F.logsigmoid(-x))
+        return t * (-x).clamp(min=0) + (1 - t) * x.clamp(min=0) - F.logsigmoid(x.abs())
 
     @staticmethod
     def output_gradient(x: Tensor, t: Tensor) -> Tensor:

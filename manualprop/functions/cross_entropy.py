@@ -94,7 +94,7 @@ def share(g: Tensor, t: Tensor, w: Tensor | None, ignored: int, reduction: str) 
     """
     t, counted = aten.counting(t, ignored)
     if reduction == "mean":
-        g = aten.over(g, aten.divisor(t, w, counted))
+        g = aten.over(g, aten.divisor(t, w, counted, g.dtype))
     return aten.where_counted(g, counted), t
 
 

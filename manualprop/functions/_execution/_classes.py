@@ -41,10 +41,13 @@ def where_counted(g: Tensor, counted: Tensor | None) -> Tensor:
     return g if counted is None else g.where(counted, 0)
 
 
-def divisor(t: Tensor, w: Tensor | None, counted: Tensor | None) -> Tensor | int:
-    """What a mean divides by: the sum of w_t over the targets that count; their number without weights."""
+def divisor(t: Tensor, w: Tensor | None, counted: Tensor | None, dtype: torch.dtype) -> Tensor | int:
+    """What a mean divides by: the sum of w_t over the targets that count; their number without weights.
+
+    In the dtype of what is divided: inductor would convert an integer for each element.
+    """
     if w is None:
-        return t.numel() if counted is None else counted.sum()
+        return t.numel() if counted is None else counted.sum(dtype=dtype)
     w_t = full(w)[t]
     return w_t.sum() if counted is None else (w_t * counted).sum()
 
@@ -104,7 +107,7 @@ def reduced(l: Tensor, t: Tensor, w: Tensor | None, ignored: int, reduction: str
     if t.is_floating_point():
         return l.mean()
     t, counted = counting(t, ignored)
-    return over(l.sum(), divisor(t, w, counted))
+    return over(l.sum(), divisor(t, w, counted, l.dtype))
 
 
 def rows_to_lift(x: Tensor, t: Tensor) -> int:

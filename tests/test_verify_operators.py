@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from manualprop.verify import Report, check
 
 ENTRIES = 150  # of a tensor of a sample
-ALWAYS = ("sin", "addmm", "amax", "index_select", "nn_functional_layer_norm")
+ALWAYS = ("sin", "addmm", "amax", "index_select", "nn_functional_softplus")
 
 
 class Known(NamedTuple):
@@ -107,6 +107,20 @@ KNOWN: dict[str, Known] = {
     "linalg_eigvals": Known(
         ("ties",), "at a matrix with a row of zeros its gradient is off by two hundredths of those beside it"
     ),
+    **{
+        name: Known(("extremes",), "its gradient is NaN for a singular matrix, where the value is finite")
+        for name in ("linalg_lu", "linalg_lu_factor_ex")
+    },
+    "linalg_lu_solve": Known(("extremes",), "its gradient in float32 overflows at a pivot of 1e-30"),
+    "linalg_qr": Known(("extremes",), "its gradient for a matrix without full rank is rounding"),
+    "masked_logaddexp": Known(("extremes",), "its second derivative is NaN in float32 at 90: exp overflows"),
+    "masked_median": Known(
+        ("input_layout",), "of an expanded input its value is memory that was never written"
+    ),
+    "special_log_ndtr": Known(("extremes",), "its gradient in float32 at -1e4 is six times too large"),
+    "special_polygamma_special_polygamma_n_0": Known(
+        ("dtypes",), "its gradient is infinite in float16, where it is in range"
+    ),
     "native_layer_norm": NO_GRADIENT,
     "native_batch_norm": NO_GRADIENT,
     "_native_batch_norm_legit": NO_GRADIENT,
@@ -147,6 +161,7 @@ DOMAINS: dict[str, dict[str, Any]] = {
     "linalg_cholesky": {"project": definite},
     "linalg_cholesky_ex": {"project": definite},
     "linalg_eigh": {"project": symmetric},
+    "linalg_pinv_hermitian": {"project": symmetric},
     "linalg_eigvalsh": {"project": symmetric},
     "nn_functional_hinge_embedding_loss": {"project": {"args[1]": torch.sign}},
     "scatter": {"unique": ["args[2]"]},
@@ -228,6 +243,7 @@ def test_no_alarm_on_an_operator(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
+@pytest.mark.filterwarnings("ignore")  # torch's own, of deprecated operators and their samples
 def test_no_alarm_on_any_operator() -> None:
     """One test, so that the database is loaded and sampled once; what it finds is told together."""
     told, count = [], 0

@@ -12,7 +12,6 @@ from manualprop.functions.fused import *
 from manualprop.functions.gated import *
 from manualprop.functions.likelihood import *
 from manualprop.functions.linear import *
-from manualprop.functions.linear_cross_entropy import *
 from manualprop.functions.loss import *
 from manualprop.functions.margin import *
 from manualprop.functions.norm import *

@@ -69,14 +69,6 @@ class Linear(Rule):
         return rows(g).sum(0)  # (N, O) -> (O,)
 
     @staticmethod
-    def add_weight_gradient(into: Tensor, g_t: Tensor, x: Tensor, scale: float, keep: float = 1.0) -> None:
-        """``into <- keep * into + scale * dL/dW`` in one in-place product: dW itself is never stored."""
-        if keep == 1:
-            into.addmm_(g_t, x, alpha=scale)  # (O, N) (N, I) -> (O, I)
-        else:
-            into.addmm_(g_t, x, alpha=scale, beta=keep)
-
-    @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dW: Tensor | None, db: Tensor | None) -> Tensor:
         x, W = ctx.saved_tensors
         terms = (

@@ -28,6 +28,7 @@ from torch import Tensor
 from manualprop.functions._execution import formula, full, recorded, watched
 from manualprop.functions._execution._chunks import logits_in_chunks, without_autocast
 from manualprop.functions._execution._classes import classwise, counting, weights, where_counted
+from manualprop.functions._execution._products import add_weight_gradient
 from manualprop.functions._rule import Rule
 from manualprop.functions.cross_entropy import (
     Mass,
@@ -463,7 +464,7 @@ class Sums:
         if self._dW is None or watched((self._dW, s, x)):
             self._dW = plus(self._dW, Linear.weight_gradient(s, x))
         else:
-            Linear.add_weight_gradient(self._dW, s.t(), x, 1.0)  # (C, n) (n, D) -> (C, D)
+            add_weight_gradient(self._dW, s.t(), x, 1.0)  # (C, n) (n, D) -> (C, D)
 
     def all(
         self, dtype: torch.dtype, sums_dtype: torch.dtype | None = None

@@ -8,6 +8,8 @@ import textwrap
 from dataclasses import dataclass
 from typing import Literal
 
+from manualprop._practice._exercises import EXERCISES
+
 Verdict = Literal["right", "first order only", "wrong", "not finished", "not started", "error", "gave up"]
 
 
@@ -40,6 +42,17 @@ class Mark:
         __tracebackhide__ = True  # pytest shows the line of the learner's file
         if not self.right:
             raise AssertionError(str(self))
+
+    def hint(self, step: int) -> str:
+        """The hint of a step, 1 to 3, each nearer to the answer.
+
+        Raises:
+            ValueError: for another step.
+        """
+        hints = EXERCISES[self.exercise].hints
+        if not 1 <= step <= len(hints):
+            raise ValueError(f"hint: step must be from 1 to {len(hints)}. Got {step}.")
+        return hints[step - 1]
 
     def __str__(self) -> str:
         """The mark, and what helps."""

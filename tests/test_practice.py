@@ -172,6 +172,14 @@ def test_waiting_for_ever_ends_too(tmp_path: Path, line: str) -> None:
     assert marked_file("tanh", path, limit=2).verdict == "gave up"
 
 
+@pytest.mark.slow
+def test_a_loop_that_prints_does_not_fill_the_disk(tmp_path: Path) -> None:
+    path = written(tmp_path, "tanh", "return dx -> while True: print('x' * 10_000)")
+    mark = marked_file("tanh", path, limit=10)
+    assert mark.verdict in ("error", "gave up") and len(mark.printed) <= 2000
+    assert mark.how == "OSError: [Errno 27] File too large"
+
+
 def test_a_crash_is_told(tmp_path: Path) -> None:
     path = written(tmp_path, "tanh", "return dx -> print('so far', flush=True); import os; os.abort()")
     mark = marked_file("tanh", path)

@@ -197,7 +197,7 @@ class Softplus(torch.autograd.Function):
     ),
     ("Softplus",),
     elementwise(lambda x: torch.logaddexp(x, torch.zeros_like(x))),
-    advice={"not finite": "Which part of your formula is infinite for a large x? Divide by it on paper."},
+    advice={"extreme values": "Which part of your formula is infinite for a large x? Divide by it on paper."},
 )
 
 TANH_OUTPUT = Exercise(

@@ -19,7 +19,8 @@ from manualprop._practice._mark import Mark
 from manualprop._practice._marking import marked_source
 
 LIMIT = 30.0  # seconds of processor time
-MOST_PRINTED = 2000  # characters
+MOST_PRINTED = 2000  # characters that are shown
+MOST_WRITTEN = 2**23  # bytes, of each file
 CALL = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from manualprop._practice._child import main; main()"
 
 
@@ -65,6 +66,7 @@ def main() -> NoReturn:
     """The life of the child: write the mark into a file."""
     _, _, name, file, answer, limit = sys.argv
     _limit_time(float(limit))
+    _limit_files()
     try:
         mark = marked_source(EXERCISES[name], Path(file).read_text(encoding="utf-8"), file)
     except _TooLong as late:
@@ -89,3 +91,12 @@ def _limit_time(limit: float) -> None:
 
     signal.signal(signal.SIGPROF, late)
     signal.setitimer(signal.ITIMER_PROF, limit, 1.0)
+
+
+def _limit_files() -> None:
+    """A loop that prints must not fill the disk: beyond this, writing raises an OSError."""
+    with contextlib.suppress(ImportError):  # Windows has no such limit
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (MOST_WRITTEN, most))

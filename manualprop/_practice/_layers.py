@@ -42,9 +42,14 @@ class Dropout(torch.autograd.Function):
     ),
     ("Dropout",),
     lambda cls: [Asked(cls.apply, (real(4, 5), 0.7), beyond=("linearity", "grad_output_layout", "mutation"))],
+    words={
+        "one path of a sum is wrong, all but the identity (the block beside a residual connection): it is missing; "
+        "the rest is right": "this is the gradient of y = x"
+    },
     advice={
+        "of y = x": "What does a number send on that was dropped?",
         "draws from the global generator": "Which numbers were dropped is decided in forward, once.",
-        "one path|only in": "What does a number send on that was dropped?",
+        "only in": "What does a number send on that was dropped?",
         "constant factor": "By what has forward multiplied the numbers that were kept?",
     },
 )
@@ -207,7 +212,8 @@ class Embedding(torch.autograd.Function):
     ("Embedding",),
     _embedding,
     advice={
-        "missing sum|one path|only in": "Try it on paper with i = [2, 0, 2]: row 2 was used twice.",
+        "missing sum|only in": "Try it on paper with i = [2, 0, 2]: row 2 was used twice.",
+        "mean's divisor": "Nothing is averaged here.",
         "exchanged": "dW has a row for each row of W, also for those that i does not name.",
     },
 )

@@ -95,6 +95,8 @@ class Softmax(torch.autograd.Function):
     _softmax,
     advice={
         "the coupling between entries": "x_j enters the y of all others in its row too, through the denominator.",
+        "a missing or extra term|g of ones|no simple|factor of its own": "Derive dy_i/dx_j for i = j, and for other i. "
+        "Are both in the sum over i?",
         "over the wrong axis": "The row is the last axis. Over which is your sum?",
     },
 )

@@ -42,6 +42,8 @@ ADVICE = {
     "steep is the function?",
     "g is ignored": "The chain rule multiplies by what arrives.",
     "g of ones": "Added up over all outputs it is right. One by one, what does an output send back?",
+    "only for sizes": "Which number in it is the size of a tensor, written out?",
+    "extreme values": "Which part of the formula is infinite there, though the whole is not?",
     "zero: no gradient": "What is returned stands in the order of the arguments of forward.",
 }
 BORROWED = re.compile(
@@ -134,7 +136,7 @@ def _unsummed(exercise: Exercise, asked: Asked) -> Mark | None:
     y = type(cls.__name__, (cls,), {"backward": staticmethod(backward)}).apply(*args)  # type: ignore[attr-defined]
     torch.autograd.backward(y, torch.ones_like(y))
     for k, (t, d) in enumerate(zip(args, returned, strict=True)):
-        if isinstance(d, Tensor) and d.shape != t.shape:
+        if isinstance(d, Tensor) and t.requires_grad and d.shape != t.shape:
             name = _argument(asked, k)
             text = (
                 f"The gradient of {name} has shape {list(d.shape)}, where {name} has {list(t.shape)}.\n"
@@ -309,12 +311,34 @@ def _of_the_rest(exercise: Exercise, asked: Asked, found: dict[str, Outcome]) ->
 
 
 def _told(exercise: Exercise, asked: Asked, outcome: Outcome, verdict: Verdict, heading: str) -> Mark:
-    how = "" if outcome.diagnosis == NONE else spoken(exercise, outcome.diagnosis)
+    how = spoken(exercise, outcome.diagnosis) if _says_something(asked, outcome) else ""
     lines = [heading, f"How: {how}." if how else "", _where(exercise, outcome)]
     lines.append(f"Think: {_advice(exercise, outcome, verdict)}")
     short = how or (BEYOND_WORDS[outcome.probe] if outcome.probe in BEYOND_WORDS else heading)
     text = "\n".join(line for line in lines if line and line != "Think: ")
     return Mark(exercise.name, verdict, short.rstrip("."), text)
+
+
+def _says_something(asked: Asked, outcome: Outcome) -> bool:
+    """Whether a diagnosis helps here."""
+    if outcome.diagnosis == NONE:
+        return False
+    shape = _WRONG_SHAPE.search(outcome.evidence)
+    if shape:
+        got, expected = (tuple(map(int, re.findall(r"\d+", text))) for text in (shape[2], shape[3]))
+        others = [a.shape for a in asked.args if isinstance(a, Tensor) and a.shape != expected]
+        if "missing sum" in outcome.diagnosis:
+            return got[len(got) - len(expected) :] == expected
+        return "exchanged" not in outcome.diagnosis or got in others
+    if "only for a grad_output of ones" in outcome.diagnosis and asked.reference is not None:
+        # A softmax or a norm hands back 0 for it, and so does nearly every mistake.
+        args = [_fresh(a) for a in asked.args]
+        y = asked.reference(*args)
+        of_ones = torch.autograd.grad(
+            y, [a for a in args if isinstance(a, Tensor) and a.requires_grad], torch.ones_like(y)
+        )
+        return all(float(g.abs().max()) > 1e-9 for g in of_ones)
+    return True
 
 
 def _advice(exercise: Exercise, outcome: Outcome, verdict: Verdict) -> str:
@@ -352,6 +376,7 @@ def spoken(exercise: Exercise, text: str) -> str:
         .replace("the reference", "the right one")
     )
     text = text.replace(": one path of a sum inside the formula, or a wrong formula", "")
+    text = re.sub(r"the error has rank \d+ where the Jacobian has \d+, as (.*?) has$", r"\1", text)
     text = re.sub(r"factor (-?)(\S+) = \2", r"factor \1\2", text)
     for theirs, ours in {"output 0": exercise.words.get("y", "y"), **exercise.words}.items():
         text = text if theirs == "y" else text.replace(theirs, ours)

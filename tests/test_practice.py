@@ -34,13 +34,13 @@ def blanks(exercise: Exercise) -> list[str]:
     return [found[1] for found in re.finditer(r"^ *\w+ = (.*)  #= ", exercise.code, re.M)]
 
 
-def rows() -> list[Any]:
-    """The first four attempts at each exercise are quick."""
+def rows(attempts: list[Attempt], quick: int) -> list[Any]:
+    """The attempts, of which so many at each exercise are quick."""
     seen: Counter[str] = Counter()
     found = []
-    for attempt in ATTEMPTS:
+    for attempt in attempts:
         seen[attempt.exercise] += 1
-        marks = [pytest.mark.slow] if seen[attempt.exercise] > 4 else []
+        marks = [pytest.mark.slow] if seen[attempt.exercise] > quick else []
         found.append(pytest.param(attempt, id=f"{attempt.exercise}-{seen[attempt.exercise]}", marks=marks))
     return found
 
@@ -94,7 +94,7 @@ def test_every_exercise_has_four_wrong_attempts() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:index_reduce:UserWarning")
-@pytest.mark.parametrize("attempt", rows())
+@pytest.mark.parametrize("attempt", rows(ATTEMPTS, quick=4))
 def test_a_wrong_attempt_is_told_how_it_is_wrong(attempt: Attempt) -> None:
     exercise = EXERCISES[attempt.exercise]
     mark = marked_source(exercise, attempt.source(), "attempt.py")
@@ -105,9 +105,7 @@ def test_a_wrong_attempt_is_told_how_it_is_wrong(attempt: Attempt) -> None:
     assert not [answer for answer in answers if answer in str(mark)], "the mark tells the answer"
 
 
-@pytest.mark.parametrize(
-    "attempt", [pytest.param(a, id=f"{a.exercise}-{k}") for k, a in enumerate(RIGHT, start=1)]
-)
+@pytest.mark.parametrize("attempt", rows(RIGHT, quick=1))
 def test_another_way_to_the_gradient_is_right_too(attempt: Attempt) -> None:
     mark = marked_source(EXERCISES[attempt.exercise], attempt.source(), "attempt.py")
     assert mark.right, str(mark)
@@ -148,13 +146,12 @@ def test_a_class_of_a_notebook_is_marked() -> None:
 
 def written(folder: Path, name: str, edit: str = "", file: str = "") -> Path:
     """A learner's file, with the blanks filled in and an edit made."""
-    exercise = EXERCISES[name]
-    source = exercise.template().replace("= ...  #", "= WRONG  #")
+    head, _, rest = EXERCISES[name].template().partition("import manualprop\n")
     code = Attempt(name, (edit,) if edit else (), "").source().partition("\n\n")[2]
-    start, end = source.index("def " if exercise.entry == "step" else "class "), source.index("\n\ndef test_")
+    test = rest[rest.index("def test_") :]
     path = folder / (file or f"{name}.py")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(source[:start] + code + source[end:])
+    path.write_text(f"{head}import manualprop\n\n\n{code}\n\n{test}")
     return path
 
 

@@ -76,7 +76,7 @@ BEYOND_NORM = tuple(name for name in BEYOND if name != "extremes")
 
 NORM_ADVICE = {
     r"^x.*\|.*(one path|no simple|factor of its own|g of ones)": "x enters z in three ways: itself, through the mean m, "
-    "and through r, with its eps. Are all three in dx, and is g weighted by W before its means are taken?",
+    "and through r, with its eps. Are all three in dx, is each mean over as many as in forward, and is g weighted by W before?",
     "mean for sum": "W and b are used by every row. How much does L change if one of them does?",
     r"missing sum over a broadcast|^(W|b)\|.*exchanged": "W and b have one number for each column.",
     r"^W\|": "W is charged with g times what it was multiplied by.",

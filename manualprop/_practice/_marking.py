@@ -38,7 +38,7 @@ DETACHED = (
 # What a diagnosis means, where the exercise has nothing of its own to say: a pattern of it, and a sentence.
 ADVICE = {
     r"\| transposed": "Write the product with indices: which letter is summed over, which is the row of the result?",
-    "factor of its own|extra factor|no simple explanation": "Take this one number: what does your formula say there, and how "
+    "factor of its own|a factor too many|no simple explanation": "Take this one number: what does your formula say there, and how "
     "steep is the function?",
     "g is ignored": "The chain rule multiplies by what arrives.",
     "g of ones": "Added up over all outputs it is right. One by one, what does an output send back?",
@@ -138,12 +138,14 @@ def _unsummed(exercise: Exercise, asked: Asked) -> Mark | None:
     for k, (t, d) in enumerate(zip(args, returned, strict=True)):
         if isinstance(d, Tensor) and t.requires_grad and d.shape != t.shape:
             name = _argument(asked, k)
+            summed = d.numel() != t.numel()
+            how = "missing sum over a broadcast dimension" if summed else "an axis of length 1 too many"
+            think = "Which sum is it?" if summed else "A bias, say, must come back in its own shape."
             text = (
-                f"The gradient of {name} has shape {list(d.shape)}, where {name} has {list(t.shape)}.\n"
-                "How: missing sum over a broadcast dimension.\n"
-                "Think: autograd sums it for you here, without a word. Which sum is it?"
+                f"The gradient of {name} has shape {list(d.shape)}, where {name} has {list(t.shape)}.\nHow: {how}.\n"
+                f"Think: autograd mends it for you here, without a word. {think}"
             )
-            return Mark(exercise.name, "wrong", "missing sum over a broadcast dimension", text)
+            return Mark(exercise.name, "wrong", how, text)
     return None
 
 
@@ -377,6 +379,7 @@ def spoken(exercise: Exercise, text: str) -> str:
     )
     text = text.replace(": one path of a sum inside the formula, or a wrong formula", "")
     text = re.sub(r"the error has rank \d+ where the Jacobian has \d+, as (.*?) has$", r"\1", text)
+    text = re.sub(r"an extra factor .*", "a factor too many, or one too few", text)  # which one is the answer
     text = re.sub(r"factor (-?)(\S+) = \2", r"factor \1\2", text)
     for theirs, ours in {"output 0": exercise.words.get("y", "y"), **exercise.words}.items():
         text = text if theirs == "y" else text.replace(theirs, ours)

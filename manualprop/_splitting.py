@@ -142,7 +142,7 @@ def check_splittable(loss: Loss, model: nn.Module | None = None) -> None:
         ValueError: for a model with batch normalisation in training mode.
     """
     reduction = getattr(loss, "reduction", None)
-    divides = _is_known(loss) or hasattr(loss, "denominator")
+    divides = is_known(loss) or hasattr(loss, "denominator")
     if not (reduction == "sum" or (reduction in ("mean", "batchmean") and divides)):
         raise TypeError(
             "A gradient computed in pieces must be exact, and it is not known what the mean of "
@@ -165,10 +165,15 @@ def compares_elements(loss: Loss) -> bool:
     Args:
         loss: called on (output, target).
     """
-    return _is_known(loss) and isinstance(loss, _MEAN_OVER_ELEMENTS)
+    return is_known(loss) and isinstance(loss, _MEAN_OVER_ELEMENTS)
 
 
-def _is_known(loss: Loss) -> bool:
+def is_known(loss: Loss) -> bool:
+    """Return whether `denominator` knows what the mean of a loss divides by without asking the loss.
+
+    Args:
+        loss: called on (output, target).
+    """
     # A subclass from elsewhere may have changed `forward`, so the class itself must come from torch or from us.
     home = type(loss).__module__.partition(".")[0]
     known = (*_MEAN_OVER_ELEMENTS, nn.CrossEntropyLoss, nn.NLLLoss)

@@ -153,6 +153,8 @@ ROWS = [
         Row(f"loss-{loss.__name__}", loss=loss, steps=50)
         for loss in (nn.L1Loss, nn.HuberLoss, nn.SmoothL1Loss, nn.BCEWithLogitsLoss)
     ),
+    Row("loss-MultiMargin", loss=nn.MultiMarginLoss, steps=50),
+    Row("loss-MultiMargin-squares-sum", loss=lambda: nn.MultiMarginLoss(p=2, reduction="sum"), steps=5),
     Row("loss-NLL", lambda: [*mlp(nn.Tanh()), nn.LogSoftmax(-1)], loss=nn.NLLLoss, steps=50),
     Row(
         "loss-KLDiv",
@@ -176,7 +178,8 @@ def twins(row: Row, dtype: torch.dtype = torch.float64) -> tuple[torch.nn.Module
 def examples(row: Row, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(row.rows, FEATURES, generator=generator, dtype=dtype)
-    if not isinstance(row.loss(), torch.nn.CrossEntropyLoss | torch.nn.NLLLoss):
+    of_classes = torch.nn.CrossEntropyLoss | torch.nn.NLLLoss | torch.nn.MultiMarginLoss
+    if not isinstance(row.loss(), of_classes):
         target = torch.randn(row.rows, CLASSES, generator=generator, dtype=dtype)
         probabilities = isinstance(row.loss(), torch.nn.BCEWithLogitsLoss | torch.nn.KLDivLoss)
         return x, target.softmax(-1) if probabilities else target

@@ -296,6 +296,8 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "false declaration": (lambda: check(torch.sin, X, declare={"vmap": False}), ValueError, "Give accept={'vmap': 'the reason'}"),
     "unknown acceptance": (lambda: check(torch.sin, X, accept={"vmapp": "no"}), ValueError, "accept must name probes. Got 'vmapp'"),
     "no reason": (lambda: check(torch.sin, X, accept={"vmap": ""}), TypeError, "accept must say why. Got 'vmap': ''"),
+    "outside": (lambda: check(torch.sin, X, domain=lambda x: bool((x > 0).all())), ValueError, "domain must hold at the inputs given"),
+    "moved": (lambda: check(torch.sin, X, project=torch.abs), ValueError, "project must leave the inputs given .* It moves args"),
     "inputs twice": (lambda: check(torch.sin, X, inputs=lambda: X), TypeError, "inputs makes the positional arguments"),
     "level": (lambda: check(torch.sin, X, level="slow"), ValueError, "level must be one of 'quick'"),  # type: ignore[arg-type]
     "Case and inputs": (lambda: check(Case(torch.sin, (X,)), X), TypeError, "a Case has its arguments in it"),

@@ -14,7 +14,7 @@ from torch.nn import Module
 from manualprop import nn
 from manualprop._backprop._context import Application, applications
 from manualprop._backprop._stages import WAY_OUT, refusal
-from manualprop._splitting import compares_elements, denominator
+from manualprop._splitting import compares_elements, denominator, is_known
 from manualprop._torch import nll_loss
 from manualprop.functions._elementwise_loss import ElementwiseLoss
 from manualprop.functions._execution import HALF, LARGE
@@ -137,7 +137,7 @@ class Criterion:
     def _by_rule(self, output: Tensor, target: Tensor, divide: bool) -> tuple[Tensor, Tensor | float, Tensor]:
         """Any loss whose forward is one application of one rule."""
         losses, application = self._apply(output, target)
-        divisor = 1.0 if self.is_sum else self._divisor(output, target)
+        divisor = 1.0 if self.is_sum else self._divisor(output, target, losses)
         application.context.needs_input_grad = (True, *[False] * (len(application.arguments) - 1))
         scale = (1 / divisor if self.traced or divisor else math.nan) if divide else 1.0
         dx = application.backward(torch.ones_like(application.output) * scale)[0]
@@ -159,7 +159,9 @@ class Criterion:
             )
         return losses, found[0]
 
-    def _divisor(self, output: Tensor, target: Tensor) -> Tensor | float:
+    def _divisor(self, output: Tensor, target: Tensor, losses: Tensor) -> Tensor | float:
+        if not (is_known(self.loss) or hasattr(self.loss, "denominator")):
+            return float(losses.numel())  # the mean of one loss for each example, or for each element
         indices = isinstance(self.loss, nn.CrossEntropyLoss | nn.NLLLoss) and not target.is_floating_point()
         if not (self.traced and indices):
             return denominator(self.loss, output, target)

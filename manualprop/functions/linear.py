@@ -10,8 +10,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualprop.functions._execution._products import linear
-from manualprop.functions._rule import Rule, save, transforms_active
+from manualprop.functions._execution._products import bilinear, linear
+from manualprop.functions._rule import Rule, save
 
 __all__ = ["Bilinear", "Linear"]
 
@@ -109,10 +109,7 @@ class Bilinear(Rule):
 
     @staticmethod
     def forward(a: Tensor, c: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        if not transforms_active():
-            return F.bilinear(a, c, W, b)
-        y = Bilinear._product(a, c, W)  # torch's F.bilinear has no vmap rule
-        return y if b is None else y + b
+        return bilinear(Bilinear._product, a, c, W, b)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

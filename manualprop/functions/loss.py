@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manualprop.functions._elementwise_loss import Curvature, ElementwiseLoss
-from manualprop.functions._execution import indicator
+from manualprop.functions._execution import indicator, kernel
 
 __all__ = ["L1", "MSE", "Huber", "SmoothL1"]
 
@@ -114,11 +114,10 @@ class SmoothL1(ElementwiseLoss):
     """
 
     @staticmethod
+    @kernel(lambda x, t, beta: F.smooth_l1_loss(x, t, reduction="none", beta=beta))
     def f(x: Tensor, t: Tensor, beta: float) -> Tensor:
-        if torch.compiler.is_compiling():
-            c = SmoothL1.output_gradient(x, t, beta)
-            return c * (x - t - c * (beta / 2))
-        return F.smooth_l1_loss(x, t, reduction="none", beta=beta)
+        c = SmoothL1.output_gradient(x, t, beta)
+        return c * (x - t - c * (beta / 2))
 
     @staticmethod
     def output_gradient(x: Tensor, t: Tensor, beta: float) -> Tensor:
@@ -160,11 +159,10 @@ class Huber(ElementwiseLoss):
     """
 
     @staticmethod
+    @kernel(lambda x, t, delta: F.huber_loss(x, t, reduction="none", delta=delta))
     def f(x: Tensor, t: Tensor, delta: float) -> Tensor:
-        if torch.compiler.is_compiling():
-            c = Huber.output_gradient(x, t, delta)
-            return c * (x - t - c / 2)
-        return F.huber_loss(x, t, reduction="none", delta=delta)
+        c = Huber.output_gradient(x, t, delta)
+        return c * (x - t - c / 2)
 
     @staticmethod
     def output_gradient(x: Tensor, t: Tensor, delta: float) -> Tensor:

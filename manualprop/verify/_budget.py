@@ -14,7 +14,7 @@ from manualprop.verify._subject import Subject
 
 # A unit is what an operation takes: about 5 microseconds, and as much again for each 4000 numbers.
 UNITS = 400_000.0
-LEAST = 12
+LEAST = 8
 
 T = TypeVar("T")
 

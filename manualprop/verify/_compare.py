@@ -105,6 +105,8 @@ def by_backward(s: Subject, v: Tensor, d: Sequence[Tensor]) -> list[Tensor]:
         [_flat_or_zeros(g, p) for g, p in zip(s.linear_part(_parts(r, s.outputs)), s.points, strict=True)]
         for r in v
     ]
+    if not rows:  # nothing comes out
+        return [v.new_zeros(0, len(directions)) for directions in d]
     return [_seen_along(torch.stack([row[i] for row in rows]), d[i]) for i in range(len(d))]
 
 

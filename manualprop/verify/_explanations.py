@@ -231,6 +231,8 @@ def _elsewhere(w: Wrong) -> str:
             )
         except Exception:  # the function may not be defined there
             continue
+        if not bool(4 * there.error.max() <= 1e-3 * by_hand.abs().max()):
+            continue  # differences say too little there to explain anything
         explained = w.c.cotangents @ there.value
         close = FIT * by_hand.abs().max() + 4 * there.error.max() + w.c.tolerance.max()
         if bool(((by_hand - explained).abs() <= close).all()):

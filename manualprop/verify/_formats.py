@@ -22,7 +22,7 @@ def junit(reports: Sequence[Report]) -> str:
             name=report.name,
             tests=str(len(verdicts)),
             failures=str(verdicts.count("finding")),
-            skipped=str(verdicts.count("limit") + verdicts.count("skipped")),
+            skipped=str(sum(verdicts.count(v) for v in ("accepted", "limit", "skipped"))),
             errors="0",
             time=f"{report.seconds:.3f}",
         )
@@ -46,31 +46,47 @@ def _clean(text: str) -> str:
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #1a1a1a; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+h1 { font-size: 1.5rem; } ul { columns: 2; } details { margin: .4rem 0; } details[open] { margin: 1.5rem 0; }
+summary { cursor: pointer; font-weight: 600; }
 table { border-collapse: collapse; width: 100%; } td, th { text-align: left; padding: .25rem .7rem; vertical-align: top; }
 tr { border-bottom: 1px solid #e5e5e5; } td:first-child { font-family: monospace; white-space: nowrap; }
 .finding td:nth-child(2) { color: #b00020; font-weight: 600; } .limit td:nth-child(2) { color: #8a6100; }
-.passed td:nth-child(2) { color: #12742c; } .skipped { color: #777; }
+.accepted td:nth-child(2) { color: #5a4fb0; } .passed td:nth-child(2) { color: #12742c; } .skipped { color: #777; }
 code { background: #f4f4f4; padding: .1rem .3rem; } figure { margin: 1rem 0; } figcaption { color: #555; }
 svg { max-width: 100%; height: auto; border: 1px solid #ccc; }
 """
 
 
 def html(reports: Sequence[Report]) -> str:
-    """A page that stands alone: tables of the outcomes, each finding with the heat map of |hand - numerical|."""
+    """A page that stands alone: who has findings, tables of the outcomes, each finding with the heat map of |hand - numerical|."""
     body = [
         f"<h1>Gradient verification: {sum(not r.passed for r in reports)} of {len(reports)} with findings</h1>"
     ]
-    for report in reports:
-        body.append(f"<h2>{escape(report.summary())}</h2>\n<table><tr><th>probe<th>verdict<th>evidence</tr>")
-        body += [_row(o) for o in report.outcomes]
+    if len(reports) > 1:
+        body.append("<ul>" + "".join(_entry(i, r) for i, r in enumerate(reports) if not r.passed) + "</ul>")
+    for i, report in enumerate(reports):
+        shown = "" if report.passed and len(reports) > 1 else " open"
+        body.append(f'<details id="r{i}"{shown}><summary>{escape(report.summary())}</summary>')
+        body += [f"<p>{escape(note)}</p>" for note in report.notes]
+        body.append("<table><tr><th>probe<th>verdict<th>evidence</tr>")
+        body += [_row(o) for o in sorted(report.outcomes, key=lambda o: ORDER.index(o.verdict))]
         body.append("</table>")
         for o in report.findings:
             body += [_heat_map(o.probe, name, m) for name, m in o.details.get("heat_maps", {}).items()]
+        body.append("</details>")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Gradient verification</title>'
         f"<style>{STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
     )
+
+
+ORDER = ("finding", "accepted", "limit", "passed", "skipped")  # what is wrong comes first
+
+
+def _entry(i: int, report: Report) -> str:
+    """A line of the list of those with findings."""
+    probes = ", ".join(o.probe for o in report.findings)
+    return f'<li><a href="#r{i}">{escape(report.name)}</a>: {escape(probes)}</li>'
 
 
 def _row(o: Outcome) -> str:

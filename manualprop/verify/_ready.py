@@ -7,7 +7,7 @@ from torch import Tensor
 
 from manualprop.verify._case import Case
 from manualprop.verify._module import exchange
-from manualprop.verify._subject import BadUse, Subject, is_float
+from manualprop.verify._subject import BadUse, OutsideDomain, Subject, is_float
 
 
 def ready(case: Case) -> Subject:
@@ -29,6 +29,7 @@ def ready(case: Case) -> Subject:
         given.note = f"judged in {_dtypes(given)}: forward refuses float64 ({type(error).__name__})"
         subject = given
         _settle(subject)  # raises what is wrong with the function at its own inputs
+    _refuse_outside(subject)
     _refuse_chance(subject)
     _refuse_surrogate(subject)
     return subject
@@ -75,6 +76,24 @@ def _settle(subject: Subject) -> None:
             TypeError,
             f"check: {subject.case.name} must return a floating tensor, or a nest of them. Got {type(result).__name__}.",
         )
+
+
+def _refuse_outside(subject: Subject) -> None:
+    """The inputs given must be allowed by what the case says of its domain."""
+    try:
+        near = subject.allowed(subject.points)
+    except OutsideDomain:
+        raise BadUse(
+            ValueError, f"check: {subject.case.name}: domain must hold at the inputs given, and says no."
+        ) from None
+    for name, p, q in zip(subject.names, subject.points, near, strict=True):
+        moved = float((p - q).abs().max()) if p.shape == q.shape and p.numel() else 0.0
+        if p.shape != q.shape or moved > 1e-5 * (1 + float(p.abs().max())):
+            raise BadUse(
+                ValueError,
+                f"check: {subject.case.name}: project must leave the inputs given where they are. It moves {name} by "
+                f"{moved:.3g}. Give inputs that are allowed.",
+            )
 
 
 def _refuse_surrogate(subject: Subject) -> None:

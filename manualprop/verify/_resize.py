@@ -63,7 +63,7 @@ def resized(s: Subject, axis: Axis, n: int, seed: int = 0) -> Subject:
         other = points[i].index_select(d, second) * (1 - w) if axis.length > 1 else 0.0
         points[i] = points[i].index_select(d, first) * w + other
     for i, d in axis.others:
-        if others[i].dim() == 1 and never_repeats(s, i, others[i]):
+        if never_repeats(s, i, others[i]):
             others[i] = _unique(others[i], n, source)
             continue
         t = others[i].index_select(d, first)
@@ -113,6 +113,8 @@ def is_integer(t: Tensor) -> bool:
 
 def _unique(t: Tensor, n: int, source: torch.Generator) -> Tensor:
     """``n`` integers as those of ``t``, none twice: a permutation stays one."""
+    if t.dim() != 1:
+        raise OutsideDomain("of a table of different integers no other size can be made up")
     high = n if bool((t.sort().values == torch.arange(len(t), device=t.device)).all()) else int(t.max()) + 1
     if n > high:
         raise OutsideDomain(f"there are no {n} different integers below {high}")

@@ -407,10 +407,13 @@ class Subject:
 
     @functools.cached_property
     def random(self) -> bool:
+        state = torch.get_rng_state()
         self.reseed()
         before = torch.get_rng_state()
         self.function(*self.at())
-        return not torch.equal(before, torch.get_rng_state())
+        drawn = not torch.equal(before, torch.get_rng_state())
+        torch.set_rng_state(state)  # it is asked for where the generator has been put in its place
+        return drawn
 
     @functools.cached_property
     def functions(self) -> list[type[torch.autograd.Function]]:

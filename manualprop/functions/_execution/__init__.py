@@ -6,6 +6,7 @@ formulas use in addition to torch's.  ``_normalisation.py`` and ``_classes.py`` 
 compute a value directly.
 """
 
+from manualprop.functions._execution._classes import kernel as kernel
 from manualprop.functions._execution._formula import FORMULAS as FORMULAS
 from manualprop.functions._execution._formula import HALF as HALF
 from manualprop.functions._execution._formula import LARGE as LARGE

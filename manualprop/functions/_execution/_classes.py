@@ -144,6 +144,7 @@ def kernel(aten: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], Cal
 
     def marked(value: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @lifted
+        @functools.wraps(value)
         def either(*arguments: Any) -> Tensor:
             return aten(*arguments) if plain_eager() else value(*arguments)
 

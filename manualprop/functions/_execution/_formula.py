@@ -209,10 +209,11 @@ class Runner:
             if flat is None:
                 return self.program(tensors, numbers, over, needs).run(*tensors)
             like, *tensors = flat
-        if _kernels.backend() == "inductor":
+        program = self.program(tensors, numbers, over, needs)
+        if _kernels.backend() == "inductor" and not program.scatters:
             results = _kernels.in_one_kernel(self, tensors, numbers, needs)
         else:
-            results = self._in_chunks(self.program(tensors, numbers, over, needs), tensors, over)
+            results = self._in_chunks(program, tensors, over)
         if like is None:
             return results
         views = [r.as_strided(like.shape, like.stride()) for r in _several(results)]

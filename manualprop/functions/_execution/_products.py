@@ -4,11 +4,13 @@ To make a tensor or a view costs as much as a small product.  So these functions
 and take views that were made once.  The letters are those of :mod:`manualprop.functions.linear`.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualprop._torch import unsafe_view
+from manualprop._torch import transforms_active, unsafe_view
 
 FEW = 2**11  # above this many rows, pairwise summation rounds less than a product
 
@@ -22,6 +24,16 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     y = F.linear(x, W, b)  # (N, I) (I, O) + (O,) -> (N, O)
     view: Tensor = unsafe_view(y, y.shape) if y._is_view() else y
     return view
+
+
+def bilinear(
+    product: Callable[[Tensor, Tensor, Tensor], Tensor], a: Tensor, c: Tensor, W: Tensor, b: Tensor | None
+) -> Tensor:
+    """sum_ij a_i W_oij c_j + b_o, by ATen's kernel; by ``product(a, c, W)`` under vmap, which has no rule for the kernel."""
+    if not transforms_active():
+        return F.bilinear(a, c, W, b)
+    y = product(a, c, W)
+    return y if b is None else y + b
 
 
 def multiply_and_add_into(y: Tensor | None, x: Tensor, W_t: Tensor, b: Tensor) -> Tensor:

@@ -33,6 +33,11 @@ class Program(NamedTuple):
     made: tuple[bool, ...]  # for each result, whether it is computed; the others are None
     code: str
 
+    @property
+    def scatters(self) -> bool:
+        """Whether it writes at the classes of targets; a compiled kernel compares each target with every class."""
+        return "scatter" in self.code or "put_on_class" in self.code
+
 
 # Functions that take ``out``.
 WRITES_OUT = frozenset(

@@ -178,7 +178,7 @@ def _float32_inside(s: Subject) -> str:
             scale = c.numeric.abs().nan_to_num(0).max().item()
             doubt = (c.tolerance - s.case.atol - s.case.rtol * scale) / 4
             off = (c.hand - c.numeric).abs().where(c.measured & (doubt < 1e-11 * max(scale, 1e-3)), 0)
-            if bool((off > 1e-9 * scale + 40 * doubt.nan_to_num(0, 0, 0)).any()):
+            if bool((off > 1e-9 * scale + 40 * doubt.nan_to_num(0, 0, 0) + 1e-15).any()):
                 worst = f"the gradient of {s.names[c.point]} is off by {off.max().item():.2g}: float32 in backward?"
                 break
         if not worst:

@@ -239,14 +239,16 @@ def indices(s: Subject) -> Outcome:
 
 def _variants(s: Subject, name: str, t: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The integers with each value twice, in another order, counted from the end."""
-    flat = t.flatten()
     if name not in s.case.unique and not has_repeats(t) and not _is_offsets(t):
         yield "repeated", repeated(t)
     elif name not in s.case.unique and not _is_offsets(t):
         yield "repeated", t.flatten()[0].expand(t.shape).clone()
-    order = torch.randperm(len(flat), generator=generator("order", s.case.seed))
-    order = order if bool((flat[order] != flat).any()) else order.flip(0)
-    yield "unsorted", flat[order].reshape(t.shape)
+    along = (
+        max(range(t.dim()), key=lambda d: t.shape[d]) if t.dim() > 1 else 0
+    )  # what differs in a row still does
+    order = torch.randperm(t.shape[along], generator=generator("order", s.case.seed))
+    order = order if bool((t.index_select(along, order) != t).any()) else order.flip(0)
+    yield "unsorted", t.index_select(along, order)
     if bool((t >= 0).all()):
         for n in dict.fromkeys(k for p in s.points for k in p.shape):
             if n > int(t.max()):

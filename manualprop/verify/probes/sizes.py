@@ -197,10 +197,21 @@ def sizes(s: Subject) -> Outcome:
 def _never_repeating(s: Subject) -> Iterator[int]:
     """The integer arguments that hold no value twice, and whose gradient is wrong if they do: see indices."""
     for i, t in s.others().items():
-        if is_integer(t) and t.numel() > 1 and not has_repeats(t):
+        if is_integer(t) and t.dim() == 1 and t.numel() == 1 and _is_an_index(s, i, t):
+            yield i  # of one alone nothing is known
+        elif is_integer(t) and t.numel() > 1 and not has_repeats(t):
             there = s.with_points(s.points, others={i: repeated(t)})
             if wrong_slope(lambda seed, there=there: there, None) is not None:  # type: ignore[misc]
                 yield i
+
+
+def _is_an_index(s: Subject, i: int, t: Tensor) -> bool:
+    """Whether something is written where the integer says: another one gives other outputs of the same shapes."""
+    other = s.with_points(s.points, others={i: (t + 1) % (int(t.max()) + 1) if int(t.max()) else t})
+    try:
+        return [y.shape for y in other(*other.at())] == [y.shape for y in s.outputs]
+    except Exception:  # whatever the checked code raises
+        return False
 
 
 class Failure(NamedTuple):

@@ -122,6 +122,30 @@ def test_what_is_not_there_is_told() -> None:
     assert mark.verdict == "error" and "must define Tanh" in mark.text
 
 
+def test_what_is_no_function_of_autograd_is_told() -> None:
+    for source in ("class Tanh:\n    pass\n", "def Tanh(x):\n    return x\n"):
+        mark = marked_source(EXERCISES["tanh"], source, "attempt.py")
+        assert mark.verdict == "error" and "must be a class derived from torch.autograd.Function" in mark.text
+    mark = marked_source(EXERCISES["tanh"], "x = 1\x00\n", "attempt.py")
+    assert mark.verdict == "error" and "null bytes" in mark.how
+
+
+def test_more_nones_and_the_newer_form_are_right_too() -> None:
+    source = Attempt("tanh", ("return dx -> return dx, None",), "").source()
+    assert marked_source(EXERCISES["tanh"], source, "attempt.py").right
+    forward = "def forward(ctx, x, W, b):\n        ctx.save_for_backward(x, W)\n        return"
+    newer = (
+        "def setup_context(ctx, inputs, output):\n        ctx.save_for_backward(*inputs[:2])\n\n"
+        "    @staticmethod\n    def forward(x, W, b):\n        return"
+    )
+    source = Attempt("linear", (f"{forward} -> {newer}",), "").source()
+    assert marked_source(EXERCISES["linear"], source, "attempt.py").right
+    source = Attempt("linear", (f"{forward} -> {newer}", "dW = x.T @ g"), "").source()
+    assert (
+        "The gradient of W has shape [4, 3]" in marked_source(EXERCISES["linear"], source, "attempt.py").text
+    )
+
+
 def test_a_class_of_a_notebook_is_marked() -> None:
     class Tanh(torch.autograd.Function):
         @staticmethod

@@ -68,6 +68,11 @@ class Exercise:
     words: Mapping[str, str] = field(default_factory=dict)
     advice: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def is_class(self) -> bool:
+        """Whether a class is marked, and not a function."""
+        return f"class {self.entry}(" in self.code
+
     def template(self) -> str:
         """The learner's file."""
         lines = []

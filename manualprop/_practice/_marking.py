@@ -59,6 +59,9 @@ def marked(exercise: Exercise, thing: Any, isolate: bool = False) -> Mark:
         thing: the learner's.
         isolate: verify it in child processes, as `verify.check` does.
     """
+    if exercise.is_class and not (isinstance(thing, type) and issubclass(thing, torch.autograd.Function)):
+        text = f"{exercise.entry} must be a class derived from torch.autograd.Function, as in the file that was handed out."
+        return Mark(exercise.name, "error", f"{exercise.entry} is no autograd.Function", text)
     for asked in exercise.asked(thing):
         mark = _unrunnable(exercise, asked) or _differs(exercise, asked, isolate)
         if mark:
@@ -74,6 +77,8 @@ def marked_source(exercise: Exercise, source: str, file: str) -> Mark:
     except SyntaxError as error:
         text = "".join(traceback.format_exception_only(error))
         return Mark(exercise.name, "error", f"{type(error).__name__}: {error.msg}", text)
+    except ValueError as error:  # of a null byte, before Python 3.12
+        return Mark(exercise.name, "error", f"ValueError: {error}", f"ValueError: {error}")
     if _same(exercise.entry, tree, ast.parse(exercise.template())):
         return Mark(exercise.name, "not started", text=f"Write what stands at the dots in {file}.")
     borrowed = BORROWED.search(_spoken(tree))
@@ -135,7 +140,7 @@ def _unsummed(exercise: Exercise, asked: Asked) -> Mark | None:
     args = [_fresh(a) for a in asked.args]
     y = type(cls.__name__, (cls,), {"backward": staticmethod(backward)}).apply(*args)  # type: ignore[attr-defined]
     torch.autograd.backward(y, torch.ones_like(y))
-    for k, (t, d) in enumerate(zip(args, returned, strict=True)):
+    for k, (t, d) in enumerate(zip(args, returned, strict=False)):  # more Nones are allowed
         if isinstance(d, Tensor) and t.requires_grad and d.shape != t.shape:
             name = _argument(asked, k)
             summed = d.numel() != t.numel()
@@ -151,8 +156,12 @@ def _unsummed(exercise: Exercise, asked: Asked) -> Mark | None:
 
 def _argument(asked: Asked, index: int) -> str:
     """The name of an argument of a learner's forward."""
-    forward = getattr(getattr(asked.fn, "__self__", None), "forward", None)
-    return list(inspect.signature(forward).parameters)[index + 1] if forward else f"argument {index}"
+    cls = getattr(asked.fn, "__self__", None)
+    if not isinstance(cls, type):
+        return f"argument {index}"
+    names = list(inspect.signature(cls.forward).parameters)  # type: ignore[attr-defined]
+    with_ctx = cls.setup_context is torch.autograd.Function.setup_context  # type: ignore[attr-defined]
+    return names[index + with_ctx]
 
 
 def _unrunnable(exercise: Exercise, asked: Asked) -> Mark | None:
@@ -308,7 +317,7 @@ def _of_second_order(exercise: Exercise, asked: Asked, found: dict[str, Outcome]
 
 def _of_the_rest(exercise: Exercise, asked: Asked, found: dict[str, Outcome]) -> Mark | None:
     for outcome in found.values():
-        return _told(exercise, asked, outcome, "wrong", BEYOND_WORDS[outcome.probe])
+        return _told(exercise, asked, outcome, "wrong", BEYOND_WORDS.get(outcome.probe, outcome.evidence))
     return None
 
 

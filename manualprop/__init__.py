@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from manualprop import verify as verify
     from manualprop._backprop import Backprop as Backprop
     from manualprop._explain import explain as explain
+    from manualprop._practice import practice as practice
     from manualprop._receipt import receipt as receipt
     from manualprop._swap import swap as swap
     from manualprop._swap import unswap as unswap
@@ -32,6 +33,7 @@ _NAMES = {
     "Backprop": "manualprop._backprop",
     "explain": "manualprop._explain",
     "kernels": "manualprop.functions._execution._kernels",
+    "practice": "manualprop._practice",
     "receipt": "manualprop._receipt",
     "swap": "manualprop._swap",
     "unswap": "manualprop._swap",

@@ -52,6 +52,12 @@ COMMANDS = {
         ("torch", "rich", "latex2mathml"),
         "manualprop._explain_command",
     ),
+    "practice": Command(
+        "derive gradients yourself, and be told how they are wrong",
+        "",
+        ("torch",),
+        "manualprop._practice_command",
+    ),
     "receipt": Command(
         "measure what a model keeps for its backward pass, layer by layer",
         "",

@@ -34,6 +34,8 @@ MAY_IMPORT = {
     "_backprop": {"nn", "descent", "_splitting", "functions"},
     "_explain": {"_backprop", "nn", "descent", "_splitting", "functions"},
     "_explain_command": {"_command_line", "_explain", "_invocation", "descent", "nn", "training"},
+    "_practice": {"verify", "functions"},
+    "_practice_command": {"_command_line", "_invocation", "_practice"},
     "_receipt": {"_torch"},
     "_command_line": set(),
     "_receipt_command": {"_command_line", "_receipt", "_swap"},
@@ -50,6 +52,7 @@ MAY_IMPORT = {
         "functions",
         "interop",
         "nn",
+        "_practice",
         "_receipt",
         "_swap",
         "verify",
@@ -82,7 +85,8 @@ def test_imports_point_one_way(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "part_name", ["functions", "functional", "nn", "descent", "_splitting", "_swap", "verify"]
+    "part_name",
+    ["functions", "functional", "nn", "descent", "_splitting", "_swap", "verify", "_practice"],
 )
 def test_the_core_imports_torch_alone(part_name: str) -> None:
     paths = [p for p in ROOT.rglob("*.py") if part(p) == part_name]

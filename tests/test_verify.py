@@ -422,3 +422,64 @@ def test_the_report_as_json_junit_and_html(report: Any) -> None:
     assert page.count("<rect") == len(heat) * len(heat[0]) == 144
     assert page.count('fill="#ffffff"') == 144 - 12, "the error is on the diagonal"
     assert "constant factor 3/2" in page
+
+
+def softmax_gradient(x: Tensor, g: Tensor, dim: int) -> Tensor:
+    y = x.softmax(-1)
+    return y * (g - (g * y).sum(dim, keepdim=True))
+
+
+def unit(x: Tensor) -> Tensor:
+    """x over its root mean square."""
+    return x / (x.square().mean(-1, keepdim=True) + 0.01).sqrt()
+
+
+def unit_gradient(x: Tensor, g: Tensor, eps: float) -> Tensor:
+    r = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return r * (g - x * r * (g * x * r).mean(-1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("f", "wrong", "right", "words"),
+    [
+        pytest.param(
+            lambda x: x.softmax(-1),
+            lambda x, g: softmax_gradient(x, g, 0),
+            lambda x, g: softmax_gradient(x, g, -1),
+            "softmax over the wrong axis: over dim 0 in backward, over dim 1 in forward",
+            id="axis",
+        ),
+        pytest.param(
+            lambda x: x * x.sigmoid(),
+            lambda x, g: g * x.sigmoid(),
+            lambda x, g: g * (x.sigmoid() + x * x.sigmoid() * (1 - x.sigmoid())),
+            "a detached factor: x times what the output is of it, which is taken for a constant",
+            id="factor",
+        ),
+        pytest.param(
+            lambda x: x * x.sigmoid(),
+            lambda x, g: g * x * x.sigmoid() * (1 - x.sigmoid()),
+            lambda x, g: g * (x.sigmoid() + x * x.sigmoid() * (1 - x.sigmoid())),
+            "a detached factor: the output is x times something, and x is taken for a constant",
+            id="other factor",
+        ),
+        pytest.param(
+            unit,
+            lambda x, g: unit_gradient(x, g, 0.0),
+            lambda x, g: unit_gradient(x, g, 0.01),
+            "a missing eps: the error is",
+            id="eps",
+        ),
+    ],
+)
+def test_common_mistakes_get_their_own_words(
+    f: Callable[[Tensor], Tensor], wrong: Any, right: Any, words: str
+) -> None:
+    def named(x: Tensor, df: Any) -> Tensor:
+        y: Tensor = by_hand(f, df)(x)
+        return y
+
+    first = "first_order"
+    found = check(lambda x: named(x, wrong), X, only=first, isolate=False)
+    assert not found.passed and words in found[first].diagnosis, found[first].diagnosis
+    assert check(lambda x: named(x, right), X, only=first, isolate=False).passed

@@ -428,17 +428,16 @@ def _detached(w: Wrong) -> str:
     if not w.c.whole or w.hand.shape[0] != w.hand.shape[1] or getattr(w.s, "base", None) is not None:
         return ""
     x = _numeric.flat([w.point])
-    for k, y in enumerate(w.s.outputs):
+    for y in w.s.outputs:
         if len(w.s.outputs) > 1 or y.shape != w.point.shape or not bool((x != 0).all()):
             return ""
         factor = torch.diag(_numeric.flat([y]) / x)
-        name = w.s.output_names[k]
         if w.fits(w.hand, factor):
-            return f"a detached factor: {w.name} times what {name} is of it, which is taken for a constant"
-        if w.fits(w.hand, w.numeric - factor):
             return (
-                f"a detached factor: {name} is {w.name} times something, and {w.name} is taken for a constant"
+                f"a detached factor: {w.name} times what the output is of it, which is taken for a constant"
             )
+        if w.fits(w.hand, w.numeric - factor):
+            return f"a detached factor: the output is {w.name} times something, and {w.name} is taken for a constant"
     return ""
 
 

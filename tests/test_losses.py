@@ -309,3 +309,13 @@ def test_empty_batches(name: str) -> None:
         ours, torchs = (getattr(M, name)(x, t, reduction=reduction) for M in (F, torch_F))
         torch.testing.assert_close(ours, torchs, equal_nan=True)
         assert torch.autograd.grad(ours.sum(), x)[0].shape == x.shape
+
+
+def test_distances_of_single_numbers() -> None:
+    """torch takes tensors without an axis for vectors of one number."""
+    found = []
+    for function in (F.triplet_margin_loss, torch.nn.functional.triplet_margin_loss):
+        leaves = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (1.0, 2.0, 4.0)]
+        y = function(*leaves, margin=2.5, reduction="none")
+        found.append((y.detach(), torch.autograd.grad(y, leaves)))
+    torch.testing.assert_close(found[0], found[1])

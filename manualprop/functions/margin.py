@@ -257,7 +257,7 @@ class PairwiseDistance(Rule):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         a, b, y = ctx.saved_tensors
-        whole, each = (y.numel(), a.shape[-1]), (y.numel(), 1)
+        whole, each = (y.numel(), a.shape[-1:].numel()), (y.numel(), 1)
         da, db = distance_gradients(
             shaped(a, whole),
             shaped(b, whole),
@@ -271,7 +271,7 @@ class PairwiseDistance(Rule):
     @staticmethod
     def jvp(ctx: Any, da: Tensor | None, db: Tensor | None, *_: None) -> Tensor:
         a, b, y = ctx.saved_tensors
-        whole, each = (y.numel(), a.shape[-1]), (y.numel(), 1)
+        whole, each = (y.numel(), a.shape[-1:].numel()), (y.numel(), 1)
         a, b, da, db = (shaped(v, whole) for v in (a, b, da, db))
         dy: Tensor = distance_tangent(a, b, y.reshape(each), da, db, *ctx.p)
         return dy.reshape(y.shape)

@@ -528,3 +528,25 @@ def test_value_and_gradient_at_once(name: str, backend: str) -> None:
         du = through(name, g, u)
         mine, product = activated_and_through(name, g, u)
     torch.testing.assert_close((mine, product), (ACTIVATIONS[name].f(u), du))
+
+
+def test_what_writes_at_classes_is_no_compiled_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel would compare each target with every class."""
+    asked: list[str] = []
+
+    def in_one_kernel(runner: Any, *_: Any) -> Any:
+        asked.append(str(runner.legend.names))
+        raise NotImplementedError
+
+    monkeypatch.setattr(_formula, "LARGE", 8)
+    monkeypatch.setattr(_kernels, "in_one_kernel", in_one_kernel)
+    x, t = torch.randn(6, 5, requires_grad=True), torch.tensor([0, 4, 2, 2, 1, 3])
+    with manualprop.kernels("inductor"):
+        for loss in (F.cross_entropy, F.nll_loss):
+            (dx,) = torch.autograd.grad(loss(x, t), x)
+            (expected,) = torch.autograd.grad(getattr(torch.nn.functional, loss.__name__)(x, t), x)
+            torch.testing.assert_close(dx, expected)
+        assert not asked
+        with pytest.raises(NotImplementedError):
+            F.silu(x).sum().backward()
+    assert len(asked) == 1

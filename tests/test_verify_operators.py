@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from manualprop.verify import Report, check
 
 ENTRIES = 150  # of a tensor of a sample
-ALWAYS = ("sin", "addmm", "amax", "index_select", "nn_functional_softplus")
+ALWAYS = ("exp", "addmm", "amax", "index_select", "nn_functional_softplus")
 
 
 class Known(NamedTuple):
@@ -225,20 +225,22 @@ def _allowed(name: str, args: list[Any]) -> list[Any]:
     return args
 
 
-def judged(name: str) -> None:
+def judged(name: str) -> bool:
+    """Whether there is a small sample; it raises no alarm but the known ones."""
     report = checked(name)
     if report is None:
-        pytest.skip("no small sample")
+        return False
     known = KNOWN.get(name, Known((), ""))
     found = {o.probe for o in report.findings}
     assert found <= set(known.probes), report
     assert not known.probes or found, f"{name} raises no alarm any more: {known.why}"
     assert not [o for o in report if "the probe itself raises" in o.evidence], report.table()
+    return True
 
 
 @pytest.mark.parametrize("name", ALWAYS)
 def test_no_alarm_on_an_operator(name: str) -> None:
-    judged(name)
+    assert judged(name)
 
 
 @pytest.mark.slow
@@ -249,9 +251,8 @@ def test_no_alarm_on_any_operator() -> None:
     told, count = [], 0
     for name in database():
         try:
-            judged(name)
-        except pytest.skip.Exception:
-            continue
+            if not judged(name):
+                continue
         except (ValueError, TypeError) as refused:  # not deterministic, or no floating output
             assert "check:" in str(refused), f"{name}: {refused}"
             continue

@@ -10,7 +10,7 @@ from manualprop import functions as rules
 from manualprop.functional._checks import refuse_complex
 from manualprop.functional._offer import OFFERING
 from manualprop.functions import Elementwise
-from manualprop.functions._in_place import write_over
+from manualprop.functions._execution._in_place import write_over
 
 __all__ = [
     "celu",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from manualprop import functions as rules
 from manualprop.functional._offer import OFFERING
-from manualprop.functions._in_place import write_over
+from manualprop.functions._execution._in_place import write_over
 from manualprop.functions._rule import Rule, transforms_active
 from manualprop.functions.activation import SELU
 

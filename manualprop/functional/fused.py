@@ -15,7 +15,7 @@ from manualprop.functional import activation as activations
 from manualprop.functional._checks import refuse_complex
 from manualprop.functional.dropout import _check_probability, _kept
 from manualprop.functional.linear import _autocast_low, linear
-from manualprop.functions._in_place import write_over
+from manualprop.functions._execution._in_place import write_over
 from manualprop.functions.fused.mlp import ACTIVATIONS as ACTIVATIONS
 from manualprop.functions.fused.mlp import FUSES as FUSES
 

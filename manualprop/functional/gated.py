@@ -9,7 +9,7 @@ from manualprop import functions as rules
 from manualprop.functional._checks import refuse_complex
 from manualprop.functional.activation import leaky_relu
 from manualprop.functional.linear import _autocast_low
-from manualprop.functions._in_place import write_over
+from manualprop.functions._execution._in_place import write_over
 
 __all__ = ["glu", "prelu", "rrelu"]
 

@@ -27,6 +27,7 @@ from manualprop._torch import (
 )
 from manualprop._torch import transforms_active as transforms_active
 from manualprop.functions._declaration import parameters, require_methods
+from manualprop.functions._execution import recorded
 
 # ----- forward mode -----
 
@@ -274,10 +275,6 @@ class Flat(Rule):
         return torch.zeros_like(ctx.saved_tensors[0]) if dd is None else dd.clone()
 
 
-def flat(d: Tensor, x: Tensor) -> Tensor:
-    """A gradient ``d`` that does not depend on ``x``; in grad mode this is recorded.
-
-    The second derivative is then zeros, as in torch, instead of the error that ``x`` was not used.
-    """
-    recorded: Tensor = Flat.apply(d, x) if torch.is_grad_enabled() else d
-    return recorded
+# A gradient ``d`` that does not depend on ``x``, flat(d, x): its second derivative is zeros, as in torch, instead of the
+# error that ``x`` was not used.
+flat: Callable[[Tensor, Tensor], Tensor] = recorded(Flat.apply, lambda d, x: d)

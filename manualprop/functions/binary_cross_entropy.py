@@ -177,15 +177,7 @@ class MultiLabelSoftMargin(ElementwiseLoss):
     def f(x: Tensor, t: Tensor) -> Tensor:
         return t * (-x).clamp(min=0) + (1 - t) * x.clamp(min=0) - F.logsigmoid(x.abs())
 
-    @staticmethod
-    def output_gradient(x: Tensor, t: Tensor) -> Tensor:
-        return torch.sigmoid(x) - t
-
-    @staticmethod
-    def target_gradient(x: Tensor, t: Tensor) -> Tensor:
-        return -x
-
-    @staticmethod
-    def curvature(x: Tensor, t: Tensor) -> Curvature:
-        s = torch.sigmoid(x)
-        return (s * (1 - s), -1), (-1, 0)
+    # The same function, but for how its values are computed.
+    output_gradient = staticmethod(BCEWithLogits.output_gradient)
+    target_gradient = staticmethod(BCEWithLogits.target_gradient)
+    curvature = staticmethod(BCEWithLogits.curvature)

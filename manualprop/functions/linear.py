@@ -71,13 +71,18 @@ class Linear(Rule):
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dW: Tensor | None, db: Tensor | None) -> Tensor:
         x, W = ctx.saved_tensors
-        terms = (
-            None if dx is None else F.linear(dx, W),
-            None if dW is None else F.linear(x, dW),
-            None if db is None else db.expand(*x.shape[:-1], -1).clone(),
-        )
-        first, *rest = (term for term in terms if term is not None)
-        return sum(rest, first)
+        return linear_tangent(x, W, dx, dW, db)
+
+
+def linear_tangent(x: Tensor, W: Tensor, dx: Tensor | None, dW: Tensor | None, db: Tensor | None) -> Tensor:
+    """dx W^T + x dW^T + db: forward mode of :class:`Linear`, for those of the tangents that there are."""
+    terms = (
+        None if dx is None else F.linear(dx, W),
+        None if dW is None else F.linear(x, dW),
+        None if db is None else db.expand(*x.shape[:-1], -1).clone(),
+    )
+    first, *rest = (term for term in terms if term is not None)
+    return sum(rest, first)
 
 
 class Bilinear(Rule):

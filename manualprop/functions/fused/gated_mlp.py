@@ -22,13 +22,12 @@ from manualprop.functions._rule import Rule, save
 from manualprop.functions.fused.mlp import (
     activated,
     activated_and_through,
-    linear_tangent,
     moves,
     pre_activation,
     tangent,
     through,
 )
-from manualprop.functions.linear import Linear
+from manualprop.functions.linear import Linear, linear_tangent
 
 __all__ = ["GatedLinear", "GatedMLP"]
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from manualprop.functions._execution import formula, full, recorded, watched
 from manualprop.functions._execution._chunks import logits_in_chunks, without_autocast
 from manualprop.functions._execution._classes import classwise, counting, weights, where_counted
+from manualprop.functions._execution._once import once
 from manualprop.functions._execution._products import add_weight_gradient
 from manualprop.functions._rule import Rule
 from manualprop.functions.cross_entropy import (
@@ -358,19 +359,17 @@ class LinearCrossEntropyOnce(Rule):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.dtype, ctx.needs, ctx.used = inputs[0].dtype, inputs[9:], False
+        ctx.dtype, ctx.needs = inputs[0].dtype, inputs[9:]
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(inputs[8], *output[1:])
 
     @staticmethod
+    @once(
+        "linear_cross_entropy: a gradient that is made in the forward pass serves one backward pass, of the first "
+        "order. Got {}. Leave out options, or give LinearCrossEntropyOptions(allow_retain_graph=True): the logits "
+        "are then computed again in backward.".format
+    )
     def backward(ctx: Any, g: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        if ctx.used or torch.is_grad_enabled():
-            raise RuntimeError(
-                "linear_cross_entropy: a gradient that is made in the forward pass serves one backward pass, of the first "
-                f"order. Got {'a second pass' if ctx.used else 'create_graph=True'}. Leave out options, or give "
-                "LinearCrossEntropyOptions(allow_retain_graph=True): the logits are then computed again in backward."
-            )
-        ctx.used = True
         T, *found = ctx.saved_tensors
         if T is not None:
             g = (g / T).where(T != 0, 0)  # 0 where all targets are ignored, and so are the gradients

@@ -27,7 +27,7 @@ from manualprop.functions._elementwise import Elementwise
 from manualprop.functions._execution import recorded
 from manualprop.functions._execution._bits import keep_bits, kept_bytes
 from manualprop.functions._rule import Rule, save
-from manualprop.functions.linear import Linear
+from manualprop.functions.linear import Linear, linear_tangent
 
 __all__ = ["MLP", "ActivationLinear", "LinearActivation"]
 
@@ -298,14 +298,3 @@ def dropout_mask(ctx: Any, bits: Tensor | None, dtype: torch.dtype) -> Tensor | 
 def moves(*tangents: Tensor | None) -> bool:
     """Whether any of these is a tangent, not None."""
     return any(t is not None for t in tangents)
-
-
-def linear_tangent(x: Tensor, W: Tensor, dx: Tensor | None, dW: Tensor | None, db: Tensor | None) -> Tensor:
-    """dx W^T + x dW^T + db: forward mode of :class:`Linear`."""
-    terms = (
-        None if dx is None else F.linear(dx, W),
-        None if dW is None else F.linear(x, dW),
-        None if db is None else db.expand(*x.shape[:-1], -1).clone(),
-    )
-    first, *rest = (term for term in terms if term is not None)
-    return sum(rest, first)

@@ -21,8 +21,8 @@ from torch import Tensor
 from manualprop.functions._execution import _normalisation as aten
 from manualprop.functions._execution import formula
 from manualprop.functions._rule import Rule
-from manualprop.functions.fused.mlp import linear_tangent, moves
-from manualprop.functions.linear import Linear, rows
+from manualprop.functions.fused.mlp import moves
+from manualprop.functions.linear import Linear, linear_tangent, rows
 from manualprop.functions.norm import (
     normalised,
     rows_backwards,

@@ -4,6 +4,7 @@ from manualprop import _torch as _torch  # warns of an untested version
 from manualprop.functions._elementwise import Elementwise as Elementwise
 from manualprop.functions._rule import Rule as Rule
 from manualprop.functions.activation import *
+from manualprop.functions.averaging import *
 from manualprop.functions.binary_cross_entropy import *
 from manualprop.functions.cross_entropy import *
 from manualprop.functions.dropout import *
@@ -16,5 +17,6 @@ from manualprop.functions.loss import *
 from manualprop.functions.margin import *
 from manualprop.functions.norm import *
 from manualprop.functions.packed import *
+from manualprop.functions.padding import *
 from manualprop.functions.piecewise import *
 from manualprop.functions.softmax import *

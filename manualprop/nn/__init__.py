@@ -15,6 +15,7 @@ from torch.nn import Sequential as Sequential
 from torch.nn import Unflatten as Unflatten
 
 from manualprop.nn.activation import *
+from manualprop.nn.averaging import *
 from manualprop.nn.container import *
 from manualprop.nn.dropout import *
 from manualprop.nn.embedding import *
@@ -24,3 +25,4 @@ from manualprop.nn.gated import *
 from manualprop.nn.linear import *
 from manualprop.nn.loss import *
 from manualprop.nn.norm import *
+from manualprop.nn.padding import *

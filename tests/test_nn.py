@@ -33,6 +33,9 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
         for d in (1, 2, 3)
     },
     **{f"ConstantPad{d}d": (1, 0.5) for d in (1, 2, 3)},
+    "LocalResponseNorm": (2,),
+    "PixelShuffle": (2,),
+    "PixelUnshuffle": (2,),
     **{f"AvgPool{d}d": (2,) for d in (1, 2, 3)},
     **{f"AdaptiveAvgPool{d}d": (2,) for d in (1, 2, 3)},
 }

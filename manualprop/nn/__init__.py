@@ -22,7 +22,10 @@ from manualprop.nn.embedding import *
 from manualprop.nn.fused import *
 from manualprop.nn.fusing import *
 from manualprop.nn.gated import *
+from manualprop.nn.interpolation import *
 from manualprop.nn.linear import *
+from manualprop.nn.local_response import *
 from manualprop.nn.loss import *
 from manualprop.nn.norm import *
 from manualprop.nn.padding import *
+from manualprop.nn.shuffle import *

@@ -1,0 +1,21 @@
+"""Changes of shape and pixel shuffles: each subclasses its torch twin and replaces only ``forward``."""
+
+from torch import Tensor, nn
+
+from manualprop import functional as F
+
+__all__ = ["PixelShuffle", "PixelUnshuffle"]
+
+
+class PixelShuffle(nn.PixelShuffle):
+    """:class:`torch.nn.PixelShuffle` by :class:`manualprop.functions.PixelShuffle`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.pixel_shuffle(input, self.upscale_factor)
+
+
+class PixelUnshuffle(nn.PixelUnshuffle):
+    """:class:`torch.nn.PixelUnshuffle` by :class:`manualprop.functions.PixelUnshuffle`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.pixel_unshuffle(input, self.downscale_factor)

@@ -33,6 +33,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
         for d in (1, 2, 3)
     },
     **{f"ConstantPad{d}d": (1, 0.5) for d in (1, 2, 3)},
+    "Unflatten": (1, (3, 1)),
     "LocalResponseNorm": (2,),
     "PixelShuffle": (2,),
     "PixelUnshuffle": (2,),

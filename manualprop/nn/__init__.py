@@ -4,7 +4,6 @@ The containers of :mod:`torch.nn` are here too, so that ``from manualprop import
 ``from torch import nn``.  A layer without a hand-derived twin is not here: take it from ``torch.nn``.
 """
 
-from torch.nn import Flatten as Flatten
 from torch.nn import Module as Module
 from torch.nn import ModuleDict as ModuleDict
 from torch.nn import ModuleList as ModuleList
@@ -12,7 +11,6 @@ from torch.nn import Parameter as Parameter
 from torch.nn import ParameterDict as ParameterDict
 from torch.nn import ParameterList as ParameterList
 from torch.nn import Sequential as Sequential
-from torch.nn import Unflatten as Unflatten
 
 from manualprop.nn.activation import *
 from manualprop.nn.averaging import *

@@ -4,7 +4,21 @@ from torch import Tensor, nn
 
 from manualprop import functional as F
 
-__all__ = ["PixelShuffle", "PixelUnshuffle"]
+__all__ = ["Flatten", "PixelShuffle", "PixelUnshuffle", "Unflatten"]
+
+
+class Flatten(nn.Flatten):
+    """:class:`torch.nn.Flatten`: each element of y is one of x, so dx is g in the shape of x.
+
+    Like torch's it returns a view, so there is nothing to compute in either direction.
+    """
+
+
+class Unflatten(nn.Unflatten):
+    """:class:`torch.nn.Unflatten`: each element of y is one of x, so dx is g in the shape of x.
+
+    Like torch's it returns a view, so there is nothing to compute in either direction.
+    """
 
 
 class PixelShuffle(nn.PixelShuffle):

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from manualprop.functions._execution._nearest import Kernel, nearest_elements
+from manualprop.functions._execution._nearest import Kernel, copies, nearest_elements
 from manualprop.functions.linear_map import Separable
 
 __all__ = [
@@ -72,7 +72,7 @@ class NearestInterpolation(Separable):
 
     @staticmethod
     def f(x: Tensor, size: Any, scales: Any, exact: bool, kernel: Kernel) -> Tensor:
-        return resized(x, size, scales, "nearest-exact" if exact else "nearest", None, False)
+        return copies(x, size, scales, exact, kernel)
 
     @staticmethod
     def row(i: int, n: int, o: int, scale: float | None, exact: bool, kernel: Kernel) -> dict[int, float]:

@@ -7,13 +7,13 @@ take different neighbours.  So the elements are read from the kernel, by interpo
 import ctypes
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from manualprop._torch import without_modes
+from manualprop._torch import transforms_active, without_modes
 from manualprop.functions._execution._axes import memory_format
 from manualprop.functions._execution._formula import HALF
 
@@ -38,6 +38,18 @@ def nearest_elements(n: int, o: int, scale: float | None, exact: bool, kernel: K
     if torch.compiler.is_compiling() or kernel.device not in ("cpu", "cuda"):
         return _as_compiled(n, o, scale, exact)
     return _read(n, o, scale, exact, kernel)
+
+
+def copies(x: Tensor, size: Any, scales: Any, exact: bool, kernel: Kernel) -> Tensor:
+    """The interpolated tensor; element by element under vmap, which has no rule for the kernel of ``nearest-exact``."""
+    if not (exact and transforms_active()):
+        return F.interpolate(x, size, scales, "nearest-exact" if exact else "nearest")
+    for axis in range(2, x.dim()):
+        n, scale = x.shape[axis], None if scales is None else scales[axis - 2]
+        o = size[axis - 2] if scale is None else math.floor(n * scale)
+        taken = nearest_elements(n, o, scale, exact, kernel)
+        x = x.index_select(axis, torch.tensor(taken, device=x.device))
+    return x
 
 
 @functools.lru_cache(maxsize=512)

@@ -16,6 +16,7 @@ from torch.nn import Unflatten as Unflatten
 
 from manualprop.nn.activation import *
 from manualprop.nn.container import *
+from manualprop.nn.convolution import *
 from manualprop.nn.dropout import *
 from manualprop.nn.embedding import *
 from manualprop.nn.fused import *

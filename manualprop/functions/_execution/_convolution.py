@@ -1,0 +1,72 @@
+"""How the three maps of :mod:`manualprop.functions.convolution` run, in its letters.
+
+Convolution and transposed convolution are torch's own forward kernels, for any sizes.  ``_correlation.py`` has the
+forms of the correlation.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Sizes = Sequence[int]
+
+CONVOLUTIONS = {3: torch.conv1d, 4: torch.conv2d, 5: torch.conv3d}
+TRANSPOSED = {3: torch.conv_transpose1d, 4: torch.conv_transpose2d, 5: torch.conv_transpose3d}
+
+
+def reach(Q: Sizes, K: Sizes, s: Sizes, d: Sizes) -> list[int]:
+    """For each axis the length that Q positions of a kernel cover."""
+    return [s * (q - 1) + d * (k - 1) + 1 for q, k, s, d in zip(Q, K, s, d, strict=True)]
+
+
+def framed(x: Tensor, before: Sizes, lengths: Sizes) -> Tensor:
+    """x with ``before`` zeros in front of each axis of positions, and zeros behind, or cut, to ``lengths``."""
+    ends = [(a, length - a - n) for a, length, n in zip(before, lengths, x.shape[2:], strict=True)]
+    pads = [number for end in reversed(ends) for number in end]  # torch's pad starts at the last axis
+    return F.pad(x, pads) if any(pads) else x
+
+
+def convolution(
+    x: Tensor, W: Tensor, b: Tensor | None, s: Sizes, p: Sizes, d: Sizes, G: int, Q: Sizes | None
+) -> Tensor:
+    """y at Q positions, or at all at which the kernel lies within the padded x."""
+    if Q is not None:
+        K = W.shape[2:]
+        found = [
+            (n + 2 * p - r) // s + 1
+            for n, p, r, s in zip(x.shape[2:], p, reach([1] * len(K), K, s, d), s, strict=True)
+        ]
+        if found != list(Q):
+            x, p = framed(x, p, reach(Q, K, s, d)), [0] * len(K)
+    return CONVOLUTIONS[x.dim()](x, W, b, s, p, d, G)
+
+
+def transposed_convolution(
+    y: Tensor, W: Tensor, b: Tensor | None, s: Sizes, p: Sizes, d: Sizes, G: int, X: Sizes
+) -> Tensor:
+    """x at X positions."""
+    covered = reach(y.shape[2:], W.shape[2:], s, d)
+    behind = [max(x - length + 2 * a, 0) for x, length, a in zip(X, covered, p, strict=True)]
+    x = TRANSPOSED[y.dim()](y, W, b, s, p, behind, G, d)
+    if x.shape[2:] == tuple(X):
+        return x
+    return x[(..., *map(slice, X))].clone()  # not a view: a rule that returns one has no forward mode
+
+
+def input_gradient(y: Tensor, W: Tensor, b: None, s: Sizes, p: Sizes, d: Sizes, G: int, X: Sizes) -> Tensor:
+    """:func:`transposed_convolution`; of small kernels at stride 1 as a convolution, which is then faster.
+
+    At stride 1, q = i + p - d k: with the kernel reversed, k' = K - 1 - k, this is the position i + d k' - p' of
+    an ordinary convolution with p' = d (K - 1) - p.
+    """
+    K = W.shape[2:]
+    reversed_p = [d * (k - 1) - p for k, p, d in zip(K, p, d, strict=True)]
+    small = all(k == 1 for k in K) or (G > 1 and W.shape[1] == 1)
+    if not small or any(step != 1 for step in s) or min(reversed_p) < 0:
+        return transposed_convolution(y, W, b, s, p, d, G, X)
+    axes = list(range(2, W.dim()))
+    O, C = W.shape[:2]
+    W = W.reshape(G, O // G, C, *K).transpose(1, 2).reshape(G * C, O // G, *K).flip(axes)
+    return convolution(y, W, None, s, reversed_p, d, G, X)

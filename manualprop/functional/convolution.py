@@ -1,7 +1,6 @@
 """Convolutions with the names, signatures and defaults of :mod:`torch.nn.functional`."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 

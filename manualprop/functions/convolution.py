@@ -178,11 +178,11 @@ class Correlation(Rule):
         i = s q + d k - p is symmetric in q and k: the position is now k with stride d, and the kernel's is q with
         dilation s.  The example n takes the part of the channel, and c that of the example.
         """
-        (N, O, *Q), (_, GC, *X) = y.shape, x.shape
-        x = x.reshape(N, G, GC // G, *X).movedim(2, 0).transpose(1, 2).reshape(GC // G, G * N, *X)
-        y = y.transpose(0, 1)  # (O, N, Q)
+        N, X, C = x.shape[0], x.shape[2:], x.shape[1] // G
         if x.numel() == 0 or y.numel() == 0:
-            return y.new_zeros(O, GC // G, *K)  # a sum without terms
+            return y.new_zeros(y.shape[1], C, *K)  # a sum without terms
+        x = x.reshape(N, G, C, *X).movedim(2, 0).transpose(1, 2).reshape(C, G * N, *X)
+        y = y.transpose(0, 1)  # (O, N, Q)
         return run.convolution(x, y, None, d, p, s, G, K).transpose(
             0, 1
         )  # (C, G N, X), (O, N, Q) -> (C, O, K)

@@ -5,6 +5,7 @@ forms of the correlation.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +35,9 @@ def convolution(
     """y at Q positions, or at all at which the kernel lies within the padded x."""
     if Q is not None:
         K = W.shape[2:]
-        found = [
-            (n + 2 * p - r) // s + 1
-            for n, p, r, s in zip(x.shape[2:], p, reach([1] * len(K), K, s, d), s, strict=True)
-        ]
+        spans = reach([1] * len(K), K, s, d)
+        sizes = zip(x.shape[2:], p, spans, s, strict=True)
+        found = [(n + 2 * before - span) // step + 1 for n, before, span, step in sizes]
         if found != list(Q):
             x, p = framed(x, p, reach(Q, K, s, d)), [0] * len(K)
     return CONVOLUTIONS[x.dim()](x, W, b, s, p, d, G)
@@ -52,7 +52,8 @@ def transposed_convolution(
     x = TRANSPOSED[y.dim()](y, W, b, s, p, behind, G, d)
     if x.shape[2:] == tuple(X):
         return x
-    return x[(..., *map(slice, X))].clone()  # not a view: a rule that returns one has no forward mode
+    ends: tuple[Any, ...] = (..., *[slice(n) for n in X])
+    return x[ends].clone()  # not a view: a rule that returns one has no forward mode
 
 
 def input_gradient(y: Tensor, W: Tensor, b: None, s: Sizes, p: Sizes, d: Sizes, G: int, X: Sizes) -> Tensor:

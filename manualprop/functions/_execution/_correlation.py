@@ -13,7 +13,6 @@ the examples would make the graph long.
 """
 
 import functools
-import itertools
 import math
 from typing import Any
 
@@ -29,7 +28,7 @@ COLUMNS = 2**20  # entries of the columns that are made at a time
 
 def fast_correlation(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Sizes) -> Tensor | None:
     """W by a fast form; None if something traces each step, or if there is no fast form."""
-    if y.is_complex() or transforms_active():
+    if transforms_active():
         return None
     if torch.compiler.is_compiling():
         W: Tensor = _operation()(y, x, s, p, d, G, K)
@@ -42,7 +41,7 @@ def fast_correlation(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int,
 def correlate(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Sizes) -> Tensor:
     """W by the form that fits."""
     form = by_channels if x.shape[1] == G else by_columns
-    return form(full(y), full(x), s, p, d, G, K).to(y.dtype)
+    return form(full(y).resolve_conj(), full(x).resolve_conj(), s, p, d, G, K).to(y.dtype)
 
 
 def by_channels(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Sizes) -> Tensor:
@@ -57,7 +56,7 @@ def by_channels(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: S
 
 def by_columns(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Sizes) -> Tensor:
     """W[o,ck] = sum_{n,q} y[o,nq] columns[ck,nq], with columns[ck,nq] = x[n,c,i]."""
-    N, O, *Q = y.shape
+    O, Q = y.shape[1], y.shape[2:]
     C = x.shape[1] // G
     x = framed(x, p, reach(Q, K, s, d)).contiguous()
     few = max(COLUMNS // (x.shape[1] * math.prod(K) * math.prod(Q)), 1)

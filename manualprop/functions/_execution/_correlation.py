@@ -24,6 +24,7 @@ from manualprop.functions._execution._convolution import Sizes, convolution, fra
 from manualprop.functions._execution._formula import full, watched
 
 COLUMNS = 2**20  # entries of the columns that are made at a time
+WIDE = 128  # rows of columns in a group from which several products by oneDNN are faster than one of the BLAS library
 
 
 def fast_correlation(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Sizes) -> Tensor | None:
@@ -56,14 +57,19 @@ def by_channels(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: S
 
 def by_columns(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Sizes) -> Tensor:
     """W[o,ck] = sum_{n,q} y[o,nq] columns[ck,nq], with columns[ck,nq] = x[n,c,i]."""
-    O, Q = y.shape[1], y.shape[2:]
+    (N, O), Q = y.shape[:2], y.shape[2:]
     C = x.shape[1] // G
     x = framed(x, p, reach(Q, K, s, d)).contiguous()
-    few = max(COLUMNS // (x.shape[1] * math.prod(K) * math.prod(Q)), 1)
+    few = min(max(COLUMNS // (x.shape[1] * math.prod(K) * math.prod(Q)), 1), N)
+    buffer = x.new_empty(x.shape[1], *K, few, *Q)  # one for all: new memory takes longer than the product
     W = None
     for some_x, some_y in zip(x.split(few), y.split(few), strict=True):
-        columns = windows(some_x, s, d, Q, K).reshape(G, C * math.prod(K), -1)  # (G, C K, n Q)
-        part = products(some_y.transpose(0, 1).reshape(G, O // G, -1), columns)
+        n = some_x.shape[0]
+        columns = buffer if n == few else x.new_empty(x.shape[1], *K, n, *Q)
+        columns.copy_(windows(some_x, s, d, Q, K))
+        part = products(
+            some_y.transpose(0, 1).reshape(G, O // G, -1), columns.view(G, C * math.prod(K), -1)
+        )  # (G, O, n Q), (G, C K, n Q) -> (G, O, C K)
         W = part if W is None else W.add_(part)
     assert W is not None
     return W.view(O, C, *K)
@@ -80,9 +86,9 @@ def windows(x: Tensor, s: Sizes, d: Sizes, Q: Sizes, K: Sizes) -> Tensor:
 
 def products(y: Tensor, columns: Tensor) -> Tensor:
     """y columns^T for each group: (G, O, P), (G, C K, P) -> (G, O, C K)."""
-    if len(y) == 1 and y.is_cpu and y.dtype == torch.float32 and product_of_rows is not None:
-        product: Tensor = product_of_rows(y[0], columns[0])
-        return product.unsqueeze(0)
+    by_onednn = product_of_rows is not None and y.is_cpu and y.dtype == torch.float32
+    if by_onednn and (len(y) == 1 or columns.shape[1] >= WIDE):
+        return torch.stack([product_of_rows(*pair) for pair in zip(y, columns, strict=True)])
     return y.bmm(columns.mT)
 
 

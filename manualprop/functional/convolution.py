@@ -180,6 +180,8 @@ def _is_batched(name: str, axes: int, input: Tensor, weight: Tensor) -> bool:
             f"{name}: weight must have {axes + 2} axes, two of channels and {axes} of positions. "
             f"Got {list(weight.shape)}."
         )
+    if weight.shape[1] == 0:  # torch's convolution then loses the channels of the output too
+        raise RuntimeError(f"{name}: weight must have channels. Got {list(weight.shape)}.")
     return input.dim() == axes + 2
 
 

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manualprop._torch import transforms_active
+from manualprop.functions._execution._formula import watched
+
 Sizes = Sequence[int]
 
 CONVOLUTIONS = {3: torch.conv1d, 4: torch.conv2d, 5: torch.conv3d}
@@ -59,15 +62,25 @@ def transposed_convolution(
 def input_gradient(y: Tensor, W: Tensor, b: None, s: Sizes, p: Sizes, d: Sizes, G: int, X: Sizes) -> Tensor:
     """:func:`transposed_convolution`; of small kernels at stride 1 as a convolution, which is then faster.
 
-    At stride 1, q = i + p - d k: with the kernel reversed, k' = K - 1 - k, this is the position i + d k' - p' of
-    an ordinary convolution with p' = d (K - 1) - p.
+    At stride 1, q = i + p - d k.  With the kernel reversed, k' = K - 1 - k, this is i + d k' - p', the position of a
+    convolution with p' = d (K - 1) - p.
     """
     K = W.shape[2:]
     reversed_p = [d * (k - 1) - p for k, p, d in zip(K, p, d, strict=True)]
-    small = all(k == 1 for k in K) or (G > 1 and W.shape[1] == 1)
-    if not small or any(step != 1 for step in s) or min(reversed_p) < 0:
+    if any(step != 1 for step in s) or min(reversed_p) < 0 or not untraced(y, W):
         return transposed_convolution(y, W, b, s, p, d, G, X)
-    axes = list(range(2, W.dim()))
-    O, C = W.shape[:2]
-    W = W.reshape(G, O // G, C, *K).transpose(1, 2).reshape(G * C, O // G, *K).flip(axes)
-    return convolution(y, W, None, s, reversed_p, d, G, X)
+    one_position, one_channel = G == 1 and K.numel() == 1, W.shape[1] == 1
+    if torch.compiler.is_compiling():
+        # inductor's convolutions are channels-last: for one position the copies take longer than the product.
+        if one_position and y.is_contiguous():
+            x: Tensor = W.flatten(1).mT.expand(len(y), -1, -1).bmm(y.flatten(2)).unflatten(2, X)
+            return x  # (C, O) (N, O, Q) -> (N, C, X)
+    elif one_position or one_channel:
+        W = W.unflatten(0, (G, -1)).transpose(1, 2).flatten(0, 1).flip(list(range(2, W.dim())))
+        return convolution(y, W.contiguous(), None, s, reversed_p, d, G, X)
+    return transposed_convolution(y, W, b, s, p, d, G, X)
+
+
+def untraced(*tensors: Tensor) -> bool:
+    """Whether nothing but the compiler traces each step."""
+    return not (transforms_active() if torch.compiler.is_compiling() else watched(tensors))

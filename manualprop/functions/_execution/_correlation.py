@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manualprop._torch import product_of_rows, transforms_active
-from manualprop.functions._execution._convolution import Sizes, convolution, framed, reach
-from manualprop.functions._execution._formula import full, watched
+from manualprop._torch import product_of_rows
+from manualprop.functions._execution._convolution import Sizes, convolution, framed, reach, untraced
+from manualprop.functions._execution._formula import full
 
 COLUMNS = 2**20  # entries of the columns that are made at a time
 WIDE = 128  # rows of columns in a group from which several products by oneDNN are faster than one of the BLAS library
@@ -29,13 +29,11 @@ WIDE = 128  # rows of columns in a group from which several products by oneDNN a
 
 def fast_correlation(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Sizes) -> Tensor | None:
     """W by a fast form; None if something traces each step, or if there is no fast form."""
-    if transforms_active():
+    if not untraced(y, x) or not (y.numel() and x.numel()):
         return None
     if torch.compiler.is_compiling():
         W: Tensor = _operation()(y, x, s, p, d, G, K)
         return W
-    if watched((y, x)) or not (y.numel() and x.numel()):
-        return None
     return correlate(y, x, s, p, d, G, K)
 
 
@@ -86,10 +84,10 @@ def windows(x: Tensor, s: Sizes, d: Sizes, Q: Sizes, K: Sizes) -> Tensor:
 
 def products(y: Tensor, columns: Tensor) -> Tensor:
     """y columns^T for each group: (G, O, P), (G, C K, P) -> (G, O, C K)."""
-    by_onednn = product_of_rows is not None and y.is_cpu and y.dtype == torch.float32
-    if by_onednn and (len(y) == 1 or columns.shape[1] >= WIDE):
-        return torch.stack([product_of_rows(*pair) for pair in zip(y, columns, strict=True)])
-    return y.bmm(columns.mT)
+    float32 = y.is_cpu and y.dtype == torch.float32
+    if product_of_rows is None or not float32 or (len(y) > 1 and columns.shape[1] < WIDE):
+        return y.bmm(columns.mT)
+    return torch.stack([product_of_rows(*pair) for pair in zip(y, columns, strict=True)])
 
 
 # ----- in compiled code -----
@@ -99,7 +97,8 @@ def products(y: Tensor, columns: Tensor) -> Tensor:
 def _library() -> Any:
     library = torch.library.Library("manualprop", "FRAGMENT")
     library.define(
-        "correlate(Tensor y, Tensor x, SymInt[] s, SymInt[] p, SymInt[] d, SymInt G, SymInt[] K) -> Tensor"
+        "correlate(Tensor y, Tensor x, SymInt[] s, SymInt[] p, SymInt[] d, SymInt G, SymInt[] K) -> Tensor",
+        tags=(torch.Tag.flexible_layout,),
     )
     library.impl("correlate", correlate, "CompositeExplicitAutograd")
     torch.library.register_fake("manualprop::correlate", _shape, lib=library)

@@ -58,16 +58,16 @@ def by_columns(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Si
     (N, O), Q = y.shape[:2], y.shape[2:]
     C = x.shape[1] // G
     x = framed(x, p, reach(Q, K, s, d)).contiguous()
-    few = min(max(COLUMNS // (x.shape[1] * math.prod(K) * math.prod(Q)), 1), N)
-    buffer = x.new_empty(x.shape[1], *K, few, *Q)  # one for all: new memory takes longer than the product
+    rows, P = x.shape[1] * math.prod(K), math.prod(Q)
+    times = math.ceil(N / max(COLUMNS // (rows * P), 1))
+    few = math.ceil(N / times)
+    buffer = x.new_empty(rows * few * P)  # one for all times: new memory takes longer than the product
     W = None
     for some_x, some_y in zip(x.split(few), y.split(few), strict=True):
-        n = some_x.shape[0]
-        columns = buffer if n == few else x.new_empty(x.shape[1], *K, n, *Q)
+        columns = buffer[: rows * len(some_x) * P].view(x.shape[1], *K, len(some_x), *Q)
         columns.copy_(windows(some_x, s, d, Q, K))
-        part = products(
-            some_y.transpose(0, 1).reshape(G, O // G, -1), columns.view(G, C * math.prod(K), -1)
-        )  # (G, O, n Q), (G, C K, n Q) -> (G, O, C K)
+        # (G, O, n Q), (G, C K, n Q) -> (G, O, C K)
+        part = products(some_y.transpose(0, 1).reshape(G, O // G, -1), columns.view(G, rows // G, -1))
         W = part if W is None else W.add_(part)
     assert W is not None
     return W.view(O, C, *K)

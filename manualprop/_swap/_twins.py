@@ -11,6 +11,7 @@ from manualprop import functional
 from manualprop.nn import (
     activation,
     averaging,
+    convolution,
     dropout,
     embedding,
     gated,
@@ -35,6 +36,7 @@ def _twins() -> dict[type[nn.Module], type[nn.Module]]:
         for family in (
             activation,
             averaging,
+            convolution,
             dropout,
             embedding,
             gated,

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from manualprop import functional
-from manualprop.nn import activation, dropout, embedding, gated, linear, loss, norm
+from manualprop.nn import activation, dropout, embedding, gated, linear, loss, norm, pooling
 from manualprop.nn.foreign import foreign_original, foreign_twin
 
 
@@ -19,7 +19,7 @@ def _twins() -> dict[type[nn.Module], type[nn.Module]]:
     """
     classes = [
         c
-        for family in (activation, dropout, embedding, gated, linear, loss, norm)
+        for family in (activation, dropout, embedding, gated, linear, loss, norm, pooling)
         for c in vars(family).values()
         if isinstance(c, type)
     ]

@@ -19,6 +19,7 @@ from manualprop.functional.linear_cross_entropy import *
 from manualprop.functional.loss import *
 from manualprop.functional.margin import *
 from manualprop.functional.norm import *
+from manualprop.functional.pooling import *
 
 for _name, _function in [(name, f) for name, f in globals().items() if inspect.isfunction(f)]:
     if not _name.startswith("_"):

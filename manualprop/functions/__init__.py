@@ -17,4 +17,5 @@ from manualprop.functions.margin import *
 from manualprop.functions.norm import *
 from manualprop.functions.packed import *
 from manualprop.functions.piecewise import *
+from manualprop.functions.pooling import *
 from manualprop.functions.softmax import *

@@ -24,3 +24,4 @@ from manualprop.nn.gated import *
 from manualprop.nn.linear import *
 from manualprop.nn.loss import *
 from manualprop.nn.norm import *
+from manualprop.nn.pooling import *

@@ -124,6 +124,17 @@ ROWS = [
     ),
     Row("softmax", lambda: [*mlp(nn.Tanh()), nn.LogSoftmax(-1)], loss=nn.MSELoss),
     Row("flatten", lambda: [torch.nn.Unflatten(1, (2, 3)), nn.Tanh(), torch.nn.Flatten(), *mlp(nn.Tanh())]),
+    Row(
+        "MaxPool",
+        lambda: [
+            nn.Linear(FEATURES, 12),
+            torch.nn.Unflatten(1, (2, 3, 2)),
+            nn.MaxPool2d(2, stride=1),
+            torch.nn.Flatten(),
+            nn.Linear(4, CLASSES),
+        ],
+        steps=50,
+    ),
     *(
         # Normalising magnifies the rounding of what it divides by a small deviation.
         Row(

@@ -70,6 +70,8 @@ class _HandOver(TorchFunctionMode):
         if self.torchs is not None:
             return (self.ours if func == self.torchs else func)(*args, **kwargs)
         self.torchs = func
+        if not any(cls in self.by_type for cls in types):
+            return func(*args, **kwargs)  # torch's function offers itself to other arguments only
         for argument in (self.by_type[cls] for cls in types if cls in self.by_type):
             with self:
                 answer = argument.__torch_function__(func, types, args, kwargs)

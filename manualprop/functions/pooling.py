@@ -25,7 +25,13 @@ from torch import Tensor
 
 from manualprop.functions._elementwise import Elementwise
 from manualprop.functions._execution import full, plain_eager
-from manualprop.functions._execution._places import in_line, numbers_at, summed_at, sums_over_windows_of
+from manualprop.functions._execution._places import (
+    in_line,
+    largest_of_windows,
+    numbers_at,
+    summed_at,
+    sums_over_windows_of,
+)
 from manualprop.functions._rule import Rule, flat
 
 __all__ = [
@@ -207,7 +213,9 @@ class MaxPool(Maximum):
     def forward(
         x: Tensor, axes: int, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return with_empty(MAX[axes](x, kernel_size, stride, padding, dilation, ceil_mode))
+        return with_empty(
+            largest_of_windows(MAX[axes], x, axes, kernel_size, stride, padding, dilation, ceil_mode)
+        )
 
 
 class AdaptiveMaxPool(Maximum):

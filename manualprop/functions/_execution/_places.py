@@ -4,12 +4,37 @@
 them.  Each function is plain mathematics where something traces it, and has a faster form for eager mode.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from manualprop.functions._execution._formula import HALF, full, watched
+
+FORMATS = {2: torch.channels_last, 3: torch.channels_last_3d}
+MANY_CHANNELS, MANY_NUMBERS = 8, 2**15  # from here on a copy to channels-last pays
+
+
+def largest_of_windows(
+    kernel: Callable[..., Any], x: Tensor, axes: int, *options: Any
+) -> tuple[Tensor, Tensor]:
+    """The largest numbers and their places, by one of ATen's max pools: ``kernel(x, *options)``.
+
+    ATen's kernel takes a vector of channels at a time in channels-last, and one number at a time otherwise: a copy
+    there and back gives the same numbers and places in 0.1 to 0.6 of the time.
+    """
+    if not (axes in FORMATS and _pays_in_channels_last(x, axes)):
+        y, places = kernel(x, *options)
+        return y, places
+    y, places = kernel(x.contiguous(memory_format=FORMATS[axes]), *options)
+    return y.contiguous(), places.contiguous()
+
+
+def _pays_in_channels_last(x: Tensor, axes: int) -> bool:
+    if x.dim() != axes + 2 or x.shape[1] < MANY_CHANNELS or x.numel() < MANY_NUMBERS or watched((x,)):
+        return False
+    return x.is_cpu and x.is_floating_point() and x.is_contiguous()
 
 
 def numbers_at(x: Tensor, places: Tensor, axes: int) -> Tensor:
@@ -61,8 +86,8 @@ def _in_precision_of(sums: Tensor, g: Tensor) -> Tensor:
 
 
 def _is_channels_last(t: Tensor) -> bool:
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return t.dim() in formats and t.is_contiguous(memory_format=formats[t.dim()])
+    axes = t.dim() - 2
+    return axes in FORMATS and t.is_contiguous(memory_format=FORMATS[axes])
 
 
 def _count(size: Sequence[int]) -> int:

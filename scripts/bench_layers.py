@@ -151,7 +151,7 @@ LAYERS: dict[str, Layer] = activations() | {
     "FeatureAlphaDropout": Layer(lambda n, c: nn.FeatureAlphaDropout(), image(16, 2)),
     **{f"MaxPool{d}d": Layer(lambda n, c, d=d: getattr(nn, f"MaxPool{d}d")(2), image(16, d), POOL) for d in (1, 2, 3)},
     **{f"AdaptiveMaxPool{d}d": Layer(lambda n, c, d=d: getattr(nn, f"AdaptiveMaxPool{d}d")(2), image(16, d)) for d in (1, 2, 3)},
-    **{f"FractionalMaxPool{d}d": Layer(lambda n, c, d=d: getattr(nn, f"FractionalMaxPool{d}d")(2, output_ratio=0.5), image(16, d)) for d in (2, 3)},
+    **{f"FractionalMaxPool{d}d": Layer(lambda n, c, d=d: getattr(nn, f"FractionalMaxPool{d}d")((2, 1, 1)[:d], output_ratio=0.5), image(16, d)) for d in (2, 3)},
     **{f"MaxUnpool{d}d": Layer(lambda n, c, d=d: getattr(nn, f"MaxUnpool{d}d")(2), chosen(16, d)) for d in (1, 2, 3)},
     **{f"LPPool{d}d": Layer(lambda n, c, d=d: getattr(nn, f"LPPool{d}d")(2, 2), image(16, d)) for d in (1, 2, 3)},
     "LayerNorm":    Layer(lambda n, c: nn.LayerNorm(c), x, NORM),

@@ -136,6 +136,16 @@ def mark_dynamic(t: torch.Tensor, axis: int) -> None:
     torch._dynamo.maybe_mark_dynamic(t, axis)
 
 
+def arguments_of_aten(name: str) -> list[tuple[str, bool]]:
+    """The arguments of torch.name, and whether each must be given; nothing if there is no such operator.  2.11 to 2.14"""
+    packet = getattr(torch.ops.aten, name, None)
+    for overload in packet.overloads() if packet is not None else ():
+        schema = getattr(packet, overload)._schema
+        if "out" not in overload and "Dimname" not in str(schema):
+            return [(a.name, not a.has_default_value()) for a in schema.arguments]
+    return []
+
+
 def taken_apart(function: Callable[..., Any], samples: list[torch.Tensor]) -> torch.fx.GraphModule:
     """A function traced into elementary operations: silu is a product, a quotient, a sum and an exponential.  2.13"""
     from torch._decomp import decomposition_table  # these two take most of a second to import

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from manualprop import functional
+from manualprop._swap._functions import own_forward
 from manualprop.nn import activation, dropout, embedding, gated, linear, loss, norm, pooling
 from manualprop.nn.foreign import foreign_original, foreign_twin
 
@@ -63,7 +64,7 @@ def no_twin(module: nn.Module) -> str | None:
 
 def is_rebound(module: nn.Module) -> bool:
     """Whether the instance has its own ``forward`` (from accelerate, or a monkey patch)."""
-    return "forward" in vars(module)
+    return "forward" in vars(module) and own_forward(module) is None
 
 
 def bare_functions(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:

@@ -252,7 +252,7 @@ def test_class_repr_and_state_stay() -> None:
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_runs_on_its_own(copied: Callable[[nn.Module], nn.Module]) -> None:
     model = manualprop.swap(made(), functions=True).model
-    clone = copied(model)
+    clone: Any = copied(model)
     assert all(own_forward(m).module is m for m in clone.modules() if own_forward(m) is not None)
     with torch.no_grad():
         for p in model.parameters():
@@ -399,3 +399,25 @@ def test_fused_blocks_call_functions_too() -> None:
     torch.testing.assert_close(model(X), expected)
     manualprop.unswap(model)
     assert type(model) is MLP and "TanhBackward0" in nodes(model(X))
+
+
+def test_exports_for_inference() -> None:
+    model = manualprop.swap(made(), functions=True).model
+    torch.testing.assert_close(torch.export.export(model, (X,)).module()(X), model(X))
+
+
+def test_a_graph_is_swapped_after_its_trace() -> None:
+    graph = torch.fx.symbolic_trace(made(Block))
+    assert runs_ours(manualprop.swap(graph, functions=True).model(X))
+
+
+def test_per_sample_gradients() -> None:
+    model = manualprop.swap(made(), functions=True).model
+    weights = dict(model.named_parameters())
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, weights, (x,)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, X)
+    (one,) = torch.autograd.grad(model(X[1]).square().sum(), model.first.linear.weight)
+    torch.testing.assert_close(found["first.linear.weight"][1], one)

@@ -123,6 +123,10 @@ class Forward:
         """That of the module's forward, for libraries that look."""
         return inspect.signature(types.MethodType(type(self.module).forward, self.module))
 
+    def __getattr__(self, name: str) -> Any:
+        """What else belongs to a method, such as the ``__code__`` that torch.export reads."""
+        return getattr(types.MethodType(type(self.module).forward, self.module), name)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Forward, (self.module, self.on)  # a copy of the module is what the copy refers to
 

@@ -8,7 +8,8 @@ torch's objects that are private too: ``Tensor._base``, ``Tensor._is_view()``, `
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -164,6 +165,62 @@ def inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., An
 
     compiled: Callable[..., Any] = compile(graph, inputs)
     return compiled
+
+
+def scan(
+    step: torch.fx.GraphModule,
+    carry: list[torch.Tensor],
+    given: list[torch.Tensor],
+    fixed: Sequence[torch.Tensor],
+) -> list[torch.Tensor]:
+    """(carry, given[k], fixed) -> (carry, made[k]) for each k: the last carry, and all that was made, stacked.  2.13 to 2.14"""
+    import torch._higher_order_ops.scan as _  # defines the operator
+
+    found: list[torch.Tensor] = torch.ops.higher_order.scan(step, carry, given, tuple(fixed))
+    return found
+
+
+def with_any_length(
+    before: Sequence[torch.Tensor], elements: Sequence[torch.Tensor], after: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Tensors without data: stacks of any number of ``elements``, between others.  2.13 to 2.14"""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    mode: Any = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    stacks = [torch.stack([element] * 3) for element in elements]
+    lengths = [[DimDynamic.DYNAMIC] + [DimDynamic.STATIC] * element.dim() for element in elements]
+    context: Any = StatelessSymbolicContext
+    return [
+        *(mode.from_tensor(t, static_shapes=True) for t in before),
+        *(
+            mode.from_tensor(t, symbolic_context=context(dynamic_sizes=d))
+            for t, d in zip(stacks, lengths, strict=True)
+        ),
+        *(mode.from_tensor(t, static_shapes=True) for t in after),
+    ]
+
+
+def compiled_ahead(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor], package: Path) -> Path:
+    """A graph, compiled into a package.  2.13 to 2.14"""
+    from torch._inductor import aot_compile  # seconds to import
+    from torch._inductor.package.package import package_aoti
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of torch's own use of what it has deprecated
+        parts: Any = aot_compile(graph, tuple(inputs), options={"aot_inductor.package": True})
+        package_aoti(str(package), parts)
+        return package
+
+
+def load_program(package: Path) -> Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]:
+    """A package as a function.  ``torch._inductor.aoti_load_package`` adds a tree of arguments.  2.13 to 2.14"""
+    from torch._C._aoti import AOTIModelPackageLoader
+
+    run: Callable[[Any], list[torch.Tensor]] = AOTIModelPackageLoader(
+        str(package), "model", True, 1, -1
+    ).boxed_run
+    return lambda inputs: run([*inputs])
 
 
 def leave_to_python(function: Callable[..., Any]) -> None:

@@ -8,20 +8,22 @@ All formulas come from :mod:`manualprop.functions`.  ``_ways.py`` has the ways o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
+from manualprop._backprop._advice import NotFinite
 from manualprop._backprop._criterion import Criterion
+from manualprop._backprop._epoch import Epoch, Pieces, RandomGraphError, Scanned, Schedule, joined, portions
 from manualprop._backprop._graph import Graphs
 from manualprop._backprop._plan import Plan
 from manualprop._backprop._stages import build
 from manualprop._backprop._trace import Note, Record, headline, noted, record, recorder, rule_named_as
-from manualprop._backprop._ways import Captured, Collected, Compiled, Plain, Repeated, Way, repeated
+from manualprop._backprop._ways import Collected, Compiled, Plain, Repeated, Way, Whole, repeated
 from manualprop._torch import any_autocast, optimizer_post_hooks, optimizer_pre_hooks
 from manualprop.descent import Descent, Stochastic
 
@@ -66,6 +68,8 @@ class Backprop:
             makes the gradient.  Hyperparameters are read when the graph runs, so a scheduler causes no new
             compilation.  An optimizer that needs gradients makes its own step after the graph.  ``compile``
             pays for many or large elementwise layers.  Random layers draw other numbers than without it.
+            "epoch": run the updates of :meth:`epoch` as one program, on the CPU.  It is compiled once for each
+            number of rows (about ten seconds, with a C++ compiler) and kept on disk for later processes.
         capture: replay the step as a CUDA graph: for small networks on a GPU, where launching the kernels
             takes longer than their work.  It needs a CUDA device with the model, the inputs and the targets
             on it, and one graph's memory for each input shape.  May be combined with ``compile``.
@@ -77,7 +81,8 @@ class Backprop:
         RuntimeError: for ``capture`` without a GPU.
         TypeError: for a layer or a loss that cannot run without a tape (the text names it and what to do),
             and if ``descent`` is not a descent.
-        ValueError: for a model without a parameter that requires a gradient.
+        ValueError: for a model without a parameter that requires a gradient, for another ``compile``, and for
+            updates that cannot be one program.
     """
 
     def __init__(
@@ -87,7 +92,7 @@ class Backprop:
         descent: Descent,
         *,
         optimizer: Optimizer | None = None,
-        compile: bool = False,
+        compile: bool | Literal["epoch"] = False,
         capture: bool = False,
     ) -> None:
         if not isinstance(descent, Descent):
@@ -95,10 +100,15 @@ class Backprop:
                 f"Backprop: descent must be one of manualprop.descent. Got {descent!r}; give a descent with its learning "
                 "rate, such as MiniBatch(learning_rate=0.1)."
             )
+        if compile not in (False, True, "epoch") or (compile == "epoch" and capture):
+            raise ValueError(
+                "Backprop: compile must be False, True or 'epoch', and 'epoch' goes without capture. Got "
+                f"compile={compile!r} and capture={capture}."
+            )
         self.model, self.descent = model, descent
         self.criterion = Criterion(loss)
         self.stage = build(model)
-        self._compile, self._capture = compile, capture
+        self._compile, self._capture, self._by_epoch = compile is True, capture, compile == "epoch"
         self.optimizer = descent.make_optimizer(self._trained()) if optimizer is None else optimizer
         self.lr_scheduler = descent.make_lr_scheduler(self.optimizer) if optimizer is None else None
         self.output = torch.empty(0)
@@ -122,9 +132,18 @@ class Backprop:
         graphs = Graphs(self._compile, self._capture) if self._compile or self._capture else None
         self._plain, self._collected = Plain(plan), Collected(plan, graphs)
         self._compiled = Compiled(plan, graphs) if graphs is not None and self._compile else None
-        self._captured = Captured(plan, graphs) if graphs is not None and self._capture else None
+        self._whole = Whole(plan, graphs) if graphs and (self._capture or plan.is_small) else None
+        self._first = Collected(plan, None)
         self._by_update = self.lr_scheduler is not None and self.descent.lr_scheduler_interval == "update"
+        self._scanned = self._make_scanned() if self._by_epoch else None
         self._forget()
+
+    def _make_scanned(self) -> Scanned:
+        scanned = Scanned(self._plan)
+        obstacle = scanned.obstacle()
+        if obstacle is not None:
+            raise ValueError(_no_program(obstacle))
+        return scanned
 
     def __call__(self, x: Tensor, target: Tensor) -> float:
         """Make one update and return the loss before it.
@@ -148,6 +167,74 @@ class Backprop:
             self.lr_scheduler.step()  # type: ignore[union-attr]
         return loss
 
+    def epoch(self, x: Tensor, target: Tensor, order: Iterable[Pieces]) -> Epoch:
+        """Make all updates of an epoch; return their losses and outputs.
+
+        With ``compile="epoch"`` updates on equal numbers of examples are one program, and all others are steps,
+        as are the updates of a network so large that steps are faster.  The weights are those of the steps,
+        within rounding.  If a loss is not finite, the weights are those before its update.
+
+        Args:
+            x: the inputs of all examples, one for each row.
+            target: their targets.
+            order: for each update the numbers of its rows, in pieces: what ``descent.updates(len(x))`` yields,
+                or its first updates.  Of an update in pieces, only the last piece's output is returned.
+
+        Raises:
+            FloatingPointError: if a loss is not finite; ``made`` is the number of updates before.
+            ValueError: for more than one example with Stochastic.
+            TypeError: with ``compile="epoch"`` for a model that draws random numbers.
+        """
+        parts: list[Epoch] = []
+        for updates in portions(order, x[0].numel()):
+            try:
+                parts.append(self._in_one(x, target, updates) or self._by_steps(x, target, updates))
+            except NotFinite as error:
+                error.made += sum(len(part.losses) for part in parts)
+                raise
+        return joined(parts)
+
+    def _in_one(self, x: Tensor, target: Tensor, updates: list[Pieces]) -> Epoch | None:
+        """Several updates as one program; None, and nothing has changed, if steps must make them."""
+        self._check()
+        scanned = self._scanned
+        if scanned is None or not self._plan.is_small or len(updates) < 2 or len(updates[0]) > 1:
+            return None
+        if not self._plan.has_buffers() or self._refuses(updates):
+            return None
+        rows = torch.stack([row for (row,) in updates]).to(x.device)
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers check this
+        schedule = Schedule(self._plan, self.lr_scheduler if self._by_update else None)
+        numbers = schedule.of(len(updates))
+        try:
+            found = None if numbers is None else scanned(x[rows], target[rows], *numbers)
+        except RandomGraphError as error:
+            raise TypeError(
+                _no_program(f"the model must draw no random numbers. It does, by {error}")
+            ) from None
+        if found is None:
+            schedule.take_back()
+            return None
+        losses, outputs = found
+        self.output = outputs[-1]
+        return Epoch(losses.double(), outputs.flatten(0, 1))
+
+    def _by_steps(self, x: Tensor, target: Tensor, updates: list[Pieces]) -> Epoch:
+        losses, outputs = [], []
+        for pieces in updates:
+            rows = torch.cat(pieces).to(x.device)
+            try:
+                losses.append(self(x[rows], target[rows]))
+            except NotFinite as error:
+                error.made = len(losses)
+                raise
+            outputs.append(self.output)
+        return Epoch(torch.tensor(losses, dtype=torch.float64), torch.cat(outputs))
+
+    def _refuses(self, updates: list[Pieces]) -> bool:
+        """Whether a step would raise for these updates."""
+        return isinstance(self.descent, Stochastic) and len(updates[0][0]) != 1
+
     def _way(self, x: Tensor) -> Way:
         """The way of running a step for these inputs."""
         examples = 1 if x.dim() < 2 and x.is_floating_point() else len(x)
@@ -159,8 +246,8 @@ class Backprop:
         plan = self._plan
         if not (plan.folds and (plan.micro is None or plan.micro >= len(x))):
             return self._collected
-        if self._captured is not None and plan.has_buffers():
-            return self._captured
+        if self._whole is not None:
+            return self._whole if plan.has_buffers() else self._first
         if plan.ties:
             return self._collected
         return self._compiled or self._plain
@@ -246,3 +333,9 @@ class Backprop:
         yield record("loss", "loss", loss, headline(rule_named_as(loss)), made.loss)
         yield record("backward", "loss", loss, "dL/dy, the gradient that starts", made.g)
         yield from records[turn:]
+
+
+def _no_program(why: str) -> str:
+    return (
+        f"Backprop: for compile='epoch', {why}. Use compile=False, where epoch() makes the updates by steps."
+    )

@@ -141,6 +141,17 @@ ROWS = [
         ],
         steps=20,
     ),
+    Row(
+        "MaxPool",
+        lambda: [
+            nn.Linear(FEATURES, 12),
+            torch.nn.Unflatten(1, (2, 3, 2)),
+            nn.MaxPool2d(2, stride=1),
+            torch.nn.Flatten(),
+            nn.Linear(4, CLASSES),
+        ],
+        steps=50,
+    ),
     *(
         # Normalising magnifies the rounding of what it divides by a small deviation.
         Row(

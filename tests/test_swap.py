@@ -719,7 +719,7 @@ def test_the_report_ends_with_the_calls_in_forward() -> None:
     found = {"relu in Calls", "tanh in Calls", "gelu in Calls", "softmax in Calls"}
     assert len(report.calls) == 4 and set(report.calls) == found
     assert str(report).splitlines()[-1].startswith("Called in forward, where torch's rules still run: ")
-    assert str(report).endswith(" Use manualprop.functional there.")
+    assert str(report).endswith(" Use manualprop.functional there, or swap(model, functions=True).")
 
 
 @pytest.mark.parametrize("model", [Layers, convnet, encoder, mlp])

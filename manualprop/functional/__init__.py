@@ -24,6 +24,7 @@ from manualprop.functional.loss import *
 from manualprop.functional.margin import *
 from manualprop.functional.norm import *
 from manualprop.functional.padding import *
+from manualprop.functional.pooling import *
 from manualprop.functional.shuffle import *
 
 for _name, _function in [(name, f) for name, f in globals().items() if inspect.isfunction(f)]:

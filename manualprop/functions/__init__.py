@@ -22,5 +22,6 @@ from manualprop.functions.norm import *
 from manualprop.functions.packed import *
 from manualprop.functions.padding import *
 from manualprop.functions.piecewise import *
+from manualprop.functions.pooling import *
 from manualprop.functions.shuffle import *
 from manualprop.functions.softmax import *

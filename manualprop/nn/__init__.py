@@ -27,4 +27,5 @@ from manualprop.nn.local_response import *
 from manualprop.nn.loss import *
 from manualprop.nn.norm import *
 from manualprop.nn.padding import *
+from manualprop.nn.pooling import *
 from manualprop.nn.shuffle import *

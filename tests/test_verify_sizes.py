@@ -52,6 +52,15 @@ class OneRow(Square):
         return 2 * g * x * (0.5 if len(x) == 1 else 1.0)
 
 
+class OneNumber(Square):
+    """Wrong for a tensor without axes."""
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 2 * g * x if x.dim() else g * x
+
+
 class Empty(Square):
     """Asks for the largest entry of none."""
 
@@ -99,3 +108,10 @@ def test_dimensions_of_one_length_change_together():
     s = ready(Case(F.linear, (normal(4, 5), normal(3, 5), normal(3))))
     shapes = [[list(p.shape) for p in resized(s, axis, 9).points] for axis in axes(s)]
     assert shapes == [[[9, 5], [3, 5], [3]], [[4, 5], [9, 5], [9]], [[4, 9], [3, 9], [3]]]
+
+
+def test_0_d_inputs_are_asked_only_where_the_domain_takes_them():
+    x = normal(4, 3)
+    assert "0-d inputs" in outcome("sizes", OneNumber.apply, x).evidence
+    for domain in (lambda x: x.dim() == 2, lambda x: x.shape[1] > 0):
+        assert check(OneNumber.apply, x, only="sizes", isolate=False, domain=domain)["sizes"].verdict == "passed"

@@ -45,7 +45,7 @@ def _raised(probe: Probe, subject: Subject, error: Exception) -> Outcome:
         return skipped("the plain backward raises: see first_order")
     if _of_our_own(error):
         return skipped(f"not measured: the probe itself raises {message(error)}")
-    return finding(f"raises {message(error)}", of_refused_shape(str(error)))
+    return finding(f"raises {message(error)}", of_refused_shape(str(error), subject))
 
 
 def _of_our_own(error: Exception) -> bool:

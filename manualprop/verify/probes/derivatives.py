@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from manualprop.verify._diagnosis import explain, of_refused_shape
 from manualprop.verify._probe import probe
 from manualprop.verify._report import Outcome, finding, limit, message, passed, skipped
 from manualprop.verify._subject import Subject
+from manualprop.verify._watch import watched
 
 LOST = "no output requires grad: see output_requires_grad"
 
@@ -49,21 +51,43 @@ def _limited(s: Subject, hand: Hand | None = None) -> Outcome:
     try:
         comparisons = compare(s, hand)
     except Exception as error:  # whatever torch or the checked code refuses with
-        return refused(error)
+        return refused(s, error)
     return _outcome(s, comparisons)
 
 
-def refused(error: Exception) -> Outcome:
+def refused(s: Subject, error: Exception) -> Outcome:
     """A limit, since it is loud; but a gradient of the wrong shape is a mistake that the engine met by chance."""
     if re.search(r"returned an (invalid gradient|incorrect number of gradients)", str(error)):
-        return finding(f"raises {message(error)}", of_refused_shape(str(error)))
+        return finding(f"raises {message(error)}", of_refused_shape(str(error), s))
     return limit(message(error))
 
 
 @probe()
 def first_order(s: Subject) -> Outcome:
     """backward against numerical differentiation."""
-    return _outcome(s, compare(s)) if _differentiable(s) else skipped(LOST)
+    if not _differentiable(s):
+        return skipped(LOST)
+    outcome = _outcome(s, compare(s))
+    larger = _larger_than_its_input(s) if outcome.verdict == "passed" else ""
+    return dataclasses.replace(outcome, evidence=f"{outcome.evidence}{larger}")
+
+
+def _larger_than_its_input(s: Subject) -> str:
+    """The gradients that autograd itself sums to the shape of their input: right on every route, but not for free."""
+    found: list[str] = []
+
+    def see(backward: Callable[..., Any], arguments: tuple[Any, ...], results: tuple[Any, ...]) -> None:
+        ctx = arguments[0]
+        given = [r for r, wanted in zip(results, ctx.needs_input_grad, strict=False) if wanted]
+        targets = [(node, i) for node, i in ctx.next_functions if node is not None]
+        for g, (node, i) in zip(given, targets, strict=False):
+            shape = list(node._input_metadata[i].shape)
+            if isinstance(g, Tensor) and list(g.shape) != shape:
+                found.append(f"; autograd sums a gradient of shape {list(g.shape)} to its input's {shape}")
+
+    with watched(s.functions, see):
+        s.gradients()
+    return found[0] if found else ""
 
 
 @probe()
@@ -75,7 +99,7 @@ def second_order(s: Subject) -> Outcome:
     try:
         _backward(gradient)
     except Exception as error:  # whatever torch or the checked code refuses with
-        return refused(error)
+        return refused(s, error)
     return _limited(gradient)
 
 

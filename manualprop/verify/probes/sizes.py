@@ -393,6 +393,10 @@ def _zero_dimensional(s: Subject) -> str | None:
         [p.flatten()[0].clone() for p in s.points],
         others={i: t.flatten()[0].clone() for i, t in others.items()},
     )
+    try:
+        other = other.with_points(other.allowed(other.points))
+    except Exception:  # the domain says no, or cannot be asked of tensors without axes
+        return None
     return wrong_slope(lambda seed: other, None)
 
 

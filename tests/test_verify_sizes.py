@@ -115,3 +115,9 @@ def test_0_d_inputs_are_asked_only_where_the_domain_takes_them():
     assert "0-d inputs" in outcome("sizes", OneNumber.apply, x).evidence
     for domain in (lambda x: x.dim() == 2, lambda x: x.shape[1] > 0):
         assert check(OneNumber.apply, x, only="sizes", isolate=False, domain=domain)["sizes"].verdict == "passed"
+
+
+@pytest.mark.parametrize("probe", ["sizes", "extremes"])
+def test_a_fine_staircase_is_no_ramp(probe):
+    """Small steps of an input go over some of its jumps, if it has many entries or large ones."""
+    assert outcome(probe, lambda x: torch.round(x, decimals=3), normal(5, 5)).verdict == "passed"

@@ -209,16 +209,9 @@ def _tolerance(s: Subject, v: Tensor, values: Tensor, errors: Tensor) -> Tensor:
 
 def _kinks(s: Subject, i: int, row: Tensor, evaluate: _numeric.Evaluate) -> Tensor:
     """(M,) of bool: which outputs have two slopes in a direction of point ``i``, or are asked at another's kink."""
-    kinks = _at_kink(evaluate, s.noise, s.points[i].dtype) | _at_fine_steps(s, i, evaluate)
-    return kinks | s.kinks_of_base(i, row) if isinstance(s, Derived) else kinks
-
-
-def _at_fine_steps(s: Subject, i: int, evaluate: _numeric.Evaluate) -> Tensor:
-    """(M,) of bool: where small steps find another slope than large ones: a staircase, seen from afar a ramp."""
     dtype = s.points[i].dtype
-    far = _numeric.derivative(evaluate, s.noise, dtype)
-    near = _numeric.derivative(evaluate, s.noise, dtype, first=1e-5)
-    return (far.value - near.value).abs() > 1e-3 + 10 * (far.error + near.error)
+    kinks = _at_kink(evaluate, s.noise, dtype) | _numeric.staircase(evaluate, s.noise, dtype)
+    return kinks | s.kinks_of_base(i, row) if isinstance(s, Derived) else kinks
 
 
 def _at_kink(evaluate: _numeric.Evaluate, noise: float, dtype: torch.dtype) -> Tensor:

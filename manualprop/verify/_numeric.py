@@ -59,6 +59,13 @@ def one_sided(
     )
 
 
+def staircase(evaluate: Evaluate, noise: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """Where small steps find another slope than large ones, as bools: a staircase looks like a ramp from afar."""
+    far = derivative(evaluate, noise, dtype)
+    near = derivative(evaluate, noise, dtype, first=1e-5)
+    return (far.value - near.value).abs() > 1e-3 + 10 * (far.error + near.error)
+
+
 def noise(evaluate: Evaluate) -> float:
     """How far values of ``evaluate`` scatter about a smooth curve: its rounding, whatever dtype it works in inside."""
     each = noises(evaluate)

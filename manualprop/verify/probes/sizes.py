@@ -112,22 +112,27 @@ def _agreeing(
 ) -> float | None:
     """None if differences with some step agree with ``hand`` or none can tell; else the best of them.
 
-    A kink that a large step crosses, a small one does not; and a wrong gradient agrees with no step.
+    A kink that a large step crosses, a small one does not; and a wrong gradient agrees with no step.  Where the two
+    smallest steps disagree, the function is a staircase, and its differences say nothing.
     """
-    best: tuple[float, float] | None = None
+    told: list[tuple[float, float, float, float]] = []  # (step, by how much it is off, slope, doubt)
     for h in STEPS:
         change = _numeric._safe(evaluate, h) - _numeric._safe(evaluate, -h)
         numeric = float(weights @ change) / (2 * h)
-        scale = size + abs(numeric)
+        scale = size + max(abs(numeric), *[abs(slope) for _, _, slope, _ in told], 0.0)
         doubt = scatter / h
         if not math.isfinite(numeric) or doubt > 0.01 * scale + 1e-7:
             continue
         off = abs(hand - numeric) - doubt - by_hand - RTOL * scale - 1e-7
         if off <= 0:
             return None
-        if best is None or off < best[0]:
-            best = off, numeric
-    return None if best is None else best[1]
+        told.append((h, off, numeric, doubt))
+    if not told:
+        return None
+    _, least, best, _ = min(told, key=lambda step: step[1])
+    fine = sorted(told)[:2]
+    apart = abs(fine[0][2] - fine[-1][2]) - fine[0][3] - fine[-1][3]
+    return best if apart <= 0.1 * least else None
 
 
 def _directions(s: Subject, axis: Axis | None, i: int, seed: int) -> Iterator[tuple[str, Tensor]]:

@@ -85,6 +85,22 @@ def compare(s: Subject, hand: Hand | None = None, only: int | None = None) -> li
     return [_one(s, i, v, d, found[i], hand) for i in range(len(s.points)) if only in (None, i)]
 
 
+def first_order_of(s: Subject) -> list[Comparison]:
+    """:func:`compare` in reverse mode, which several probes ask for: done once."""
+    if "first order" not in s._shared:
+        s._shared["first order"] = compare(s)
+    found: list[Comparison] = s._shared["first order"]
+    return found
+
+
+def wrong_in_first_order(s: Subject) -> bool:
+    """Whether the plain gradient is wrong, so that it is wrong elsewhere too: what first_order tells."""
+    try:
+        return any(bool(c.wrong.any()) for c in first_order_of(s))
+    except Exception:  # whatever the checked code raises
+        return True
+
+
 def _allowed_directions(s: Subject, i: int, d: Tensor) -> Tensor:
     """Those in which a point may move, where the case's author has points projected."""
     if not s.projects or not len(d):

@@ -156,9 +156,15 @@ class Subject:
 
     def called(self, args: tuple[Any, ...], kwargs: dict[str, Any], state: dict[str, Tensor]) -> Any:
         """What the callable returns for what :meth:`arguments` made."""
+        around = self.case.around
+        if around is not None:
+            state.update({name: around.inward(t) for name, t in state.items() if name in self.names})
+            args, kwargs = around.inward((args, kwargs))
         if self._exchange is not None:
-            return self._exchange.call(state, args, kwargs)
-        return self.fn(*args, **kwargs)
+            result = self._exchange.call(state, args, kwargs)
+        else:
+            result = self.fn(*args, **kwargs)
+        return result if around is None else around.outward(result, self.reseed)
 
     def arguments(self, *points: Tensor) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Tensor]]:
         """Positional and keyword arguments, and the parameters and buffers of a module, with ``points`` in place."""

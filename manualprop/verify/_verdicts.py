@@ -11,7 +11,7 @@ from manualprop.verify._report import Outcome
 
 # Whoever finds one of these explains what the probes behind it find: they call the same backward, in the state that
 # it is in.  From the cause to the consequence: the first that was found counts.
-_STATE = (
+STATE = (
     "retain_graph", "repeat", "interleaving", "checkpointing", "saved_tensors", "inplace_edit", "grad_modes",
 )  # fmt: skip
 _NUMBERS = (
@@ -24,23 +24,24 @@ _ARGUMENTS = (
     "grad_output_layout", "input_layout", "requires_grad_subsets", "partial_outputs", "same_input", "aliasing",
 )  # fmt: skip
 CONSEQUENCES: dict[str, tuple[str, ...]] = {
-    "mutation": (*_NUMBERS, *_ARGUMENTS, *_STATE, *_TRANSFORMS, "random_state", "module_copy"),
-    "random_state": (*_NUMBERS, *_ARGUMENTS, *_STATE, *_TRANSFORMS),
+    "mutation": (*_NUMBERS, *_ARGUMENTS, *STATE, *_TRANSFORMS, "random_state", "module_copy"),
+    "random_state": (*_NUMBERS, *_ARGUMENTS, *STATE, *_TRANSFORMS),
     "grad_modes": ("second_order", "third_order", "forward_over_reverse", "checkpointing", "leaks", "saved_tensors", "ranks"),
     "retain_graph": (
         "first_order", "second_order", "linearity", "repeat", "interleaving", "checkpointing", "grad_modes", *_ARGUMENTS,
     ),
     "interleaving": (
         "second_order", "input_layout", "repeat", "saved_tensors", "inplace_edit", "leaks", "checkpointing", "vmap",
-        "sizes", "ranks", "grad_modes",
+        "sizes", "ranks", "grad_modes", "poisoned_backward",
     ),
     "repeat": (*_NUMBERS, *_ARGUMENTS, "saved_tensors", "inplace_edit", "checkpointing", "grad_modes", "leaks", "vmap"),
-    "first_order": (*_NUMBERS, *_FORWARD, "reference", "autocast"),
+    "first_order": (*_NUMBERS, *_FORWARD, "reference", "autocast", "poisoned_backward"),
     "output_requires_grad": ("first_order", *_FORWARD, "second_order", "partial_outputs"),
     "requires_grad_subsets": ("second_order", *_FORWARD, *_TRANSFORMS, "leaks"),
     "partial_outputs": ("second_order", "extremes", "ties", "sizes", *_TRANSFORMS),
     "grad_output_layout": ("second_order", "jacrev", "vmap", "ranks"),
     "input_layout": ("second_order", "vmap", "ranks", "vmap_grad"),
+    "aliasing": ("compile",),
     "same_input": ("second_order",),
     "reference": ("extremes", "ties"),
     "second_order": (
@@ -84,6 +85,8 @@ def linked(outcomes: Sequence[Outcome]) -> list[Outcome]:
         if cause not in by_name or by_name[cause].verdict != "finding" or cause in explained:
             continue
         for name in consequences:
+            if name in by_name and cause in by_name[name].details.get("apart_from", ()):
+                continue
             if name != cause and name != (crash.probe if crash else ""):
                 explained.setdefault(name, cause)
     return [

@@ -10,10 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manualprop.verify._compare import Comparison, Gradient, Hand, Tangent, by_forward, by_jvp, compare
+from manualprop.verify._compare import (
+    Comparison,
+    Gradient,
+    Hand,
+    Tangent,
+    by_forward,
+    by_jvp,
+    compare,
+    first_order_of,
+)
 from manualprop.verify._diagnosis import explain, of_refused_shape
 from manualprop.verify._probe import probe
-from manualprop.verify._report import Outcome, finding, limit, message, passed, skipped
+from manualprop.verify._report import Outcome, apart, finding, limit, message, passed, skipped
 from manualprop.verify._subject import Subject
 from manualprop.verify._watch import watched
 
@@ -67,7 +76,7 @@ def first_order(s: Subject) -> Outcome:
     """backward against numerical differentiation."""
     if not _differentiable(s):
         return skipped(LOST)
-    outcome = _outcome(s, compare(s))
+    outcome = _outcome(s, first_order_of(s))
     larger = _larger_than_its_input(s) if outcome.verdict == "passed" else ""
     return dataclasses.replace(outcome, evidence=f"{outcome.evidence}{larger}")
 
@@ -100,7 +109,37 @@ def second_order(s: Subject) -> Outcome:
         _backward(gradient)
     except Exception as error:  # whatever torch or the checked code refuses with
         return refused(s, error)
-    return _limited(gradient)
+    outcome = _limited(gradient)
+    if outcome.verdict == "finding" and _wrong_by_itself(s, gradient, outcome):
+        return apart(outcome, "first_order")
+    return outcome
+
+
+def _wrong_by_itself(s: Subject, gradient: Gradient, outcome: Outcome) -> bool:
+    """Whether a wrong second derivative would stay wrong if the first were right.
+
+    It is the derivative of the gradient that backward gives, right or wrong, so a wrong formula of plain operations
+    has a right one.  But backward may read the saved output, whose own derivative is the wrong first one.
+    """
+    if not s.functions or not outcome.details.get("worst"):
+        return False
+    if outcome.diagnosis.startswith("zero") and not _gives_nothing(s):
+        return True
+    in_inputs = any(worst["input"] in s.names for worst in outcome.details["worst"])
+    return in_inputs and not _reads_its_output(s)
+
+
+def _gives_nothing(s: Subject) -> bool:
+    """Whether some input gets no gradient at all."""
+    return any(bool(c.wrong.any()) and not bool(c.hand.any()) for c in first_order_of(s))
+
+
+def _reads_its_output(s: Subject) -> bool:
+    """Whether the Function stands in the graph of its own gradient."""
+    leaves = s.at()
+    outputs = s(*leaves)
+    gradients = s.pull_back(outputs, leaves, s.cotangents_for(outputs), create_graph=True)
+    return bool(set(s.nodes(outputs)) & set(s.nodes([g for g in gradients if g is not None])))
 
 
 def _backward(s: Subject) -> None:
@@ -128,13 +167,26 @@ def third_order(s: Subject) -> Outcome:
 @probe()
 def forward_mode(s: Subject) -> Outcome:
     """jvp against numerical differentiation, by ``torch.autograd.forward_ad`` and by ``torch.func.jvp``."""
-    dual = _limited(s, by_forward)
+    dual = _forward(s, by_forward)
     if s.random:
         return dual  # under torch.func.jvp dropout draws other numbers from the same seed
-    func = _limited(s, by_jvp)
+    func = _forward(s, by_jvp)
     if func.verdict == "finding" and dual.verdict != "finding":
         return dataclasses.replace(func, evidence=f"torch.func.jvp: {func.evidence}")
     return dual
+
+
+def _forward(s: Subject, by: Hand) -> Outcome:
+    """A tangent that is wrong as the gradient is has the same cause; another one has its own."""
+    outcome = _limited(s, by)
+    if outcome.verdict != "finding":
+        return outcome
+    try:
+        tangents, gradients = compare(s, by), first_order_of(s)
+    except Exception:  # whatever the checked code raises
+        return outcome
+    same = all(bool(((t.hand - g.hand).abs() <= t.tolerance)[t.wrong].all()) for t, g in zip(tangents, gradients, strict=True))
+    return outcome if same else apart(outcome, "first_order")
 
 
 @probe()

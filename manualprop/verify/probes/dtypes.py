@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from manualprop.verify._compare import compare
+from manualprop.verify._compare import compare, first_order_of
 from manualprop.verify._difference import listed, sizes
 from manualprop.verify._probe import probe
 from manualprop.verify._report import Outcome, finding, limit, message, passed, skipped
@@ -167,12 +167,10 @@ def _float32_inside(s: Subject) -> str:
     if s.precision > 1e-8:
         return ""  # the whole function works in less: judged as that
     worst = ""
-    for points in (
-        s.points,
-        [p + 1e-3 * n for p, n in zip(s.points, s.random_like(s.points, 35), strict=True)],
-    ):
+    aside = [p + 1e-3 * n for p, n in zip(s.points, s.random_like(s.points, 35), strict=True)]
+    for compared in (lambda: first_order_of(s), lambda: compare(s.with_points(aside))):
         worst = ""
-        for c in compare(s.with_points(points)):
+        for c in compared():
             if not c.numeric.numel() or c.wrong.any():
                 continue  # wrong altogether: the business of first_order
             scale = c.numeric.abs().nan_to_num(0).max().item()

@@ -121,3 +121,20 @@ def test_0_d_inputs_are_asked_only_where_the_domain_takes_them():
 def test_a_fine_staircase_is_no_ramp(probe):
     """Small steps of an input go over some of its jumps, if it has many entries or large ones."""
     assert outcome(probe, lambda x: torch.round(x, decimals=3), normal(5, 5)).verdict == "passed"
+
+
+@pytest.mark.parametrize("probe", ["indices", "sizes", "ranks"])
+def test_integers_keep_to_the_domain(probe):
+    seen = []
+
+    def rows(x, i):
+        seen.append(int(i.min()) < 0 or bool(i.unique().numel() < i.numel()))
+        return x[i]
+
+    def check_it(**options):
+        seen.clear()
+        check(rows, normal(5, 3), torch.tensor([2, 0, 4]), only=probe, isolate=False, **options).assert_passed()
+        return any(seen)
+
+    assert not check_it(domain=lambda x, i: bool((i >= 0).all()) and i.unique().numel() == i.numel())
+    assert check_it() or probe == "ranks"

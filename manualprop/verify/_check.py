@@ -106,7 +106,8 @@ def check(
     isolated = isolate and _process.can_fork() and not _on_accelerator(case)
 
     def ask(case: Case, probes: Sequence[Probe]) -> Iterator[Outcome]:
-        return _process.outcomes(case, probes, time_limit) if isolated else _here(case, probes)
+        quick = level == "quick"
+        return _process.outcomes(case, probes, time_limit, quick) if isolated else _here(case, probes, quick)
 
     outcomes = []
     for outcome in ask(case, probes):
@@ -148,10 +149,10 @@ def _on_accelerator(case: Case) -> bool:
 # ----- running in this process -----
 
 
-def _here(case: Case, probes: Sequence[Probe]) -> Iterator[Outcome]:
+def _here(case: Case, probes: Sequence[Probe], quick: bool) -> Iterator[Outcome]:
     """Run in this process, and leave the global state of torch as it was found."""
     with _everything_restored():
-        subject = _raising_what_it_means(case)
+        subject = _raising_what_it_means(case, quick)
         if isinstance(subject, Outcome):
             yield subject
             return
@@ -164,9 +165,9 @@ def _here(case: Case, probes: Sequence[Probe]) -> Iterator[Outcome]:
                 yield judged(probe, subject)
 
 
-def _raising_what_it_means(case: Case) -> Subject | Outcome:
+def _raising_what_it_means(case: Case, quick: bool) -> Subject | Outcome:
     try:
-        return prepared(case)
+        return prepared(case, quick)
     except BadUse as bad:
         raise bad.kind(str(bad)) from None
 

@@ -69,12 +69,14 @@ def _plain_backward_raises(subject: Subject) -> bool:
     return False
 
 
-def prepared(case: Case) -> Subject | Outcome:
+def prepared(case: Case, quick: bool) -> Subject | Outcome:
     """The case made ready to run, or the finding that it does not run at all."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return ready(case)
+            subject = ready(case)
+            subject.quick = quick
+            return subject
         except BadUse:
             raise
         except Exception as error:  # whatever the checked code raises

@@ -57,6 +57,7 @@ class Subject:
 
     settled = False  # whether its dtype is decided
     note = ""  # in which dtype it is judged, where that is not float64
+    quick = False  # whether expensive functions are looked at in fewer points, and not at the largest sizes
 
     whole = 96  # entries of a tensor up to which each is a direction of its own in numerical differentiation
 

@@ -20,21 +20,21 @@ _NUMBERS = (
 )  # fmt: skip
 _FORWARD = ("forward_mode", "forward_over_reverse", "nested_forward_mode", "jacfwd")
 _TRANSFORMS = ("func_grad", "jacrev", "vmap", "vmap_grad", "compile", "poisoned_backward")
-_ARGUMENTS = (
+ARGUMENTS = (
     "grad_output_layout", "input_layout", "requires_grad_subsets", "partial_outputs", "same_input", "aliasing",
 )  # fmt: skip
 CONSEQUENCES: dict[str, tuple[str, ...]] = {
-    "mutation": (*_NUMBERS, *_ARGUMENTS, *STATE, *_TRANSFORMS, "random_state", "module_copy"),
-    "random_state": (*_NUMBERS, *_ARGUMENTS, *STATE, *_TRANSFORMS),
+    "mutation": (*_NUMBERS, *ARGUMENTS, *STATE, *_TRANSFORMS, "random_state", "module_copy"),
+    "random_state": (*_NUMBERS, *ARGUMENTS, *STATE, *_TRANSFORMS),
     "grad_modes": ("second_order", "third_order", "forward_over_reverse", "checkpointing", "leaks", "saved_tensors", "ranks"),
     "retain_graph": (
-        "first_order", "second_order", "linearity", "repeat", "interleaving", "checkpointing", "grad_modes", *_ARGUMENTS,
+        "first_order", "second_order", "linearity", "repeat", "interleaving", "checkpointing", "grad_modes", *ARGUMENTS,
     ),
     "interleaving": (
         "second_order", "input_layout", "repeat", "saved_tensors", "inplace_edit", "leaks", "checkpointing", "vmap",
         "sizes", "ranks", "grad_modes", "poisoned_backward",
     ),
-    "repeat": (*_NUMBERS, *_ARGUMENTS, "saved_tensors", "inplace_edit", "checkpointing", "grad_modes", "leaks", "vmap"),
+    "repeat": (*_NUMBERS, *ARGUMENTS, "saved_tensors", "inplace_edit", "checkpointing", "grad_modes", "leaks", "vmap"),
     "first_order": (*_NUMBERS, *_FORWARD, "reference", "autocast", "poisoned_backward"),
     "output_requires_grad": ("first_order", *_FORWARD, "second_order", "partial_outputs"),
     "requires_grad_subsets": ("second_order", *_FORWARD, *_TRANSFORMS, "leaks"),

@@ -105,7 +105,7 @@ class RmsNormWeightGradientFromRawInput(Function):
         return rstd * (dz - z * (dz * z).mean(-1, keepdim=True)), (g * x).sum(0)
 
 
-@defect("first_order", args=lambda r: (r(4, 3),), says="one path", truth=lambda x: F.normalize(x, dim=1))
+@defect("first_order", args=lambda r: (r(4, 3),), says="a detached factor: x", truth=lambda x: F.normalize(x, dim=1))
 class NormalizeWithoutProjection(Function):
     @staticmethod
     def forward(ctx, x):

@@ -28,7 +28,7 @@ from manualprop.verify._resize import (
     repeated,
     resized,
 )
-from manualprop.verify._subject import OutsideDomain, Subject
+from manualprop.verify._subject import Subject
 
 FIRST = (1, 7, 8, 257, 1025)  # of every axis; of the batch also
 MORE = (65537, 256, 255, 127, 31, 13, 1023, 65535)
@@ -52,7 +52,7 @@ def wrong_slope(make: Make, axis: Axis | None) -> str | None:
     for seed in (0, 1, 2):
         try:
             s = make(seed)
-        except OutsideDomain:
+        except Exception:  # no such inputs can be made, or they are not allowed
             return None
         said = _wrong_slope(aside(s, seed) if seed else s, axis, seed)
         if said is None:
@@ -176,8 +176,9 @@ def sizes(s: Subject) -> Outcome:
     resizable = list(axes(s))
     left = [IN_ALL]
     for k, axis in enumerate(resizable):
-        ladder = _affordable(s, axis, FIRST if k else (*FIRST, *MORE))
-        ladder, failed = _failing(s, axis, ladder, left)
+        wanted = FIRST if k else (*FIRST, *(n for n in MORE if n <= 1025 or not s.quick))
+        ladder, units = _affordable(s, axis, wanted)
+        ladder, failed = _failing(s, axis, ladder, units, left)
         failures += failed
         tested.append(f"{_called(s, axis)}: {', '.join(map(str, ladder))}")
     if not failures:
@@ -207,14 +208,23 @@ def _never_repeating(s: Subject) -> Iterator[int]:
             yield i  # of one alone nothing is known
         elif is_integer(t) and t.numel() > 1 and not has_repeats(t):
             there = s.with_points(s.points, others={i: repeated(t)})
-            if wrong_slope(lambda seed, there=there: there, None) is not None:  # type: ignore[misc]
+            if _may_be_asked(there) and wrong_slope(lambda seed, there=there: there, None) is not None:  # type: ignore[misc]
                 yield i
+
+
+def _may_be_asked(s: Subject) -> bool:
+    try:
+        s.allowed(s.points)
+    except Exception:  # the domain says no, or cannot be asked of these
+        return False
+    return True
 
 
 def _is_an_index(s: Subject, i: int, t: Tensor) -> bool:
     """Whether something is written where the integer says: another one gives other outputs of the same shapes."""
     other = s.with_points(s.points, others={i: (t + 1) % (int(t.max()) + 1) if int(t.max()) else t})
     try:
+        other.allowed(other.points)
         return [y.shape for y in other(*other.at())] == [y.shape for y in s.outputs]
     except Exception:  # whatever the checked code raises
         return False
@@ -236,25 +246,37 @@ def _remember_noise(s: Subject) -> None:
     s._relative_noise = s.noise / largest if largest > 0 and math.isfinite(largest) else 0.0
 
 
-def _affordable(s: Subject, axis: Axis, wanted: Sequence[int]) -> list[int]:
-    """Those sizes that memory and time allow, judged by how the largest tensor grows."""
+Units = Callable[[int], float]  # a size -> the work of one evaluation
+
+
+def _affordable(s: Subject, axis: Axis, wanted: Sequence[int]) -> tuple[list[int], Units]:
+    """Those sizes that memory and time allow, and the work at each, judged by how the largest tensor grows."""
     pairs = ((64, 128), (16, 32), (8, 16))
     pair = next(((k, n) for k, n in pairs if _bytes_of_inputs(s, axis, n) <= MOST_BYTES / 16), None)
     if pair is None or any(refusal(s, axis, n) is not None for n in pair):
-        return [n for n in wanted if n <= 31 and _bytes_of_inputs(s, axis, n) <= MOST_BYTES / 16]
-    small, large = pair
+        return [
+            n for n in wanted if n <= 31 and _bytes_of_inputs(s, axis, n) <= MOST_BYTES / 16
+        ], lambda n: work(s)
+    slow = pair
+    small, large = min(pair, (16, 32))  # enough to count operations, and quicker
     low, high = (cost(resized(s, axis, n)) for n in (small, large))
     power = max(1.0, math.log2(high.bytes / low.bytes)) if low.bytes else 1.0
     # What does not grow with the size is no matter: an operation on few numbers takes as long as on none.
     more = (high.units - low.units) / (large**power - small**power)
+
+    def units(n: int) -> float:
+        return max(1.0, high.units + more * (n**power - large**power))
+
     allowed = [
         n
         for n in wanted
         if high.bytes * (n / large) ** power <= MOST_BYTES
-        and (n <= large or high.units + more * (n**power - large**power) <= MOST_UNITS)
+        and (n <= large or units(n) <= MOST_UNITS)
     ]
-    allowed = _in_time(s, axis, allowed, small, large)
-    return _in_time(s, axis, allowed, 257, 1025) if {257, 1025} <= set(allowed) else allowed
+    allowed = _in_time(s, axis, allowed, *slow)
+    if {257, 1025} <= set(allowed):
+        allowed = _in_time(s, axis, allowed, 257, 1025)
+    return allowed, units
 
 
 def _in_time(s: Subject, axis: Axis, wanted: Sequence[int], small: int, large: int) -> list[int]:
@@ -291,14 +313,14 @@ def _bytes_of_inputs(s: Subject, axis: Axis, n: int) -> float:
 
 
 def _failing(
-    s: Subject, axis: Axis, wanted: Sequence[int], left: list[float]
+    s: Subject, axis: Axis, wanted: Sequence[int], units: Units, left: list[float]
 ) -> tuple[list[int], list[Failure]]:
     """The sizes that were tried, and those that are wrong; the smallest by bisection where all larger ones are."""
     said: dict[int, str | None] = {}
     for n in wanted:
         if n in (*FIRST, 65537) or left[0] > 0:
             said[n] = _at_size(s, axis, n)
-            left[0] -= _units(s, axis, n)
+            left[0] -= 12 * len(s.points) * units(n)  # a dozen evaluations for each point
     ladder = sorted(said)
     wrong = [n for n in ladder if said[n] is not None]
     if not wrong:
@@ -323,16 +345,7 @@ def _failing(
     return ladder, [Failure(axis, n, said[n] or "", beyond) for n in wrong]
 
 
-def _units(s: Subject, axis: Axis, n: int) -> float:
-    """About what the look at a size takes: a dozen evaluations for each point."""
-    if refusal(s, axis, n) is not None:
-        return 0.0
-    return 12 * len(s.points) * work(resized(s, axis, n))
-
-
 def _at_size(s: Subject, axis: Axis, n: int) -> str | None:
-    if refusal(s, axis, n) is not None:
-        return None
     return wrong_slope(lambda seed: resized(s, axis, n, seed), axis)
 
 
@@ -399,11 +412,7 @@ def _zero_dimensional(s: Subject) -> str | None:
         [p.flatten()[0].clone() for p in s.points],
         others={i: t.flatten()[0].clone() for i, t in others.items()},
     )
-    try:
-        other = other.with_points(other.allowed(other.points))
-    except Exception:  # the domain says no, or cannot be asked of tensors without axes
-        return None
-    return wrong_slope(lambda seed: other, None)
+    return wrong_slope(lambda seed: other.with_points(other.allowed(other.points)), None)
 
 
 # ----- nothing -----

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from manualprop.verify import _numeric
-from manualprop.verify._budget import LEAST, UNITS, affordable, work
+from manualprop.verify._budget import LEAST, affordable, budget, work
 from manualprop.verify._compare import wrong_in_first_order
 from manualprop.verify._difference import sizes
 from manualprop.verify._probe import probe
@@ -38,7 +38,7 @@ def ties(s: Subject) -> Outcome:
     visited = affordable(s, everywhere, evaluations=60)
     spent = 0.0
     for where, tied in visited:
-        if spent > UNITS and seen >= LEAST:
+        if spent > budget(s) and seen >= LEAST:
             break
         try:
             points = s.allowed(tied)
@@ -63,7 +63,7 @@ def ties(s: Subject) -> Outcome:
         spent += (20 + 40 * hot) * work(s)
         if bad:
             return apart(finding(f"at {where}: {bad}", "wrong only at ties and kinks"), "first_order")
-    left = len(everywhere) - (seen if spent > UNITS and seen >= LEAST else len(visited))
+    left = len(everywhere) - (seen if spent > budget(s) and seen >= LEAST else len(visited))
     more = f"; {left} more points were left out" if left else ""
     return passed(f"{seen} points with ties, {met} of them at kinks: gradients as nearby{more}")
 

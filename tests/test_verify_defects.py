@@ -56,7 +56,9 @@ def test_a_planted_defect_is_one(defect: Defect) -> None:
 def test_a_control_is_right(control: Control) -> None:
     """By gradcheck, but at a kink, where it asks too much, and where another gradient is declared."""
     call = control.make()
-    if "surrogate" in control.options:  # by autograd, of the function that backward is meant to be the gradient of
+    if (
+        "surrogate" in control.options
+    ):  # by autograd, of the function that backward is meant to be the gradient of
         meant = Call(control.options["surrogate"], control.make().args, call.kwargs)
         for given, right in zip(call.gradients(), meant.gradients(), strict=True):
             torch.testing.assert_close(given, right)

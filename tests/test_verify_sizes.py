@@ -114,7 +114,9 @@ def test_0_d_inputs_are_asked_only_where_the_domain_takes_them():
     x = normal(4, 3)
     assert "0-d inputs" in outcome("sizes", OneNumber.apply, x).evidence
     for domain in (lambda x: x.dim() == 2, lambda x: x.shape[1] > 0):
-        assert check(OneNumber.apply, x, only="sizes", isolate=False, domain=domain)["sizes"].verdict == "passed"
+        assert (
+            check(OneNumber.apply, x, only="sizes", isolate=False, domain=domain)["sizes"].verdict == "passed"
+        )
 
 
 @pytest.mark.parametrize("probe", ["sizes", "extremes"])
@@ -133,7 +135,9 @@ def test_integers_keep_to_the_domain(probe):
 
     def check_it(**options):
         seen.clear()
-        check(rows, normal(5, 3), torch.tensor([2, 0, 4]), only=probe, isolate=False, **options).assert_passed()
+        check(
+            rows, normal(5, 3), torch.tensor([2, 0, 4]), only=probe, isolate=False, **options
+        ).assert_passed()
         return any(seen)
 
     assert not check_it(domain=lambda x, i: bool((i >= 0).all()) and i.unique().numel() == i.numel())

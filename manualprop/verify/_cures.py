@@ -16,6 +16,7 @@ from manualprop.verify._report import Outcome, apart
 from manualprop.verify._subject import is_float
 from manualprop.verify._verdicts import ARGUMENTS, CONSEQUENCES, STATE
 
+
 class Copies:
     """The function gets and gives copies, and so does its backward; all are contiguous."""
 
@@ -81,20 +82,34 @@ def asked_again(case: Case, outcomes: Sequence[Outcome], ask: Ask) -> list[Outco
 
 def _outlive(case: Case, cause: str, found: dict[str, Outcome], ask: Ask) -> list[str]:
     """The probes that find the same where the cause is cured; none, if it cannot be."""
-    far = OUT_OF_REACH.get(cause, STATE)
     asked = [
         PROBES[name]
         for name in CONSEQUENCES.get(cause, ())
-        if name in found and name not in far and PROBES[name].family != COMPILED
+        if name in found and _in_reach(cause, found[name])
     ]
     if not asked or (CURES[cause] is None and found[cause].evidence.startswith("raises")):
         return []
-    # The cure must not break what was right: a backward that ignores grad_output is not even linear for small ones.
-    right = [name for name in (cause, "first_order") if name not in found or (name == cause and CURES[cause] is not None)]
-    again = {o.probe: o for o in ask(_cured(case, cause), [*(PROBES[name] for name in right), *asked])}
-    if any(again[name].verdict == "finding" for name in right if name in again):
+    # The cure must cure, and not break what was right: a backward that ignores grad_output is not linear for a small one.
+    # Whoever reseeds touches the generator, so that random_state cannot see its own cure.
+    right = [PROBES[name] for name in (cause, "first_order") if name == cause or name not in found]
+    right = [p for p in right if p.name not in ("random_state", "linearity")]
+    again = {o.probe: o for o in ask(_cured(case, cause), [*right, *asked])}
+    if any(again[p.name].verdict == "finding" for p in right if p.name in again):
         return []
     return [p.name for p in asked if p.name in again and again[p.name].verdict == "finding"]
+
+
+def _in_reach(cause: str, outcome: Outcome) -> bool:
+    """Whether a cure would take the finding away, if that followed from the cause."""
+    name = outcome.probe
+    if PROBES[name].family == COMPILED or name in OUT_OF_REACH.get(cause, STATE):
+        return False
+    # Copies are written into too, and autograd may have saved them: only a missing graph has another cause.
+    return (
+        cause != "mutation"
+        or name != "second_order"
+        or outcome.diagnosis.startswith("zero: no gradient at all")
+    )
 
 
 def _cured(case: Case, cause: str) -> Case:

@@ -83,9 +83,7 @@ def noises(evaluate: Evaluate) -> Tensor:
     return torch.maximum(residual, smallest)
 
 
-def _extrapolated(
-    differences: Iterable[Tensor], power: int, floors: Sequence[float | Tensor]
-) -> Estimate:
+def _extrapolated(differences: Iterable[Tensor], power: int, floors: Sequence[float | Tensor]) -> Estimate:
     """The best entry of Richardson's table; the error has powers ``power``, 2 ``power``, ... of h.
 
     No entry is better than the ``floors`` that noise sets for its smallest step.  They grow as the step shrinks, so

@@ -252,7 +252,10 @@ def ctc(x: Tensor, target: Tensor, lengths: Any, targets: Any) -> Tensor:
 
 
 @control(
-    "first_order", "indices", args=spoken, domain=lambda x, target, lengths, targets: bool((target >= 0).all())
+    "first_order",
+    "indices",
+    args=spoken,
+    domain=lambda x, target, lengths, targets: bool((target >= 0).all()),
 )
 class Ctc(Function):
     """The gradient with respect to the scores: made by torch from the log-probabilities, with the softmax folded in."""

@@ -185,7 +185,10 @@ def _forward(s: Subject, by: Hand) -> Outcome:
         tangents, gradients = compare(s, by), first_order_of(s)
     except Exception:  # whatever the checked code raises
         return outcome
-    same = all(bool(((t.hand - g.hand).abs() <= t.tolerance)[t.wrong].all()) for t, g in zip(tangents, gradients, strict=True))
+    same = all(
+        bool(((t.hand - g.hand).abs() <= t.tolerance)[t.wrong].all())
+        for t, g in zip(tangents, gradients, strict=True)
+    )
     return outcome if same else apart(outcome, "first_order")
 
 

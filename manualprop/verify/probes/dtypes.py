@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from manualprop.verify._compare import compare, first_order_of
 from manualprop.verify._difference import listed, sizes
 from manualprop.verify._probe import probe
-from manualprop.verify._report import Outcome, finding, limit, message, passed, skipped
+from manualprop.verify._report import Outcome, apart, finding, limit, message, passed, skipped
 from manualprop.verify._subject import Subject, is_float
 
 LOST = "no output requires grad: see output_requires_grad"
@@ -96,7 +96,8 @@ def dtypes(s: Subject) -> Outcome:
             wrong.append((name, evidence))
     if wrong:
         name, evidence = wrong[0]
-        return finding(f"{name}: {evidence}", f"wrong only in dtype {listed([n for n, _ in wrong])}")
+        found = finding(f"{name}: {evidence}", f"wrong only in dtype {listed([n for n, _ in wrong])}")
+        return found if "raises" in evidence else apart(found, "second_order")
     if refused and not seen:
         return limit("; ".join(refused))
     return passed(

@@ -53,7 +53,10 @@ def extremes(s: Subject) -> Outcome:
         seen += 1
         measured[s.names[at.which]] += known
         if bad:
-            return apart(finding(f"{bad} at {at.where}", "only at extreme values"), "first_order")
+            return apart(
+                finding(f"{bad} at {at.where}", "only at extreme values"),
+                "first_order", "dtypes", "output_dtype", *([] if "reference" in bad else ["reference"]),
+            )  # fmt: skip
     for at in visited if low is not None else []:
         assert low is not None
         try:

@@ -16,7 +16,7 @@ from manualprop.verify._budget import work
 from manualprop.verify._compare import wrong_in_first_order
 from manualprop.verify._probe import probe
 from manualprop.verify._random import generator
-from manualprop.verify._report import Outcome, finding, limit, message, passed, skipped
+from manualprop.verify._report import Outcome, apart, finding, limit, message, passed, skipped
 from manualprop.verify._resize import (
     Axis,
     aside,
@@ -194,11 +194,12 @@ def sizes(s: Subject) -> Outcome:
             return skipped("no size can be changed: forward raises")
         return passed(f"right at sizes {'; '.join(tested)}")
     worst = failures[0]
-    return finding(
+    found = finding(
         f"size {worst.size} along {_called(s, worst.axis)}: {worst.said}",
         _words(s, failures),
         sizes=[f.size for f in failures],
     )
+    return found if "raises" in worst.said else apart(found, "second_order")
 
 
 def _never_repeating(s: Subject) -> Iterator[int]:
@@ -270,8 +271,7 @@ def _affordable(s: Subject, axis: Axis, wanted: Sequence[int]) -> tuple[list[int
     allowed = [
         n
         for n in wanted
-        if high.bytes * (n / large) ** power <= MOST_BYTES
-        and (n <= large or units(n) <= MOST_UNITS)
+        if high.bytes * (n / large) ** power <= MOST_BYTES and (n <= large or units(n) <= MOST_UNITS)
     ]
     allowed = _in_time(s, axis, allowed, *slow)
     if {257, 1025} <= set(allowed):

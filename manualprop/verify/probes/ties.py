@@ -62,10 +62,21 @@ def ties(s: Subject) -> Outcome:
         hot = min(24, sum(y.numel() for y in s.outputs)) if kinked else 0
         spent += (20 + 40 * hot) * work(s)
         if bad:
-            return apart(finding(f"at {where}: {bad}", "wrong only at ties and kinks"), "first_order")
+            found = finding(f"at {where}: {bad}", "wrong only at ties and kinks")
+            return apart(found, "first_order", *_apart_from(bad))
     left = len(everywhere) - (seen if spent > budget(s) and seen >= LEAST else len(visited))
     more = f"; {left} more points were left out" if left else ""
     return passed(f"{seen} points with ties, {met} of them at kinks: gradients as nearby{more}")
+
+
+def _apart_from(bad: str) -> Iterator[str]:
+    """The probes that would have found something else."""
+    if "NaN" not in bad and "infinite" not in bad:
+        yield "extremes"
+    if "reference" not in bad:
+        yield "reference"
+    if "forward mode" not in bad:
+        yield "forward_mode"
 
 
 def _tied(s: Subject) -> Iterator[tuple[str, list[Tensor]]]:

@@ -131,7 +131,7 @@ def _off(pair: Lowered, v: Sequence[Tensor | None], forward: float, dtype: torch
     exact = [None if c is None else c.double() for c in v]
     leaves = low.at()
     try:
-        found = low.pull_back(low(*leaves), leaves, v)
+        found = low.pull_back(low(*leaves), leaves, copies(v))
     except NotImplementedError:  # an operation that torch does not have in this dtype
         return ""
     except Exception as error:  # whatever the checked code raises
@@ -236,7 +236,7 @@ def mixed_dtypes(s: Subject) -> Outcome:
         v = [c.to(a.dtype) if a.requires_grad else None for a, c in zip(y, high.cotangents, strict=True)]
         who = f"{name} in float32, the others in float64"
         try:
-            found = s.pull_back(y, leaves, v)
+            found = s.pull_back(y, leaves, copies(v))
         except Exception as error:  # whatever the checked code raises
             refused.append(f"{who}: forward accepts it, backward raises {message(error)}")
             continue
@@ -288,7 +288,7 @@ def autocast(s: Subject) -> Outcome:
         for a, c in zip(y, low.cotangents_for(plain_y), strict=True)
     ]
     try:
-        found = low.pull_back(y, leaves, v)
+        found = low.pull_back(y, leaves, copies(v))
     except Exception as error:  # whatever the checked code raises
         return limit(f"forward accepts it, backward raises {message(error)}")
     exact = [None if c is None else c.to(high.points[0].dtype) for c in v]

@@ -15,7 +15,7 @@ from manualprop.verify._difference import sizes
 from manualprop.verify._probe import probe
 from manualprop.verify._report import Outcome, apart, finding, passed, skipped
 from manualprop.verify._subject import Subject
-from manualprop.verify.probes._runs import reference_of
+from manualprop.verify.probes._runs import copies, reference_of
 from manualprop.verify.probes._slopes import slope
 from manualprop.verify.probes.dtypes import LOST, lowered, short
 
@@ -112,7 +112,7 @@ def _at_extreme(s: Subject, at: Extreme, points: Sequence[Tensor], wrong: bool) 
     if not all(torch.isfinite(t).all() for t in y):
         return "", False
     v = _weights(s, y)
-    first = s.pull_back(y, leaves, v)
+    first = s.pull_back(y, leaves, copies(v))
     theirs = _reference_gradients(s, points, v)
     for i, g in enumerate(first):
         if g is None or torch.isfinite(g).all():
@@ -156,7 +156,7 @@ def _reference_gradients(
         for a, b in zip(y, mine, strict=True)
     ):
         return None
-    return other.pull_back(y, leaves, v)
+    return other.pull_back(y, leaves, copies(v))
 
 
 def _not_as(s: Subject, found: Sequence[Tensor | None], theirs: Sequence[Tensor | None]) -> str:
@@ -179,7 +179,7 @@ def _in_float32(s: Subject, low: Subject, points: Sequence[Tensor], second: bool
     if not all(torch.isfinite(t).all() for t in y):
         return ""
     v = _weights(low, y)
-    first = low.pull_back(y, leaves, v)
+    first = low.pull_back(y, leaves, copies(v))
     exact = [p.to(q.dtype) for p, q in zip(points, s.points, strict=True)]
     for i, g in enumerate(first):
         if g is not None and not torch.isfinite(g).all() and _has_slope(s, exact, i, g):
@@ -191,7 +191,7 @@ def _in_float32(s: Subject, low: Subject, points: Sequence[Tensor], second: bool
         return bad
     try:
         leaves = low.at(points)
-        again = low.pull_back(low(*leaves), leaves, v, create_graph=True)
+        again = low.pull_back(low(*leaves), leaves, copies(v), create_graph=True)
         live = [g for g in again if g is not None and g.requires_grad and torch.isfinite(g).all()]
         if not live:
             return ""
@@ -283,5 +283,5 @@ def _second_in_float64(s: Subject, points: Sequence[Tensor]) -> Sequence[Tensor 
     leaves = s.at(points)
     y = s(*leaves)
     v = _weights(s, y)
-    live = [g for g in s.pull_back(y, leaves, v, create_graph=True) if g is not None and g.requires_grad]
+    live = [g for g in s.pull_back(y, leaves, copies(v), create_graph=True) if g is not None and g.requires_grad]
     return torch.autograd.grad([g.sum() for g in live], leaves, allow_unused=True) if live else None

@@ -29,6 +29,7 @@ from manualprop.verify._resize import (
     resized,
 )
 from manualprop.verify._subject import Subject
+from manualprop.verify.probes._runs import copies
 
 FIRST = (1, 7, 8, 257, 1025)  # of every axis; of the batch also
 MORE = (65537, 256, 255, 127, 31, 13, 1023, 65535)
@@ -70,7 +71,7 @@ def _wrong_slope(s: Subject, axis: Axis | None, seed: int) -> str | None:
         return None
     v = s.cotangents_for(outputs, seed + 1)
     try:
-        found = s.linear_part(v) if s.nonlinear else s.pull_back(outputs, leaves, v)
+        found = s.linear_part(v) if s.nonlinear else s.pull_back(outputs, leaves, copies(v))
     except Exception as error:  # whatever the checked code raises
         return f"accepted in forward, then backward raises {message(error)}"
     weights = _numeric.flat(

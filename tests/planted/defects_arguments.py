@@ -274,6 +274,7 @@ class LinearAsksAboutInputForWeight(Function):
 
 @defect(
     "requires_grad_subsets",
+    also=("second_order",),
     args=lambda r: (r(4, 5), r(5), r(5)),
     truth=lambda x, w, b: F.layer_norm(x, (5,), w, b),
     shows=lambda call: raises(lambda: subset(call, 0)),

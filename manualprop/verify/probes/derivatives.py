@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manualprop.verify import _numeric
 from manualprop.verify._compare import (
     Comparison,
     Gradient,
@@ -109,24 +110,38 @@ def second_order(s: Subject) -> Outcome:
         _backward(gradient)
     except Exception as error:  # whatever torch or the checked code refuses with
         return refused(s, error)
-    outcome = _limited(gradient)
-    if outcome.verdict == "finding" and _wrong_by_itself(s, gradient, outcome):
+    try:
+        comparisons = compare(gradient)
+    except Exception as error:  # whatever torch or the checked code refuses with
+        return refused(s, error)
+    outcome = _outcome(gradient, comparisons)
+    if outcome.verdict == "finding" and _wrong_by_itself(s, comparisons, outcome):
         return apart(outcome, "first_order")
     return outcome
 
 
-def _wrong_by_itself(s: Subject, gradient: Gradient, outcome: Outcome) -> bool:
+def _wrong_by_itself(s: Subject, second: Sequence[Comparison], outcome: Outcome) -> bool:
     """Whether a wrong second derivative would stay wrong if the first were right.
 
-    It is the derivative of the gradient that backward gives, right or wrong, so a wrong formula of plain operations
-    has a right one.  But backward may read the saved output, whose own derivative is the wrong first one.
+    It is the derivative of the gradient that backward gives, right or wrong.  One that does not come through has a
+    cause of its own, and so has a wrong one of a gradient that is right itself; but backward may read the saved
+    output, whose derivative is the wrong first one.
     """
-    if not s.functions or not outcome.details.get("worst"):
+    if not s.functions:
         return False
     if outcome.diagnosis.startswith("zero") and not _gives_nothing(s):
         return True
-    in_inputs = any(worst["input"] in s.names for worst in outcome.details["worst"])
-    return in_inputs and not _reads_its_output(s)
+    right = _numeric.flat(
+        [
+            torch.full(p.shape, float(not c.wrong.any()))
+            for p, c in zip(s.points, first_order_of(s), strict=True)
+        ]
+    )
+    of_a_right_one = any(
+        bool((c.wrong.any(1) & (c.cotangents.count_nonzero(1) == 1) & (c.cotangents @ right != 0)).any())
+        for c in second
+    )
+    return of_a_right_one and not _reads_its_output(s)
 
 
 def _gives_nothing(s: Subject) -> bool:

@@ -15,6 +15,7 @@ from manualprop.verify._difference import listed, sizes
 from manualprop.verify._probe import probe
 from manualprop.verify._report import Outcome, apart, finding, limit, message, passed, skipped
 from manualprop.verify._subject import Subject, is_float
+from manualprop.verify.probes._runs import copies
 
 LOST = "no output requires grad: see output_requires_grad"
 LOW = (torch.float32, torch.bfloat16, torch.float16)

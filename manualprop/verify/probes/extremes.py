@@ -66,7 +66,8 @@ def extremes(s: Subject) -> Outcome:
             continue
         if bad:
             diagnosis = f"wrong only in dtype {short(torch.float32)}, only at extreme values"
-            return apart(finding(f"{bad} at {at.where}", diagnosis), "first_order")
+            found = finding(f"{bad} at {at.where}", diagnosis)
+            return found if "in float64" in bad and "finite" not in bad else apart(found, "first_order")
     left = len(everywhere) - len(visited)
     if wrong:
         return passed(f"finite at {seen} points where the value is; for the slope see first_order")
@@ -283,5 +284,7 @@ def _second_in_float64(s: Subject, points: Sequence[Tensor]) -> Sequence[Tensor 
     leaves = s.at(points)
     y = s(*leaves)
     v = _weights(s, y)
-    live = [g for g in s.pull_back(y, leaves, copies(v), create_graph=True) if g is not None and g.requires_grad]
+    live = [
+        g for g in s.pull_back(y, leaves, copies(v), create_graph=True) if g is not None and g.requires_grad
+    ]
     return torch.autograd.grad([g.sum() for g in live], leaves, allow_unused=True) if live else None

@@ -408,7 +408,7 @@ def test_the_report_prints_as_a_table() -> None:
     assert [line.split() for line in lines[:3]] == [
         ["layers", "path", "from", "to", "why", "not"],
         ["2", "*", "torch.nn.Linear", "manualprop.nn.Linear"],
-        ["1", "1", "torch.nn.Upsample", "-", "no", "hand-derived", "twin"],
+        ["1", "1", "torch.nn.ChannelShuffle", "-", "no", "hand-derived", "twin"],
     ]
     assert lines[3].split() == ["1", "2", "torch.nn.Linear", "-", "not", "selected"]
     assert lines[4] == "2 of 4 layers swapped."

@@ -94,7 +94,7 @@ MATRICES: dict[str, tuple[Any, int, int, tuple[Any, ...]]] = {
 @pytest.mark.parametrize("axis", [-2, -1])
 @pytest.mark.parametrize("name", MATRICES)
 def test_every_way_to_apply_a_matrix_is_the_product(name: str, axis: int) -> None:
-    """Slices, the whole product, gathering and adding by index, in both memory formats, on both axes."""
+    """Slices, slices mixed, the whole product, gathering and adding by index, in both memory formats, on both axes."""
     rule, n, o, options = MATRICES[name]
     M = _axes.matrix(rule.row, n, o, options)
     whole = torch.zeros(o, n, dtype=torch.float64)
@@ -105,10 +105,13 @@ def test_every_way_to_apply_a_matrix_is_the_product(name: str, axis: int) -> Non
     g = upstream(torch.empty(shape, dtype=torch.float64))
     expected = g.movedim(axis, -1).matmul(whole).movedim(-1, axis)
     found = [_axes.gathered(M, g, axis), _axes.added_by_index(M, g, axis)]
+    runs = _axes.runs_of(M)
+    step = None if runs is None else _axes.common_step(runs)
+    if runs is not None and step is not None:
+        found.append(_axes.interleaved(M, runs, step, g, axis))
     for layout in (torch.contiguous_format, torch.channels_last):
         laid = g.contiguous(memory_format=layout)
         found += [_axes.transposed(M, laid, axis, layout), _axes.multiplied(M, laid, axis, layout)]
-        runs = _axes.runs_of(M)
         found += [] if runs is None else [_axes.sliced(M, runs, laid, axis, layout)]
     for dx in found:
         torch.testing.assert_close(dx, expected, rtol=1e-13, atol=1e-13)

@@ -43,6 +43,7 @@ LOSS = Targets(big=1.3)
 MASS = Targets(big=1.3, kernels=1.2)  # the cross-entropies
 AVERAGE = Targets(big=0.7)
 INTERPOLATION = Targets(big=1.3)
+POOL = Targets(middle=1.0, big=1.0)  # whose forward takes nearly all of the time
 UNTOLD = Targets()
 
 
@@ -95,6 +96,17 @@ def image(channels: int, axes: int) -> Callable[[int, int], tuple[Tensor]]:
     """n x c numbers as a batch of images."""
     side = {1: (16,), 2: (4, 4), 3: (4, 2, 2)}[axes]
     return lambda n, c: (torch.randn(n * c // (16 * channels), channels, *side).requires_grad_(),)
+
+
+def chosen(channels: int, axes: int) -> Callable[[int, int], tuple[Tensor, Tensor]]:
+    """The largest numbers of windows of two along each axis of images, and their places."""
+    pool = getattr(nn.functional, f"max_pool{axes}d")
+
+    def made(n: int, c: int) -> tuple[Tensor, Tensor]:
+        y, places = pool(*image(channels, axes)(n, c), 2, return_indices=True)
+        return y.detach().requires_grad_(), places
+
+    return made
 
 
 def norm(make: Callable[[int], nn.Module], axes: int) -> Layer:
@@ -174,6 +186,11 @@ LAYERS: dict[str, Layer] = activations() | linear_maps() | {
     "Dropout3d":    Layer(lambda n, c: nn.Dropout3d(), image(16, 3)),
     "AlphaDropout": Layer(lambda n, c: nn.AlphaDropout(), x),
     "FeatureAlphaDropout": Layer(lambda n, c: nn.FeatureAlphaDropout(), image(16, 2)),
+    **{f"MaxPool{d}d": Layer(lambda n, c, d=d: getattr(nn, f"MaxPool{d}d")(2), image(16, d), POOL) for d in (1, 2, 3)},
+    **{f"AdaptiveMaxPool{d}d": Layer(lambda n, c, d=d: getattr(nn, f"AdaptiveMaxPool{d}d")(2), image(16, d)) for d in (1, 2, 3)},
+    **{f"FractionalMaxPool{d}d": Layer(lambda n, c, d=d: getattr(nn, f"FractionalMaxPool{d}d")((2, 1, 1)[:d], output_ratio=0.5), image(16, d)) for d in (2, 3)},
+    **{f"MaxUnpool{d}d": Layer(lambda n, c, d=d: getattr(nn, f"MaxUnpool{d}d")(2), chosen(16, d)) for d in (1, 2, 3)},
+    **{f"LPPool{d}d": Layer(lambda n, c, d=d: getattr(nn, f"LPPool{d}d")(2, 2), image(16, d)) for d in (1, 2, 3)},
     "LayerNorm":    Layer(lambda n, c: nn.LayerNorm(c), x, NORM),
     "RMSNorm":      Layer(lambda n, c: nn.RMSNorm(c), x, NORM),
     "GroupNorm":    norm(lambda c: nn.GroupNorm(4, c), 2),

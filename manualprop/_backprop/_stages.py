@@ -65,6 +65,9 @@ class Stage:
         self.learns = bool(self.parameters())
         return before or self.learns
 
+    def bind(self) -> None:
+        """Look up the layer's parameters; outside of a graph's tracing, which replaces them."""
+
     def send(self, to: Destinations) -> None:
         """Set where the gradients of the parameters go."""
         self.to = to
@@ -87,11 +90,15 @@ class Affine(Stage):
 
     is_last = False  # the last Affine: y may be the model's output, which the caller may keep
 
+    def bind(self) -> None:
+        # Looked up once: to read a parameter from a module costs as much as a small product.
+        W: Any = self.layer.weight
+        b: Any = self.layer.bias
+        self.W, self.b = W.detach(), None if b is None else b.detach()
+
     def send(self, to: Destinations) -> None:
         W: Any = self.layer.weight
         b: Any = self.layer.bias
-        # Looked up once: to read a parameter from a module and hash it costs as much as a small product.
-        self.W, self.b = W.detach(), None if b is None else b.detach()
         self.W_to, self.b_to = to.get(W), None if b is None else to.get(b)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,9 +8,11 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from manualprop import functional
+from manualprop._swap._functions import own_forward
 from manualprop.nn import (
     activation,
     averaging,
+    convolution,
     dropout,
     embedding,
     gated,
@@ -20,6 +22,7 @@ from manualprop.nn import (
     loss,
     norm,
     padding,
+    pooling,
     shuffle,
 )
 from manualprop.nn.foreign import foreign_original, foreign_twin
@@ -35,6 +38,7 @@ def _twins() -> dict[type[nn.Module], type[nn.Module]]:
         for family in (
             activation,
             averaging,
+            convolution,
             dropout,
             embedding,
             gated,
@@ -44,6 +48,7 @@ def _twins() -> dict[type[nn.Module], type[nn.Module]]:
             loss,
             norm,
             padding,
+            pooling,
             shuffle,
         )
         for c in vars(family).values()
@@ -89,7 +94,7 @@ def no_twin(module: nn.Module) -> str | None:
 
 def is_rebound(module: nn.Module) -> bool:
     """Whether the instance has its own ``forward`` (from accelerate, or a monkey patch)."""
-    return "forward" in vars(module)
+    return "forward" in vars(module) and own_forward(module) is None
 
 
 def bare_functions(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:

@@ -11,6 +11,7 @@ import torch
 from manualprop.functional._offer import offered as _offered
 from manualprop.functional.activation import *
 from manualprop.functional.averaging import *
+from manualprop.functional.convolution import *
 from manualprop.functional.dropout import *
 from manualprop.functional.embedding import *
 from manualprop.functional.fused import *
@@ -23,6 +24,7 @@ from manualprop.functional.loss import *
 from manualprop.functional.margin import *
 from manualprop.functional.norm import *
 from manualprop.functional.padding import *
+from manualprop.functional.pooling import *
 from manualprop.functional.shuffle import *
 
 for _name, _function in [(name, f) for name, f in globals().items() if inspect.isfunction(f)]:

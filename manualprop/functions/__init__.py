@@ -6,6 +6,7 @@ from manualprop.functions._rule import Rule as Rule
 from manualprop.functions.activation import *
 from manualprop.functions.averaging import *
 from manualprop.functions.binary_cross_entropy import *
+from manualprop.functions.convolution import *
 from manualprop.functions.cross_entropy import *
 from manualprop.functions.dropout import *
 from manualprop.functions.embedding import *
@@ -21,5 +22,6 @@ from manualprop.functions.norm import *
 from manualprop.functions.packed import *
 from manualprop.functions.padding import *
 from manualprop.functions.piecewise import *
+from manualprop.functions.pooling import *
 from manualprop.functions.shuffle import *
 from manualprop.functions.softmax import *

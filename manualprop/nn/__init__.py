@@ -15,6 +15,7 @@ from torch.nn import Sequential as Sequential
 from manualprop.nn.activation import *
 from manualprop.nn.averaging import *
 from manualprop.nn.container import *
+from manualprop.nn.convolution import *
 from manualprop.nn.dropout import *
 from manualprop.nn.embedding import *
 from manualprop.nn.fused import *
@@ -26,4 +27,5 @@ from manualprop.nn.local_response import *
 from manualprop.nn.loss import *
 from manualprop.nn.norm import *
 from manualprop.nn.padding import *
+from manualprop.nn.pooling import *
 from manualprop.nn.shuffle import *

@@ -8,6 +8,7 @@ is not, a finite g is multiplied by the whole matrix.  What is traced gathers th
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,8 @@ FEW_ELEMENTS = 2**12  # below, each step costs its call
 STEPS = [(a, b) for a in range(5) for b in range(-1, 9) if (a, b) not in ((0, 0), (0, -1))]
 
 
-class Like(NamedTuple):
+@dataclass(frozen=True)
+class Like:  # no tuple: torch.func would take it apart
     """The shape and the memory format of an input, which its gradient gets."""
 
     shape: torch.Size

@@ -187,7 +187,7 @@ def with_any_length(
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-    mode: Any = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    mode: Any = FakeTensorMode(shape_env=ShapeEnv(specialize_zero_one=False), allow_non_fake_inputs=True)
     stacks = [torch.stack([element] * 3) for element in elements]
     lengths = [[DimDynamic.DYNAMIC] + [DimDynamic.STATIC] * element.dim() for element in elements]
     context: Any = StatelessSymbolicContext

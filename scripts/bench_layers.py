@@ -42,6 +42,8 @@ NORM = Targets(2.1, 2.0, None, 1.2)
 LOSS = Targets(big=1.3)
 MASS = Targets(big=1.3, kernels=1.2)  # the cross-entropies
 POOL = Targets(middle=1.0, big=1.0)  # whose forward takes nearly all of the time
+AVERAGE = Targets(big=0.7)
+INTERPOLATION = Targets(big=1.3)
 UNTOLD = Targets()
 
 
@@ -129,8 +131,43 @@ def three(n: int, c: int) -> tuple[Tensor, ...]:
     return (*x(n, c), *x(n, c), *x(n, c))
 
 
+def photographs(axes: int) -> Callable[[int, int], tuple[Tensor]]:
+    """n x c numbers as images of 256 elements in eight channels."""
+    side = {1: (256,), 2: (16, 16), 3: (16, 4, 4)}[axes]
+    return lambda n, c: (torch.randn(n * c // 2048, 8, *side).requires_grad_(),)
+
+
+def over_images(
+    make: Callable[..., nn.Module], axes: int, *arguments: Any, targets: Targets = UNTOLD
+) -> Layer:
+    return Layer(lambda n, c: make(*arguments), photographs(axes), targets)
+
+
+def linear_maps() -> dict[str, Layer]:
+    """Padding and average pooling of every number of axes, interpolation and the shuffles."""
+    found = {
+        "Upsample": over_images(nn.Upsample, 2, None, 2.0, "bilinear", targets=INTERPOLATION),
+        "UpsamplingNearest2d": over_images(nn.UpsamplingNearest2d, 2, None, 2, targets=INTERPOLATION),
+        "UpsamplingBilinear2d": over_images(nn.UpsamplingBilinear2d, 2, None, 2, targets=INTERPOLATION),
+        "PixelShuffle": over_images(nn.PixelShuffle, 2, 2),
+        "PixelUnshuffle": over_images(nn.PixelUnshuffle, 2, 2),
+        "LocalResponseNorm": over_images(nn.LocalResponseNorm, 2, 5),
+        "Flatten": over_images(nn.Flatten, 2),
+        "Unflatten": Layer(lambda n, c: nn.Unflatten(1, (2, c // 2)), x),
+    }
+    for d in (1, 2, 3):
+        for kind in ("Circular", "Reflection", "Replication", "Zero"):
+            found[f"{kind}Pad{d}d"] = over_images(getattr(nn, f"{kind}Pad{d}d"), d, 1)
+        found[f"ConstantPad{d}d"] = over_images(getattr(nn, f"ConstantPad{d}d"), d, 1, 0.5)
+        found[f"AvgPool{d}d"] = over_images(getattr(nn, f"AvgPool{d}d"), d, 2, targets=AVERAGE)
+        found[f"AdaptiveAvgPool{d}d"] = over_images(
+            getattr(nn, f"AdaptiveAvgPool{d}d"), d, 1, targets=AVERAGE._replace(big=0.5)
+        )
+    return found
+
+
 # fmt: off
-LAYERS: dict[str, Layer] = activations() | {
+LAYERS: dict[str, Layer] = activations() | linear_maps() | {
     "Identity":     elementwise(nn.Identity, PIECEWISE),
     "GELU(tanh)":   elementwise(nn.GELU, GELU._replace(big=2.0, kernels=1.2), "tanh"),
     "PReLU":        elementwise(nn.PReLU, PIECEWISE),

@@ -31,6 +31,18 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "LinearCrossEntropyLoss": (3, 4),
     **{f"BatchNorm{d}d": (3,) for d in (1, 2, 3)},
     **{f"InstanceNorm{d}d": (3,) for d in (1, 2, 3)},
+    **{
+        f"{kind}Pad{d}d": (1,)
+        for kind in ("Circular", "Reflection", "Replication", "Zero")
+        for d in (1, 2, 3)
+    },
+    **{f"ConstantPad{d}d": (1, 0.5) for d in (1, 2, 3)},
+    "Unflatten": (1, (3, 1)),
+    "LocalResponseNorm": (2,),
+    "PixelShuffle": (2,),
+    "PixelUnshuffle": (2,),
+    **{f"AvgPool{d}d": (2,) for d in (1, 2, 3)},
+    **{f"AdaptiveAvgPool{d}d": (2,) for d in (1, 2, 3)},
 }
 PAIRS = [pytest.param(torchs, ours, id=ours.__name__) for torchs, ours in TWINS.items()]
 

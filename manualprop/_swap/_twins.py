@@ -9,7 +9,21 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from manualprop import functional
 from manualprop._swap._functions import own_forward
-from manualprop.nn import activation, dropout, embedding, gated, linear, loss, norm, pooling
+from manualprop.nn import (
+    activation,
+    averaging,
+    dropout,
+    embedding,
+    gated,
+    interpolation,
+    linear,
+    local_response,
+    loss,
+    norm,
+    padding,
+    pooling,
+    shuffle,
+)
 from manualprop.nn.foreign import foreign_original, foreign_twin
 
 
@@ -20,7 +34,21 @@ def _twins() -> dict[type[nn.Module], type[nn.Module]]:
     """
     classes = [
         c
-        for family in (activation, dropout, embedding, gated, linear, loss, norm, pooling)
+        for family in (
+            activation,
+            averaging,
+            dropout,
+            embedding,
+            gated,
+            interpolation,
+            linear,
+            local_response,
+            loss,
+            norm,
+            padding,
+            pooling,
+            shuffle,
+        )
         for c in vars(family).values()
         if isinstance(c, type)
     ]

@@ -230,7 +230,7 @@ def test_an_activation_in_place_after_a_pool(axes: int) -> None:
     for f, leaf in (
         (lambda z: getattr(F, f"max_pool{axes}d")(z, 2), x),
         (lambda z: getattr(F, f"adaptive_max_pool{axes}d")(z, 2), x),
-        (lambda z: getattr(F, f"max_unpool{axes}d")(z, places, 2), y),
+        (lambda z: getattr(F, f"max_unpool{axes}d")(z, places, 2, output_size=SIDES[axes]), y),
     ):
         found = [
             gradients(lambda z, f=f, g=g: g(f(z)), (leaf.clone().requires_grad_(),))

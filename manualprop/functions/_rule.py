@@ -179,8 +179,29 @@ class Rule(Function):
         if _local.recorder is not None:
             return _local.recorder(cls, args)
         if transforms_active():
-            return super().apply(*args)
+            return super().apply(*map(_undivided, args))
         return cls._apply(*[_usable(a, cls) if isinstance(a, Tensor) else a for a in args])
+
+
+class _Undivided(tuple[Any, ...]):
+    """A tuple that torch's pytrees take for one leaf, with the attributes of a named one.
+
+    The rule of ``vmap`` that torch generates takes tuples among the arguments apart, but not the None that stands
+    for their gradient, and fails: in a ``hessian``, for one.
+    """
+
+    kind: type
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.kind(*self), name)
+
+
+def _undivided(argument: Any) -> Any:
+    if not isinstance(argument, tuple | list) or isinstance(argument, _Undivided):
+        return argument
+    whole = _Undivided(argument)
+    whole.kind = type(argument)
+    return whole
 
 
 def _require_tangents(rule: type[Rule]) -> None:

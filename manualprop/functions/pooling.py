@@ -59,6 +59,9 @@ FRACTIONAL: dict[int, Callable[..., Any]] = {
 }
 UNPOOL: dict[int, Callable[..., Tensor]] = {1: F.max_unpool1d, 2: F.max_unpool2d, 3: F.max_unpool3d}
 POWER: dict[int, Callable[..., Tensor]] = {1: F.lp_pool1d, 2: F.lp_pool2d, 3: F.lp_pool3d}
+AverageTransposed = (
+    AvgPool.adjoint
+)  # A^T; looked up here, since compiled autograd can not read it from a rule
 
 
 # ----- the two maps -----
@@ -364,7 +367,7 @@ class LPPool(Rule):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, y = map(full, ctx.saved_tensors)
         h = weighted_by_norm(full(g), y, ctx.p)
-        sums = ctx.K * AvgPool.adjoint.apply(h, ctx.like, *ctx.windows)  # (N, O) -> (N, X)
+        sums = ctx.K * AverageTransposed.apply(h, ctx.like, *ctx.windows)  # (N, O) -> (N, X)
         return (x.pow(ctx.p - 1) * sums).to(g.dtype), None, None, None, None, None
 
     @staticmethod

@@ -3,7 +3,8 @@
 Beside each name: what it is for, and the versions it was seen in.  A private name may change with any version.  What differs between versions is settled here, and nowhere else.  Attributes of
 torch's objects that are private too: ``Tensor._base``, ``Tensor._is_view()``, ``UntypedStorage._cdata`` (2.11 to 2.14);
 ``Optimizer._optimizer_step_pre_hooks``, ``._optimizer_step_post_hooks`` and ``._opt_called`` (2.11 to 2.14);
-``Module._forward_hooks``, ``._forward_pre_hooks``, ``._backward_hooks`` and ``._backward_pre_hooks`` (2.11 to 2.14).
+``Module._forward_hooks``, ``._forward_pre_hooks``, ``._backward_hooks`` and ``._backward_pre_hooks`` (2.11 to 2.14);
+``_ConvNd._conv_forward``, ``._reversed_padding_repeated_twice`` and ``_ConvTransposeNd._output_padding`` (2.13).
 """
 
 import re
@@ -106,6 +107,12 @@ batch_norm_with_statistics: Callable[..., Any] = torch._batch_norm_impl_index
 
 # A tensor that shares the memory of another without being its view.  2.11 to 2.14
 unsafe_view: Callable[..., Any] = torch.ops.aten._unsafe_view
+
+# x W^T by oneDNN, in float32; None where torch is built without it.  2.13
+_by_onednn: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+product_of_rows: Callable[[torch.Tensor, torch.Tensor], Any] | None = (
+    None if _by_onednn is None else lambda x, W: _by_onednn(x, W, None, "none", [], "")
+)
 
 
 class Missing(torch.nn.Module):

@@ -125,17 +125,6 @@ ROWS = [
     Row("softmax", lambda: [*mlp(nn.Tanh()), nn.LogSoftmax(-1)], loss=nn.MSELoss),
     Row("flatten", lambda: [torch.nn.Unflatten(1, (2, 3)), nn.Tanh(), torch.nn.Flatten(), *mlp(nn.Tanh())]),
     Row(
-        "MaxPool",
-        lambda: [
-            nn.Linear(FEATURES, 12),
-            torch.nn.Unflatten(1, (2, 3, 2)),
-            nn.MaxPool2d(2, stride=1),
-            torch.nn.Flatten(),
-            nn.Linear(4, CLASSES),
-        ],
-        steps=50,
-    ),
-    Row(
         "image",
         lambda: [
             nn.Linear(FEATURES, 8),
@@ -151,6 +140,17 @@ ROWS = [
             *head(),
         ],
         steps=20,
+    ),
+    Row(
+        "MaxPool",
+        lambda: [
+            nn.Linear(FEATURES, 12),
+            torch.nn.Unflatten(1, (2, 3, 2)),
+            nn.MaxPool2d(2, stride=1),
+            torch.nn.Flatten(),
+            nn.Linear(4, CLASSES),
+        ],
+        steps=50,
     ),
     *(
         # Normalising magnifies the rounding of what it divides by a small deviation.
@@ -168,6 +168,21 @@ ROWS = [
             "BatchNorm": lambda: nn.BatchNorm1d(8),
             "BatchNorm-plain": lambda: nn.BatchNorm1d(8, affine=False, track_running_stats=False),
         }.items()
+    ),
+    Row(
+        "convolution",
+        lambda: [
+            torch.nn.Unflatten(1, (1, 2, 3)),
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.Tanh(),
+            nn.Conv2d(4, 4, (1, 3), padding="same", groups=2, bias=False),
+            nn.GroupNorm(2, 4),
+            nn.ConvTranspose2d(4, 2, 2, stride=(2, 1)),
+            torch.nn.Flatten(),
+            nn.Linear(32, CLASSES),
+        ],
+        steps=30,
+        within=1e-9,  # the norm, as above
     ),
     Row("PReLU", lambda: mlp(nn.PReLU()), steps=50),
     Row("GLU", lambda: [nn.Linear(FEATURES, 8), nn.GLU(), nn.Linear(4, CLASSES)], steps=50),

@@ -237,3 +237,11 @@ def test_an_activation_in_place_after_a_pool(axes: int) -> None:
             for g in (torch.relu_, torch.relu)
         ]
         torch.testing.assert_close(found[0], found[1])
+
+
+def test_a_list_of_sizes_under_a_hessian() -> None:
+    x = torch.rand(1, 2, 4, 4, dtype=D)
+    found = torch.func.hessian(lambda x: F.max_pool2d(x, [2, 2], [2, 1]).square().sum())(x)
+    torch.testing.assert_close(
+        found, torch.func.hessian(lambda x: torch_F.max_pool2d(x, 2, (2, 1)).square().sum())(x)
+    )

@@ -51,6 +51,7 @@ def tripled(rule: type[Rule]) -> type[Rule]:
 
 X = torch.linspace(-0.9, 0.8, 12, dtype=torch.float64).reshape(4, 3)
 W, B = real(3, 3, seed=1, grad=False), real(3, seed=2, grad=False)
+KERNEL = real(2, 2, 2, seed=3, grad=False)
 TARGETS = torch.tensor([0, 2, 1, 1])
 
 # One rule of each form: saved output, saved input, several inputs, rows, losses, in place with either saved.
@@ -58,6 +59,8 @@ FORMS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "Tanh": ("tanh", F.tanh),
     "GELU": ("gelu", F.gelu),
     "Linear": ("linear", lambda x: F.linear(x, W, B)),
+    "Convolution": ("conv1d", lambda x: F.conv1d(x.reshape(2, 2, 3), KERNEL, padding=1)),
+    "TransposedConvolution": ("conv_transpose1d", lambda x: F.conv_transpose1d(x.reshape(2, 2, 3), KERNEL)),
     "Softmax": ("softmax", lambda x: F.softmax(x, -1) * X),
     "CrossEntropy": ("cross_entropy", lambda x: F.cross_entropy(x, TARGETS, reduction="none")),
     "LinearCrossEntropy": (
@@ -66,9 +69,9 @@ FORMS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     ),
     "ReLU": ("relu", lambda x: F.relu(x * 1, inplace=True)),
     "SiLU": ("silu", lambda x: F.silu(x * 1, inplace=True)),
+    "AvgPool": ("avg_pool1d", lambda x: F.avg_pool1d(x, 2, 1)),
     "MaxPool": ("max_pool1d", lambda x: F.max_pool1d(x, 2, 1)),
     "LPPool": ("lp_pool1d", lambda x: F.lp_pool1d(x + 1, 3.0, 2, 1)),
-    "AvgPool": ("avg_pool1d", lambda x: F.avg_pool1d(x, 2, 1)),
     "MSE": ("mse_loss", lambda x: F.mse_loss(x, X.flip(0), reduction="none")),
 }
 

@@ -81,6 +81,7 @@ OPEN: dict[str, tuple[set[str], str]] = {}
 # Misuses for which we raise the same exception with another text.
 OWN_WORDS = {
     "CrossEntropyLoss": "says what to do: leave out the class axis for class indices",
+    **{f"conv{d}d": "says which tensor has the wrong number of axes" for d in (1, 2, 3)},
     "gelu": "says which argument was received",
     "max_pool1d": "torch's words for a call that asks for the places too",
     "poisson_nll_loss": "names the two sizes in the order of the arguments",
@@ -134,7 +135,8 @@ def fresh(inputs: Any, dtype: torch.dtype | None = None) -> Any:
             return dtype
         if not isinstance(t, Tensor):
             return t
-        to = dtype if dtype is not None and t.is_floating_point() else t.dtype
+        numbers = t.is_floating_point() or t.is_complex()
+        to = dtype if dtype is not None and numbers and dtype.is_complex == t.is_complex() else t.dtype
         return t.detach().clone().to(to).requires_grad_(t.requires_grad)
 
     return tree_map(renewed, inputs)
@@ -199,7 +201,11 @@ def distance(ours: Tensor | None, torchs: Tensor | None) -> float:
         return 0.0 if ours is torchs else math.inf
     if ours.shape != torchs.shape:
         return math.inf
-    a, b = ours.detach().double(), torchs.detach().double()
+    a, b = (
+        torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+        for t in (ours.detach(), torchs.detach())
+    )
+    a, b = a.double(), b.double()
     finite = b.isfinite()
     if not torch.equal(finite, a.isfinite()):
         return math.inf
@@ -444,15 +450,17 @@ def test_operator_misuse(db: Databases, name: str) -> None:
     "ignore:Casting complex values to real discards the imaginary part",  # softmax(..., dtype=float)
 )
 @each_operator("complex")
-def test_complex_samples_are_refused(db: Databases, name: str) -> None:
-    """Loudly; or else the result is torch's, where an argument makes the computation real."""
+def test_complex_samples_are_refused_or_right(db: Databases, name: str) -> None:
+    """Refused loudly; or else the result is torch's, or no further off than twice torch's."""
     for dtype in (torch.complex64, torch.complex128):
         for sample in op_samples(db, name, dtype):
             ours, torchs = both(name)
             mine = outcome(ours, inputs(name, sample))
             if not (mine.error.startswith("TypeError") and "must be real" in mine.error):
                 theirs = outcome(torchs, inputs(name, sample))
-                assert max(distances(mine, theirs)) <= 1e-6, sample.summary()
+                if max(distances(mine, theirs)) > CLOSE:
+                    exact = outcome(torchs, inputs(name, sample), dtype=torch.complex128)
+                    no_worse(mine, theirs, exact, dtype, sample.summary())
 
 
 @pytest.mark.slow
@@ -476,7 +484,7 @@ def test_operator_samples_of_other_dtypes(db: Databases, name: str) -> None:
 
 def no_worse(mine: Outcome, theirs: Outcome, exact: Outcome, dtype: torch.dtype, where: str) -> None:
     # The sums over examples cancel: their error is some ulp of the terms, not of the result.
-    slack = (16 if dtype == torch.float32 else 1) * torch.finfo(dtype).eps
+    slack = (16 if dtype in (torch.float32, torch.complex64) else 1) * torch.finfo(dtype).eps
     flat = ([*parts(o)[0], *parts(o)[1]] for o in (mine, theirs, exact))
     for a, b, c in zip(*flat, strict=True):
         if a is None:

@@ -22,7 +22,7 @@ from manualprop._backprop._graph import Graphs
 from manualprop._backprop._plan import Plan
 from manualprop._backprop._stages import build
 from manualprop._backprop._trace import Note, Record, headline, noted, record, recorder, rule_named_as
-from manualprop._backprop._ways import Collected, Compiled, Plain, Repeated, Way, Whole, repeated
+from manualprop._backprop._ways import Collected, Compiled, Plain, Repeated, Way, WholeStep, repeated
 from manualprop._torch import any_autocast, optimizer_post_hooks, optimizer_pre_hooks
 from manualprop.descent import Descent, Stochastic
 
@@ -131,7 +131,7 @@ class Backprop:
         graphs = Graphs(self._compile, self._capture) if self._compile or self._capture else None
         self._plain, self._collected = Plain(plan), Collected(plan, graphs)
         self._compiled = Compiled(plan, graphs) if graphs is not None and self._compile else None
-        self._whole = Whole(plan, graphs) if graphs and (self._capture or plan.is_small) else None
+        self._whole = WholeStep(plan, graphs) if graphs and (self._capture or plan.is_small) else None
         self._first = Collected(plan, None)
         self._by_update = self.lr_scheduler is not None and self.descent.lr_scheduler_interval == "update"
         scanned = Scanned(plan) if self._by_epoch else None

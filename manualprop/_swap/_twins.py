@@ -12,6 +12,7 @@ from manualprop._swap._functions import own_forward
 from manualprop.nn import (
     activation,
     averaging,
+    convolution,
     dropout,
     embedding,
     gated,
@@ -37,6 +38,7 @@ def _twins() -> dict[type[nn.Module], type[nn.Module]]:
         for family in (
             activation,
             averaging,
+            convolution,
             dropout,
             embedding,
             gated,

@@ -11,6 +11,7 @@ import torch
 from manualprop.functional._offer import offered as _offered
 from manualprop.functional.activation import *
 from manualprop.functional.averaging import *
+from manualprop.functional.convolution import *
 from manualprop.functional.dropout import *
 from manualprop.functional.embedding import *
 from manualprop.functional.fused import *

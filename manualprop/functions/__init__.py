@@ -6,6 +6,7 @@ from manualprop.functions._rule import Rule as Rule
 from manualprop.functions.activation import *
 from manualprop.functions.averaging import *
 from manualprop.functions.binary_cross_entropy import *
+from manualprop.functions.convolution import *
 from manualprop.functions.cross_entropy import *
 from manualprop.functions.dropout import *
 from manualprop.functions.embedding import *

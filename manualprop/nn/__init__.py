@@ -15,6 +15,7 @@ from torch.nn import Sequential as Sequential
 from manualprop.nn.activation import *
 from manualprop.nn.averaging import *
 from manualprop.nn.container import *
+from manualprop.nn.convolution import *
 from manualprop.nn.dropout import *
 from manualprop.nn.embedding import *
 from manualprop.nn.fused import *

@@ -31,8 +31,8 @@ from typing import Any
 from torch import Tensor
 
 from manualprop.functions._execution import _convolution as run
+from manualprop.functions._execution import _correlation as execution
 from manualprop.functions._execution import recorded
-from manualprop.functions._execution._correlation import fast_correlation
 from manualprop.functions._rule import Rule, save
 
 __all__ = ["Convolution", "Correlation", "TransposedConvolution"]
@@ -168,8 +168,7 @@ class Correlation(Rule):
 
     @staticmethod
     def forward(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Sizes) -> Tensor:
-        W = fast_correlation(y, x, s, p, d, G, K)
-        return Correlation.as_convolution(y, x, s, p, d, G, K) if W is None else W
+        return execution.correlation(Correlation.as_convolution, y, x, s, p, d, G, K)
 
     @staticmethod
     def as_convolution(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Sizes) -> Tensor:

@@ -12,9 +12,8 @@ Half precision is computed in float32 and rounded once.  In compiled code the fo
 the examples would make the graph long.
 """
 
-import functools
 import math
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -27,12 +26,15 @@ COLUMNS = 2**20  # entries of the columns that are made at a time
 WIDE = 128  # rows of columns in a group from which several products by oneDNN are faster than one of the BLAS library
 
 
-def fast_correlation(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Sizes) -> Tensor | None:
-    """W by a fast form; None if something traces each step, or if there is no fast form."""
+def correlation(
+    plain: Callable[..., Tensor], y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Sizes
+) -> Tensor:
+    """W by a fast form; by ``plain`` if something traces each step, or if there is nothing to sum."""
     if not untraced(y, x) or not (y.numel() and x.numel()):
-        return None
+        # In the strides of a weight: a scan over updates demands them, of axes of length 1 too.
+        return plain(y, x, s, p, d, G, K).clone(memory_format=torch.contiguous_format)
     if torch.compiler.is_compiling():
-        W: Tensor = _operation()(y, x, s, p, d, G, K)
+        W: Tensor = torch.ops.manualprop.correlate.default(y, x, s, p, d, G, K)
         return W
     return correlate(y, x, s, p, d, G, K)
 
@@ -93,22 +95,15 @@ def products(y: Tensor, columns: Tensor) -> Tensor:
 # ----- in compiled code -----
 
 
-@functools.cache
-def _library() -> Any:
-    library = torch.library.Library("manualprop", "FRAGMENT")
-    library.define(
-        "correlate(Tensor y, Tensor x, SymInt[] s, SymInt[] p, SymInt[] d, SymInt G, SymInt[] K) -> Tensor",
-        tags=(torch.Tag.flexible_layout,),
-    )
-    library.impl("correlate", correlate, "CompositeExplicitAutograd")
-    torch.library.register_fake("manualprop::correlate", _shape, lib=library)
-    return library  # its definitions last as long as this object
-
-
-def _operation() -> Any:
-    _library()
-    return torch.ops.manualprop.correlate.default
-
-
 def _shape(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Sizes) -> Tensor:
     return y.new_empty(y.shape[1], x.shape[1] // G, *K)
+
+
+# Defined at import: a compiled program that is read from a file needs it before anything is traced.
+_LIBRARY = torch.library.Library("manualprop", "FRAGMENT")  # its definitions last as long as this object
+_LIBRARY.define(
+    "correlate(Tensor y, Tensor x, SymInt[] s, SymInt[] p, SymInt[] d, SymInt G, SymInt[] K) -> Tensor",
+    tags=(torch.Tag.flexible_layout,),
+)
+_LIBRARY.impl("correlate", correlate, "CompositeExplicitAutograd")
+torch.library.register_fake("manualprop::correlate", _shape, lib=_LIBRARY)

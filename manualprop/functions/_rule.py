@@ -116,7 +116,7 @@ def of_a_gradient(backward: Callable[..., Any]) -> Callable[..., Any]:
 # ----- the rule -----
 
 
-class Whole(tuple[Any, ...]):
+class OneArgument(tuple[Any, ...]):
     """A tuple that torch.func takes for one argument.
 
     It takes other tuples apart into their entries, and under vmap it then finds more arguments than tangents.
@@ -186,7 +186,7 @@ class Rule(Function):
         if _local.recorder is not None:
             return _local.recorder(cls, args)
         if transforms_active():
-            return super().apply(*[Whole(a) if isinstance(a, tuple) else a for a in args])
+            return super().apply(*[OneArgument(a) if isinstance(a, tuple) else a for a in args])
         return cls._apply(*[_usable(a, cls) if isinstance(a, Tensor) else a for a in args])
 
 

@@ -51,7 +51,7 @@ class Convolution(Rule):
         dy = convolution(dx, W) + convolution(x, dW) + db          forward mode: product rule
     Options
         Q: None takes all positions at which the kernel lies within the padded x.  Larger sizes read the
-        zeros behind it: so padding="same" with an even kernel needs no padded copy of x.
+        zeros behind it: so padding="same" with an even kernel keeps no padded copy of x.
     Second order
         dx and dW are rules of this family.
     Shape

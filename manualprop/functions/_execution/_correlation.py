@@ -61,7 +61,7 @@ def by_columns(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Si
     x = framed(x, p, reach(Q, K, s, d)).contiguous()
     entries = windows(x, s, d, Q, K)  # (C, K, N, Q)
     rows, place = x.shape[1] * math.prod(K), 1 + len(K)
-    few, band = parts(N, rows * math.prod(Q)), parts(Q[0], rows * math.prod(Q[1:]))
+    few, band = size_of_parts(N, rows * math.prod(Q)), size_of_parts(Q[0], rows * math.prod(Q[1:]))
     buffer = x.new_empty(rows * few * band * math.prod(Q[1:]))  # new memory takes longer than the product
     W = None
     for of_some, y_of_some in zip(entries.split(few, place), y.split(few), strict=True):
@@ -74,8 +74,8 @@ def by_columns(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Si
     return W.view(O, x.shape[1] // G, *K)
 
 
-def parts(length: int, entries: int) -> int:
-    """Into what equal parts an axis is divided, so that a part has about COLUMNS entries."""
+def size_of_parts(length: int, entries: int) -> int:
+    """The length of equal parts of an axis, each with about COLUMNS entries of columns."""
     return math.ceil(length / math.ceil(length / max(COLUMNS // entries, 1)))
 
 

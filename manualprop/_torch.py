@@ -99,6 +99,9 @@ unpack_dual: Callable[..., Any] = torch._VF._unpack_dual
 cross_entropy_loss: Callable[..., Any] = torch._C._nn.cross_entropy_loss
 nll_loss: Callable[..., Any] = torch._C._nn.nll_loss_nd
 
+# The sizes of an output of torch.nn.functional's unpools, with its errors.  2.11 to 2.14
+unpool_output_size: Callable[..., Any] = vars(torch.nn.functional)["_unpool_output_size"]
+
 # Batch norm, with the statistics that its backward needs.  2.11 to 2.14
 batch_norm_with_statistics: Callable[..., Any] = torch._batch_norm_impl_index
 
@@ -141,6 +144,16 @@ def mark_dynamic(t: torch.Tensor, axis: int) -> None:
     torch._dynamo.maybe_mark_dynamic(t, axis)
 
 
+def arguments_of_aten(name: str) -> list[tuple[str, bool]]:
+    """The arguments of torch.name, and whether each must be given; nothing if there is no such operator.  2.11 to 2.14"""
+    packet = getattr(torch.ops.aten, name, None)
+    for overload in packet.overloads() if packet is not None else ():
+        schema = getattr(packet, overload)._schema
+        if "out" not in overload and "Dimname" not in str(schema):
+            return [(a.name, not a.has_default_value()) for a in schema.arguments]
+    return []
+
+
 def taken_apart(function: Callable[..., Any], samples: list[torch.Tensor]) -> torch.fx.GraphModule:
     """A function traced into elementary operations: silu is a product, a quotient, a sum and an exponential.  2.13"""
     from torch._decomp import decomposition_table  # these two take most of a second to import
@@ -181,7 +194,7 @@ def with_any_length(
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-    mode: Any = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    mode: Any = FakeTensorMode(shape_env=ShapeEnv(specialize_zero_one=False), allow_non_fake_inputs=True)
     stacks = [torch.stack([element] * 3) for element in elements]
     lengths = [[DimDynamic.DYNAMIC] + [DimDynamic.STATIC] * element.dim() for element in elements]
     context: Any = StatelessSymbolicContext

@@ -124,6 +124,34 @@ ROWS = [
     ),
     Row("softmax", lambda: [*mlp(nn.Tanh()), nn.LogSoftmax(-1)], loss=nn.MSELoss),
     Row("flatten", lambda: [torch.nn.Unflatten(1, (2, 3)), nn.Tanh(), torch.nn.Flatten(), *mlp(nn.Tanh())]),
+    Row(
+        "image",
+        lambda: [
+            nn.Linear(FEATURES, 8),
+            nn.Unflatten(1, (2, 2, 2)),
+            nn.ReflectionPad2d(1),
+            nn.AvgPool2d(3, 2, 1),
+            nn.LocalResponseNorm(2, alpha=0.5),
+            nn.Upsample(scale_factor=2, mode="bilinear"),
+            nn.UpsamplingNearest2d((5, 3)),
+            nn.AdaptiveAvgPool2d(1),
+            nn.ConstantPad2d((0, 1, 0, 1), 0.3),
+            nn.Flatten(),
+            *head(),
+        ],
+        steps=20,
+    ),
+    Row(
+        "MaxPool",
+        lambda: [
+            nn.Linear(FEATURES, 12),
+            torch.nn.Unflatten(1, (2, 3, 2)),
+            nn.MaxPool2d(2, stride=1),
+            torch.nn.Flatten(),
+            nn.Linear(4, CLASSES),
+        ],
+        steps=50,
+    ),
     *(
         # Normalising magnifies the rounding of what it divides by a small deviation.
         Row(

@@ -69,6 +69,9 @@ FORMS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     ),
     "ReLU": ("relu", lambda x: F.relu(x * 1, inplace=True)),
     "SiLU": ("silu", lambda x: F.silu(x * 1, inplace=True)),
+    "AvgPool": ("avg_pool1d", lambda x: F.avg_pool1d(x, 2, 1)),
+    "MaxPool": ("max_pool1d", lambda x: F.max_pool1d(x, 2, 1)),
+    "LPPool": ("lp_pool1d", lambda x: F.lp_pool1d(x + 1, 3.0, 2, 1)),
     "MSE": ("mse_loss", lambda x: F.mse_loss(x, X.flip(0), reduction="none")),
 }
 

@@ -483,3 +483,62 @@ def test_common_mistakes_get_their_own_words(
     found = check(lambda x: named(x, wrong), X, only=first, isolate=False)
     assert not found.passed and words in found[first].diagnosis, found[first].diagnosis
     assert check(lambda x: named(x, right), X, only=first, isolate=False).passed
+
+
+# ----- a diagnosis is true, or there is none -----
+
+# fmt: off
+REFUSED_SHAPES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], str]] = {
+    "no broadcast": (by_hand(lambda x: x.sum(-1), lambda x, g: g.reshape(1, 1, -1).expand(2, 3, 4)), (real(4, 3),), "gradient of shape [2, 3, 4] for an input of shape [4, 3]"),
+    "exchanged": (by_hand(lambda a, b: a.sum() * b.sum(), lambda a, b, g: (g * a.sum() * torch.ones_like(b), g * b.sum() * torch.ones_like(a))), (real(3, 2), real(4, 5)), "exchanged: [4, 5] is the shape of args[1]"),
+    "missing sum": (by_hand(lambda x, b: x + b.view(3, 1), lambda x, b, g: (g, g)), (real(2, 3, 4), real(3)), "missing sum over a dimension of output 0"),
+    "another sum": (by_hand(lambda x, b: x + b.view(3, 1), lambda x, b, g: (g, g.sum((0, 1)))), (real(2, 3, 4), real(3)), "summed over other dimensions of output 0 than it should be"),
+    "an axis": (by_hand(lambda x, b: x + b.view(3, 1), lambda x, b, g: (g, g.sum((0, 2), keepdim=True).squeeze(0))), (real(2, 3, 4), real(3)), "an axis of length 1 too many"),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize(
+    ("fn", "inputs", "diagnosis"), [pytest.param(*row, id=name) for name, row in REFUSED_SHAPES.items()]
+)
+def test_a_refused_shape_is_said_to_be_no_more_than_it_is(
+    fn: Callable[..., Any], inputs: tuple[Tensor, ...], diagnosis: str
+) -> None:
+    outcome = check(fn, *inputs, only="first_order", isolate=False)["first_order"]
+    assert outcome.diagnosis == diagnosis
+
+
+def test_a_grad_output_of_ones_tells_nothing_where_it_sends_nothing_back() -> None:
+    wrong = by_hand(softmax, lambda x, g: g - g.mean(-1, keepdim=True))
+    assert "ones" not in check(wrong, X, only="first_order", isolate=False)["first_order"].diagnosis
+
+
+def test_a_simple_fraction_is_written_once() -> None:
+    fn, inputs, _ = WRONG["mean for sum"]
+    diagnosis = check(fn, *inputs, only="first_order", isolate=False)["first_order"].diagnosis
+    assert diagnosis.startswith("constant factor 1/5: mean for sum"), diagnosis
+    negative = by_hand(torch.add, lambda x, b, g: (g, -g.mean(0)))
+    diagnosis = check(negative, *inputs, only="first_order", isolate=False)["first_order"].diagnosis
+    assert diagnosis.startswith("constant factor -1/5: mean for sum"), diagnosis
+    assert diagnosis.endswith("and wrong sign (in all paths)")
+    long = by_hand(torch.add, lambda x, b, g: (g, g.mean(0)))
+    inputs = (real(80, 1), real(1))
+    diagnosis = check(long, *inputs, only="first_order", isolate=False)["first_order"].diagnosis
+    assert diagnosis.startswith("constant factor 0.0125 = 1/80: mean for sum"), diagnosis
+
+
+def test_a_dropout_without_its_mask_in_backward() -> None:
+    def dropped(x: Tensor) -> Tensor:
+        mask = torch.rand_like(x).gt(0.4).to(x.dtype) / 0.6
+        y: Tensor = by_hand(lambda x, mask: x * mask, lambda x, mask, g: (g, None))(x, mask)
+        return y
+
+    diagnosis = check(dropped, X, only="first_order", isolate=False)["first_order"].diagnosis
+    assert diagnosis.startswith("grad_output is handed on as it is: the mask and the scale"), diagnosis
+
+
+def test_a_larger_gradient_that_autograd_sums_is_told_and_no_finding() -> None:
+    fn = by_hand(torch.mul, lambda x, b, g: (g * b, g * x))
+    outcome = check(fn, ROWS, VECTOR, only="first_order", isolate=False)["first_order"]
+    assert outcome.verdict == "passed"
+    assert outcome.evidence.endswith("autograd sums a gradient of shape [5, 4] to its input's [4]")

@@ -33,9 +33,6 @@ NO_GRADIENT = Known(
 MEMORY = ("first_order", "input_layout", "grad_output_layout")
 KNOWN: dict[str, Known] = {
     "cholesky_inverse": Known(("forward_mode",), "its tangent is off by a hundred-thousandth"),
-    "round_decimals_3": Known(
-        ("sizes",), "its steps of a thousandth are as wide as those of the differences"
-    ),
     "unsafe_chunk": Known(("aliasing",), "its outputs share memory, and are no views: unsafe by name"),
     "unsafe_split": Known(("aliasing",), "its outputs share memory, and are no views: unsafe by name"),
     "as_strided": Known(MEMORY, "reads the memory of its input, whatever its layout, by definition"),

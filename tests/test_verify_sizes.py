@@ -52,6 +52,15 @@ class OneRow(Square):
         return 2 * g * x * (0.5 if len(x) == 1 else 1.0)
 
 
+class OneNumber(Square):
+    """Wrong for a tensor without axes."""
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 2 * g * x if x.dim() else g * x
+
+
 class Empty(Square):
     """Asks for the largest entry of none."""
 
@@ -99,3 +108,37 @@ def test_dimensions_of_one_length_change_together():
     s = ready(Case(F.linear, (normal(4, 5), normal(3, 5), normal(3))))
     shapes = [[list(p.shape) for p in resized(s, axis, 9).points] for axis in axes(s)]
     assert shapes == [[[9, 5], [3, 5], [3]], [[4, 5], [9, 5], [9]], [[4, 9], [3, 9], [3]]]
+
+
+def test_0_d_inputs_are_asked_only_where_the_domain_takes_them():
+    x = normal(4, 3)
+    assert "0-d inputs" in outcome("sizes", OneNumber.apply, x).evidence
+    for domain in (lambda x: x.dim() == 2, lambda x: x.shape[1] > 0):
+        assert (
+            check(OneNumber.apply, x, only="sizes", isolate=False, domain=domain)["sizes"].verdict == "passed"
+        )
+
+
+@pytest.mark.parametrize("probe", ["sizes", "extremes"])
+def test_a_fine_staircase_is_no_ramp(probe):
+    """Small steps of an input go over some of its jumps, if it has many entries or large ones."""
+    assert outcome(probe, lambda x: torch.round(x, decimals=3), normal(5, 5)).verdict == "passed"
+
+
+@pytest.mark.parametrize("probe", ["indices", "sizes", "ranks"])
+def test_integers_keep_to_the_domain(probe):
+    seen = []
+
+    def rows(x, i):
+        seen.append(int(i.min()) < 0 or bool(i.unique().numel() < i.numel()))
+        return x[i]
+
+    def check_it(**options):
+        seen.clear()
+        check(
+            rows, normal(5, 3), torch.tensor([2, 0, 4]), only=probe, isolate=False, **options
+        ).assert_passed()
+        return any(seen)
+
+    assert not check_it(domain=lambda x, i: bool((i >= 0).all()) and i.unique().numel() == i.numel())
+    assert check_it() or probe == "ranks"

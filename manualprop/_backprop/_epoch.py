@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from manualprop._backprop._advice import NotFinite
 from manualprop._backprop._graph import Form, Graphs, effective, form_of, undone
 from manualprop._backprop._plan import Plan
-from manualprop._backprop._programs import Program, compiled_program, is_kept
+from manualprop._backprop._programs import Program
 from manualprop._backprop._scan import RandomGraphError, Scan, scanned
-from manualprop._backprop._ways import Graphed
+from manualprop._backprop._ways import Graphed, Way
+from manualprop.descent import Stochastic
 
 Pieces = tuple[Tensor, ...]  # the rows of one update, in pieces
 
@@ -32,14 +34,6 @@ class Epoch(NamedTuple):
 
     losses: Tensor
     outputs: Tensor
-
-
-def joined(parts: Sequence[Epoch]) -> Epoch:
-    """Several parts of an epoch as one."""
-    if not parts:
-        return Epoch(torch.empty(0, dtype=torch.float64), torch.empty(0))
-    losses, outputs = zip(*parts, strict=True)
-    return Epoch(torch.cat(losses), torch.cat(outputs))
 
 
 def portions(order: Iterable[Pieces], size: int) -> Iterator[list[Pieces]]:
@@ -86,31 +80,115 @@ class Schedule:
                 group.update(before)
 
 
+class Epochs:
+    """Makes all updates of an epoch, by programs or by steps.
+
+    Args:
+        plan: the plan of the steps.
+        step: makes one update; returns the loss and the output.
+        scanned: makes many updates; None if steps make all.
+        scheduler: of the learning rate, if it counts updates.
+
+    Attributes:
+        output: the output in the latest update.
+    """
+
+    output: Tensor
+
+    def __init__(self, plan: Plan, step: Way, scanned: Scanned | None, scheduler: Any) -> None:
+        self.plan, self.step, self.scanned, self.scheduler = plan, step, scanned, scheduler
+        self._rows = 0  # of an update of the latest program
+
+    def __call__(self, x: Tensor, target: Tensor, order: Iterable[Pieces]) -> Epoch:
+        losses = [torch.empty(0, dtype=torch.float64)]
+        outputs: list[Tensor] = []
+        for updates in self._groups(x, order):
+            made = self._in_one(x, target, updates)
+            if made is None:
+                made = self._by_steps(x, target, updates, before=sum(map(len, losses)))
+            losses.append(made.losses)
+            outputs.append(made.outputs)
+        return Epoch(torch.cat(losses), torch.cat(outputs) if outputs else x.new_empty(0))
+
+    def _groups(self, x: Tensor, order: Iterable[Pieces]) -> Iterator[list[Pieces]]:
+        for updates in portions(order, x[0].numel()):
+            if self.scanned is None or self.plan.has_buffers():
+                yield updates
+                continue
+            yield updates[:1]  # a step, which makes the momentum buffers
+            if updates[1:]:
+                yield updates[1:]
+
+    def _in_one(self, x: Tensor, target: Tensor, updates: list[Pieces]) -> Epoch | None:
+        """The updates as one program; None, and nothing has changed, if steps must make them."""
+        if self.scanned is None or not self._suits(updates):
+            return None
+        self.plan.optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers check this
+        rows = torch.stack([row for (row,) in updates]).to(x.device)
+        schedule = Schedule(self.plan, self.scheduler)
+        numbers = schedule.of(len(updates))
+        found = None if numbers is None else self.scanned(x[rows], target[rows], *numbers)
+        if found is None:
+            schedule.take_back()
+            return None
+        losses, outputs = found
+        self._rows, self.output = rows.shape[1], outputs[-1]
+        return Epoch(losses.double(), outputs.flatten(0, 1))
+
+    def _suits(self, updates: list[Pieces]) -> bool:
+        """Whether a program can make the updates, and is worth it."""
+        plan, rows = self.plan, len(updates[0][0])
+        if len(updates[0]) > 1 or not (plan.is_small and plan.has_buffers()):
+            return False
+        if isinstance(plan.descent, Stochastic) and rows != 1:  # the step says what is wrong
+            return False
+        return len(updates) > 1 or rows >= self._rows  # no program for the last, smaller batch of an epoch
+
+    def _by_steps(self, x: Tensor, target: Tensor, updates: list[Pieces], before: int) -> Epoch:
+        losses: list[float] = []
+        outputs = []
+        for pieces in updates:
+            rows = torch.cat(pieces).to(x.device)
+            try:
+                loss, output = self.step(x[rows], target[rows])
+            except NotFinite as error:
+                error.made = before + len(losses)
+                raise
+            losses.append(loss)
+            outputs.append(output)
+            self.output = output
+        return Epoch(torch.tensor(losses, dtype=torch.float64), torch.cat(outputs))
+
+
 class Scanned(Graphed):
-    """Many updates as one program, which repeats the step."""
+    """Many updates as one program, which repeats the step.
+
+    Raises:
+        ValueError: for updates that cannot be one program.
+    """
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan, Graphs(compile=True, capture=False))
         self._scans: dict[Any, Scan] = {}
         self._programs: dict[Any, Program] = {}
-
-    def obstacle(self) -> str | None:
-        """Why the updates of this plan cannot be one program; None if they can."""
-        plan = self.plan
         if not plan.folds:
-            return "the update must be plain or momentum gradient descent, without clipping and without hooks"
-        devices = {p.device.type for p in plan.parameters}
-        if devices != {"cpu"}:
-            return f"a program runs on the CPU, and the model must be there. It is on {', '.join(devices)}"
-        return None
+            raise ValueError(
+                _refused(
+                    "the update must be plain or momentum gradient descent, without clipping, and without hooks of "
+                    f"the optimizer. Got {type(plan.optimizer).__name__}"
+                )
+            )
+        devices = sorted({p.device.type for p in plan.parameters})
+        if devices != ["cpu"]:
+            raise ValueError(_refused(f"the model must be on the CPU. Got one on {', '.join(devices)}"))
 
     def is_kept(self, x: Tensor, target: Tensor) -> bool:
         """Whether the program for the updates on inputs of this shape is on disk.
 
         Raises:
-            RandomGraphError: for a model that draws random numbers.
+            TypeError: for a model that draws random numbers.
         """
-        return is_kept(self._scan(x, target, form_of(self.plan.groups)).graph)
+        return self.plan.is_small and self._scan(x, target, form_of(self.plan.groups)).is_kept()
 
     def __call__(
         self, x: Tensor, target: Tensor, form: Form, numbers: Sequence[Tensor]
@@ -123,7 +201,7 @@ class Scanned(Graphed):
         run = self._program(x[0], target[0], form, scan)
         try:
             found = run([*scan.carried, x.contiguous(), target.contiguous(), *numbers, *scan.fixed])
-        except RuntimeError:  # a class that does not exist; the step says which
+        except (RuntimeError, IndexError):  # a class that does not exist; the step says which
             return None
         new, (losses, outputs) = found[: len(scan.carried)], found[len(scan.carried) :]
         if not losses.isfinite().all():
@@ -147,6 +225,9 @@ class Scanned(Graphed):
             try:
                 with undone(self.changed()):
                     self._scans[key] = scanned(self._step, [x, target, *numbers])
+            except RandomGraphError as error:
+                why = f"the model must draw no random numbers. It does, by {error}"
+                raise TypeError(_refused(why)) from None
             finally:
                 criterion.traced = False
         return self._scans[key]
@@ -154,7 +235,7 @@ class Scanned(Graphed):
     def _program(self, x: Tensor, target: Tensor, form: Form, scan: Scan) -> Program:
         key = self._key(x, target, form)
         if key not in self._programs:
-            self._programs[key] = compiled_program(scan.graph, scan.examples)
+            self._programs[key] = scan.program()
         return self._programs[key]
 
     def _step(self, x: Tensor, target: Tensor, *numbers: Tensor) -> tuple[Tensor, ...]:
@@ -164,4 +245,7 @@ class Scanned(Graphed):
         return loss, output
 
 
-__all__ = ["Epoch", "RandomGraphError", "Scanned", "Schedule", "joined", "portions"]
+def _refused(why: str) -> str:
+    return (
+        f"Backprop: for compile='epoch', {why}. Use compile=False, where epoch() makes the updates by steps."
+    )

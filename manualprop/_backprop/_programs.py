@@ -25,6 +25,7 @@ from torch.fx import GraphModule
 from manualprop._torch import compiled_ahead, load_program
 
 Program = Callable[[Sequence[Tensor]], list[Tensor]]
+Whole = Callable[[GraphModule, Sequence[Tensor]], tuple[GraphModule, Sequence[Tensor]]]
 
 MOST = 64  # packages kept, of about 2 MB each; the least recently used goes first
 FOLDER = "MANUALPROP_PROGRAMS"  # the environment variable that names another folder
@@ -60,22 +61,26 @@ def has_compiler() -> bool:
 
 
 def is_kept(graph: GraphModule) -> bool:
-    """Whether the package of a graph is on disk."""
+    """Whether the package made from a graph is on disk."""
     return _path(graph).exists()
 
 
-def compiled_program(graph: GraphModule, inputs: Sequence[Tensor]) -> Program:
+def compiled_program(graph: GraphModule, inputs: Sequence[Tensor], whole: Whole | None = None) -> Program:
     """A graph as a program: loaded from disk, or compiled and kept there.
 
     Args:
         graph: the graph, of functional operations and of writes to its inputs.
-        inputs: examples of its inputs; axes whose length may vary have a symbol for it.
+        inputs: examples of its inputs.
+        whole: makes from these the graph that is compiled, and its inputs; by default they are compiled as they are.
 
     Raises:
         RuntimeError: without a C++ compiler.
     """
     path = _path(graph)
-    return _load(path) or _compile(graph, inputs, path)
+    found = _load(path)
+    if found is None:
+        found = _compile(*(whole(graph, inputs) if whole else (graph, inputs)), path)
+    return found
 
 
 def _load(path: Path) -> Program | None:

@@ -17,22 +17,41 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from manualprop._backprop._graph import Body, random_operation, traced_body
+from manualprop._backprop._programs import Program, compiled_program, is_kept
 from manualprop._torch import scan, with_any_length
 
 aten = torch.ops.aten
 
 
 class Scan(NamedTuple):
-    """A graph of K updates, for any K of at least 2.
+    """K updates, for any K: their program reads ``carried``, the inputs of the step for all updates, and ``fixed``.
 
-    Its inputs are ``carried``, then the inputs of the step for all updates, stacked, then ``fixed``.  It returns the
-    new ``carried``, then the outputs of the step for all updates, stacked.
+    It returns the new ``carried``, then what the step returns, for all updates.  What is one for each update is stacked.
     """
 
-    graph: GraphModule
-    examples: list[Tensor]  # of its inputs, without data
+    step: GraphModule  # the functional step, with these inputs and outputs
+    inputs: list[Tensor]  # examples of the step's own inputs
     carried: list[Tensor]  # the tensors of the model and of the optimizer that an update changes
     fixed: list[Tensor]  # the others that it reads
+
+    def is_kept(self) -> bool:
+        """Whether the program is on disk."""
+        return is_kept(self.step)
+
+    def program(self) -> Program:
+        """The program, loaded or compiled."""
+        return compiled_program(self.step, [*self.carried, *self.inputs, *self.fixed], self._repeated)
+
+    def _repeated(self, step: GraphModule, inputs: Sequence[Tensor]) -> tuple[GraphModule, Sequence[Tensor]]:
+        """The graph that repeats the step, and examples of its inputs: the compiler learns no K from them."""
+        c, end = len(self.carried), len(self.carried) + len(self.inputs)
+
+        def updates(*tensors: Tensor) -> list[Tensor]:
+            return scan(step, list(tensors[:c]), list(tensors[c:end]), tensors[end:])
+
+        examples = with_any_length(inputs[:c], inputs[c:end], inputs[end:])
+        with torch.no_grad():
+            return make_fx(updates)(*examples), examples
 
 
 class RandomGraphError(TypeError):
@@ -56,16 +75,8 @@ def scanned(step: Body, inputs: Sequence[Tensor]) -> Scan:
     carry = [k for k, node in enumerate(given[n:]) if node in final]
     rest = [k for k in range(len(held)) if k not in carry]
     order = [*(given[n + k] for k in carry), *given[:n], *(given[n + k] for k in rest)]
-    repeated = _rearranged(graph, order, [final[given[n + k]] for k in carry])
-    carried, fixed = [held[k] for k in carry], [held[k] for k in rest]
-
-    def updates(*tensors: Tensor) -> list[Tensor]:
-        c, xs = len(carried), len(carried) + n
-        return scan(repeated, list(tensors[:c]), list(tensors[c:xs]), tensors[xs:])
-
-    examples = with_any_length(carried, inputs, fixed)
-    with torch.no_grad():
-        return Scan(make_fx(updates)(*examples), examples, carried, fixed)
+    functional = _rearranged(graph, order, [final[given[n + k]] for k in carry])
+    return Scan(functional, [*inputs], [held[k] for k in carry], [held[k] for k in rest])
 
 
 def _functional(step: Body, inputs: Sequence[Tensor]) -> tuple[GraphModule, list[Tensor]]:

@@ -396,7 +396,7 @@ def build(layer: Module, path: str = "") -> Stage:
         return Added(path, layer, _within(layer, path), skip=False)
     if kind in (nn.Identity, torch.nn.Identity):
         return Chained(path, layer, [])
-    if kind in (torch.nn.Flatten, torch.nn.Unflatten):
+    if kind in (nn.Flatten, torch.nn.Flatten, nn.Unflatten, torch.nn.Unflatten):
         return Reshaped(path, layer)
     if kind is torch.nn.Dropout:
         return Dropped(path, layer)

@@ -16,14 +16,13 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
-from manualprop._backprop._advice import NotFinite
 from manualprop._backprop._criterion import Criterion
-from manualprop._backprop._epoch import Epoch, Pieces, RandomGraphError, Scanned, Schedule, joined, portions
+from manualprop._backprop._epoch import Epoch, Epochs, Pieces, Scanned
 from manualprop._backprop._graph import Graphs
 from manualprop._backprop._plan import Plan
 from manualprop._backprop._stages import build
 from manualprop._backprop._trace import Note, Record, headline, noted, record, recorder, rule_named_as
-from manualprop._backprop._ways import Collected, Compiled, Plain, Repeated, Way, Whole, repeated
+from manualprop._backprop._ways import Collected, Compiled, Plain, Repeated, Way, WholeStep, repeated
 from manualprop._torch import any_autocast, optimizer_post_hooks, optimizer_pre_hooks
 from manualprop.descent import Descent, Stochastic
 
@@ -132,18 +131,13 @@ class Backprop:
         graphs = Graphs(self._compile, self._capture) if self._compile or self._capture else None
         self._plain, self._collected = Plain(plan), Collected(plan, graphs)
         self._compiled = Compiled(plan, graphs) if graphs is not None and self._compile else None
-        self._whole = Whole(plan, graphs) if graphs and (self._capture or plan.is_small) else None
+        self._whole = WholeStep(plan, graphs) if graphs and (self._capture or plan.is_small) else None
         self._first = Collected(plan, None)
         self._by_update = self.lr_scheduler is not None and self.descent.lr_scheduler_interval == "update"
-        self._scanned = self._make_scanned() if self._by_epoch else None
+        scanned = Scanned(plan) if self._by_epoch else None
+        scheduler = self.lr_scheduler if self._by_update else None
+        self._epochs = Epochs(plan, self._step, scanned, scheduler)
         self._forget()
-
-    def _make_scanned(self) -> Scanned:
-        scanned = Scanned(self._plan)
-        obstacle = scanned.obstacle()
-        if obstacle is not None:
-            raise ValueError(_no_program(obstacle))
-        return scanned
 
     def __call__(self, x: Tensor, target: Tensor) -> float:
         """Make one update and return the loss before it.
@@ -185,55 +179,28 @@ class Backprop:
             ValueError: for more than one example with Stochastic.
             TypeError: with ``compile="epoch"`` for a model that draws random numbers.
         """
-        parts: list[Epoch] = []
-        for updates in portions(order, x[0].numel()):
-            try:
-                parts.append(self._in_one(x, target, updates) or self._by_steps(x, target, updates))
-            except NotFinite as error:
-                error.made += sum(len(part.losses) for part in parts)
-                raise
-        return joined(parts)
-
-    def _in_one(self, x: Tensor, target: Tensor, updates: list[Pieces]) -> Epoch | None:
-        """Several updates as one program; None, and nothing has changed, if steps must make them."""
         self._check()
-        scanned = self._scanned
-        if scanned is None or not self._plan.is_small or len(updates) < 2 or len(updates[0]) > 1:
-            return None
-        if not self._plan.has_buffers() or self._refuses(updates):
-            return None
-        rows = torch.stack([row for (row,) in updates]).to(x.device)
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers check this
-        schedule = Schedule(self._plan, self.lr_scheduler if self._by_update else None)
-        numbers = schedule.of(len(updates))
-        try:
-            found = None if numbers is None else scanned(x[rows], target[rows], *numbers)
-        except RandomGraphError as error:
-            raise TypeError(
-                _no_program(f"the model must draw no random numbers. It does, by {error}")
-            ) from None
-        if found is None:
-            schedule.take_back()
-            return None
-        losses, outputs = found
-        self.output = outputs[-1]
-        return Epoch(losses.double(), outputs.flatten(0, 1))
+        made = self._epochs(x, target, order)
+        if len(made.losses):
+            self.output = self._epochs.output
+        return made
 
-    def _by_steps(self, x: Tensor, target: Tensor, updates: list[Pieces]) -> Epoch:
-        losses, outputs = [], []
-        for pieces in updates:
-            rows = torch.cat(pieces).to(x.device)
-            try:
-                losses.append(self(x[rows], target[rows]))
-            except NotFinite as error:
-                error.made = len(losses)
-                raise
-            outputs.append(self.output)
-        return Epoch(torch.tensor(losses, dtype=torch.float64), torch.cat(outputs))
+    def has_program(self, x: Tensor, target: Tensor) -> bool:
+        """Whether the program of updates on inputs of this shape is on disk, and need not be compiled.
 
-    def _refuses(self, updates: list[Pieces]) -> bool:
-        """Whether a step would raise for these updates."""
-        return isinstance(self.descent, Stochastic) and len(updates[0][0]) != 1
+        Args:
+            x: the inputs of one update.
+            target: their targets.
+
+        Raises:
+            TypeError: for a model that draws random numbers.
+        """
+        self._check()
+        scanned = self._epochs.scanned
+        return scanned is not None and scanned.is_kept(x, target)
+
+    def _step(self, x: Tensor, target: Tensor) -> tuple[float, Tensor]:
+        return self(x, target), self.output
 
     def _way(self, x: Tensor) -> Way:
         """The way of running a step for these inputs."""
@@ -333,9 +300,3 @@ class Backprop:
         yield record("loss", "loss", loss, headline(rule_named_as(loss)), made.loss)
         yield record("backward", "loss", loss, "dL/dy, the gradient that starts", made.g)
         yield from records[turn:]
-
-
-def _no_program(why: str) -> str:
-    return (
-        f"Backprop: for compile='epoch', {why}. Use compile=False, where epoch() makes the updates by steps."
-    )

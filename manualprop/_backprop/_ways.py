@@ -4,7 +4,7 @@
 :class:`Plain`     the stages forwards and backwards, each update folded into the product that makes its gradient
 :class:`Repeated`  the same for further small inputs of one shape: buffers and views are reused
 :class:`Compiled`  forward and backward pass as one compiled graph, then the folded updates
-:class:`Whole`     forward pass, backward pass and update as one graph: compiled, or captured on a GPU
+:class:`WholeStep`     forward pass, backward pass and update as one graph: compiled, or captured on a GPU
 :class:`Collected`  gradients first, then the update: for pieces, for tied weights, or for any optimizer
 ================  ==================================================================================================
 """
@@ -140,7 +140,7 @@ class Graphed:
         return loss, output, updates
 
 
-class Whole(Graphed):
+class WholeStep(Graphed):
     """One graph of forward pass, backward pass and update: compiled for small networks, or captured on a GPU."""
 
     def __init__(self, plan: Plan, graphs: Graphs) -> None:

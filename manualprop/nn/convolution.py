@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from manualprop import functional as F
@@ -30,7 +29,7 @@ def _padded(
     """The convolution of a layer; paddings other than zeros are a step before it."""
     padding = self.padding
     if self.padding_mode != "zeros":
-        input = torch.nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+        input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
         padding = 0
     return convolution(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 

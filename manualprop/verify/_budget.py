@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from manualprop.verify._subject import Subject
 
 # A unit is what an operation takes: about 5 microseconds, and as much again for each 4000 numbers.
 UNITS = 400_000.0
+QUICK = 40_000.0  # at the level quick
 LEAST = 8
 
 T = TypeVar("T")
@@ -21,10 +21,15 @@ T = TypeVar("T")
 
 def affordable(s: Subject, points: Sequence[T], evaluations: int) -> list[T]:
     """As many of ``points`` as the budget has, spread over all of them; each takes so many ``evaluations``."""
-    most = max(LEAST, int(UNITS / (evaluations * work(s))))
+    most = max(LEAST, int(budget(s) / (evaluations * work(s))))
     if len(points) <= most:
         return list(points)
     return [points[(k * len(points)) // most] for k in range(most)]
+
+
+def budget(s: Subject) -> float:
+    """Units for one probe."""
+    return QUICK if s.quick else UNITS
 
 
 def work(s: Subject) -> float:
@@ -54,17 +59,27 @@ class _Counting(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        entries = [t.numel() for t in (*tensors, *tree_leaves(result)) if isinstance(t, Tensor)]
-        self.units += 1.0 + (sum(entries) + _product(func, tensors, result)) / 4000.0
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        tensors = [*_tensors(args), *_tensors(tuple(kwargs.values()))]
+        made = [t.numel() for t in _tensors(result)]
+        entries = sum(made) + sum(t.numel() for t in tensors)
+        self.units += 1.0 + (entries + _product(func, tensors, max(made, default=0))) / 4000.0
         return result
 
 
-def _product(func: Any, tensors: Sequence[Tensor], result: Any) -> float:
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those in what an operation takes or returns: it nests no deeper than lists."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _product(func: Any, tensors: Sequence[Tensor], made: int) -> float:
     """Multiplications of a matrix product, at a tenth of what another operation takes, or of a convolution."""
-    name = str(func)
-    made = max((t.numel() for t in tree_leaves(result) if isinstance(t, Tensor)), default=0)
+    name: str = func.__name__
     if "conv" in name:
         weight = next((t for t in tensors[1:] if t.dim() > 2), None)
         most = max([made, *(t.numel() for t in tensors)])

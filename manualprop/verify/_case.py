@@ -5,12 +5,22 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 Project = Callable[[Tensor], Tensor]
+
+
+class Around(Protocol):
+    """What stands between a function and its callers while a check looks for the cause of a finding."""
+
+    def inward(self, given: Any) -> Any:
+        """What the function gets in the place of ``given``."""
+
+    def outward(self, result: Any, reseed: Callable[[], None]) -> Any:
+        """What its caller gets in the place of ``result``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +67,8 @@ class Case:
     unique: Sequence[str] = ()
     project: Project | Mapping[str, Project] | None = None
     inputs: Callable[..., Any] | None = None
+
+    around: ClassVar[Around | None] = None
 
     def __post_init__(self) -> None:
         if not callable(self.fn):

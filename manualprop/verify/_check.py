@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from manualprop.verify import _process
 from manualprop.verify._case import Case, Project
+from manualprop.verify._cures import asked_again
 from manualprop.verify._judge import judged, prepared
 from manualprop.verify._probe import LEVELS, Level, Probe
 from manualprop.verify._report import Outcome, Report, skipped
@@ -103,13 +104,18 @@ def check(
     members(case.declare, list(load()), "declare")
     start = time.perf_counter()
     isolated = isolate and _process.can_fork() and not _on_accelerator(case)
+
+    def ask(case: Case, probes: Sequence[Probe]) -> Iterator[Outcome]:
+        quick = level == "quick"
+        return _process.outcomes(case, probes, time_limit, quick) if isolated else _here(case, probes, quick)
+
     outcomes = []
-    for outcome in _process.outcomes(case, probes, time_limit) if isolated else _here(case, probes):
+    for outcome in ask(case, probes):
         outcome = dataclasses.replace(outcome, reproduction=_again(case, outcome))
         outcomes.append(outcome)
         if progress is not None:
             progress(outcome)
-    outcomes = held(outcomes, case.declare, case.accept, list(load()))
+    outcomes = held(asked_again(case, outcomes, ask), case.declare, case.accept, list(load()))
     return Report(case.name, tuple(outcomes), time.perf_counter() - start)
 
 
@@ -143,10 +149,10 @@ def _on_accelerator(case: Case) -> bool:
 # ----- running in this process -----
 
 
-def _here(case: Case, probes: Sequence[Probe]) -> Iterator[Outcome]:
+def _here(case: Case, probes: Sequence[Probe], quick: bool) -> Iterator[Outcome]:
     """Run in this process, and leave the global state of torch as it was found."""
     with _everything_restored():
-        subject = _raising_what_it_means(case)
+        subject = _raising_what_it_means(case, quick)
         if isinstance(subject, Outcome):
             yield subject
             return
@@ -159,9 +165,9 @@ def _here(case: Case, probes: Sequence[Probe]) -> Iterator[Outcome]:
                 yield judged(probe, subject)
 
 
-def _raising_what_it_means(case: Case) -> Subject | Outcome:
+def _raising_what_it_means(case: Case, quick: bool) -> Subject | Outcome:
     try:
-        return prepared(case)
+        return prepared(case, quick)
     except BadUse as bad:
         raise bad.kind(str(bad)) from None
 

@@ -85,6 +85,22 @@ def compare(s: Subject, hand: Hand | None = None, only: int | None = None) -> li
     return [_one(s, i, v, d, found[i], hand) for i in range(len(s.points)) if only in (None, i)]
 
 
+def first_order_of(s: Subject) -> list[Comparison]:
+    """:func:`compare` in reverse mode, which several probes ask for: done once."""
+    if "first order" not in s._shared:
+        s._shared["first order"] = compare(s)
+    found: list[Comparison] = s._shared["first order"]
+    return found
+
+
+def wrong_in_first_order(s: Subject) -> bool:
+    """Whether the plain gradient is wrong, so that it is wrong elsewhere too: what first_order tells."""
+    try:
+        return any(bool(c.wrong.any()) for c in first_order_of(s))
+    except Exception:  # whatever the checked code raises
+        return True
+
+
 def _allowed_directions(s: Subject, i: int, d: Tensor) -> Tensor:
     """Those in which a point may move, where the case's author has points projected."""
     if not s.projects or not len(d):
@@ -209,16 +225,9 @@ def _tolerance(s: Subject, v: Tensor, values: Tensor, errors: Tensor) -> Tensor:
 
 def _kinks(s: Subject, i: int, row: Tensor, evaluate: _numeric.Evaluate) -> Tensor:
     """(M,) of bool: which outputs have two slopes in a direction of point ``i``, or are asked at another's kink."""
-    kinks = _at_kink(evaluate, s.noise, s.points[i].dtype) | _at_fine_steps(s, i, evaluate)
-    return kinks | s.kinks_of_base(i, row) if isinstance(s, Derived) else kinks
-
-
-def _at_fine_steps(s: Subject, i: int, evaluate: _numeric.Evaluate) -> Tensor:
-    """(M,) of bool: where small steps find another slope than large ones: a staircase, seen from afar a ramp."""
     dtype = s.points[i].dtype
-    far = _numeric.derivative(evaluate, s.noise, dtype)
-    near = _numeric.derivative(evaluate, s.noise, dtype, first=1e-5)
-    return (far.value - near.value).abs() > 1e-3 + 10 * (far.error + near.error)
+    kinks = _at_kink(evaluate, s.noise, dtype) | _numeric.staircase(evaluate, s.noise, dtype)
+    return kinks | s.kinks_of_base(i, row) if isinstance(s, Derived) else kinks
 
 
 def _at_kink(evaluate: _numeric.Evaluate, noise: float, dtype: torch.dtype) -> Tensor:

@@ -40,7 +40,7 @@ def explain(s: Subject, comparisons: Sequence[Comparison]) -> tuple[str, str, di
     return evidence, diagnosis, {"worst": worst, "heat_maps": maps}
 
 
-def of_refused_shape(text: str) -> str:
+def of_refused_shape(text: str, s: Subject) -> str:
     """What autograd's complaint about a gradient's shape tells."""
     shapes = re.search(r"got \[([\d, ]*)\] but expected shape compatible with \[([\d, ]*)\]", text)
     if shapes is None:
@@ -50,9 +50,26 @@ def of_refused_shape(text: str) -> str:
         return "transposed"
     if sorted(got) == sorted(expected):
         return "transposed: its dimensions are permuted"
-    if len(got) >= len(expected) and math.prod(got) > math.prod(expected):
-        return "missing sum over a broadcast dimension"
-    return f"gradient of shape {got} for an input of shape {expected}: exchanged with another's?"
+    if [n for n in got if n != 1] == [n for n in expected if n != 1]:
+        return f"an axis of length 1 too {'many' if len(got) > len(expected) else 'few'}"
+    left = [n for n in expected if n != 1]
+    outputs = list(zip(s.output_names, s.outputs, strict=True))
+    for name, y in outputs:
+        if math.prod(got) > math.prod(expected) and _left_of(y.shape, got) and _left_of(got, left):
+            return f"missing sum over a dimension of {name}"
+    owners = [name for name, p in zip(s.names, s.points, strict=True) if list(p.shape) == got]
+    if owners:
+        return f"exchanged: {got} is the shape of {' and '.join(owners)}"
+    for name, y in outputs:
+        if _left_of(y.shape, got) and _left_of(y.shape, left):
+            return f"summed over other dimensions of {name} than it should be"
+    return f"gradient of shape {got} for an input of shape {expected}"
+
+
+def _left_of(shape: Sequence[int], some: Sequence[int]) -> bool:
+    """Whether dropping dimensions of ``shape`` leaves ``some``."""
+    rest = iter(shape)
+    return all(n in rest for n in some)
 
 
 def _whole(s: Subject, c: Comparison) -> Comparison:

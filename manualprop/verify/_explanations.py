@@ -107,7 +107,7 @@ def _meaning(c: float, w: Wrong) -> str:
     }
     for n in sorted(broadcast - {1}):
         if abs(size * n - 1) < 1e-5:
-            return f" = 1/{n}: mean for sum over a broadcast dimension?{sign}"
+            return f"{_as_share(c, n)}: mean for sum over a broadcast dimension?{sign}"
         if abs(size - n) < 1e-5 * n and n > 2:
             return f": sum for mean, or summed {n} times?{sign}"
     if abs(size - 2) < 1e-5:
@@ -116,10 +116,16 @@ def _meaning(c: float, w: Wrong) -> str:
         return f": half, a factor 2 missing?{sign}"
     for n, what in _sizes(w):
         if abs(size * n - 1) < 1e-5:
-            return f" = 1/{n}: a mean's divisor? ({what} is {n}){sign}"
+            return f"{_as_share(c, n)}: a mean's divisor? ({what} is {n}){sign}"
         if abs(size - n) < 1e-5 * n:
             return f": a mean's divisor missing? ({what} is {n}){sign}"
     return sign
+
+
+def _as_share(c: float, n: int) -> str:
+    """The factor as a fraction, unless it was written as one already."""
+    share = f"{'-' * (c < 0)}1/{n}"
+    return "" if _number(c) == share else f" = {share}"
 
 
 def _sizes(w: Wrong) -> Iterator[tuple[int, str]]:
@@ -145,9 +151,11 @@ def _ignores_grad_output(w: Wrong) -> str:
         return "grad_output is ignored: right at most for a grad_output of ones"
     if not w.c.whole:
         return ""
-    good = (_numeric.flat([ones]) - w.numeric.sum(0)).abs() <= FIT * w.numeric.abs().sum(
-        0
-    ).max() + w.c.tolerance.sum(0)
+    right = w.numeric.sum(0)
+    slack = FIT * w.numeric.abs().sum(0).max() + w.c.tolerance.sum(0)
+    if not bool((right.abs() > slack).any()):
+        return ""  # ones send nothing back through a softmax or a norm: agreement there says nothing
+    good = (_numeric.flat([ones]) - right).abs() <= slack
     return "right only for a grad_output of ones" if bool((good | w.c.kinks.any(0)).all()) else ""
 
 
@@ -302,6 +310,21 @@ def _where(bad: Tensor, x: Tensor, shape: torch.Size) -> str:
             return f"at {at[:6]} of dim {d}"
     index = [int(i) for i in torch.unravel_index(bad.nonzero()[0, 0], shape)] if shape else []
     return f"as at {index}"
+
+
+def _handed_on(w: Wrong) -> str:
+    """H is the identity, and N is not."""
+    n = len(w.hand)
+    if not w.c.whole or n != w.hand.shape[1] or getattr(w.s, "base", None) is not None:
+        return ""
+    if not w.fits(w.hand, torch.eye(n, dtype=w.hand.dtype)):
+        return ""
+    if w.s.random:
+        return "grad_output is handed on as it is: the mask and the scale that forward draws are missing"
+    return (
+        "grad_output is handed on as it is: the function's own slope is missing "
+        "(of a residual connection, that of the block beside it)"
+    )
 
 
 def _one_path(w: Wrong) -> str:
@@ -480,6 +503,7 @@ EXPLANATIONS: tuple[Callable[[Wrong], str], ...] = (
     _one_output,
     _missing_sum,
     _part,
+    _handed_on,
     _one_path,
     _elsewhere,
     _missing_eps,

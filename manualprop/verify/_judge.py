@@ -45,7 +45,7 @@ def _raised(probe: Probe, subject: Subject, error: Exception) -> Outcome:
         return skipped("the plain backward raises: see first_order")
     if _of_our_own(error):
         return skipped(f"not measured: the probe itself raises {message(error)}")
-    return finding(f"raises {message(error)}", of_refused_shape(str(error)))
+    return finding(f"raises {message(error)}", of_refused_shape(str(error), subject))
 
 
 def _of_our_own(error: Exception) -> bool:
@@ -69,12 +69,14 @@ def _plain_backward_raises(subject: Subject) -> bool:
     return False
 
 
-def prepared(case: Case) -> Subject | Outcome:
+def prepared(case: Case, quick: bool) -> Subject | Outcome:
     """The case made ready to run, or the finding that it does not run at all."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return ready(case)
+            subject = ready(case)
+            subject.quick = quick
+            return subject
         except BadUse:
             raise
         except Exception as error:  # whatever the checked code raises

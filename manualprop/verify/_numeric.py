@@ -9,7 +9,7 @@ Of all entries of the table the one with the smallest error estimate is taken, f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,9 +43,8 @@ def derivative(
     The largest step is ``first``, if it is given.
     """
     h = steps(dtype, 7) if first is None else [first / RATIO**k for k in range(4)]
-    return _extrapolated(
-        [(_safe(evaluate, s) - _safe(evaluate, -s)) / (2 * s) for s in h], 2, [noise / s for s in h]
-    )
+    differences = ((_safe(evaluate, s) - _safe(evaluate, -s)) / (2 * s) for s in h)
+    return _extrapolated(differences, 2, [noise / s for s in h])
 
 
 def one_sided(
@@ -54,9 +53,15 @@ def one_sided(
     """d/dt at 0 from above (``side`` = 1) or from below (-1)."""
     here = evaluate(0.0).detach()
     h = steps(dtype, 8)
-    return _extrapolated(
-        [(_safe(evaluate, side * s) - here) / (side * s) for s in h], 1, [2 * noise / s for s in h]
-    )
+    differences = ((_safe(evaluate, side * s) - here) / (side * s) for s in h)
+    return _extrapolated(differences, 1, [2 * noise / s for s in h])
+
+
+def staircase(evaluate: Evaluate, noise: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """Where small steps find another slope than large ones, as bools: a staircase looks like a ramp from afar."""
+    far = derivative(evaluate, noise, dtype)
+    near = derivative(evaluate, noise, dtype, first=1e-5)
+    return (far.value - near.value).abs() > 1e-3 + 10 * (far.error + near.error)
 
 
 def noise(evaluate: Evaluate) -> float:
@@ -78,15 +83,19 @@ def noises(evaluate: Evaluate) -> Tensor:
     return torch.maximum(residual, smallest)
 
 
-def _extrapolated(differences: Sequence[Tensor], power: int, floors: Sequence[float | Tensor]) -> Estimate:
+def _extrapolated(differences: Iterable[Tensor], power: int, floors: Sequence[float | Tensor]) -> Estimate:
     """The best entry of Richardson's table; the error has powers ``power``, 2 ``power``, ... of h.
 
-    No entry is better than the ``floors`` that noise sets for its smallest step.
+    No entry is better than the ``floors`` that noise sets for its smallest step.  They grow as the step shrinks, so
+    the rest of ``differences`` is not even asked for once the next floor is above every error.
     """
-    best = Estimate(differences[0], torch.full_like(differences[0], torch.inf))
-    above = [differences[0]]
-    for i in range(1, len(differences)):
-        row = [differences[i]]
+    best: Estimate | None = None
+    above: list[Tensor] = []
+    for i, difference in enumerate(differences):
+        if best is None:
+            best, above = Estimate(difference, torch.full_like(difference, torch.inf)), [difference]
+            continue
+        row = [difference]
         for j in range(1, i + 1):
             factor = RATIO ** (power * j)
             row.append((factor * row[j - 1] - above[j - 1]) / (factor - 1))
@@ -98,6 +107,9 @@ def _extrapolated(differences: Sequence[Tensor], power: int, floors: Sequence[fl
             better = error < best.error  # False for NaN
             best = Estimate(torch.where(better, row[j], best.value), torch.where(better, error, best.error))
         above = row
+        if i + 1 < len(floors) and bool((best.error <= floors[i + 1]).all()):
+            break
+    assert best is not None
     return best
 
 

@@ -44,8 +44,10 @@ def can_fork() -> bool:
     return hasattr(os, "fork") and sys.platform != "darwin" and not torch.cuda.is_initialized()
 
 
-def outcomes(case: Case, probes: Sequence[Probe], time_limit: float) -> Iterator[Outcome]:
-    """The outcome of each probe, in order, as it comes.
+def outcomes(
+    case: Case, probes: Sequence[Probe], time_limit: float, quick: bool = False
+) -> Iterator[Outcome]:
+    """The outcome of each probe, in order, as it comes; ``quick`` ones look at less of what is expensive.
 
     Raises:
         ValueError, TypeError: what a wrong use of the check deserves.
@@ -54,7 +56,7 @@ def outcomes(case: Case, probes: Sequence[Probe], time_limit: float) -> Iterator
     rest = list(probes)
     while rest:
         batch = _batch(rest)
-        child = _Child(case, batch)
+        child = _Child(case, batch, quick)
         try:
             started = child.receive(time_limit)
             if isinstance(started, BadUse):
@@ -135,12 +137,12 @@ def _batch(probes: Sequence[Probe]) -> list[Probe]:
 
 
 class _Child:
-    def __init__(self, case: Case, probes: Sequence[Probe]) -> None:
+    def __init__(self, case: Case, probes: Sequence[Probe], quick: bool) -> None:
         self.connection, theirs = Pipe()
         self.pid = _forked()
         if self.pid == 0:
             self.connection.close()
-            _work(case, probes, theirs)
+            _work(case, probes, quick, theirs)
         theirs.close()
 
     def receive(self, time_limit: float) -> Any:
@@ -207,7 +209,7 @@ def _end(status: int) -> str:
     return f"exit status {os.WEXITSTATUS(status)}"
 
 
-def _work(case: Case, probes: Sequence[Probe], connection: Connection) -> None:
+def _work(case: Case, probes: Sequence[Probe], quick: bool, connection: Connection) -> None:
     """The child's life: never returns."""
     status = 1
     try:
@@ -217,7 +219,7 @@ def _work(case: Case, probes: Sequence[Probe], connection: Connection) -> None:
         torch.set_num_threads(1)
         torch.set_grad_enabled(True)
         try:
-            subject = prepared(case)
+            subject = prepared(case, quick)
         except BadUse as bad:
             connection.send(bad)
         else:

@@ -6,7 +6,7 @@ import json
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 Verdict = Literal["passed", "finding", "accepted", "limit", "skipped"]
@@ -44,6 +44,12 @@ def passed(evidence: str = "", **details: Any) -> Outcome:
 
 def finding(evidence: str, diagnosis: str = "", **details: Any) -> Outcome:
     return Outcome("", "finding", evidence, diagnosis, details)
+
+
+def apart(outcome: Outcome, *causes: str) -> Outcome:
+    """The same finding, which is shown not to follow from what the probes ``causes`` find."""
+    known = outcome.details.get("apart_from", [])
+    return replace(outcome, details={**outcome.details, "apart_from": [*known, *causes]})
 
 
 def limit(evidence: str, **details: Any) -> Outcome:

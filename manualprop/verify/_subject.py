@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +57,7 @@ class Subject:
 
     settled = False  # whether its dtype is decided
     note = ""  # in which dtype it is judged, where that is not float64
+    quick = False  # whether expensive functions are looked at in fewer points, and not at the largest sizes
 
     whole = 96  # entries of a tensor up to which each is a direction of its own in numerical differentiation
 
@@ -66,6 +68,8 @@ class Subject:
         self._exchange = exchange(self.module) if self.module is not None else None
         self.dtype = dtype
         self._leaves, self._spec = tree_flatten((tuple(case.args), dict(case.kwargs)))
+        # Whether the arguments are what they hold, without containers: nothing need be unfolded at each call.
+        self._flat = not case.kwargs and all(a is b for a, b in zip_longest(case.args, self._leaves))
         self._relative_noise = 0.0  # of the outputs, inherited by other sizes
         self._largest = 0.0  # output, inherited by other sizes
         self._not_leaf = False  # hand over non-leaf tensors, to a function that writes into its input
@@ -156,9 +160,15 @@ class Subject:
 
     def called(self, args: tuple[Any, ...], kwargs: dict[str, Any], state: dict[str, Tensor]) -> Any:
         """What the callable returns for what :meth:`arguments` made."""
+        around = self.case.around
+        if around is not None:
+            state.update({name: around.inward(t) for name, t in state.items() if name in self.names})
+            args, kwargs = around.inward((args, kwargs))
         if self._exchange is not None:
-            return self._exchange.call(state, args, kwargs)
-        return self.fn(*args, **kwargs)
+            result = self._exchange.call(state, args, kwargs)
+        else:
+            result = self.fn(*args, **kwargs)
+        return result if around is None else around.outward(result, self.reseed)
 
     def arguments(self, *points: Tensor) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Tensor]]:
         """Positional and keyword arguments, and the parameters and buffers of a module, with ``points`` in place."""
@@ -176,6 +186,8 @@ class Subject:
                 state[p.slot] = value
             else:
                 leaves[p.slot] = value
+        if self._flat:
+            return tuple(leaves), {}, state
         args, kwargs = tree_unflatten(leaves, self._spec)
         return args, kwargs, state
 
@@ -501,6 +513,8 @@ def is_float(t: Any) -> bool:
 
 def floating(result: Any) -> tuple[Tensor, ...]:
     """The floating tensors in what a callable returns, complex ones as pairs of real numbers."""
+    if isinstance(result, Tensor):  # as nearly always, thousands of times
+        return (_real(result),) if is_float(result) else ()
     return tuple(_real(o) for o in tree_leaves(result) if is_float(o))
 
 

@@ -9,58 +9,56 @@ from collections.abc import Iterable, Mapping, Sequence
 from manualprop.verify._probe import FEATURES
 from manualprop.verify._report import Outcome
 
-# Whoever finds one of these explains what the probes behind it find: they call the same backward, in the state that
-# it is in.  From the cause to the consequence: the first that was found counts.
-_STATE = (
-    "retain_graph", "repeat", "interleaving", "checkpointing", "saved_tensors", "inplace_edit", "grad_modes",
-)  # fmt: skip
+# Whoever finds one of these may explain what the probes behind it find: they call the same backward, in the state that
+# it is in.  From the cause to the consequence: the first that was found counts.  What a probe itself, or a cure
+# (_cures), shows to stand apart from a cause stays a finding.
+STATE = ("retain_graph", "repeat", "interleaving", "checkpointing", "grad_modes")
+_KEPT = ("saved_tensors", "inplace_edit", "leaks")
 _NUMBERS = (
     "first_order", "second_order", "third_order", "forward_over_reverse", "linearity", "sizes", "zero_size", "ranks",
     "indices", "dtypes", "mixed_dtypes", "autocast", "extremes", "ties",
 )  # fmt: skip
 _FORWARD = ("forward_mode", "forward_over_reverse", "nested_forward_mode", "jacfwd")
 _TRANSFORMS = ("func_grad", "jacrev", "vmap", "vmap_grad", "compile", "poisoned_backward")
-_ARGUMENTS = (
+ARGUMENTS = (
     "grad_output_layout", "input_layout", "requires_grad_subsets", "partial_outputs", "same_input", "aliasing",
 )  # fmt: skip
 CONSEQUENCES: dict[str, tuple[str, ...]] = {
-    "mutation": (*_NUMBERS, *_ARGUMENTS, *_STATE, *_TRANSFORMS, "random_state", "module_copy"),
-    "random_state": (*_NUMBERS, *_ARGUMENTS, *_STATE, *_TRANSFORMS),
-    "grad_modes": ("second_order", "third_order", "forward_over_reverse", "checkpointing", "leaks", "saved_tensors", "ranks"),
+    "mutation": (*_NUMBERS, *ARGUMENTS, *STATE, *_TRANSFORMS, "inplace_edit", "random_state", "module_copy"),
+    "random_state": (*_NUMBERS, *ARGUMENTS, *STATE, *_TRANSFORMS),
+    "grad_modes": ("second_order", "third_order", "forward_over_reverse", "checkpointing", "ranks"),
     "retain_graph": (
-        "first_order", "second_order", "linearity", "repeat", "interleaving", "checkpointing", "grad_modes", *_ARGUMENTS,
+        "second_order", "linearity", "repeat", "interleaving", "checkpointing", "grad_modes", "ranks", *ARGUMENTS,
     ),
     "interleaving": (
-        "second_order", "input_layout", "repeat", "saved_tensors", "inplace_edit", "leaks", "checkpointing", "vmap",
-        "sizes", "ranks", "grad_modes",
+        "second_order", "input_layout", "repeat", *_KEPT, "checkpointing", "vmap", "sizes", "ranks", "grad_modes",
+        "poisoned_backward",
     ),
-    "repeat": (*_NUMBERS, *_ARGUMENTS, "saved_tensors", "inplace_edit", "checkpointing", "grad_modes", "leaks", "vmap"),
-    "first_order": (*_NUMBERS, *_FORWARD, "reference", "autocast"),
+    "repeat": (*_NUMBERS, *ARGUMENTS, "checkpointing", "grad_modes", "vmap"),
+    "first_order": (*_NUMBERS, *_FORWARD, "reference", "poisoned_backward"),
     "output_requires_grad": ("first_order", *_FORWARD, "second_order", "partial_outputs"),
-    "requires_grad_subsets": ("second_order", *_FORWARD, *_TRANSFORMS, "leaks"),
-    "partial_outputs": ("second_order", "extremes", "ties", "sizes", *_TRANSFORMS),
+    "requires_grad_subsets": (*_FORWARD, *_TRANSFORMS),
+    "partial_outputs": ("extremes", "ties", "sizes", *_TRANSFORMS),
     "grad_output_layout": ("second_order", "jacrev", "vmap", "ranks"),
     "input_layout": ("second_order", "vmap", "ranks", "vmap_grad"),
-    "same_input": ("second_order",),
+    "aliasing": ("compile",),
     "reference": ("extremes", "ties"),
-    "second_order": (
-        "third_order", "forward_over_reverse", "saved_tensors", "sizes", "dtypes", "extremes", "leaks",
-    ),
+    "second_order": ("third_order", "forward_over_reverse", "saved_tensors", "sizes", "dtypes", "extremes"),
     "linearity": ("second_order", "partial_outputs", "zero_size", "sizes", "dtypes", "autocast", "extremes", "ranks"),
     "saved_tensors": ("inplace_edit", "leaks"),
     "inplace_edit": ("leaks",),
     "indices": ("sizes", "ranks"),
-    "sizes": ("zero_size", "ranks", "extremes", "vmap"),
+    "sizes": ("zero_size", "ranks"),
     "ranks": ("sizes", "zero_size", "vmap", "vmap_grad"),
     "dtypes": ("mixed_dtypes", "autocast", "extremes", "ranks"),
     "output_dtype": ("dtypes", "mixed_dtypes", "autocast", "extremes"),
-    "extremes": ("ties", "zero_size", "sizes"),
-    "ties": ("sizes", "extremes", "ranks", "vmap", "vmap_grad"),
+    "extremes": ("ties",),
+    "ties": ("sizes", "ranks", "vmap", "vmap_grad"),
     "forward_mode": ("forward_over_reverse", "nested_forward_mode", "jacfwd", "vmap", "ties"),
     "vmap": ("vmap_grad", "jacrev"),
     "func_grad": ("jacrev", "vmap_grad", "compile", "poisoned_backward"),
     "jacrev": ("vmap_grad",),
-    "checkpointing": ("saved_tensor_hooks", "sizes"),
+    "checkpointing": ("saved_tensor_hooks",),
     "compile": ("poisoned_backward",),
 }  # fmt: skip
 
@@ -84,6 +82,8 @@ def linked(outcomes: Sequence[Outcome]) -> list[Outcome]:
         if cause not in by_name or by_name[cause].verdict != "finding" or cause in explained:
             continue
         for name in consequences:
+            if name in by_name and cause in by_name[name].details.get("apart_from", ()):
+                continue
             if name != cause and name != (crash.probe if crash else ""):
                 explained.setdefault(name, cause)
     return [

@@ -91,6 +91,7 @@ class Defect:
         truth: The same function without the defect.  Alone: the gradients must differ from its.  Beside ``shows``:
             they must agree, because the defect is elsewhere.
         shows: Is the defect seen by hand?
+        also: The probes that find a second defect in it, which would be there without the first.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Defect:
     options: dict[str, Any]
     truth: Callable[..., Any] | None
     shows: Callable[[Call], bool] | None
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -153,13 +155,14 @@ def defect(
     says: str | None = None,
     truth: Callable[..., Any] | None = None,
     shows: Callable[[Call], bool] | None = None,
+    also: tuple[str, ...] = (),
     **options: Any,
 ) -> Callable[[Any], Any]:
     """Enter a Function, a module class or a callable into the table of defects."""
 
     def enter(thing: Any) -> Any:
         make = _maker(thing, args, kwargs or {}, truth)
-        DEFECTS.append(Defect(_name(thing), make, probes, says, options, truth, shows))
+        DEFECTS.append(Defect(_name(thing), make, probes, says, options, truth, shows, also))
         return thing
 
     return enter

@@ -50,6 +50,7 @@ def differs_for_input(call: Call, x: Tensor) -> bool:
 
 @defect(
     "grad_output_layout",
+    also=("second_order",),
     args=lambda r: (r(4, 5),),
     says="only for",
     truth=torch.tanh,
@@ -70,6 +71,7 @@ class TanhReadsGradOutputAsContiguous(Function):
 
 @defect(
     "grad_output_layout",
+    also=("second_order",),
     args=lambda r: (r(4, 6), r(6)),
     says="only for",
     truth=lambda x, w: F.rms_norm(x, (6,), w, 1e-6),
@@ -159,6 +161,7 @@ class ChannelScaleReadsChannelsLastAsContiguous(Function):
 
 @defect(
     "input_layout",
+    also=("second_order",),
     args=lambda r: (r(4, 5),),
     says="only for",
     truth=F.gelu,
@@ -271,6 +274,7 @@ class LinearAsksAboutInputForWeight(Function):
 
 @defect(
     "requires_grad_subsets",
+    also=("second_order",),
     args=lambda r: (r(4, 5), r(5), r(5)),
     truth=lambda x, w, b: F.layer_norm(x, (5,), w, b),
     shows=lambda call: raises(lambda: subset(call, 0)),

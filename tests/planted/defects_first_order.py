@@ -175,7 +175,7 @@ class CosineWrongSign(Function):
         return g * x.sin()
 
 
-@defect("first_order", args=lambda r: (r(4, 5),), truth=F.gelu)
+@defect("first_order", also=("extremes",), args=lambda r: (r(4, 5),), truth=F.gelu)
 class GeluExactWithSlopeOfTanhForm(Function):
     """Off by 4e-4 at most: gradcheck's default tolerance lets it pass."""
 
@@ -208,7 +208,7 @@ class SigmoidOffByOneInTenThousand(Function):
         return g * y * (1 - y) * 1.0001
 
 
-@defect("first_order", args=lambda r: (r(4, 5),), says="one path", truth=F.silu)
+@defect("first_order", args=lambda r: (r(4, 5),), says="a detached factor: x", truth=F.silu)
 class SiluWithoutSlopeOfItsGate(Function):
     @staticmethod
     def forward(ctx, x):
@@ -221,7 +221,13 @@ class SiluWithoutSlopeOfItsGate(Function):
         return g * x.sigmoid()
 
 
-@defect("first_order", args=lambda r: (r(6, 4),), says="one path", truth=lambda x: x + x.tanh())
+@defect(
+    "first_order",
+    also=("second_order",),
+    args=lambda r: (r(6, 4),),
+    says="one path",
+    truth=lambda x: x + x.tanh(),
+)
 class ResidualPathDropped(Function):
     @staticmethod
     def forward(ctx, x):

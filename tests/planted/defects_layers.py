@@ -45,6 +45,7 @@ class LogSoftmaxWithoutSumTerm(Function):
 
 @defect(
     "first_order",
+    also=("second_order",),
     args=lambda r: (r(4, 6), r(6), r(6)),
     says="one path",
     truth=lambda x, w, b: F.layer_norm(x, (6,), w, b),
@@ -67,6 +68,7 @@ class LayerNormWithoutMeanTerm(Function):
 
 @defect(
     "first_order",
+    also=("second_order",),
     args=lambda r: (r(5, 3), r(3), r(3)),
     says="one path",
     truth=lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True),
@@ -87,6 +89,7 @@ class BatchNormTakesStatisticsForConstants(Function):
 
 @defect(
     "first_order",
+    also=("second_order",),
     args=lambda r: (r(4, 6), r(6)),
     truth=lambda x, w: F.rms_norm(x, (6,), w, 1e-6),
 )
@@ -105,7 +108,13 @@ class RmsNormWeightGradientFromRawInput(Function):
         return rstd * (dz - z * (dz * z).mean(-1, keepdim=True)), (g * x).sum(0)
 
 
-@defect("first_order", args=lambda r: (r(4, 3),), says="one path", truth=lambda x: F.normalize(x, dim=1))
+@defect(
+    "first_order",
+    also=("second_order",),
+    args=lambda r: (r(4, 3),),
+    says="a detached factor: x",
+    truth=lambda x: F.normalize(x, dim=1),
+)
 class NormalizeWithoutProjection(Function):
     @staticmethod
     def forward(ctx, x):
@@ -194,6 +203,7 @@ class MseTargetGradientOfTheSameSign(Function):
 
 @defect(
     "first_order",
+    also=("second_order",),
     args=lambda r: (r(2, 5, 4), r(2, 6, 4), r(2, 6, 3)),
     says=r"constant factor 2",
     truth=lambda q, k, v: (q @ k.mT / 2).softmax(-1) @ v,

@@ -77,6 +77,7 @@ class LinearReluMasksGradOutputData(Function):
     "retain_graph",
     "repeat",
     "mutation",
+    also=("first_order",),
     args=lambda r: (r(4, 5),),
     says="overwritten|stale",
     truth=lambda x: x.softmax(1),

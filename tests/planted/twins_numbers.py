@@ -26,7 +26,7 @@ def shifted(r):
     return FAR.clone().requires_grad_(), torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
 
 
-@control("first_order", "requires_grad_subsets", args=shifted)
+@control("first_order", "requires_grad_subsets", args=shifted, name="shifted_relu_at_its_kink")
 class ShiftedRelu(Function):
     """The first entry of x is at the kink, the others are not."""
 

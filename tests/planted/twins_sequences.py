@@ -252,7 +252,10 @@ def ctc(x: Tensor, target: Tensor, lengths: Any, targets: Any) -> Tensor:
 
 
 @control(
-    "first_order", args=spoken, accept={"indices": "labels next to each other may not repeat in a short row"}
+    "first_order",
+    "indices",
+    args=spoken,
+    domain=lambda x, target, lengths, targets: bool((target >= 0).all()),
 )
 class Ctc(Function):
     """The gradient with respect to the scores: made by torch from the log-probabilities, with the softmax folded in."""
@@ -332,7 +335,11 @@ def times(x: Tensor, w: Tensor) -> Tensor:
     return torch.stack([a * c - b * d, a * d + b * c], -1)
 
 
-@control("first_order", "second_order", "same_input", args=lambda r: (r(4, 2), r(4, 2)))
+@control(
+    "first_order", "second_order", "same_input", "sizes",
+    args=lambda r: (r(4, 2), r(4, 2)),
+    domain=lambda x, w: x.shape[-1] == w.shape[-1] == 2,
+)  # fmt: skip
 class ComplexProductOfPairs(Function):
     @staticmethod
     def forward(ctx, x, w):

@@ -53,6 +53,7 @@ def _slope(
     above, below = (_numeric.one_sided(evaluate, side, noise, dtype) for side in (1, -1))
     jump = (above.value - below.value).abs()
     kinks = ~(jump <= 1e-6 * float(direction.abs().max()) + 4 * (above.error + below.error))
+    kinks = kinks | _numeric.staircase(evaluate, noise, dtype)
     if not bool((kinks & (weights != 0)).any()):
         return found
     if not bool((~kinks & (weights != 0)).any()):

@@ -12,7 +12,7 @@ from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 from manualprop.verify._probe import probe
-from manualprop.verify._report import Outcome, finding, limit, passed, skipped
+from manualprop.verify._report import Outcome, apart, finding, limit, passed, skipped
 from manualprop.verify._subject import Subject
 from manualprop.verify.probes._runs import (
     Found,
@@ -238,9 +238,11 @@ def poisoned_backward(s: Subject) -> Outcome:
     if not differs(wrong, s.plain, gradients_named(s), 1e-3):
         return skipped(f"no gradient depends on {', '.join(cls.__name__ for cls in classes)}")
     try:
-        return _judged(_routes(s, classes, wrong))
+        outcome = _judged(_routes(s, classes, wrong))
     finally:
         torch._dynamo.reset()
+    on_purpose = s.case.surrogate is not None or "first_order" in s.case.accept
+    return apart(outcome, "first_order") if on_purpose else outcome
 
 
 class _Seen:

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from manualprop.verify._compare import Comparison, Gradient, Hand, Tangent, by_forward, by_jvp, compare
+from manualprop.verify import _numeric
+from manualprop.verify._compare import (
+    Comparison,
+    Gradient,
+    Hand,
+    Tangent,
+    by_forward,
+    by_jvp,
+    compare,
+    first_order_of,
+)
 from manualprop.verify._diagnosis import explain, of_refused_shape
 from manualprop.verify._probe import probe
-from manualprop.verify._report import Outcome, finding, limit, message, passed, skipped
+from manualprop.verify._report import Outcome, apart, finding, limit, message, passed, skipped
 from manualprop.verify._subject import Subject
+from manualprop.verify._watch import watched
 
 LOST = "no output requires grad: see output_requires_grad"
 
@@ -49,21 +61,43 @@ def _limited(s: Subject, hand: Hand | None = None) -> Outcome:
     try:
         comparisons = compare(s, hand)
     except Exception as error:  # whatever torch or the checked code refuses with
-        return refused(error)
+        return refused(s, error)
     return _outcome(s, comparisons)
 
 
-def refused(error: Exception) -> Outcome:
+def refused(s: Subject, error: Exception) -> Outcome:
     """A limit, since it is loud; but a gradient of the wrong shape is a mistake that the engine met by chance."""
     if re.search(r"returned an (invalid gradient|incorrect number of gradients)", str(error)):
-        return finding(f"raises {message(error)}", of_refused_shape(str(error)))
+        return finding(f"raises {message(error)}", of_refused_shape(str(error), s))
     return limit(message(error))
 
 
 @probe()
 def first_order(s: Subject) -> Outcome:
     """backward against numerical differentiation."""
-    return _outcome(s, compare(s)) if _differentiable(s) else skipped(LOST)
+    if not _differentiable(s):
+        return skipped(LOST)
+    outcome = _outcome(s, first_order_of(s))
+    larger = _larger_than_its_input(s) if outcome.verdict == "passed" else ""
+    return dataclasses.replace(outcome, evidence=f"{outcome.evidence}{larger}")
+
+
+def _larger_than_its_input(s: Subject) -> str:
+    """The gradients that autograd itself sums to the shape of their input: right on every route, but not for free."""
+    found: list[str] = []
+
+    def see(backward: Callable[..., Any], arguments: tuple[Any, ...], results: tuple[Any, ...]) -> None:
+        ctx = arguments[0]
+        given = [r for r, wanted in zip(results, ctx.needs_input_grad, strict=False) if wanted]
+        targets = [(node, i) for node, i in ctx.next_functions if node is not None]
+        for g, (node, i) in zip(given, targets, strict=False):
+            shape = list(node._input_metadata[i].shape)
+            if isinstance(g, Tensor) and list(g.shape) != shape:
+                found.append(f"; autograd sums a gradient of shape {list(g.shape)} to its input's {shape}")
+
+    with watched(s.functions, see):
+        s.gradients()
+    return found[0] if found else ""
 
 
 @probe()
@@ -75,8 +109,52 @@ def second_order(s: Subject) -> Outcome:
     try:
         _backward(gradient)
     except Exception as error:  # whatever torch or the checked code refuses with
-        return refused(error)
-    return _limited(gradient)
+        return refused(s, error)
+    try:
+        comparisons = compare(gradient)
+    except Exception as error:  # whatever torch or the checked code refuses with
+        return refused(s, error)
+    outcome = _outcome(gradient, comparisons)
+    if outcome.verdict == "finding" and _wrong_by_itself(s, comparisons, outcome):
+        return apart(outcome, "first_order")
+    return outcome
+
+
+def _wrong_by_itself(s: Subject, second: Sequence[Comparison], outcome: Outcome) -> bool:
+    """Whether a wrong second derivative would stay wrong if the first were right.
+
+    It is the derivative of the gradient that backward gives, right or wrong.  One that does not come through has a
+    cause of its own, and so has a wrong one of a gradient that is right itself; but backward may read the saved
+    output, whose derivative is the wrong first one.
+    """
+    if not s.functions:
+        return False
+    if outcome.diagnosis.startswith("zero") and not _gives_nothing(s):
+        return True
+    right = _numeric.flat(
+        [
+            torch.full(p.shape, float(not c.wrong.any()))
+            for p, c in zip(s.points, first_order_of(s), strict=True)
+        ]
+    )
+    of_a_right_one = any(
+        bool((c.wrong.any(1) & (c.cotangents.count_nonzero(1) == 1) & (c.cotangents @ right != 0)).any())
+        for c in second
+    )
+    return of_a_right_one and not _reads_its_output(s)
+
+
+def _gives_nothing(s: Subject) -> bool:
+    """Whether some input gets no gradient at all."""
+    return any(bool(c.wrong.any()) and not bool(c.hand.any()) for c in first_order_of(s))
+
+
+def _reads_its_output(s: Subject) -> bool:
+    """Whether the Function stands in the graph of its own gradient."""
+    leaves = s.at()
+    outputs = s(*leaves)
+    gradients = s.pull_back(outputs, leaves, s.cotangents_for(outputs), create_graph=True)
+    return bool(set(s.nodes(outputs)) & set(s.nodes([g for g in gradients if g is not None])))
 
 
 def _backward(s: Subject) -> None:
@@ -104,13 +182,29 @@ def third_order(s: Subject) -> Outcome:
 @probe()
 def forward_mode(s: Subject) -> Outcome:
     """jvp against numerical differentiation, by ``torch.autograd.forward_ad`` and by ``torch.func.jvp``."""
-    dual = _limited(s, by_forward)
+    dual = _forward(s, by_forward)
     if s.random:
         return dual  # under torch.func.jvp dropout draws other numbers from the same seed
-    func = _limited(s, by_jvp)
+    func = _forward(s, by_jvp)
     if func.verdict == "finding" and dual.verdict != "finding":
         return dataclasses.replace(func, evidence=f"torch.func.jvp: {func.evidence}")
     return dual
+
+
+def _forward(s: Subject, by: Hand) -> Outcome:
+    """A tangent that is wrong as the gradient is has the same cause; another one has its own."""
+    outcome = _limited(s, by)
+    if outcome.verdict != "finding":
+        return outcome
+    try:
+        tangents, gradients = compare(s, by), first_order_of(s)
+    except Exception:  # whatever the checked code raises
+        return outcome
+    same = all(
+        bool(((t.hand - g.hand).abs() <= t.tolerance)[t.wrong].all())
+        for t, g in zip(tangents, gradients, strict=True)
+    )
+    return outcome if same else apart(outcome, "first_order")
 
 
 @probe()

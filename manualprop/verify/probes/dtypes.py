@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from manualprop.verify._compare import compare
+from manualprop.verify._compare import compare, first_order_of
 from manualprop.verify._difference import listed, sizes
 from manualprop.verify._probe import probe
-from manualprop.verify._report import Outcome, finding, limit, message, passed, skipped
+from manualprop.verify._report import Outcome, apart, finding, limit, message, passed, skipped
 from manualprop.verify._subject import Subject, is_float
+from manualprop.verify.probes._runs import copies
 
 LOST = "no output requires grad: see output_requires_grad"
 LOW = (torch.float32, torch.bfloat16, torch.float16)
@@ -96,7 +97,8 @@ def dtypes(s: Subject) -> Outcome:
             wrong.append((name, evidence))
     if wrong:
         name, evidence = wrong[0]
-        return finding(f"{name}: {evidence}", f"wrong only in dtype {listed([n for n, _ in wrong])}")
+        found = finding(f"{name}: {evidence}", f"wrong only in dtype {listed([n for n, _ in wrong])}")
+        return found if "raises" in evidence else apart(found, "second_order")
     if refused and not seen:
         return limit("; ".join(refused))
     return passed(
@@ -130,7 +132,7 @@ def _off(pair: Lowered, v: Sequence[Tensor | None], forward: float, dtype: torch
     exact = [None if c is None else c.double() for c in v]
     leaves = low.at()
     try:
-        found = low.pull_back(low(*leaves), leaves, v)
+        found = low.pull_back(low(*leaves), leaves, copies(v))
     except NotImplementedError:  # an operation that torch does not have in this dtype
         return ""
     except Exception as error:  # whatever the checked code raises
@@ -167,12 +169,10 @@ def _float32_inside(s: Subject) -> str:
     if s.precision > 1e-8:
         return ""  # the whole function works in less: judged as that
     worst = ""
-    for points in (
-        s.points,
-        [p + 1e-3 * n for p, n in zip(s.points, s.random_like(s.points, 35), strict=True)],
-    ):
+    aside = [p + 1e-3 * n for p, n in zip(s.points, s.random_like(s.points, 35), strict=True)]
+    for compared in (lambda: first_order_of(s), lambda: compare(s.with_points(aside))):
         worst = ""
-        for c in compare(s.with_points(points)):
+        for c in compared():
             if not c.numeric.numel() or c.wrong.any():
                 continue  # wrong altogether: the business of first_order
             scale = c.numeric.abs().nan_to_num(0).max().item()
@@ -237,7 +237,7 @@ def mixed_dtypes(s: Subject) -> Outcome:
         v = [c.to(a.dtype) if a.requires_grad else None for a, c in zip(y, high.cotangents, strict=True)]
         who = f"{name} in float32, the others in float64"
         try:
-            found = s.pull_back(y, leaves, v)
+            found = s.pull_back(y, leaves, copies(v))
         except Exception as error:  # whatever the checked code raises
             refused.append(f"{who}: forward accepts it, backward raises {message(error)}")
             continue
@@ -289,7 +289,7 @@ def autocast(s: Subject) -> Outcome:
         for a, c in zip(y, low.cotangents_for(plain_y), strict=True)
     ]
     try:
-        found = low.pull_back(y, leaves, v)
+        found = low.pull_back(y, leaves, copies(v))
     except Exception as error:  # whatever the checked code raises
         return limit(f"forward accepts it, backward raises {message(error)}")
     exact = [None if c is None else c.to(high.points[0].dtype) for c in v]

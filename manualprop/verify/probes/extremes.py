@@ -10,11 +10,12 @@ from torch import Tensor
 
 from manualprop.verify import _numeric
 from manualprop.verify._budget import affordable
+from manualprop.verify._compare import wrong_in_first_order
 from manualprop.verify._difference import sizes
 from manualprop.verify._probe import probe
-from manualprop.verify._report import Outcome, finding, passed, skipped
+from manualprop.verify._report import Outcome, apart, finding, passed, skipped
 from manualprop.verify._subject import Subject
-from manualprop.verify.probes._runs import reference_of
+from manualprop.verify.probes._runs import copies, reference_of
 from manualprop.verify.probes._slopes import slope
 from manualprop.verify.probes.dtypes import LOST, lowered, short
 
@@ -36,6 +37,9 @@ def extremes(s: Subject) -> Outcome:
     """At 0, 1e-30, 20, 90, 800, 1e4, 1e30 and negative: where the value is finite, the gradient is, and is the slope."""
     if not any(y.requires_grad for y in s(*s.at())):
         return skipped(LOST)
+    wrong = wrong_in_first_order(s)
+    if wrong and not _is_finite(s):
+        return skipped("not finite at the inputs given: see first_order")
     seen, measured = 0, dict.fromkeys(s.names, 0)
     everywhere = list(_with_extremes(s))
     visited = affordable(s, everywhere, evaluations=40)
@@ -43,13 +47,16 @@ def extremes(s: Subject) -> Outcome:
     for at in visited:
         try:
             points = s.allowed(at.points)
-            bad, known = _at_extreme(s, at, points)
+            bad, known = _at_extreme(s, at, points, wrong)
         except Exception:  # not defined there, and it says so
             continue
         seen += 1
         measured[s.names[at.which]] += known
         if bad:
-            return finding(f"{bad} at {at.where}", "only at extreme values")
+            return apart(
+                finding(f"{bad} at {at.where}", "only at extreme values"),
+                "first_order", "dtypes", "output_dtype", *([] if "reference" in bad else ["reference"]),
+            )  # fmt: skip
     for at in visited if low is not None else []:
         assert low is not None
         try:
@@ -58,16 +65,22 @@ def extremes(s: Subject) -> Outcome:
         except Exception:  # not defined there, and it says so
             continue
         if bad:
-            return finding(
-                f"{bad} at {at.where}", f"wrong only in dtype {short(torch.float32)}, only at extreme values"
-            )
+            diagnosis = f"wrong only in dtype {short(torch.float32)}, only at extreme values"
+            found = finding(f"{bad} at {at.where}", diagnosis)
+            return found if "in float64" in bad and "finite" not in bad else apart(found, "first_order")
     left = len(everywhere) - len(visited)
+    if wrong:
+        return passed(f"finite at {seen} points where the value is; for the slope see first_order")
     unknown = [f"{name}: not measured here" for name, count in measured.items() if not count]
     notes = [*unknown, *([f"{left} more points were left out"] if left else [])]
     known_points = sum(measured.values())
     return passed(
         "; ".join([f"finite at {seen} points where the value is, the slope right at {known_points}", *notes])
     )
+
+
+def _is_finite(s: Subject) -> bool:
+    return all(g is None or bool(torch.isfinite(g).all()) for g in s.plain)
 
 
 def _with_extremes(s: Subject) -> Iterator[Extreme]:
@@ -90,14 +103,17 @@ def _weights(s: Subject, y: Sequence[Tensor]) -> list[Tensor | None]:
     return [c if t.requires_grad else None for t, c in zip(y, s.cotangents_for(y), strict=True)]
 
 
-def _at_extreme(s: Subject, at: Extreme, points: Sequence[Tensor]) -> tuple[str, bool]:
-    """What is wrong at the point, or nothing; and whether the slope could be measured."""
+def _at_extreme(s: Subject, at: Extreme, points: Sequence[Tensor], wrong: bool) -> tuple[str, bool]:
+    """What is wrong at the point, or nothing; and whether the slope could be measured.
+
+    A gradient that is ``wrong`` at the inputs given is only asked to be finite.
+    """
     leaves = s.at(points)
     y = s(*leaves)
     if not all(torch.isfinite(t).all() for t in y):
         return "", False
     v = _weights(s, y)
-    first = s.pull_back(y, leaves, v)
+    first = s.pull_back(y, leaves, copies(v))
     theirs = _reference_gradients(s, points, v)
     for i, g in enumerate(first):
         if g is None or torch.isfinite(g).all():
@@ -110,7 +126,7 @@ def _at_extreme(s: Subject, at: Extreme, points: Sequence[Tensor]) -> tuple[str,
                 f"the gradient of {s.names[i]} is {_not_finite(g)}, the value is finite and has a slope",
                 True,
             )
-    if not all(g is None or torch.isfinite(g).all() for g in first):
+    if wrong or not all(g is None or torch.isfinite(g).all() for g in first):
         return "", False
     direction = torch.zeros_like(s.points[at.which])
     direction.view(-1)[at.entry] = max(1.0, abs(at.value))
@@ -141,7 +157,7 @@ def _reference_gradients(
         for a, b in zip(y, mine, strict=True)
     ):
         return None
-    return other.pull_back(y, leaves, v)
+    return other.pull_back(y, leaves, copies(v))
 
 
 def _not_as(s: Subject, found: Sequence[Tensor | None], theirs: Sequence[Tensor | None]) -> str:
@@ -164,7 +180,7 @@ def _in_float32(s: Subject, low: Subject, points: Sequence[Tensor], second: bool
     if not all(torch.isfinite(t).all() for t in y):
         return ""
     v = _weights(low, y)
-    first = low.pull_back(y, leaves, v)
+    first = low.pull_back(y, leaves, copies(v))
     exact = [p.to(q.dtype) for p, q in zip(points, s.points, strict=True)]
     for i, g in enumerate(first):
         if g is not None and not torch.isfinite(g).all() and _has_slope(s, exact, i, g):
@@ -176,7 +192,7 @@ def _in_float32(s: Subject, low: Subject, points: Sequence[Tensor], second: bool
         return bad
     try:
         leaves = low.at(points)
-        again = low.pull_back(low(*leaves), leaves, v, create_graph=True)
+        again = low.pull_back(low(*leaves), leaves, copies(v), create_graph=True)
         live = [g for g in again if g is not None and g.requires_grad and torch.isfinite(g).all()]
         if not live:
             return ""
@@ -268,5 +284,7 @@ def _second_in_float64(s: Subject, points: Sequence[Tensor]) -> Sequence[Tensor 
     leaves = s.at(points)
     y = s(*leaves)
     v = _weights(s, y)
-    live = [g for g in s.pull_back(y, leaves, v, create_graph=True) if g is not None and g.requires_grad]
+    live = [
+        g for g in s.pull_back(y, leaves, copies(v), create_graph=True) if g is not None and g.requires_grad
+    ]
     return torch.autograd.grad([g.sum() for g in live], leaves, allow_unused=True) if live else None

@@ -164,6 +164,7 @@ def _laid_out_inputs(s: Subject) -> Iterator[tuple[str, Subject, list[Tensor], S
         for expanded in () if parameter or s._points[i].complex else list(expansions(point))[1:]:
             points = replaced(s.points, i, expanded.contiguous())
             if (plain := moved(s, points)) is not None:
+                plain.noise = s.noise
                 yield "expanded", s, replaced(s.points, i, expanded), plain
     for slot, other in s.others().items():
         for layout in layouts(other):

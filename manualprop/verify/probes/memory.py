@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from manualprop.verify._probe import probe
 from manualprop.verify._random import generator, normal
-from manualprop.verify._report import Outcome, finding, limit, message, passed
+from manualprop.verify._report import Outcome, apart, finding, limit, message, passed
 from manualprop.verify._subject import Subject
 from manualprop.verify.probes._runs import (
     Call,
@@ -123,12 +123,14 @@ def saved_tensors(s: Subject) -> Outcome:
             ):
                 notes.append(f"{cls} keeps {whose} as ctx{path}")
                 continue
-            return finding(
+            found = finding(
                 f"{cls} keeps {whose} as ctx{path}, not by save_for_backward",
                 f"ctx{path} is unguarded: edited in place it is stale or overwritten unseen, saved-tensor hooks "
                 "do not see it, and it is freed late",
                 attribute=f"ctx{path}",
             )
+            # A slope made in forward has no second derivative wherever it is kept.
+            return apart(found, "second_order") if _storage(t) in theirs else found
     before = {where: (t, bits(t)) for where, t in _reachable(s)}
     there = s.with_points(elsewhere(s))
     there(*there.at())

@@ -116,6 +116,7 @@ def _with_fewer(s: Subject, group: Group) -> str:
 
 def _value(s: Subject) -> list[Tensor]:
     try:
+        s.allowed(s.points)
         outputs = [y.detach() for y in s(*s.at())]
     except Exception as error:  # whatever the checked code raises: refused
         raise _DoesNotApply from error
@@ -216,6 +217,7 @@ def indices(s: Subject) -> Outcome:
         for kind, other in _variants(s, name, t):
             there = s.with_points([p.clone() for p in s.points], others={i: other})
             try:
+                there.allowed(there.points)
                 outputs = there(*there.at())
                 if not all(torch.isfinite(y).all() for y in outputs) or not _still_in_order(
                     s, i, kind, there

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from manualprop.verify import _numeric
-from manualprop.verify._budget import LEAST, UNITS, affordable, work
+from manualprop.verify._budget import LEAST, affordable, budget, work
+from manualprop.verify._compare import wrong_in_first_order
 from manualprop.verify._difference import sizes
 from manualprop.verify._probe import probe
-from manualprop.verify._report import Outcome, finding, passed, skipped
+from manualprop.verify._report import Outcome, apart, finding, passed, skipped
 from manualprop.verify._subject import Subject
 from manualprop.verify.probes._runs import reference_of
 from manualprop.verify.probes.dtypes import LOST
@@ -29,12 +30,15 @@ def ties(s: Subject) -> Outcome:
         return skipped(LOST)
     if s.random:
         return skipped("it draws random numbers, and may draw others nearby")
+    wrong = wrong_in_first_order(s)
+    if wrong and not all(g is None or bool(torch.isfinite(g).all()) for g in s.plain):
+        return skipped("not finite at the inputs given: see first_order")
     seen = met = 0
     everywhere = list(_tied(s))
     visited = affordable(s, everywhere, evaluations=60)
     spent = 0.0
     for where, tied in visited:
-        if spent > UNITS and seen >= LEAST:
+        if spent > budget(s) and seen >= LEAST:
             break
         try:
             points = s.allowed(tied)
@@ -46,24 +50,33 @@ def ties(s: Subject) -> Outcome:
         except Exception:  # not defined there, and it says so
             continue
         if pole:  # as of the inverse of a matrix with two equal rows, which the probe itself has made
-            bad = _not_as_reference(s, points) if where == GIVEN else ""
+            bad = _not_as_reference(s, points) if where == GIVEN and not wrong else ""
             kinked = False
         else:
             kinked = any(_spread(near) > 1e-3 for near in zip(*around, strict=True))
-            bad = (
-                _beyond(s, points, here, around, kinked)
-                or _modes_differ(s, points, kinked)
-                or _not_as_reference(s, points)
-            )
+            bad = _beyond(s, points, here, around, kinked)
+            if not wrong:
+                bad = bad or _modes_differ(s, points, kinked) or _not_as_reference(s, points)
         seen += 1
         met += kinked
         hot = min(24, sum(y.numel() for y in s.outputs)) if kinked else 0
         spent += (20 + 40 * hot) * work(s)
         if bad:
-            return finding(f"at {where}: {bad}", "wrong only at ties and kinks")
-    left = len(everywhere) - (seen if spent > UNITS and seen >= LEAST else len(visited))
+            found = finding(f"at {where}: {bad}", "wrong only at ties and kinks")
+            return apart(found, "first_order", *_apart_from(bad))
+    left = len(everywhere) - (seen if spent > budget(s) and seen >= LEAST else len(visited))
     more = f"; {left} more points were left out" if left else ""
     return passed(f"{seen} points with ties, {met} of them at kinks: gradients as nearby{more}")
+
+
+def _apart_from(bad: str) -> Iterator[str]:
+    """The probes that would have found something else."""
+    if "NaN" not in bad and "infinite" not in bad:
+        yield "extremes"
+    if "reference" not in bad:
+        yield "reference"
+    if "forward mode" not in bad:
+        yield "forward_mode"
 
 
 def _tied(s: Subject) -> Iterator[tuple[str, list[Tensor]]]:

@@ -538,6 +538,7 @@ def test_the_engine_takes_steps_where_it_must(options: dict[str, Any], pays: lis
     assert not trained(max_steps=20, **options).has_program and not pays
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_a_resumed_run_does_as_the_interrupted_one_did(
     pays: list[_scan.Scan], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -545,7 +546,7 @@ def test_a_resumed_run_does_as_the_interrupted_one_did(
     part = trained(max_steps=257, enable_checkpointing=True, default_root_dir=tmp_path)
     part.trainer.save_checkpoint(tmp_path / "part.ckpt")
     monkeypatch.setattr(_engine, "LOADING", 10.0)  # a new run would not take it any more
-    keeping = {"enable_checkpointing": True, "default_root_dir": tmp_path / "rest"}
+    keeping = {"enable_checkpointing": True, "default_root_dir": tmp_path}
     rest = trained(max_steps=700, resumed=tmp_path / "part.ckpt", **keeping)
     assert rest.has_program and torch.equal(weights(rest), weights(whole))
 

@@ -77,7 +77,7 @@ def html(reports: Sequence[Report]) -> str:
         body.append("</details>")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        '<title>Gradient verification</title>'
+        "<title>Gradient verification</title>"
         f"<style>{STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
     )
 

@@ -175,7 +175,7 @@ def sizes(s: Subject) -> Outcome:
     tested: list[str] = []
     failures: list[Failure] = []
     resizable = list(axes(s))
-    left = [IN_ALL]
+    left = [IN_ALL / 4 if s.quick else IN_ALL]
     for k, axis in enumerate(resizable):
         wanted = FIRST if k else (*FIRST, *(n for n in MORE if n <= 1025 or not s.quick))
         ladder, units = _affordable(s, axis, wanted)

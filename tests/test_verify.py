@@ -422,6 +422,8 @@ def test_the_report_as_json_junit_and_html(report: Any) -> None:
     assert page.count("<rect") == len(heat) * len(heat[0]) == 144
     assert page.count('fill="#ffffff"') == 144 - 12, "the error is on the diagonal"
     assert "constant factor 3/2" in page
+    shown, folded, rest = page.partition("<details><summary>2 probes without a finding</summary>")
+    assert folded and "constant factor 3/2" in shown and "<rect" not in rest
 
 
 def softmax_gradient(x: Tensor, g: Tensor, dim: int) -> Tensor:

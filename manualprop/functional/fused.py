@@ -331,9 +331,23 @@ def batch_norm_activation_conv(
         ValueError: for an unknown ``activation``, an ``eps`` out of its range, or one value for each channel in training.
         RuntimeError: where the shapes or, outside of autocast, the dtypes do not fit.
     """
-    statistics = (running_mean, running_var, norm_weight, norm_bias)
-    numbers = (activation, training, momentum, eps, stride, padding, dilation, groups)
-    return _batch_norm_activation_conv(input, *statistics, weight, bias, *numbers)[0]
+    return _batch_norm_activation_conv(
+        input,
+        running_mean,
+        running_var,
+        norm_weight,
+        norm_bias,
+        weight,
+        bias,
+        activation,
+        training,
+        momentum,
+        eps,
+        stride,
+        padding,
+        dilation,
+        groups,
+    )[0]
 
 
 def _batch_norm_activation_conv(
@@ -359,16 +373,16 @@ def _batch_norm_activation_conv(
     refuse_complex(name, input, weight)
     _check_images(name, input, weight)
     _check_batch_norm(input, training, eps)
-    s, p, d, Q = _options(name, weight.dim() - 2, input.shape[2:], weight.shape[2:], stride, padding, dilation)
+    s, p, d, Q = _options(
+        name, weight.dim() - 2, input.shape[2:], weight.shape[2:], stride, padding, dilation
+    )
     weight, bias = _autocast_low(weight, bias)
     parameters, options = (input, norm_weight, norm_bias, weight, bias), (activation, s, p, d, groups, Q)
-    if training:
-        return rules.BatchNormActivationConvolution.apply(
-            *parameters, running_mean, running_var, momentum, eps, *options
-        )[:2]  # type: ignore[no-any-return]
-    y, h = rules.BatchNormEvaluationActivationConvolution.apply(
-        *parameters, running_mean, running_var, eps, *options
+    statistics = (running_mean, running_var, momentum, eps) if training else (running_mean, running_var, eps)
+    rule = (
+        rules.BatchNormActivationConvolution if training else rules.BatchNormEvaluationActivationConvolution
     )
+    y, h, *_ = rule.apply(*parameters, *statistics, *options)
     return y, h
 
 

@@ -17,6 +17,7 @@ as in :mod:`manualprop.functions.norm`.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from manualprop.functions._execution import _convolution as run
@@ -86,15 +87,22 @@ class BatchNormActivationConvolution(Rule):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         n, m, r = aten.batch_norm(x, w, c, running_mean, running_var, momentum, eps)
         h = activated(activation, n)
-        return run.convolution(h.to(W.dtype), W, b, *options), h, m, r  # (N, C, X), (O, C / G, K) -> (N, O, Q)
+        return (
+            run.convolution(h.to(W.dtype), W, b, *options),
+            h,
+            m,
+            r,
+        )  # (N, C, X), (O, C / G, K) -> (N, O, Q)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, w, c, W, _, _, _, _, _, ctx.activation, *ctx.options, _ = inputs
         y, _, m, r = output
-        remember_sizes(ctx, x, W, y)
+        keep_sizes(ctx, x, W, y)
         inner = any(ctx.needs_input_grad[:4])
-        save(ctx, *[(t, inner) for t in (x, w, c)], (W, any(ctx.needs_input_grad[:3])), (m, inner), (r, inner))
+        save(
+            ctx, *[(t, inner) for t in (x, w, c)], (W, any(ctx.needs_input_grad[:3])), (m, inner), (r, inner)
+        )
 
     @staticmethod
     def backward(
@@ -107,7 +115,10 @@ class BatchNormActivationConvolution(Rule):
         if dn is None:
             return None, None, None, dW, db, *[None] * others
         to = of_channels(x)
-        rows, (m, r, gm, gr) = (shaped(t, to.x) for t in (dn, x)), (shaped(t, to.stats) for t in (m, r, gm, gr))
+        rows, (m, r, gm, gr) = (
+            (shaped(t, to.x) for t in (dn, x)),
+            (shaped(t, to.stats) for t in (m, r, gm, gr)),
+        )
         dx, dw, dc = channels_backwards(*rows, m, r, shaped(w, to.W), gm, gr, to.n, over=0, needs=needs[:3])
         dw, dc = (None if d is None else shaped(d, t.shape).to(t.dtype) for d, t in ((dw, w), (dc, c)))
         return shaped(dx, x.shape), dw, dc, dW, db, *[None] * others
@@ -166,9 +177,11 @@ class BatchNormEvaluationActivationConvolution(Rule):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, w, c, W, _, m, v, ctx.eps, ctx.activation, *ctx.options, _ = inputs
-        remember_sizes(ctx, x, W, output[0])
+        keep_sizes(ctx, x, W, output[0])
         inner = any(ctx.needs_input_grad[:4])
-        save(ctx, *[(t, inner) for t in (x, w, c)], (W, any(ctx.needs_input_grad[:3])), (m, inner), (v, inner))
+        save(
+            ctx, *[(t, inner) for t in (x, w, c)], (W, any(ctx.needs_input_grad[:3])), (m, inner), (v, inner)
+        )
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, gh: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -206,28 +219,27 @@ class BatchNormEvaluationActivationConvolution(Rule):
 # ----- what the two share -----
 
 
-def remember_sizes(ctx: Any, x: Tensor, W: Tensor, y: Tensor) -> None:
+def keep_sizes(ctx: Any, x: Tensor, W: Tensor, y: Tensor) -> None:
     ctx.X, ctx.K, ctx.Q, ctx.shape = x.shape[2:], W.shape[2:], y.shape[2:], y.shape
 
 
 def convolution_gradients(
-    ctx: Any, g: Tensor | None, gh: Tensor | None, n: Tensor | None, W: Tensor | None
+    ctx: Any, g: Tensor | None, gh: Tensor | None, n: Any, W: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dn, dW and db of y = convolution(h, W) + b with h = f(n); dn is a new tensor."""
-    needs_W, needs_b = ctx.needs_input_grad[3:5]
-    h = dn = dW = None
-    if g is None:
-        like = gh if n is None else n
-        g = like.new_zeros(ctx.shape, dtype=like.dtype if W is None else W.dtype)
-    if any(ctx.needs_input_grad[:3]):
-        assert n is not None and W is not None
-        dh = sum_of(transposed(g, W, None, *ctx.options, ctx.X).to(n.dtype), gh)  # (N, O, Q) -> (N, C, X)
-        h, dn = activated_and_through(ctx.activation, dh, n)
-    if needs_W:
-        assert n is not None
+    """dn, dW and db of y = convolution(h, W) + b with h = f(n); dn is a new tensor, and n None if none needs it."""
+    needs_n, (needs_W, needs_b) = any(ctx.needs_input_grad[:3]), ctx.needs_input_grad[3:5]
+    h = dn = dW = db = dh = None
+    if needs_n:
+        if g is not None:
+            dh = transposed(g, W, None, *ctx.options, ctx.X).to(n.dtype)  # (N, O, Q) -> (N, C, X)
+        arriving = [d for d in (dh, gh) if d is not None] or [torch.zeros_like(n)]
+        h, dn = activated_and_through(ctx.activation, sum_of(*arriving), n)
+    if needs_W and g is not None:
         h = activated(ctx.activation, n) if h is None else h
         dW = correlation(g, h.to(g.dtype), *ctx.options, ctx.K)  # (N, O, Q), (N, C, X) -> (O, C / G, K)
-    return dn, dW, bias_gradient(g) if needs_b else None
+    if needs_b and g is not None:
+        db = bias_gradient(g)
+    return dn, dW, db
 
 
 def convolution_tangent(

@@ -75,7 +75,15 @@ def rms_norm_linear(x: Tensor, w: Any, W: Tensor, b: Any = None, eps: float | No
 
 
 def batch_norm_activation_conv(
-    x: Tensor, m: Any, v: Any, w: Any, c: Any, W: Tensor, b: Any = None, activation: str = "relu", **options: Any
+    x: Tensor,
+    m: Any,
+    v: Any,
+    w: Any,
+    c: Any,
+    W: Tensor,
+    b: Any = None,
+    activation: str = "relu",
+    **options: Any,
 ) -> Tensor:
     statistics = {name: options.pop(name) for name in ("training", "momentum", "eps") if name in options}
     h = f(activation, torch_F.batch_norm(x, m, v, w, c, **statistics))

@@ -59,7 +59,8 @@ def by_columns(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Si
     C = x.shape[1] // G
     x = framed(x, p, reach(Q, K, s, d)).contiguous()
     rows, P = x.shape[1] * math.prod(K), math.prod(Q)
-    times = math.ceil(N / max(COLUMNS // (rows * P), 1))
+    # Not fewer columns than the result has: each part of it is added up.
+    times = math.ceil(N / max(COLUMNS // (rows * P), O // (G * P), 1))
     few = math.ceil(N / times)
     buffer = x.new_empty(rows * few * P)  # one for all times: new memory takes longer than the product
     W = None
@@ -87,6 +88,8 @@ def products(y: Tensor, columns: Tensor) -> Tensor:
     float32 = y.is_cpu and y.dtype == torch.float32
     if product_of_rows is None or not float32 or (len(y) > 1 and columns.shape[1] < WIDE):
         return y.bmm(columns.mT)
+    if len(y) == 1:
+        return product_of_rows(y[0], columns[0])[None]
     return torch.stack([product_of_rows(*pair) for pair in zip(y, columns, strict=True)])
 
 

@@ -391,7 +391,7 @@ def build(layer: Module, path: str = "") -> Stage:
     kind = type(layer)
     if kind.forward is nn.Sequential.forward:
         return Chained(path, layer, _within(layer, path))
-    if kind is nn.FusedSequential:
+    if isinstance(layer, nn.FusedSequential):
         return Chained(path, layer, _fused_within(layer, path))
     if kind is nn.Residual:
         return Added(path, layer, [Chained(path, layer, _within(layer, path))], skip=True)
@@ -428,7 +428,7 @@ def _within(layer: Module, path: str) -> list[Stage]:
     return [build(child, f"{path}.{name}" if path else name) for name, child in within]
 
 
-def _fused_within(layer: Module, path: str) -> list[Stage]:
+def _fused_within(layer: torch.nn.Sequential, path: str) -> list[Stage]:
     """A stage for each run of layers that are one rule, and for each other layer."""
     children = {name: child for name, child in layer._modules.items() if child is not None}
     following = {first: rest for first, *rest in runs(layer)}

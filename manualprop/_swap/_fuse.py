@@ -43,6 +43,7 @@ CALLED = {
     *(*FUNCTIONS, *KEEP_NOTHING, operator.mul, torch.mul, torch.flatten, torch.mean),
     *(torch_F.adaptive_avg_pool2d, torch_F.avg_pool2d),
 }
+PURE = {*CALLED, getattr, operator.getitem} - {operator.iadd}
 METHODS_CALLED = ("flatten", "mean", "reshape", "size", "view")
 FOREIGN = "transformers.activations"  # its own classes for the same functions
 
@@ -169,10 +170,23 @@ class _Method(nn.Module):
         return output
 
 
+class _Proxy(fx.Proxy):
+    """A symbol that records ``x += y`` as such; torch's records an ordinary sum."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+
 class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self.through: dict[str, type[nn.Module]] = {}
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         path = self.path_of_module(m)
@@ -207,7 +221,7 @@ def _read(module: nn.Module, method: str) -> TracedMethod:
             graph = tracer.trace(_Method(module, method))
         except Exception as error:  # a foreign forward may raise anything when it gets a symbol
             raise Unfusable(f"its {method} cannot be traced ({type(error).__name__})") from None
-    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    graph.eliminate_dead_code(lambda node: not _is_pure(node))
     values: dict[fx.Node, Value] = {}
     steps: list[MethodStep] = []
     for node in graph.nodes:
@@ -221,6 +235,13 @@ def _read(module: nn.Module, method: str) -> TracedMethod:
             values[node] = Value(len(steps))
     sites = _sites(module, steps)
     return TracedMethod(tuple(steps), sites, _dead(steps, sites), tuple(tracer.through.items()))
+
+
+def _is_pure(node: fx.Node) -> bool:
+    """Whether a step may be left out if nothing uses its result."""
+    if node.op == "call_function":
+        return node.target in PURE
+    return node.op == "call_method" and node.target in METHODS_CALLED
 
 
 @contextmanager
@@ -339,6 +360,8 @@ def _sites(module: nn.Module, steps: Sequence[MethodStep]) -> tuple[tuple[int, .
     for number, step in enumerate(steps):
         for value in step.inputs:
             users.setdefault(value, []).append(number)
+    if not all(_is_fresh(module, steps, users, s.inputs[0]) for s in steps if s.function is operator.iadd):
+        raise Unfusable("it writes over a value that something else may read")
     following = {n: users[n + 1][0] for n in range(len(steps)) if len(users.get(n + 1, [])) == 1}
     found: list[tuple[int, ...]] = []
     taken: set[int] = set()
@@ -354,7 +377,8 @@ def _sites(module: nn.Module, steps: Sequence[MethodStep]) -> tuple[tuple[int, .
             sites = _with_skip(module, steps, users, chain)
         elif activation_name(part) is not None or is_plain(part, norm.LayerNorm, norm.RMSNorm):
             sites = [tuple(chain[:length]) for length in (3, 2) if len(chain) >= length]
-            sites = sites if _is_out_of_place(module, steps, users, first) else []
+            in_place = _writes(module, step) and not _is_fresh(module, steps, users, step.inputs[0])
+            sites = [] if in_place else sites
         else:
             continue
         site = next((site for site in sites if _call(module, steps, site) is not None), None)
@@ -365,7 +389,8 @@ def _sites(module: nn.Module, steps: Sequence[MethodStep]) -> tuple[tuple[int, .
             after = [_part(module, steps[n]) for n in chain[1:]]
             conv = next((type(p).__name__ for p in after if isinstance(p, nn.Module) and p._parameters), conv)
     if not found:
-        wanted = f"a {conv} follows the activation, where a Linear must" if conv not in ("", "Linear") else ""
+        of_mlp = conv not in ("", "Linear") and not _is_convnet(module)
+        wanted = f"a {conv} follows the activation, where a Linear must" if of_mlp else ""
         raise Unfusable(wanted or "its parts would keep no less as one")
     return tuple(found)
 
@@ -383,21 +408,29 @@ def _with_skip(
     value = activation + 1
     convs = [n for n in users.get(value, ()) if is_plain(_part(module, steps[n]), *CONVOLUTIONS)]
     others = [steps[n] for n in users.get(value, ()) if n not in convs]
-    overwritten = any(step.function is operator.iadd and step.inputs[0] == value for step in others)
-    if len(convs) != 1 or overwritten or any(step.function not in KEEP_NOTHING for step in others):
+    if len(convs) != 1 or any(step.function not in KEEP_NOTHING for step in others):
         return []
     return [(norm, activation, convs[0])]
 
 
-def _is_out_of_place(module: nn.Module, steps: Sequence[MethodStep], users: Users, number: int) -> bool:
-    """Whether an activation does not write to a value that is used again: it reads a layer's new result alone."""
-    step = steps[number]
-    in_place = getattr(_part(module, step), "inplace", False) or dict(step.keywords).get("inplace", False)
-    if not in_place:
-        return True
-    (value,) = step.inputs
-    maker = _part(module, steps[value - 1]) if value else None
-    return isinstance(maker, nn.Module) and bool(maker._parameters) and len(users[value]) == 1
+def _writes(module: nn.Module, step: MethodStep) -> bool:
+    """Whether an activation writes to its input."""
+    option = dict(step.keywords).get("inplace", False)
+    return bool(option or getattr(_part(module, step), "inplace", False))
+
+
+def _is_fresh(module: nn.Module, steps: Sequence[MethodStep], users: Users, value: int) -> bool:
+    """Whether a value was made by its step and is used once, so that nobody sees if it is written over."""
+    if value == 0 or len(users[value]) != 1:
+        return False
+    step = steps[value - 1]
+    part = _part(module, step)
+    if activation_name(part) is not None:
+        return not _writes(module, step) or _is_fresh(module, steps, users, step.inputs[0])
+    if isinstance(part, nn.Module):
+        known = type(part).__module__.startswith(("manualprop.nn.", "torch.nn."))
+        return known and bool(part._parameters)
+    return part in KEEP_NOTHING
 
 
 def _dead(steps: Sequence[MethodStep], sites: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:

@@ -17,8 +17,8 @@ from manualprop.nn import activation
 from manualprop.nn._heard import is_heard
 from manualprop.nn.activation import GELU
 from manualprop.nn.dropout import Dropout
-from manualprop.nn.fused import BATCH_NORMS, CONVOLUTIONS, batch_norm_activation_conv, fits_convolution
 from manualprop.nn.foreign import TransposedLinear, foreign_original
+from manualprop.nn.fused import BATCH_NORMS, CONVOLUTIONS, batch_norm_activation_conv, fits_convolution
 from manualprop.nn.linear import Linear
 from manualprop.nn.norm import LayerNorm, RMSNorm
 

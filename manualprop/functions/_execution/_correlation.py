@@ -89,7 +89,7 @@ def products(y: Tensor, columns: Tensor) -> Tensor:
     if product_of_rows is None or not float32 or (len(y) > 1 and columns.shape[1] < WIDE):
         return y.bmm(columns.mT)
     if len(y) == 1:
-        return product_of_rows(y[0], columns[0])[None]
+        return product_of_rows(y[0], columns[0]).unsqueeze(0)  # type: ignore[no-any-return]  # without a copy
     return torch.stack([product_of_rows(*pair) for pair in zip(y, columns, strict=True)])
 
 

@@ -26,7 +26,6 @@ from manualprop.functions._execution import formula
 from manualprop.functions._rule import Rule, save
 from manualprop.functions.convolution import (
     Convolution,
-    Sizes,
     bias_gradient,
     bias_tangent,
     correlation,

@@ -66,7 +66,7 @@ def convnet() -> list[torch.nn.Module]:
 
 
 def fused(layers: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """The layers as ``swap(fuse=True)`` leaves them, with torch's Sequentials inside."""
+    """The layers as ``swap(fuse=True)`` leaves them."""
     model = torch.nn.Sequential(*layers)
     manualprop.unswap(model)
     manualprop.swap(model, fuse=True)

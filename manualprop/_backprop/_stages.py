@@ -391,8 +391,9 @@ def build(layer: Module, path: str = "") -> Stage:
     kind = type(layer)
     if kind.forward is nn.Sequential.forward:
         return Chained(path, layer, _within(layer, path))
-    if isinstance(layer, nn.FusedSequential):
-        return Chained(path, layer, _fused_within(layer, path))
+    if isinstance(layer, nn.FusedSequential | nn.FusedResidual):
+        chain = Chained(path, layer, _fused_within(layer, path))
+        return Added(path, layer, [chain], skip=True) if kind is nn.FusedResidual else chain
     if kind is nn.Residual:
         return Added(path, layer, [Chained(path, layer, _within(layer, path))], skip=True)
     if kind is nn.Parallel:

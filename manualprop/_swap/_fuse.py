@@ -16,9 +16,11 @@ from manualprop._swap._twins import CONTAINERS
 from manualprop.functional.fused import ACTIVATIONS, _activate
 from manualprop.nn import norm
 from manualprop.nn._heard import is_heard
+from manualprop.nn.container import Residual
 from manualprop.nn.fused import BATCH_NORMS, CONVOLUTIONS
 from manualprop.nn.fusing import (
     FUNCTIONS,
+    FusedResidual,
     FusedSequential,
     Part,
     activation_name,
@@ -36,6 +38,7 @@ METHODS = (
     "_ff_block",
     "forward",
 )
+CHAINS: dict[type[nn.Module], type[nn.Module]] = {nn.Sequential: FusedSequential, Residual: FusedResidual}
 PROGRAM = "_manualprop_program"
 # What a method may call: all these do the same at each call.
 KEEP_NOTHING = {operator.add, operator.iadd, torch.add, torch.cat}  # not even their inputs, for backward
@@ -98,9 +101,9 @@ def fusion(module: nn.Module, kept: Container[nn.Module] = ()) -> Fusion | str |
     """
     if fused_from(type(module)) is not None:
         return "already fused"
-    if type(module) is nn.Sequential:
+    if isinstance(module, nn.Sequential) and type(module) in CHAINS:
         found = runs(module)
-        return Fusion(FusedSequential, {}, _listed(found)) if found else None
+        return Fusion(CHAINS[type(module)], {}, _listed(found)) if found else None
     method = next((name for name in METHODS if _is_candidate(module, name)), None)
     if method is None:
         return None
@@ -118,8 +121,8 @@ def fusion(module: nn.Module, kept: Container[nn.Module] = ()) -> Fusion | str |
 
 def fused_from(cls: type[nn.Module]) -> type[nn.Module] | None:
     """The class that a fused class was made from."""
-    if cls is FusedSequential:
-        return nn.Sequential
+    if cls in CHAINS.values():
+        return next(chain for chain, fused in CHAINS.items() if fused is cls)
     original: type[nn.Module] | None = cls.__dict__.get("fused_from")
     return original
 

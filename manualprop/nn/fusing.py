@@ -16,13 +16,14 @@ from manualprop.functional.fused import FUSES, _activate
 from manualprop.nn import activation
 from manualprop.nn._heard import is_heard
 from manualprop.nn.activation import GELU
+from manualprop.nn.container import Residual, check_alike
 from manualprop.nn.dropout import Dropout
 from manualprop.nn.foreign import TransposedLinear, foreign_original
 from manualprop.nn.fused import BATCH_NORMS, CONVOLUTIONS, batch_norm_activation_conv, fits_convolution
 from manualprop.nn.linear import Linear
 from manualprop.nn.norm import LayerNorm, RMSNorm
 
-__all__ = ["FusedSequential"]
+__all__ = ["FusedResidual", "FusedSequential"]
 
 # The layers and functions whose rules declare a name for blocks.
 ACTIVATIONS = {
@@ -143,13 +144,25 @@ class FusedSequential(nn.Sequential):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        parts = list(self)
-        at = 0
-        while at < len(parts):
-            found = _match_at(parts, at)
-            input = found.call(input) if found else parts[at](input)
-            at += found.length if found else 1
-        return input
+        return _in_sequence(list(self), input)
+
+
+class FusedResidual(Residual):
+    """A :class:`manualprop.nn.Residual` whose neighbours run as one block, as in :class:`FusedSequential`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = _in_sequence(list(self), input)
+        check_alike("Residual", input, output)
+        return input + output
+
+
+def _in_sequence(parts: Sequence[nn.Module], input: Tensor) -> Tensor:
+    at = 0
+    while at < len(parts):
+        found = _match_at(parts, at)
+        input = found.call(input) if found else parts[at](input)
+        at += found.length if found else 1
+    return input
 
 
 def runs(sequential: nn.Sequential) -> list[tuple[str, ...]]:
@@ -164,5 +177,9 @@ def runs(sequential: nn.Sequential) -> list[tuple[str, ...]]:
 
 
 def _match_at(parts: Sequence[nn.Module], at: int) -> Match | None:
-    """The match from ``at`` on.  An in-place activation at the start has none: it must write to the input."""
-    return match(parts[at:]) if at > 0 or not getattr(parts[0], "inplace", False) else None
+    """The match from ``at`` on.  An in-place activation has one only after a layer with parameters.
+
+    There its input is new.  Elsewhere it may be the input of the container, and then it must be written to.
+    """
+    is_in_place = getattr(parts[at], "inplace", False)
+    return match(parts[at:]) if not is_in_place or (at > 0 and parts[at - 1]._parameters) else None

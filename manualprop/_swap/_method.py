@@ -120,7 +120,7 @@ def _is_pure(node: fx.Node) -> bool:
     """Whether a step may be left out if nothing uses its result."""
     if node.op == "call_function":
         return node.target in PURE
-    return node.op == "call_method" and node.target in METHODS_CALLED
+    return node.op == "get_attr" or (node.op == "call_method" and node.target in METHODS_CALLED)
 
 
 @contextmanager

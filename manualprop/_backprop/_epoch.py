@@ -43,10 +43,19 @@ def portions(order: Iterable[Pieces], size: int) -> Iterator[list[Pieces]]:
         order: the rows of each update, in pieces.
         size: the number of elements of one example.
     """
-    for (_, rows), group in itertools.groupby(order, key=lambda pieces: (len(pieces), len(pieces[0]))):
-        most = max(1, min(UPDATES, ELEMENTS // max(1, rows * size)))
+    for sizes, group in itertools.groupby(order, key=lambda pieces: tuple(map(len, pieces))):
+        most = max(1, min(UPDATES, ELEMENTS // max(1, sum(sizes) * size)))
         while part := list(itertools.islice(group, most)):
             yield part
+
+
+def taken(x: Tensor, rows: Tensor) -> Tensor:
+    """``x[rows]``; without a copy if the rows follow each other."""
+    first, n = rows.flatten()[:1], rows.numel()
+    if n and torch.equal(rows.flatten(), torch.arange(n, device=rows.device).add_(first)):
+        start = int(first)
+        return x[start : start + n].view(*rows.shape, *x.shape[1:])
+    return x[rows]
 
 
 class Schedule:
@@ -127,7 +136,9 @@ class Epochs:
         rows = torch.stack([row for (row,) in updates]).to(x.device)
         schedule = Schedule(self.plan, self.scheduler)
         numbers = schedule.of(len(updates))
-        found = None if numbers is None else self.scanned(x[rows], target[rows], *numbers)
+        found = None
+        if numbers is not None:
+            found = self.scanned(taken(x, rows), taken(target, rows), *numbers)
         if found is None:
             schedule.take_back()
             return None
@@ -147,10 +158,10 @@ class Epochs:
     def _by_steps(self, x: Tensor, target: Tensor, updates: list[Pieces], before: int) -> Epoch:
         losses: list[float] = []
         outputs = []
-        for pieces in updates:
-            rows = torch.cat(pieces).to(x.device)
+        rows = torch.stack([torch.cat(pieces) for pieces in updates]).to(x.device)
+        for one, its_target in zip(taken(x, rows), taken(target, rows), strict=True):
             try:
-                loss, output = self.step(x[rows], target[rows])
+                loss, output = self.step(one, its_target)
             except NotFinite as error:
                 error.made = before + len(losses)
                 raise

@@ -84,7 +84,7 @@ def update_formula() -> str:
 # ----- plain letters to LaTeX -----
 
 _TOKEN = re.compile(
-    r"(?P<partial>d[lLy](?:_\w+)?/d\w+(?:\[[\w,]+\])?)|(?P<sum>sum_(?:\w+|\{[\w,]+\}))|(?P<indicator>1\[)|(?P<relation>/=|<=|>=)"
+    r"(?P<partial>d[lLy](?:_\w+)?/d\w+(?:\[[\w,]+\])?)|(?P<sum>sum_(?:\w+|\{[^{}]+\}))|(?P<indicator>1\[)|(?P<relation>/=|<=|>=)"
     r"|(?P<transpose>\^T\b)|(?P<power>\^-?\w+)|(?P<exponent>\^\{)"
     r"|(?P<entry>[A-Za-z]\[\w(?:,\w)*\])|(?P<word>[A-Za-z]\w*'*)|(?P<space>\s+)|(?P<other>.)"
 )
@@ -143,7 +143,7 @@ _PLAIN = [
     (r"\\sqrt\s*\{([^{}]+)\}", r"√(\1)"),
     (r"\\sqrt\s*", "√"),
     (r"\^\{?\\top\}?", "ᵀ"),
-    (r"\\[,;!]", ""),
+    (r"\\(?:[,;!]|[Bb]igg?)", ""),
     (r"\\sum", "Σ"),
     (r"\\leftarrow", "←"),
     (r"\\nabla", "∇"),

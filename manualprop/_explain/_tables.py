@@ -49,7 +49,7 @@ SIZES = (
 )
 
 # Of a network of images rather few examples than pieces of images: a sum over a window needs the window.
-SIZES_OF_IMAGES = (SIZES[0], *(Limits(rows, 10**6, 4096) for rows in (32, 16, 8, 4, 2)), *SIZES[1:])
+SIZES_OF_IMAGES = (SIZES[0], *(Limits(rows, 10**6, 4096) for rows in (32, 16, 8, 4, 2, 1)), *SIZES[1:])
 
 Cut = Callable[[str, Tensor], Tensor]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from manualprop import functions as rules
 from manualprop._explain._observe import Layer
+from manualprop.functions._execution._axes import Like
 from manualprop.functions.pooling import of_each_axis
 
 Options = dict[str, Any]
@@ -76,7 +77,7 @@ def window(options: Options, axis: int, q: int, size: int, count: int) -> list[t
     return [(k, i) for k, i in places if 0 <= i < size]
 
 
-def divisor(options: Options, at: tuple[int, ...], x: tuple[int, ...], y: tuple[int, ...]) -> int:
+def mean_divisor(options: Options, at: tuple[int, ...], x: tuple[int, ...], y: tuple[int, ...]) -> int:
     """What the mean of window ``at`` divides by; ``x`` and ``y`` are the sizes of all axes of positions."""
     if options.get("divisor"):
         return int(options["divisor"])
@@ -168,7 +169,7 @@ def of_weight_gradient(i: int, layer: Layer, x: str, is_bias: bool) -> Options |
 
 
 def own_input_gradient(layer: Layer) -> Tensor | None:
-    """dL/dx as this layer alone makes it; None for a layer whose dL/dx the page does not write out."""
+    """dL/dx as this layer alone makes it; None for a layer without windows."""
     options = window_options(layer)
     if options is None or layer.g is None:
         return None
@@ -178,4 +179,14 @@ def own_input_gradient(layer: Layer) -> Tensor | None:
         W = layer.weights[0].value
         return rules.TransposedConvolution.forward(layer.g, W, None, s, p, d, options["groups"], size)
     places = chosen_places(layer)
-    return None if places is None else rules.SumAtPlaces.forward(layer.g, places, size)
+    if places is not None:
+        return rules.SumAtPlaces.forward(layer.g, places, size)
+    module: Any = layer.module
+    dx: Tensor
+    if layer.rule is rules.AdaptiveAvgPool:
+        dx = rules.AdaptiveAvgPool.adjoint.forward(layer.g, Like.of(layer.x), tuple(layer.y.shape[2:]))
+        return dx
+    kernel, stride, padding = (tuple(options[name]) for name in ("kernel", "stride", "padding"))
+    given = kernel, stride, padding, module.ceil_mode, options["include"], options["divisor"]
+    dx = rules.AvgPool.adjoint.forward(layer.g, Like.of(layer.x), *given)
+    return dx

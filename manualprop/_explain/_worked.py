@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from manualprop._explain._steps import Shown
-from manualprop._explain._windows import Options, divisor, window
+from manualprop._explain._windows import Options, mean_divisor, window
 
 Numbers = Mapping[str, Tensor]
 Place = tuple[int, ...]
@@ -110,7 +110,14 @@ def _input_gradient(shown: Shown, numbers: Numbers, n: int) -> Worked:
     ]
     places = math.prod(map(len, pairs))
     over = f"over {_many(len(terms) // max(1, places), 'channel')}, {_many(places, 'place')}"
-    return _told(f"dL/dx{_index((n, c, *i))}", f"Σ g[{n},o,q] W[o,{c},k]", dx[(n, c, *i)].item(), over, terms)
+    return _told(
+        f"dL/dx{_index((n, c, *i))}",
+        f"Σ g[{n},o,q] W[o,{c},k]",
+        dx[(n, c, *i)].item(),
+        over,
+        terms,
+        shared=made["shared"],
+    )
 
 
 def _weight_gradient(shown: Shown, numbers: Numbers, _: int) -> Worked:
@@ -168,14 +175,19 @@ def _chosen(shown: Shown, numbers: Numbers, n: int) -> Worked:
     windows = [(n, c, *q) for q in (places[n, c] == place).nonzero().tolist()]
     terms = [Term(f"g{_index(q)}", (g[q].item(),), g[q].item()) for q in windows]
     return _told(
-        f"dL/dx{_index(at)}", f"Σ g[{n},{c},q]", dx[at].item(), "over the windows that chose it", terms
+        f"dL/dx{_index(at)}",
+        f"Σ g[{n},{c},q]",
+        dx[at].item(),
+        "over the windows that chose it",
+        terms,
+        shared=made["shared"],
     )
 
 
 def _mean(shown: Shown, numbers: Numbers, n: int) -> Worked:
     made, y, x = shown.made, numbers[shown.key], numbers[shown.made["x"]]
     q = _middle(y)
-    d = divisor(made, q, tuple(x.shape[2:]), tuple(y.shape[2:]))
+    d = mean_divisor(made, q, tuple(x.shape[2:]), tuple(y.shape[2:]))
     terms = [_share(("x", (n, 0, *at)), x, d) for at in _window_of(made, q, x, y)]
     over = f"over a window of {_many(len(terms), 'number')}"
     return _told(f"y{_index((n, 0, *q))}", f"Σ x[{n},0,i] / {d}", y[(n, 0, *q)].item(), over, terms)
@@ -193,9 +205,16 @@ def _mean_input(shown: Shown, numbers: Numbers, n: int) -> Worked:
         ]
         for a in range(len(i))
     ]
-    terms = [_share(("g", (n, 0, *q)), g, divisor(made, q, *sizes)) for q in itertools.product(*windows)]
+    terms = [_share(("g", (n, 0, *q)), g, mean_divisor(made, q, *sizes)) for q in itertools.product(*windows)]
     over = "over the windows that cover it"
-    return _told(f"dL/dx{_index((n, 0, *i))}", f"Σ g[{n},0,q] / d", dx[(n, 0, *i)].item(), over, terms)
+    return _told(
+        f"dL/dx{_index((n, 0, *i))}",
+        f"Σ g[{n},0,q] / d",
+        dx[(n, 0, *i)].item(),
+        over,
+        terms,
+        shared=made["shared"],
+    )
 
 
 MAKERS: Mapping[str, Callable[[Shown, Numbers, int], Worked]] = {
@@ -247,10 +266,29 @@ def _share(a: tuple[str, Place], of_a: Tensor, d: int) -> Term:
 
 
 def _told(
-    entry: str, rule: str, value: float, over: str, terms: list[Term], first: tuple[Term, ...] = ()
+    entry: str,
+    rule: str,
+    value: float,
+    over: str,
+    terms: list[Term],
+    first: tuple[Term, ...] = (),
+    shared: bool = False,
 ) -> Worked:
-    """With the largest terms; of the others their number and their sum."""
+    """With the largest terms, and of the others their number and their sum.
+
+    Args:
+        entry: as in :class:`Worked`, like the next three.
+        rule: likewise.
+        value: likewise.
+        over: likewise.
+        terms: all of them.
+        first: terms that are told in any case, before the others.
+        shared: whether other layers have added to the number.
+    """
     terms = sorted(terms, key=lambda term: -abs(term.value))
     rest = terms[TOLD:]
+    if shared:
+        others = value - sum(term.value for term in terms)
+        first = (*first, Term("from other layers that take x", (others,), others))
     amount = sum(term.value for term in rest)
     return Worked(entry, rule, value, over, (*first, *terms[:TOLD]), len(rest), amount)

@@ -108,10 +108,10 @@ batch_norm_with_statistics: Callable[..., Any] = torch._batch_norm_impl_index
 # A tensor that shares the memory of another without being its view.  2.11 to 2.14
 unsafe_view: Callable[..., Any] = torch.ops.aten._unsafe_view
 
-# x W^T by oneDNN, in float32; None where torch is built without it.  2.13
+# x W^T by oneDNN, in float32; None where torch is built without it.  A W with gaps takes a thousand times as long.  2.13
 _by_onednn: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 product_of_rows: Callable[[torch.Tensor, torch.Tensor], Any] | None = (
-    None if _by_onednn is None else lambda x, W: _by_onednn(x, W, None, "none", [], "")
+    None if _by_onednn is None else lambda x, W: _by_onednn(x, W.contiguous(), None, "none", [], "")
 )
 
 

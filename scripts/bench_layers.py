@@ -113,6 +113,10 @@ def norm(make: Callable[[int], nn.Module], axes: int) -> Layer:
     return Layer(lambda n, c: make(16), image(16, axes), NORM)
 
 
+def convolution(make: Callable[..., nn.Module], axes: int) -> Layer:
+    return Layer(lambda n, c: make(16, 16, 3, padding=1), image(16, axes))
+
+
 def signs(n: int, *c: int) -> Tensor:
     return torch.randint(2, (n, *c)) * 2.0 - 1
 
@@ -180,6 +184,8 @@ LAYERS: dict[str, Layer] = activations() | linear_maps() | {
     "Linear":       Layer(lambda n, c: nn.Linear(c, min(c, 256)), x, Targets(1.1)),
     "Bilinear":     Layer(lambda n, c: nn.Bilinear(16, 16, 16), lambda n, c: (*x(n, 16), *x(n, 16))),
     "Embedding":    Layer(lambda n, c: nn.Embedding(100, c), lambda n, c: (torch.randint(100, (n,)),)),
+    **{f"Conv{d}d": convolution(getattr(nn, f"Conv{d}d"), d) for d in (1, 2, 3)},
+    **{f"ConvTranspose{d}d": convolution(getattr(nn, f"ConvTranspose{d}d"), d) for d in (1, 2, 3)},
     "Dropout":      Layer(lambda n, c: nn.Dropout(), x),
     "Dropout1d":    Layer(lambda n, c: nn.Dropout1d(), image(16, 1)),
     "Dropout2d":    Layer(lambda n, c: nn.Dropout2d(), image(16, 2)),
@@ -233,6 +239,8 @@ LAYERS: dict[str, Layer] = activations() | linear_maps() | {
 # fmt: on
 NOT_TIMED = {
     "LazyLinear": "becomes Linear on its first input",
+    **{f"LazyConv{d}d": f"becomes Conv{d}d" for d in (1, 2, 3)},
+    **{f"LazyConvTranspose{d}d": f"becomes ConvTranspose{d}d" for d in (1, 2, 3)},
     "LazyBatchNorm1d": "becomes BatchNorm1d",
     "LazyBatchNorm2d": "becomes BatchNorm2d",
     "LazyBatchNorm3d": "becomes BatchNorm3d",

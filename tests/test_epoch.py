@@ -12,12 +12,21 @@ from typing import Any
 import pytest
 import torch
 from backprop_rows import CLASSES, FEATURES, ROWS, Row, distance, examples, head, made_descent, mlp, twins
+from lightning.pytorch import Trainer
 from test_routes import tripled
 from torch import Tensor
 
-from manualprop import Backprop, descent, functions, nn
+from manualprop import Backprop, _command, descent, functions, nn
 from manualprop._backprop import _programs, _scan
 from manualprop._backprop._epoch import portions
+from manualprop.functions._execution import _products
+from manualprop.training import (
+    DescentModule,
+    DigitsDataModule,
+    MultilayerPerceptron,
+    NonFiniteLossError,
+    _engine,
+)
 
 RANDOM = [row for row in ROWS if "dropout" in row.name]
 UNFOLDED = [row for row in ROWS if row.name.startswith(("descent-Adam", "descent-RMSprop", "descent-clip"))]
@@ -179,6 +188,17 @@ def test_a_program_runs_the_rules(interpreted: list[_scan.Scan], monkeypatch: py
     agree(wrong, by_steps)
     assert distance(wrong.model, right.model) > 1e-3
     assert _programs._path(interpreted[0].step) != _programs._path(interpreted[1].step), "another program"
+
+
+def test_products_on_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = pair(ROWS[0])
+    x, t = examples(ROWS[0])
+    steps[1].epoch(x, t, order(16, 4))
+    monkeypatch.setattr(_products, "SHARED", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    plain = Backprop(twins(ROWS[0])[0], ROWS[0].loss(), made_descent(ROWS[0]))
+    plain.epoch(x, t, order(16, 4))
+    agree(plain, steps[1])
 
 
 # ----- what goes wrong -----
@@ -431,3 +451,108 @@ def test_two_processes_at_once(store: Path) -> None:
     assert said[0] == said[1] and said[0] and all(process.returncode == 0 for process in both)
     assert len(list(store.iterdir())) == 1
     assert subprocess.run(command, capture_output=True, text=True, env=environment).stdout == said[0]
+
+
+# ----- the command -----
+
+
+def test_the_command_lists_and_clears(
+    store: Path, compilations: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for k in range(2):
+        _programs.compiled_program(graph_of(functools.partial(torch.add, other=k), X), [X])
+    assert _command.main(["programs"]) == 0
+    *each, total = capsys.readouterr().out.splitlines()
+    assert len(each) == 2 and all("MB  last used 20" in line for line in each)
+    assert total == f"2 programs, 0.0 MB in {store}"
+    assert _command.main(["programs", "--clear"]) == 0
+    assert capsys.readouterr().out == f"2 programs deleted from {store}\n"
+    assert _command.main(["programs"]) == 0 and _command.main(["programs", "--all"]) == 2
+    assert "unrecognized arguments: --all" in capsys.readouterr().err
+
+
+# ----- under Lightning -----
+
+
+def trained(**options: Any) -> DescentModule:
+    """A run of stochastic descent on the digits."""
+    torch.manual_seed(0)
+    resumed = options.pop("resumed", None)
+    module = DescentModule(
+        MultilayerPerceptron([64, 8, 10], activation="Tanh"),
+        nn.CrossEntropyLoss(),
+        descent.Stochastic(**{"learning_rate": 0.02} | options.pop("descent", {})),
+    )
+    module.observers = options.pop("observers", [])
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(
+        accelerator="cpu", limit_val_batches=0, **quiet | {"enable_checkpointing": False} | options
+    )
+    trainer.fit(module, DigitsDataModule(), ckpt_path=resumed, weights_only=True)
+    return module
+
+
+def weights(module: DescentModule) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in module.model.parameters()])
+
+
+@pytest.fixture
+def pays(interpreted: list[_scan.Scan], monkeypatch: pytest.MonkeyPatch) -> list[_scan.Scan]:
+    """A program pays from the first update on."""
+    monkeypatch.setattr(_engine, "COMPILING", 0.0)
+    monkeypatch.setattr(_engine, "LOADING", 0.0)
+    return interpreted
+
+
+def test_the_engine_takes_a_program_where_it_pays(
+    pays: list[_scan.Scan], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    with_program = trained(max_steps=300)
+    assert with_program.has_program and with_program.trainer.global_step == 300 and len(pays) == 1
+    said = "engine: tape-free, the updates of a portion as one program (compiled now, in about ten seconds, and kept"
+    assert any(text.startswith(said) for text in caplog.messages)
+    for name, value in (("LOADING", 0.2), ("COMPILING", 20.0)):  # the run is too short for either
+        monkeypatch.setattr(_engine, name, value)
+        caplog.clear()
+        by_steps = trained(max_steps=300)
+        assert not by_steps.has_program and not any("program" in text for text in caplog.messages)
+        torch.testing.assert_close(weights(with_program), weights(by_steps))
+        monkeypatch.setattr(_engine, "LOADING", 0.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"observers": [lambda: None]},
+        {"descent": {"clip_gradient_norm": 1.0}},
+        {
+            "descent": {
+                "lr_scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 3),
+                "lr_scheduler_interval": "update",
+            }
+        },
+    ],
+)
+def test_the_engine_takes_steps_where_it_must(options: dict[str, Any], pays: list[_scan.Scan]) -> None:
+    assert not trained(max_steps=20, **options).has_program and not pays
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_resumed_run_does_as_the_interrupted_one_did(
+    pays: list[_scan.Scan], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = trained(max_steps=700)
+    part = trained(max_steps=257, enable_checkpointing=True, default_root_dir=tmp_path)
+    part.trainer.save_checkpoint(tmp_path / "part.ckpt")
+    monkeypatch.setattr(_engine, "LOADING", 10.0)  # a new run would not take it any more
+    keeping = {"enable_checkpointing": True, "default_root_dir": tmp_path}
+    rest = trained(max_steps=700, resumed=tmp_path / "part.ckpt", **keeping)
+    assert rest.has_program and torch.equal(weights(rest), weights(whole))
+
+
+def test_a_run_that_diverges_says_where(pays: list[_scan.Scan]) -> None:
+    with pytest.raises(
+        NonFiniteLossError, match=r"at update \d+ \(epoch 1\), which was not made, with learning"
+    ):
+        trained(max_steps=300, descent={"learning_rate": 1e38})

@@ -220,3 +220,28 @@ def test_swap_finds_the_pools() -> None:
     report = manualprop.swap(model, check=torch.randn(2, 3, 8, 8))
     assert [type(layer) for layer in model][1:] == [nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.LPPool2d]
     assert report.check is not None and report.check.kept.after.kept < report.check.kept.before.kept
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_an_activation_in_place_after_a_pool(axes: int) -> None:
+    """The output is no view: autograd refuses to overwrite one that a rule returns."""
+    x = special(2, 3, *SIDES[axes]).nan_to_num(0, 5, -5)
+    y, places = getattr(F, f"max_pool{axes}d")(x, 2, return_indices=True)
+    for f, leaf in (
+        (lambda z: getattr(F, f"max_pool{axes}d")(z, 2), x),
+        (lambda z: getattr(F, f"adaptive_max_pool{axes}d")(z, 2), x),
+        (lambda z: getattr(F, f"max_unpool{axes}d")(z, places, 2, output_size=SIDES[axes]), y),
+    ):
+        found = [
+            gradients(lambda z, f=f, g=g: g(f(z)), (leaf.clone().requires_grad_(),))
+            for g in (torch.relu_, torch.relu)
+        ]
+        torch.testing.assert_close(found[0], found[1])
+
+
+def test_a_list_of_sizes_under_a_hessian() -> None:
+    x = torch.rand(1, 2, 4, 4, dtype=D)
+    found = torch.func.hessian(lambda x: F.max_pool2d(x, [2, 2], [2, 1]).square().sum())(x)
+    torch.testing.assert_close(
+        found, torch.func.hessian(lambda x: torch_F.max_pool2d(x, 2, (2, 1)).square().sum())(x)
+    )

@@ -190,6 +190,21 @@ def test_every_row_takes_the_eager_routes(case: Case) -> None:
         torch.testing.assert_close(forward["func.jvp"].sum(), (reverse["backward"] * direction(x)).sum())
 
 
+@pytest.mark.parametrize("name", sorted({c.name for c in CASES if not c.random}))
+def test_every_function_has_a_hessian_beneath_a_curve(name: str) -> None:
+    """Forward over reverse mode, batched, where the second derivative reaches the arriving gradient."""
+    case = next(c for c in CASES if c.name == name and not c.random)
+    i, arguments = first_wanted(case)
+    rest = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
+
+    def f(x: Tensor) -> Tensor:
+        y: Tensor = case(*rest[:i], x, *rest[i + 1 :])
+        return (y * y).sum()
+
+    expected = torch.autograd.functional.hessian(f, rest[i])
+    torch.testing.assert_close(torch.func.hessian(f)(rest[i]), expected, rtol=1e-9, atol=1e-9)
+
+
 def nested_agrees(case: Case) -> None:
     i, arguments = first_wanted(case)
     rest = [a.detach() if isinstance(a, Tensor) else a for a in arguments]

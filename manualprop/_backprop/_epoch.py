@@ -43,8 +43,8 @@ def portions(order: Iterable[Pieces], size: int) -> Iterator[list[Pieces]]:
         order: the rows of each update, in pieces.
         size: the number of elements of one example.
     """
-    for (_, rows), group in itertools.groupby(order, key=lambda pieces: (len(pieces), len(pieces[0]))):
-        most = max(1, min(UPDATES, ELEMENTS // max(1, rows * size)))
+    for sizes, group in itertools.groupby(order, key=lambda pieces: tuple(map(len, pieces))):
+        most = max(1, min(UPDATES, ELEMENTS // max(1, sum(sizes) * size)))
         while part := list(itertools.islice(group, most)):
             yield part
 
@@ -147,10 +147,10 @@ class Epochs:
     def _by_steps(self, x: Tensor, target: Tensor, updates: list[Pieces], before: int) -> Epoch:
         losses: list[float] = []
         outputs = []
-        for pieces in updates:
-            rows = torch.cat(pieces).to(x.device)
+        rows = torch.stack([torch.cat(pieces) for pieces in updates]).to(x.device)
+        for one, its_target in zip(x[rows], target[rows], strict=True):
             try:
-                loss, output = self.step(x[rows], target[rows])
+                loss, output = self.step(one, its_target)
             except NotFinite as error:
                 error.made = before + len(losses)
                 raise

@@ -31,8 +31,8 @@ from typing import Any
 from torch import Tensor
 
 from manualprop.functions._execution import _convolution as run
+from manualprop.functions._execution import _correlation as execution
 from manualprop.functions._execution import recorded
-from manualprop.functions._execution._correlation import fast_correlation
 from manualprop.functions._rule import Rule, save
 
 __all__ = ["Convolution", "Correlation", "TransposedConvolution"]
@@ -51,7 +51,7 @@ class Convolution(Rule):
         dy = convolution(dx, W) + convolution(x, dW) + db          forward mode: product rule
     Options
         Q: None takes all positions at which the kernel lies within the padded x.  Larger sizes read the
-        zeros behind it: so padding="same" with an even kernel needs no padded copy of x.
+        zeros behind it: so padding="same" with an even kernel keeps no padded copy of x.
     Second order
         dx and dW are rules of this family.
     Shape
@@ -168,8 +168,7 @@ class Correlation(Rule):
 
     @staticmethod
     def forward(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Sizes) -> Tensor:
-        W = fast_correlation(y, x, s, p, d, G, K)
-        return Correlation.as_convolution(y, x, s, p, d, G, K) if W is None else W
+        return execution.correlation(Correlation.as_convolution, y, x, s, p, d, G, K)
 
     @staticmethod
     def as_convolution(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Sizes) -> Tensor:

@@ -64,7 +64,7 @@ class LocalResponseNorm(Rule):
     Shape
         x (N, C, ...) -> y alike
     Memory
-        x.  torch keeps x, x^2 and three tensors more.
+        x.  torch keeps x and three tensors more: the padded squares, d and its power.
     Accuracy
         That of the power.  d is computed again in backward, in float32 for half precision.
     Reference

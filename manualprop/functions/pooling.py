@@ -25,14 +25,11 @@ from torch import Tensor
 
 from manualprop.functions._elementwise import Elementwise
 from manualprop.functions._execution import full, plain_eager
-from manualprop.functions._execution._places import (
-    in_line,
-    largest_of_windows,
-    numbers_at,
-    summed_at,
-    sums_over_windows_of,
-)
+from manualprop.functions._execution._axes import Like, owned
+from manualprop.functions._execution._places import in_line, largest_of_windows, numbers_at, summed_at
 from manualprop.functions._rule import Rule, flat
+from manualprop.functions.averaging import AvgPool
+from manualprop.functions.linear_map import mapped
 
 __all__ = [
     "Abs",
@@ -62,7 +59,9 @@ FRACTIONAL: dict[int, Callable[..., Any]] = {
 }
 UNPOOL: dict[int, Callable[..., Tensor]] = {1: F.max_unpool1d, 2: F.max_unpool2d, 3: F.max_unpool3d}
 POWER: dict[int, Callable[..., Tensor]] = {1: F.lp_pool1d, 2: F.lp_pool2d, 3: F.lp_pool3d}
-MEAN: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+AverageTransposed = (
+    AvgPool.adjoint
+)  # A^T; looked up here, since compiled autograd can not read it from a rule
 
 
 # ----- the two maps -----
@@ -186,7 +185,7 @@ class Maximum(Rule):
 
 def with_empty(found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     y, i = found
-    return y, i, y.new_empty(0)
+    return owned(y), i, y.new_empty(0)
 
 
 class MaxPool(Maximum):
@@ -296,7 +295,7 @@ class MaxUnpool(Rule):
         y: Tensor, i: Tensor, axes: int, kernel_size: Any, stride: Any, padding: Any, size: tuple[int, ...]
     ) -> Tensor:
         if plain_eager():
-            return UNPOOL[axes](y, i, kernel_size, stride, padding, size)
+            return owned(UNPOOL[axes](y, i, kernel_size, stride, padding, size))
         return written_at(y, i, size)
 
     @staticmethod
@@ -336,7 +335,9 @@ class LPPool(Rule):
         dy_o/dx_j = (1/p) (y_o^p)^(1/p - 1) c_o p x_j^(p - 1)      chain rule, for j in window o
                   = c_o y_o^(1 - p) x_j^(p - 1)
         dL/dx_j = x_j^(p - 1) sum_o c_o y_o^(1 - p) g_o            over the windows o that cover j
+                = K x_j^(p - 1) (A^T (y^(1 - p) g))_j              A: the average, 1 / n_o for each j of window o
         dy_o = c_o y_o^(1 - p) sum_j x_j^(p - 1) dx_j              forward mode, over the window
+             = K y_o^(1 - p) (A (x^(p - 1) dx))_o
     Kinks
         dy_o/dx = 0 where y_o = 0, as PyTorch documents.
     Second order
@@ -355,28 +356,25 @@ class LPPool(Rule):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.p, ctx.axes, kernel_size, stride, ctx.ceil_mode = inputs
-        ctx.kernel = of_each_axis(kernel_size, ctx.axes)
-        ctx.stride = of_each_axis(stride, ctx.axes) or ctx.kernel
+        x, ctx.p, axes, kernel_size, stride, ceil_mode = inputs
+        kernel = of_each_axis(kernel_size, axes)
+        ctx.like, ctx.K = Like.of(x), torch.Size(kernel).numel()
+        ctx.windows = kernel, of_each_axis(stride, axes) or kernel, (0,) * axes, ceil_mode, True, None
         ctx.save_for_backward(x, output)
         ctx.save_for_forward(x, output)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, y = map(full, ctx.saved_tensors)
-        size = x.shape[x.dim() - ctx.axes :]
         h = weighted_by_norm(full(g), y, ctx.p)
-        if ctx.ceil_mode:
-            h = h * shares(h, ctx.kernel, ctx.stride, size)
-        sums = sums_over_windows_of(h, ctx.kernel, ctx.stride, size)  # (N, O) -> (N, X)
+        sums = ctx.K * AverageTransposed.apply(h, ctx.like, *ctx.windows)  # (N, O) -> (N, X)
         return (x.pow(ctx.p - 1) * sums).to(g.dtype), None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
         x, y = map(full, ctx.saved_tensors)
-        K = torch.Size(ctx.kernel).numel()
-        means = MEAN[ctx.axes](x.pow(ctx.p - 1) * full(dx), ctx.kernel, ctx.stride, 0, ctx.ceil_mode)
-        return weighted_by_norm(K * means, y, ctx.p).to(dx.dtype)  # K / n_o times the sum is K times the mean
+        sums = ctx.K * mapped(AvgPool, x.pow(ctx.p - 1) * full(dx), *ctx.windows)  # (N, X) -> (N, O)
+        return weighted_by_norm(sums, y, ctx.p).to(dx.dtype)
 
 
 def of_each_axis(option: Any, axes: int) -> tuple[int, ...]:
@@ -384,16 +382,6 @@ def of_each_axis(option: Any, axes: int) -> tuple[int, ...]:
     if option is None:
         return ()
     return (option,) * axes if isinstance(option, int) else tuple(option)
-
-
-def shares(h: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], size: Sequence[int]) -> Tensor:
-    """c_o = K / n_o, a product over the axes, for windows of which the last ones may reach beyond the input."""
-    c = h.new_ones(())
-    for axis, k, s, n in zip(range(-len(size), 0), kernel, stride, size, strict=True):
-        start = torch.arange(0, h.shape[axis] * s, s, device=h.device)
-        inside = (n - start).clamp(max=k)
-        c = c * (k / inside).to(h.dtype).view(-1, *(1,) * (-1 - axis))
-    return c
 
 
 def weighted_by_norm(h: Tensor, y: Tensor, p: float) -> Tensor:

@@ -8,10 +8,12 @@ is not, a finite g is multiplied by the whole matrix.  What is traced gathers th
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from manualprop._torch import transforms_active, unsafe_view, without_modes
 from manualprop.functions._execution._formula import full, watched
@@ -20,11 +22,13 @@ Row = Callable[..., dict[int, float]]
 
 MOST_RUNS = 24  # more slices than this cost more than gathering
 MOST_TERMS = 8  # for more terms than this an element is summed by its index
+MOST_PARTS = 8  # slices that the compiler adds in one loop
 FEW_ELEMENTS = 2**12  # below, each step costs its call
 STEPS = [(a, b) for a in range(5) for b in range(-1, 9) if (a, b) not in ((0, 0), (0, -1))]
 
 
-class Like(NamedTuple):
+@dataclass(frozen=True)
+class Like:  # no tuple: torch.func would take it apart
     """The shape and the memory format of an input, which its gradient gets."""
 
     shape: torch.Size
@@ -186,9 +190,12 @@ def in_order(matrices: Sequence[tuple[int, Matrix]]) -> Iterator[tuple[int, Matr
 
 def transposed(M: Matrix, g: Tensor, axis: int, layout: torch.memory_format) -> Tensor:
     """M^T along one axis of g."""
-    if watched((g,)):
-        return gathered(M, g, axis) if M.most_terms <= MOST_TERMS else added_by_index(M, g, axis)
     runs = runs_of(M)
+    if watched((g,)):
+        step = None if runs is None else common_step(runs)
+        if runs is not None and step is not None:
+            return interleaved(M, runs, step, g, axis)
+        return gathered(M, g, axis) if M.most_terms <= MOST_TERMS else added_by_index(M, g, axis)
     is_innermost = axis == -1 and layout is torch.contiguous_format
     if product_pays(M, runs, is_innermost) and g.is_cpu and math.isfinite(g.sum().item()):
         return multiplied(M, g, axis, layout)
@@ -221,6 +228,37 @@ def sliced(M: Matrix, runs: Runs, g: Tensor, axis: int, layout: torch.memory_for
         else:
             torch.mul(part.expand_as(into), run.weight, out=into)
     return dx
+
+
+def common_step(runs: Runs) -> int | None:
+    """The distance of the places that a run writes, if it is the same for every run and they are few."""
+    steps = {abs(run.b) for run in runs.runs if run.length > 1 and run.b} or {1}
+    return steps.pop() if len(steps) == 1 and len(runs.runs) <= MOST_PARTS else None
+
+
+def interleaved(M: Matrix, runs: Runs, step: int, g: Tensor, axis: int) -> Tensor:
+    """Every run as one slice of g, put between zeros and added; then the places 0, step, ... and 1, 1 + step, ... mixed.
+
+    Nothing is written in place and nothing looked up by index: the compiler makes one loop of it.
+    """
+    long = -(-M.n // step)
+    sums: list[Tensor | None] = [None] * step
+    for run in runs.runs:
+        part = part_of(g, run, axis)
+        length = run.length if run.b else 1
+        start = min(run.j, run.j + (length - 1) * run.b)
+        if part.shape[axis] != length:
+            part = part.expand(*part.shape[:axis], length, *part.shape[axis:][1:])
+        part = part if run.weight == 1 else part * run.weight
+        before = start // step
+        part = F.pad(part, [*[0, 0] * (-1 - axis), before, long - before - length])
+        total = sums[start % step]
+        sums[start % step] = part if total is None else total + part
+    if step == 1 and sums[0] is not None:
+        return sums[0]
+    empty = [*g.shape[:axis], long, *g.shape[axis:][1:]]
+    mixed = torch.stack([g.new_zeros(empty) if total is None else total for total in sums], axis)
+    return mixed.reshape(*g.shape[:axis], long * step, *g.shape[axis:][1:]).narrow(axis, 0, M.n)
 
 
 def part_of(g: Tensor, run: Run, axis: int) -> Tensor:

@@ -5,16 +5,15 @@ large as the image.  Here are two faster forms, for any number of axes:
 
 - with one channel of x in each group, a convolution again, of each pair of example and channel by itself;
 - else a product of y with columns: for each kernel position the entries of x that it meets.  The columns are made
-  for some examples at a time, so that they stay in the cache, and multiplied by oneDNN, which is up to twice as fast
+  for some examples, or a band of one, at a time, so that they stay in the cache, and multiplied by oneDNN, which is up to twice as fast
   as the BLAS library on some CPUs.
 
 Half precision is computed in float32 and rounded once.  In compiled code the form is one operation of its own:
 the examples would make the graph long.
 """
 
-import functools
 import math
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,16 +22,19 @@ from manualprop._torch import product_of_rows
 from manualprop.functions._execution._convolution import Sizes, convolution, framed, reach, untraced
 from manualprop.functions._execution._formula import full
 
-COLUMNS = 2**20  # entries of the columns that are made at a time
+COLUMNS = 2**20  # about as many entries of the columns are made at a time
 WIDE = 128  # rows of columns in a group from which several products by oneDNN are faster than one of the BLAS library
 
 
-def fast_correlation(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Sizes) -> Tensor | None:
-    """W by a fast form; None if something traces each step, or if there is no fast form."""
+def correlation(
+    plain: Callable[..., Tensor], y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Sizes
+) -> Tensor:
+    """W by a fast form; by ``plain`` if something traces each step, or if there is nothing to sum."""
     if not untraced(y, x) or not (y.numel() and x.numel()):
-        return None
+        # In the strides of a weight: a scan over updates demands them, of axes of length 1 too.
+        return plain(y, x, s, p, d, G, K).clone(memory_format=torch.contiguous_format)
     if torch.compiler.is_compiling():
-        W: Tensor = _operation()(y, x, s, p, d, G, K)
+        W: Tensor = torch.ops.manualprop.correlate.default(y, x, s, p, d, G, K)
         return W
     return correlate(y, x, s, p, d, G, K)
 
@@ -56,21 +58,25 @@ def by_channels(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: S
 def by_columns(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Sizes) -> Tensor:
     """W[o,ck] = sum_{n,q} y[o,nq] columns[ck,nq], with columns[ck,nq] = x[n,c,i]."""
     (N, O), Q = y.shape[:2], y.shape[2:]
-    C = x.shape[1] // G
     x = framed(x, p, reach(Q, K, s, d)).contiguous()
-    rows, P = x.shape[1] * math.prod(K), math.prod(Q)
-    times = math.ceil(N / max(COLUMNS // (rows * P), 1))
-    few = math.ceil(N / times)
-    buffer = x.new_empty(rows * few * P)  # one for all times: new memory takes longer than the product
+    entries = windows(x, s, d, Q, K)  # (C, K, N, Q)
+    rows, place = x.shape[1] * math.prod(K), 1 + len(K)
+    few, band = size_of_parts(N, rows * math.prod(Q)), size_of_parts(Q[0], rows * math.prod(Q[1:]))
+    buffer = x.new_empty(rows * few * band * math.prod(Q[1:]))  # new memory takes longer than the product
     W = None
-    for some_x, some_y in zip(x.split(few), y.split(few), strict=True):
-        columns = buffer[: rows * len(some_x) * P].view(x.shape[1], *K, len(some_x), *Q)
-        columns.copy_(windows(some_x, s, d, Q, K))
-        # (G, O, n Q), (G, C K, n Q) -> (G, O, C K)
-        part = products(some_y.transpose(0, 1).reshape(G, O // G, -1), columns.view(G, rows // G, -1))
-        W = part if W is None else W.add_(part)
+    for of_some, y_of_some in zip(entries.split(few, place), y.split(few), strict=True):
+        for some, some_y in zip(of_some.split(band, place + 1), y_of_some.split(band, 2), strict=True):
+            columns = buffer[: some.numel()].view(some.shape).copy_(some)
+            # (G, O, n Q), (G, C K, n Q) -> (G, O, C K)
+            part = products(some_y.transpose(0, 1).reshape(G, O // G, -1), columns.view(G, rows // G, -1))
+            W = part if W is None else W.add_(part)
     assert W is not None
-    return W.view(O, C, *K)
+    return W.contiguous().view(O, x.shape[1] // G, *K)
+
+
+def size_of_parts(length: int, entries: int) -> int:
+    """The length of equal parts of an axis, each with about COLUMNS entries of columns."""
+    return math.ceil(length / math.ceil(length / max(COLUMNS // entries, 1)))
 
 
 def windows(x: Tensor, s: Sizes, d: Sizes, Q: Sizes, K: Sizes) -> Tensor:
@@ -87,28 +93,23 @@ def products(y: Tensor, columns: Tensor) -> Tensor:
     float32 = y.is_cpu and y.dtype == torch.float32
     if product_of_rows is None or not float32 or (len(y) > 1 and columns.shape[1] < WIDE):
         return y.bmm(columns.mT)
-    return torch.stack([product_of_rows(*pair) for pair in zip(y, columns, strict=True)])
+    # oneDNN is faster with the columns, of which there are usually more, as the rows of its product.
+    each = [product_of_rows(some, of_y).mT for some, of_y in zip(columns, y, strict=True)]
+    return each[0].unsqueeze(0) if len(each) == 1 else torch.stack(each)
 
 
 # ----- in compiled code -----
 
 
-@functools.cache
-def _library() -> Any:
-    library = torch.library.Library("manualprop", "FRAGMENT")
-    library.define(
-        "correlate(Tensor y, Tensor x, SymInt[] s, SymInt[] p, SymInt[] d, SymInt G, SymInt[] K) -> Tensor",
-        tags=(torch.Tag.flexible_layout,),
-    )
-    library.impl("correlate", correlate, "CompositeExplicitAutograd")
-    torch.library.register_fake("manualprop::correlate", _shape, lib=library)
-    return library  # its definitions last as long as this object
-
-
-def _operation() -> Any:
-    _library()
-    return torch.ops.manualprop.correlate.default
-
-
 def _shape(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Sizes) -> Tensor:
     return y.new_empty(y.shape[1], x.shape[1] // G, *K)
+
+
+# Defined at import: a compiled program that is read from a file needs it before anything is traced.
+_LIBRARY = torch.library.Library("manualprop", "FRAGMENT")  # its definitions last as long as this object
+_LIBRARY.define(
+    "correlate(Tensor y, Tensor x, SymInt[] s, SymInt[] p, SymInt[] d, SymInt G, SymInt[] K) -> Tensor",
+    tags=(torch.Tag.flexible_layout,),
+)
+_LIBRARY.impl("correlate", correlate, "CompositeExplicitAutograd")
+torch.library.register_fake("manualprop::correlate", _shape, lib=_LIBRARY)

@@ -7,7 +7,8 @@ take different neighbours.  So the elements are read from the kernel, by interpo
 import ctypes
 import functools
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from manualprop.functions._execution._axes import memory_format
 from manualprop.functions._execution._formula import HALF
 
 
-class Kernel(NamedTuple):
+@dataclass(frozen=True)
+class Kernel:  # no tuple: torch.func would take it apart
     """What decides which of torch's kernels interpolates a tensor, and how it rounds."""
 
     device: str

@@ -93,34 +93,3 @@ def _is_channels_last(t: Tensor) -> bool:
 
 def _count(size: Sequence[int]) -> int:
     return torch.Size(size).numel()
-
-
-def sums_over_windows_of(
-    h: Tensor, kernel: Sequence[int], stride: Sequence[int], size: Sequence[int]
-) -> Tensor:
-    """For each place, of the given ``size``, the sum of ``h`` over the windows that cover it; axis after axis.
-
-    Window o of an axis covers the places o s to o s + k - 1.
-    """
-    into = _slices_added if not watched((h,)) else _windows_of_spread
-    for axis, k, s, n in zip(range(-len(size), 0), kernel, stride, size, strict=True):
-        h = into(h, axis, k, s, n)
-    return h
-
-
-def _slices_added(h: Tensor, axis: int, k: int, s: int, n: int) -> Tensor:
-    """Number j of every window lies s places from number j of the next: for each j, one slice."""
-    count, shape = h.shape[axis], list(h.shape)
-    shape[axis] = max((count - 1) * s + k, n)
-    sums = h.new_zeros(shape)
-    for j in range(k):
-        sums.narrow(axis, j, (count - 1) * s + 1).movedim(axis, -1)[..., ::s].add_(h.movedim(axis, -1))
-    return sums.narrow(axis, 0, n)
-
-
-def _windows_of_spread(h: Tensor, axis: int, k: int, s: int, n: int) -> Tensor:
-    """Place i is covered by the windows that start at i - k + 1 to i: a sum over windows of h, spread by s."""
-    h = h.movedim(axis, -1)
-    start = in_line(torch.nn.functional.pad(h.unsqueeze(-1), (0, s - 1)), 2)  # h_o stands at o s
-    start = torch.nn.functional.pad(start, (k - 1, n - start.shape[-1]))
-    return start.unfold(-1, k, 1).sum(-1).movedim(-1, axis)

@@ -171,7 +171,7 @@ Object.assign(MAKERS, {
       terms,
       others: whole && made.shared,
       whole: whole && !made.shared,
-      more: terms.length || !whole ? '' : `<p>${covering.length ? 'Each window that covers it chose another place' : 'No window covers it'}, so it gets nothing.</p>`,
+      more: terms.length || !whole || made.shared ? '' : `<p>${covering.length ? 'Each window that covers it chose another place' : 'No window covers it'}, so it gets nothing.</p>`,
     };
   },
   mean(made, row, col, value, grid) {
@@ -187,11 +187,9 @@ Object.assign(MAKERS, {
       G = table(made.g),
       [n, c, ...i] = indexOf(D, row, col);
     const windows = choices(meeting(made, D.shape, G.shape, { i })).map((met) => [n, c, ...part(met, 'q')]);
-    return {
-      head: `dL/dx[${n},${c},${i}] = Σ g[${n},${c},q] / d, over the windows q that cover this place`,
-      ...sharesOf(windows, 'g', G, (at) => divisorOf(made, at.slice(2), D.shape, G.shape)),
-      others: made.shared,
-    };
+    const found = sharesOf(windows, 'g', G, (at) => divisorOf(made, at.slice(2), D.shape, G.shape));
+    const head = `dL/dx[${n},${c},${i}] = Σ g[${n},${c},q] / d, over the windows q that cover this place`;
+    return { head, ...found, others: found.whole && made.shared, whole: found.whole && !made.shared };
   },
   place(_, row, col, value, grid) {
     return {

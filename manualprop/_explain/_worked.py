@@ -87,7 +87,7 @@ def _output(shown: Shown, numbers: Numbers, n: int) -> Worked:
         for c in range(W.shape[1])  # of the first group
         for at in itertools.product(*pairs)
     ]
-    value, over = y[(n, o, *q)].item(), f"over a window of {_many(len(terms), 'number')}"
+    value, over = y[(n, o, *q)].item(), f"over {_many(len(terms), 'number')}"
     if not made["b"]:
         return _told(f"y{_index((n, o, *q))}", f"Σ W[{o},c,k] x[{n},c,i]", value, over, terms)
     b = numbers[made["b"]][o].item()
@@ -189,7 +189,7 @@ def _mean(shown: Shown, numbers: Numbers, n: int) -> Worked:
     q = _middle(y)
     d = mean_divisor(made, q, tuple(x.shape[2:]), tuple(y.shape[2:]))
     terms = [_share(("x", (n, 0, *at)), x, d) for at in _window_of(made, q, x, y)]
-    over = f"over a window of {_many(len(terms), 'number')}"
+    over = f"over {_many(len(terms), 'number')}"
     return _told(f"y{_index((n, 0, *q))}", f"Σ x[{n},0,i] / {d}", y[(n, 0, *q)].item(), over, terms)
 
 

@@ -225,6 +225,10 @@ def test_the_formulas_are_those_of_the_rules() -> None:
     assert r"\frac{\partial L }{\partial x_{nci} } = \sum_{o,q,k} " in _formulas.latex(line)
     assert "g_{noq} " in _formulas.latex(line) and r"\text{ over }" in _formulas.latex(line)
     assert derived(functions.PReLU, "dL/dW").endswith("over every element of channel c")
+    assert derived(functions.ReflectionPad, "dL/dx") == "dL/dx_j = sum_i g_i 1[j = r(i - a)]", (
+        "not a part of a sum"
+    )
+    assert "g _{j+a}" in _formulas.latex(derived(functions.ConstantPad, "dL/dx"))
     assert _formulas.plain(r"$\frac1d \Big(x\Big)$") == "1/d (x)"
 
 

@@ -40,16 +40,23 @@ def derived(rule: Any, left: str) -> str:
         name, equals, rest = _without_reason(line).partition(" = ")
         if not (equals and re.fullmatch(rf"{re.escape(left)}(_\w+|\[[\w,]+\])?\s*", name)):
             continue
-        end = _last_side(rest) + _terms_that_count(line)
-        for later in lines[i + 1 :]:
+        end = "" if _goes_on(lines, i) else _last_side(rest) + _terms_that_count(line)
+        for k, later in enumerate(lines[i + 1 :], start=i + 1):
             following = re.match(r"\s+= (.*)", _without_reason(later))
             if following is None:
                 break
-            if " beyond " not in following[1]:  # a case at the margin
+            if " beyond " not in following[1] and not _goes_on(
+                lines, k
+            ):  # a case at the margin; a sum of several lines
                 end = _last_side(following[1])
         is_whole = all(end.count(a) == end.count(b) for a, b in ("()", "[]", "{}"))
-        return f"{name.strip()} = {end.strip()}" if is_whole else ""
+        return f"{name.strip()} = {end.strip()}" if is_whole and end else ""
     return ""
+
+
+def _goes_on(lines: list[str], i: int) -> bool:
+    """Whether the next line adds to the sum of line i."""
+    return i + 1 < len(lines) and lines[i + 1].lstrip().startswith("+ ")
 
 
 def _without_reason(line: str) -> str:
@@ -86,7 +93,7 @@ def update_formula() -> str:
 _TOKEN = re.compile(
     r"(?P<partial>d[lLy](?:_\w+)?/d\w+(?:\[[\w,]+\])?)|(?P<sum>sum_(?:\w+|\{[^{}]+\}))|(?P<indicator>1\[)|(?P<relation>/=|<=|>=)"
     r"|(?P<transpose>\^T\b)|(?P<power>\^-?\w+)|(?P<exponent>\^\{)"
-    r"|(?P<entry>[A-Za-z]\[\w(?:,\w)*\])|(?P<word>[A-Za-z]\w*'*)|(?P<space>\s+)|(?P<other>.)"
+    r"|(?P<entry>[A-Za-z]\[\w(?:,\w)*\])|(?P<below>[A-Za-z]_\{[^{}]+\})|(?P<word>[A-Za-z]\w*'*)|(?P<space>\s+)|(?P<other>.)"
 )
 _RELATIONS = {"/=": r"\ne ", "<=": r"\le ", ">=": r"\ge "}
 
@@ -105,6 +112,8 @@ def _converted(found: re.Match[str]) -> str:
         return rf"\sum_{{{text[4:].strip('{}')}}} "
     if kind == "entry":
         return _word(_with_subscript(text))
+    if kind == "below":
+        return f"{_word(text[0])}{text[1:]} "
     if kind == "indicator":
         return r"\mathbf{1}["
     if kind == "relation":

@@ -1,5 +1,6 @@
 """Convolutional networks of torch.nn in their published form, of any width: the tests and the benchmark use them."""
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -34,7 +35,7 @@ def residual_stages(width: int) -> nn.Sequential:
     widths = [width, width, 2 * width, 4 * width, 8 * width]
     stages = [
         nn.Sequential(BasicBlock(inputs, outputs, 1 + (i > 0)), BasicBlock(outputs, outputs, 1))
-        for i, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False))
+        for i, (inputs, outputs) in enumerate(itertools.pairwise(widths))
     ]
     return nn.Sequential(*stages)
 

@@ -1,7 +1,7 @@
 """Whole convolutional networks: swapped, they compute, train and keep what they did, and every gradient is ours."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import convnets
@@ -160,13 +160,12 @@ def test_the_first_layer_computes_no_gradient_of_its_input(
     ours = swapped(model).model
     weights = [m.weight for m in ours.modules() if isinstance(m, CONVOLUTIONS)]
     made_for: list[int] = []
+
+    def counted(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda g, W, *rest: made_for.append(W.data_ptr()) or rule(g, W, *rest)
+
     for rule in ("transposed", "convolution"):  # dL/dx of a convolution, and of a transposed one
-
-        def counted(g: Tensor, W: Tensor, *rest: Any, original: Any = getattr(convolution, rule)) -> Tensor:
-            made_for.append(W.data_ptr())
-            return original(g, W, *rest)
-
-        monkeypatch.setattr(convolution, rule, counted)
+        monkeypatch.setattr(convolution, rule, counted(getattr(convolution, rule)))
     ours(x, labels).backward()
     assert sorted(made_for) == sorted(W.data_ptr() for W in weights[1:])
     made_for.clear()

@@ -58,6 +58,12 @@ COMMANDS = {
         ("torch",),
         "manualprop._practice_command",
     ),
+    "programs": Command(
+        "list or delete the compiled programs that are kept on disk",
+        "",
+        ("torch",),
+        "manualprop._programs_command",
+    ),
     "receipt": Command(
         "measure what a model keeps for its backward pass, layer by layer",
         "",

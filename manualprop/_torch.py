@@ -3,12 +3,14 @@
 Beside each name: what it is for, and the versions it was seen in.  A private name may change with any version.  What differs between versions is settled here, and nowhere else.  Attributes of
 torch's objects that are private too: ``Tensor._base``, ``Tensor._is_view()``, ``UntypedStorage._cdata`` (2.11 to 2.14);
 ``Optimizer._optimizer_step_pre_hooks``, ``._optimizer_step_post_hooks`` and ``._opt_called`` (2.11 to 2.14);
-``Module._forward_hooks``, ``._forward_pre_hooks``, ``._backward_hooks`` and ``._backward_pre_hooks`` (2.11 to 2.14).
+``Module._forward_hooks``, ``._forward_pre_hooks``, ``._backward_hooks`` and ``._backward_pre_hooks`` (2.11 to 2.14);
+``_ConvNd._conv_forward``, ``._reversed_padding_repeated_twice`` and ``_ConvTransposeNd._output_padding`` (2.13).
 """
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,11 +99,20 @@ unpack_dual: Callable[..., Any] = torch._VF._unpack_dual
 cross_entropy_loss: Callable[..., Any] = torch._C._nn.cross_entropy_loss
 nll_loss: Callable[..., Any] = torch._C._nn.nll_loss_nd
 
+# The sizes of an output of torch.nn.functional's unpools, with its errors.  2.11 to 2.14
+unpool_output_size: Callable[..., Any] = vars(torch.nn.functional)["_unpool_output_size"]
+
 # Batch norm, with the statistics that its backward needs.  2.11 to 2.14
 batch_norm_with_statistics: Callable[..., Any] = torch._batch_norm_impl_index
 
 # A tensor that shares the memory of another without being its view.  2.11 to 2.14
 unsafe_view: Callable[..., Any] = torch.ops.aten._unsafe_view
+
+# x W^T by oneDNN, in float32; None where torch is built without it.  A W with gaps takes a thousand times as long.  2.13
+_by_onednn: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+product_of_rows: Callable[[torch.Tensor, torch.Tensor], Any] | None = (
+    None if _by_onednn is None else lambda x, W: _by_onednn(x, W.contiguous(), None, "none", [], "")
+)
 
 
 class Missing(torch.nn.Module):
@@ -133,6 +144,16 @@ def mark_dynamic(t: torch.Tensor, axis: int) -> None:
     torch._dynamo.maybe_mark_dynamic(t, axis)
 
 
+def arguments_of_aten(name: str) -> list[tuple[str, bool]]:
+    """The arguments of torch.name, and whether each must be given; nothing if there is no such operator.  2.11 to 2.14"""
+    packet = getattr(torch.ops.aten, name, None)
+    for overload in packet.overloads() if packet is not None else ():
+        schema = getattr(packet, overload)._schema
+        if "out" not in overload and "Dimname" not in str(schema):
+            return [(a.name, not a.has_default_value()) for a in schema.arguments]
+    return []
+
+
 def taken_apart(function: Callable[..., Any], samples: list[torch.Tensor]) -> torch.fx.GraphModule:
     """A function traced into elementary operations: silu is a product, a quotient, a sum and an exponential.  2.13"""
     from torch._decomp import decomposition_table  # these two take most of a second to import
@@ -151,6 +172,62 @@ def inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., An
 
     compiled: Callable[..., Any] = compile(graph, inputs)
     return compiled
+
+
+def scan(
+    step: torch.fx.GraphModule,
+    carry: list[torch.Tensor],
+    given: list[torch.Tensor],
+    fixed: Sequence[torch.Tensor],
+) -> list[torch.Tensor]:
+    """(carry, given[k], fixed) -> (carry, made[k]) for each k: the last carry, and all that was made, stacked.  2.13 to 2.14"""
+    import torch._higher_order_ops.scan as _  # defines the operator
+
+    found: list[torch.Tensor] = torch.ops.higher_order.scan(step, carry, given, tuple(fixed))
+    return found
+
+
+def with_any_length(
+    before: Sequence[torch.Tensor], elements: Sequence[torch.Tensor], after: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Tensors without data: stacks of any number of ``elements``, between others.  2.13 to 2.14"""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    mode: Any = FakeTensorMode(shape_env=ShapeEnv(specialize_zero_one=False), allow_non_fake_inputs=True)
+    stacks = [torch.stack([element] * 3) for element in elements]
+    lengths = [[DimDynamic.DYNAMIC] + [DimDynamic.STATIC] * element.dim() for element in elements]
+    context: Any = StatelessSymbolicContext
+    return [
+        *(mode.from_tensor(t, static_shapes=True) for t in before),
+        *(
+            mode.from_tensor(t, symbolic_context=context(dynamic_sizes=d))
+            for t, d in zip(stacks, lengths, strict=True)
+        ),
+        *(mode.from_tensor(t, static_shapes=True) for t in after),
+    ]
+
+
+def compiled_ahead(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor], package: Path) -> Path:
+    """A graph, compiled into a package.  2.13 to 2.14"""
+    from torch._inductor import aot_compile  # seconds to import
+    from torch._inductor.package.package import package_aoti
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of torch's own use of what it has deprecated
+        parts: Any = aot_compile(graph, tuple(inputs), options={"aot_inductor.package": True})
+        package_aoti(str(package), parts)
+        return package
+
+
+def load_program(package: Path) -> Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]:
+    """A package as a function.  ``torch._inductor.aoti_load_package`` adds a tree of arguments.  2.13 to 2.14"""
+    from torch._C._aoti import AOTIModelPackageLoader
+
+    run: Callable[[Any], list[torch.Tensor]] = AOTIModelPackageLoader(
+        str(package), "model", True, 1, -1
+    ).boxed_run
+    return lambda inputs: run([*inputs])
 
 
 def leave_to_python(function: Callable[..., Any]) -> None:

@@ -41,6 +41,9 @@ SOFTMAX = Targets(1.6, 1.3, 1.3, 1.2)
 NORM = Targets(2.1, 2.0, None, 1.2)
 LOSS = Targets(big=1.3)
 MASS = Targets(big=1.3, kernels=1.2)  # the cross-entropies
+AVERAGE = Targets(big=0.7)
+INTERPOLATION = Targets(big=1.3)
+POOL = Targets(middle=1.0, big=1.0)  # whose forward takes nearly all of the time
 UNTOLD = Targets()
 
 
@@ -95,8 +98,23 @@ def image(channels: int, axes: int) -> Callable[[int, int], tuple[Tensor]]:
     return lambda n, c: (torch.randn(n * c // (16 * channels), channels, *side).requires_grad_(),)
 
 
+def chosen(channels: int, axes: int) -> Callable[[int, int], tuple[Tensor, Tensor]]:
+    """The largest numbers of windows of two along each axis of images, and their places."""
+    pool = getattr(nn.functional, f"max_pool{axes}d")
+
+    def made(n: int, c: int) -> tuple[Tensor, Tensor]:
+        y, places = pool(*image(channels, axes)(n, c), 2, return_indices=True)
+        return y.detach().requires_grad_(), places
+
+    return made
+
+
 def norm(make: Callable[[int], nn.Module], axes: int) -> Layer:
     return Layer(lambda n, c: make(16), image(16, axes), NORM)
+
+
+def convolution(make: Callable[..., nn.Module], axes: int) -> Layer:
+    return Layer(lambda n, c: make(16, 16, 3, padding=1), image(16, axes))
 
 
 def signs(n: int, *c: int) -> Tensor:
@@ -117,8 +135,43 @@ def three(n: int, c: int) -> tuple[Tensor, ...]:
     return (*x(n, c), *x(n, c), *x(n, c))
 
 
+def photographs(axes: int) -> Callable[[int, int], tuple[Tensor]]:
+    """n x c numbers as images of 256 elements in eight channels."""
+    side = {1: (256,), 2: (16, 16), 3: (16, 4, 4)}[axes]
+    return lambda n, c: (torch.randn(n * c // 2048, 8, *side).requires_grad_(),)
+
+
+def over_images(
+    make: Callable[..., nn.Module], axes: int, *arguments: Any, targets: Targets = UNTOLD
+) -> Layer:
+    return Layer(lambda n, c: make(*arguments), photographs(axes), targets)
+
+
+def linear_maps() -> dict[str, Layer]:
+    """Padding and average pooling of every number of axes, interpolation and the shuffles."""
+    found = {
+        "Upsample": over_images(nn.Upsample, 2, None, 2.0, "bilinear", targets=INTERPOLATION),
+        "UpsamplingNearest2d": over_images(nn.UpsamplingNearest2d, 2, None, 2, targets=INTERPOLATION),
+        "UpsamplingBilinear2d": over_images(nn.UpsamplingBilinear2d, 2, None, 2, targets=INTERPOLATION),
+        "PixelShuffle": over_images(nn.PixelShuffle, 2, 2),
+        "PixelUnshuffle": over_images(nn.PixelUnshuffle, 2, 2),
+        "LocalResponseNorm": over_images(nn.LocalResponseNorm, 2, 5),
+        "Flatten": over_images(nn.Flatten, 2),
+        "Unflatten": Layer(lambda n, c: nn.Unflatten(1, (2, c // 2)), x),
+    }
+    for d in (1, 2, 3):
+        for kind in ("Circular", "Reflection", "Replication", "Zero"):
+            found[f"{kind}Pad{d}d"] = over_images(getattr(nn, f"{kind}Pad{d}d"), d, 1)
+        found[f"ConstantPad{d}d"] = over_images(getattr(nn, f"ConstantPad{d}d"), d, 1, 0.5)
+        found[f"AvgPool{d}d"] = over_images(getattr(nn, f"AvgPool{d}d"), d, 2, targets=AVERAGE)
+        found[f"AdaptiveAvgPool{d}d"] = over_images(
+            getattr(nn, f"AdaptiveAvgPool{d}d"), d, 1, targets=AVERAGE._replace(big=0.5)
+        )
+    return found
+
+
 # fmt: off
-LAYERS: dict[str, Layer] = activations() | {
+LAYERS: dict[str, Layer] = activations() | linear_maps() | {
     "Identity":     elementwise(nn.Identity, PIECEWISE),
     "GELU(tanh)":   elementwise(nn.GELU, GELU._replace(big=2.0, kernels=1.2), "tanh"),
     "PReLU":        elementwise(nn.PReLU, PIECEWISE),
@@ -131,12 +184,19 @@ LAYERS: dict[str, Layer] = activations() | {
     "Linear":       Layer(lambda n, c: nn.Linear(c, min(c, 256)), x, Targets(1.1)),
     "Bilinear":     Layer(lambda n, c: nn.Bilinear(16, 16, 16), lambda n, c: (*x(n, 16), *x(n, 16))),
     "Embedding":    Layer(lambda n, c: nn.Embedding(100, c), lambda n, c: (torch.randint(100, (n,)),)),
+    **{f"Conv{d}d": convolution(getattr(nn, f"Conv{d}d"), d) for d in (1, 2, 3)},
+    **{f"ConvTranspose{d}d": convolution(getattr(nn, f"ConvTranspose{d}d"), d) for d in (1, 2, 3)},
     "Dropout":      Layer(lambda n, c: nn.Dropout(), x),
     "Dropout1d":    Layer(lambda n, c: nn.Dropout1d(), image(16, 1)),
     "Dropout2d":    Layer(lambda n, c: nn.Dropout2d(), image(16, 2)),
     "Dropout3d":    Layer(lambda n, c: nn.Dropout3d(), image(16, 3)),
     "AlphaDropout": Layer(lambda n, c: nn.AlphaDropout(), x),
     "FeatureAlphaDropout": Layer(lambda n, c: nn.FeatureAlphaDropout(), image(16, 2)),
+    **{f"MaxPool{d}d": Layer(lambda n, c, d=d: getattr(nn, f"MaxPool{d}d")(2), image(16, d), POOL) for d in (1, 2, 3)},
+    **{f"AdaptiveMaxPool{d}d": Layer(lambda n, c, d=d: getattr(nn, f"AdaptiveMaxPool{d}d")(2), image(16, d)) for d in (1, 2, 3)},
+    **{f"FractionalMaxPool{d}d": Layer(lambda n, c, d=d: getattr(nn, f"FractionalMaxPool{d}d")((2, 1, 1)[:d], output_ratio=0.5), image(16, d)) for d in (2, 3)},
+    **{f"MaxUnpool{d}d": Layer(lambda n, c, d=d: getattr(nn, f"MaxUnpool{d}d")(2), chosen(16, d)) for d in (1, 2, 3)},
+    **{f"LPPool{d}d": Layer(lambda n, c, d=d: getattr(nn, f"LPPool{d}d")(2, 2), image(16, d)) for d in (1, 2, 3)},
     "LayerNorm":    Layer(lambda n, c: nn.LayerNorm(c), x, NORM),
     "RMSNorm":      Layer(lambda n, c: nn.RMSNorm(c), x, NORM),
     "GroupNorm":    norm(lambda c: nn.GroupNorm(4, c), 2),
@@ -179,6 +239,8 @@ LAYERS: dict[str, Layer] = activations() | {
 # fmt: on
 NOT_TIMED = {
     "LazyLinear": "becomes Linear on its first input",
+    **{f"LazyConv{d}d": f"becomes Conv{d}d" for d in (1, 2, 3)},
+    **{f"LazyConvTranspose{d}d": f"becomes ConvTranspose{d}d" for d in (1, 2, 3)},
     "LazyBatchNorm1d": "becomes BatchNorm1d",
     "LazyBatchNorm2d": "becomes BatchNorm2d",
     "LazyBatchNorm3d": "becomes BatchNorm3d",

@@ -5,6 +5,7 @@ import gc
 import importlib.metadata
 import json
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis  # noqa: F401  # its plugins ask who refers to an object, which gc.freeze hides: so before that
@@ -15,6 +16,14 @@ def pytest_collection_finish() -> None:
     """Every worker holds all tests: the garbage collector need not look through them again and again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compiled programs are kept in a folder of the session, and not in the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MANUALPROP_PROGRAMS", str(tmp_path_factory.mktemp("programs")))
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

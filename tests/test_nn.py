@@ -24,9 +24,27 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "RMSNorm": (3,),
     "GroupNorm": (1, 3),
     "Embedding": (5, 3),
+    **{f"{n}Pool{d}d": (2,) for n in ("Max", "AdaptiveMax") for d in (1, 2, 3)},
+    **{f"LPPool{d}d": (2, 3) for d in (1, 2, 3)},
+    **{f"MaxUnpool{d}d": (2,) for d in (1, 2, 3)},
+    **{f"FractionalMaxPool{d}d": (2, 3) for d in (2, 3)},
     "LinearCrossEntropyLoss": (3, 4),
+    **{f"{kind}{d}d": (3, 2, 2) for kind in ("Conv", "ConvTranspose") for d in (1, 2, 3)},
+    **{f"Lazy{kind}{d}d": (2, 2) for kind in ("Conv", "ConvTranspose") for d in (1, 2, 3)},
     **{f"BatchNorm{d}d": (3,) for d in (1, 2, 3)},
     **{f"InstanceNorm{d}d": (3,) for d in (1, 2, 3)},
+    **{
+        f"{kind}Pad{d}d": (1,)
+        for kind in ("Circular", "Reflection", "Replication", "Zero")
+        for d in (1, 2, 3)
+    },
+    **{f"ConstantPad{d}d": (1, 0.5) for d in (1, 2, 3)},
+    "Unflatten": (1, (3, 1)),
+    "LocalResponseNorm": (2,),
+    "PixelShuffle": (2,),
+    "PixelUnshuffle": (2,),
+    **{f"AvgPool{d}d": (2,) for d in (1, 2, 3)},
+    **{f"AdaptiveAvgPool{d}d": (2,) for d in (1, 2, 3)},
 }
 PAIRS = [pytest.param(torchs, ours, id=ours.__name__) for torchs, ours in TWINS.items()]
 
@@ -76,6 +94,8 @@ def test_device_and_dtype_arguments() -> None:
         ("LazyBatchNorm1d", (), (5, 3)),
         ("LazyBatchNorm2d", (), (5, 3, 2, 2)),
         ("LazyBatchNorm3d", (), (5, 3, 2, 1, 2)),
+        *((f"LazyConv{d}d", (4, 2), (5, 3, *[3] * d)) for d in (1, 2, 3)),
+        *((f"LazyConvTranspose{d}d", (4, 2), (5, 3, *[2] * d)) for d in (1, 2, 3)),
     ],
 )
 def test_a_lazy_layer_becomes_ours(name: str, arguments: tuple[int, ...], shape: tuple[int, ...]) -> None:
@@ -83,7 +103,8 @@ def test_a_lazy_layer_becomes_ours(name: str, arguments: tuple[int, ...], shape:
     x = torch.ones(shape, requires_grad=True)
     rule = type(layer(x).grad_fn).__name__
     assert type(layer) is getattr(manualprop.nn, name.removeprefix("Lazy"))
-    assert type(layer(x).grad_fn).__name__ == rule and rule in ("LinearBackward", "BatchNormBackward"), rule
+    of_ours = [f"{rule}Backward" for rule in ("Linear", "BatchNorm", "Convolution", "TransposedConvolution")]
+    assert type(layer(x).grad_fn).__name__ == rule and rule in of_ours, rule
     (swapped,) = manualprop.swap(nn.Sequential(getattr(nn, name)(*arguments))).model
     swapped(x)
     assert type(swapped) is type(layer)

@@ -49,6 +49,14 @@ def call(function: Callable[..., Any], case: Case, arguments: tuple[Any, ...]) -
     )
 
 
+def answer(function: Callable[..., Any], case: Case, arguments: tuple[Any, ...]) -> Any:
+    """What the call gives, or the words of its refusal: torch's unpooling offers itself to one argument of two."""
+    try:
+        return call(function, case, arguments)
+    except TypeError as error:
+        return str(error)
+
+
 @pytest.mark.parametrize("case", [pytest.param(c, id=str(c)) for c in CASES + IN_PLACE])
 def test_offers_what_torch_offers(case: Case) -> None:
     """The same function and the same arrangement of the arguments, whichever of them overrides; ours where torch has none."""
@@ -58,11 +66,11 @@ def test_offers_what_torch_offers(case: Case) -> None:
             continue
         arguments = list(case.made(grad=False))
         arguments[place] = argument.as_subclass(Answering)
-        found = call(ours, case, tuple(arguments))
+        found = answer(ours, case, tuple(arguments))
         if torchs is None:
             assert found[0] is ours and found[1] + len(found[2]) == len(arguments) + len(case.kwargs)
         else:
-            assert found == call(torchs, case, tuple(arguments))
+            assert found == answer(torchs, case, tuple(arguments))
 
 
 def rule_of(y: Tensor) -> str:

@@ -51,6 +51,7 @@ def tripled(rule: type[Rule]) -> type[Rule]:
 
 X = torch.linspace(-0.9, 0.8, 12, dtype=torch.float64).reshape(4, 3)
 W, B = real(3, 3, seed=1, grad=False), real(3, seed=2, grad=False)
+KERNEL = real(2, 2, 2, seed=3, grad=False)
 TARGETS = torch.tensor([0, 2, 1, 1])
 
 # One rule of each form: saved output, saved input, several inputs, rows, losses, in place with either saved.
@@ -58,6 +59,8 @@ FORMS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "Tanh": ("tanh", F.tanh),
     "GELU": ("gelu", F.gelu),
     "Linear": ("linear", lambda x: F.linear(x, W, B)),
+    "Convolution": ("conv1d", lambda x: F.conv1d(x.reshape(2, 2, 3), KERNEL, padding=1)),
+    "TransposedConvolution": ("conv_transpose1d", lambda x: F.conv_transpose1d(x.reshape(2, 2, 3), KERNEL)),
     "Softmax": ("softmax", lambda x: F.softmax(x, -1) * X),
     "CrossEntropy": ("cross_entropy", lambda x: F.cross_entropy(x, TARGETS, reduction="none")),
     "LinearCrossEntropy": (
@@ -66,6 +69,9 @@ FORMS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     ),
     "ReLU": ("relu", lambda x: F.relu(x * 1, inplace=True)),
     "SiLU": ("silu", lambda x: F.silu(x * 1, inplace=True)),
+    "AvgPool": ("avg_pool1d", lambda x: F.avg_pool1d(x, 2, 1)),
+    "MaxPool": ("max_pool1d", lambda x: F.max_pool1d(x, 2, 1)),
+    "LPPool": ("lp_pool1d", lambda x: F.lp_pool1d(x + 1, 3.0, 2, 1)),
     "MSE": ("mse_loss", lambda x: F.mse_loss(x, X.flip(0), reduction="none")),
 }
 
@@ -182,6 +188,21 @@ def test_every_row_takes_the_eager_routes(case: Case) -> None:
         )
     if "first_derivative" not in case.except_for:  # a gradient that is not the derivative has no forward mode
         torch.testing.assert_close(forward["func.jvp"].sum(), (reverse["backward"] * direction(x)).sum())
+
+
+@pytest.mark.parametrize("name", sorted({c.name for c in CASES if not c.random}))
+def test_every_function_has_a_hessian_beneath_a_curve(name: str) -> None:
+    """Forward over reverse mode, batched, where the second derivative reaches the arriving gradient."""
+    case = next(c for c in CASES if c.name == name and not c.random)
+    i, arguments = first_wanted(case)
+    rest = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
+
+    def f(x: Tensor) -> Tensor:
+        y: Tensor = case(*rest[:i], x, *rest[i + 1 :])
+        return (y * y).sum()
+
+    expected = torch.autograd.functional.hessian(f, rest[i])
+    torch.testing.assert_close(torch.func.hessian(f)(rest[i]), expected, rtol=1e-9, atol=1e-9)
 
 
 def nested_agrees(case: Case) -> None:

@@ -403,12 +403,12 @@ def test_a_single_layer_is_a_model_and_a_function_is_none() -> None:
 
 
 def test_the_report_prints_as_a_table() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Conv2d(1, 1, 1), nn.Linear(2, 2), nn.Linear(2, 2))
+    model = nn.Sequential(nn.Linear(2, 2), nn.ChannelShuffle(2), nn.Linear(2, 2), nn.Linear(2, 2))
     lines = str(manualprop.swap(model, skip="2")).splitlines()
     assert [line.split() for line in lines[:3]] == [
         ["layers", "path", "from", "to", "why", "not"],
         ["2", "*", "torch.nn.Linear", "manualprop.nn.Linear"],
-        ["1", "1", "torch.nn.Conv2d", "-", "no", "hand-derived", "twin"],
+        ["1", "1", "torch.nn.ChannelShuffle", "-", "no", "hand-derived", "twin"],
     ]
     assert lines[3].split() == ["1", "2", "torch.nn.Linear", "-", "not", "selected"]
     assert lines[4] == "2 of 4 layers swapped."
@@ -719,7 +719,7 @@ def test_the_report_ends_with_the_calls_in_forward() -> None:
     found = {"relu in Calls", "tanh in Calls", "gelu in Calls", "softmax in Calls"}
     assert len(report.calls) == 4 and set(report.calls) == found
     assert str(report).splitlines()[-1].startswith("Called in forward, where torch's rules still run: ")
-    assert str(report).endswith(" Use manualprop.functional there.")
+    assert str(report).endswith(" Use manualprop.functional there, or swap(model, functions=True).")
 
 
 @pytest.mark.parametrize("model", [Layers, convnet, encoder, mlp])

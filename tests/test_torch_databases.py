@@ -49,13 +49,18 @@ NOT_IN_MODULE_DB = {
     "CosineSimilarity": NO_MODULE_INFO,
     "PairwiseDistance": NO_MODULE_INFO,
     "EmbeddingBag": NO_MODULE_INFO,
+    **dict.fromkeys(("PixelShuffle", "PixelUnshuffle", "Upsample"), NO_MODULE_INFO),
+    **{f"Upsampling{n}2d": NO_MODULE_INFO for n in ("Nearest", "Bilinear")},
+    **dict.fromkeys(("Flatten", "Unflatten"), "torch has no ModuleInfo for it; it is torch's view"),
     **{f"Lazy{n}": f"torch has no ModuleInfo for it; it becomes {n}" for n in ("Linear", "Bilinear")},
     **{f"LazyBatchNorm{d}d": f"torch has no ModuleInfo for it; it becomes BatchNorm{d}d" for d in (1, 2, 3)},
     **{f"LazyInstanceNorm{d}d": f"torch has no ModuleInfo; it becomes InstanceNorm{d}d" for d in (1, 2, 3)},
+    **{f"MaxUnpool{d}d": NO_MODULE_INFO for d in (1, 2, 3)},
     **{f"{n}Dropout": NO_MODULE_INFO for n in ("", "Alpha", "FeatureAlpha")},
     **{f"Dropout{d}d": NO_MODULE_INFO for d in (1, 2, 3)},
 }
 NOT_IN_OP_DB = {"dropout1d": "torch has no OpInfo for it; its module is dropout's"}
+NOT_IN_OP_DB |= {f"lp_pool{d}d": "torch has no OpInfo for it; its module is in module_db" for d in (1, 2, 3)}
 NOT_IN_OP_DB |= {
     name: "torch has no function of that name: its rows hold it against a composition of others"
     for name in FUNCTIONS
@@ -76,7 +81,9 @@ OPEN: dict[str, tuple[set[str], str]] = {}
 # Misuses for which we raise the same exception with another text.
 OWN_WORDS = {
     "CrossEntropyLoss": "says what to do: leave out the class axis for class indices",
+    **{f"conv{d}d": "says which tensor has the wrong number of axes" for d in (1, 2, 3)},
     "gelu": "says which argument was received",
+    "max_pool1d": "torch's words for a call that asks for the places too",
     "poisson_nll_loss": "names the two sizes in the order of the arguments",
 }
 
@@ -128,7 +135,8 @@ def fresh(inputs: Any, dtype: torch.dtype | None = None) -> Any:
             return dtype
         if not isinstance(t, Tensor):
             return t
-        to = dtype if dtype is not None and t.is_floating_point() else t.dtype
+        numbers = t.is_floating_point() or t.is_complex()
+        to = dtype if dtype is not None and numbers and dtype.is_complex == t.is_complex() else t.dtype
         return t.detach().clone().to(to).requires_grad_(t.requires_grad)
 
     return tree_map(renewed, inputs)
@@ -159,9 +167,12 @@ def outcome(
         warnings.simplefilter("always")
         try:
             y = function(*args, **kwargs)
-            if leaves and y.requires_grad:
-                g = upstream(y).requires_grad_(order == 2)
-                found = list(torch.autograd.grad(y, leaves, g, allow_unused=True, create_graph=order == 2))
+            first = without_places(y)
+            if leaves and first.requires_grad:
+                g = upstream(first).requires_grad_(order == 2)
+                found = list(
+                    torch.autograd.grad(first, leaves, g, allow_unused=True, create_graph=order == 2)
+                )
                 if order == 2:
                     found = second(found, [*leaves, g])
         except Exception as error:
@@ -170,6 +181,11 @@ def outcome(
             torch.set_warn_always(always)
     warned = frozenset(str(w.message)[:60] for w in caught if issubclass(w.category, UserWarning))
     return Outcome(y, found, [] if module is None or failed else list(module.buffers()), failed, warned)
+
+
+def without_places(y: Any) -> Any:
+    """What is differentiated: a pool may return the places of the maxima too."""
+    return y[0] if isinstance(y, tuple) else y
 
 
 def second(first: list[Tensor | None], leaves: list[Tensor]) -> list[Tensor | None]:
@@ -185,7 +201,11 @@ def distance(ours: Tensor | None, torchs: Tensor | None) -> float:
         return 0.0 if ours is torchs else math.inf
     if ours.shape != torchs.shape:
         return math.inf
-    a, b = ours.detach().double(), torchs.detach().double()
+    a, b = (
+        torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+        for t in (ours.detach(), torchs.detach())
+    )
+    a, b = a.double(), b.double()
     finite = b.isfinite()
     if not torch.equal(finite, a.isfinite()):
         return math.inf
@@ -197,7 +217,8 @@ def distance(ours: Tensor | None, torchs: Tensor | None) -> float:
 
 
 def parts(o: Outcome) -> tuple[list[Any], list[Any]]:
-    return [o.value, *o.buffers], o.gradients
+    values = o.value if isinstance(o.value, tuple) else (o.value,)
+    return [*values, *o.buffers], o.gradients
 
 
 def distances(ours: Outcome, torchs: Outcome) -> tuple[float, float]:
@@ -429,15 +450,17 @@ def test_operator_misuse(db: Databases, name: str) -> None:
     "ignore:Casting complex values to real discards the imaginary part",  # softmax(..., dtype=float)
 )
 @each_operator("complex")
-def test_complex_samples_are_refused(db: Databases, name: str) -> None:
-    """Loudly; or else the result is torch's, where an argument makes the computation real."""
+def test_complex_samples_are_refused_or_right(db: Databases, name: str) -> None:
+    """Refused loudly; or else the result is torch's, or no further off than twice torch's."""
     for dtype in (torch.complex64, torch.complex128):
         for sample in op_samples(db, name, dtype):
             ours, torchs = both(name)
             mine = outcome(ours, inputs(name, sample))
             if not (mine.error.startswith("TypeError") and "must be real" in mine.error):
                 theirs = outcome(torchs, inputs(name, sample))
-                assert max(distances(mine, theirs)) <= 1e-6, sample.summary()
+                if max(distances(mine, theirs)) > CLOSE:
+                    exact = outcome(torchs, inputs(name, sample), dtype=torch.complex128)
+                    no_worse(mine, theirs, exact, dtype, sample.summary())
 
 
 @pytest.mark.slow
@@ -461,7 +484,7 @@ def test_operator_samples_of_other_dtypes(db: Databases, name: str) -> None:
 
 def no_worse(mine: Outcome, theirs: Outcome, exact: Outcome, dtype: torch.dtype, where: str) -> None:
     # The sums over examples cancel: their error is some ulp of the terms, not of the result.
-    slack = (16 if dtype == torch.float32 else 1) * torch.finfo(dtype).eps
+    slack = (16 if dtype in (torch.float32, torch.complex64) else 1) * torch.finfo(dtype).eps
     flat = ([*parts(o)[0], *parts(o)[1]] for o in (mine, theirs, exact))
     for a, b, c in zip(*flat, strict=True):
         if a is None:
@@ -483,8 +506,14 @@ def test_operator_samples_made_noncontiguous(db: Databases, name: str) -> None:
         mine, theirs = (outcome(f, call) for f in (ours, torchs))
         values, gradients = distances(mine, theirs)
         assert values <= CLOSE and gradients <= bound(name, 1), sample.summary()
-        if not theirs.error and theirs.value.numel():
-            assert mine.value.stride() == theirs.value.stride(), sample.summary()
+        if not theirs.error and without_places(theirs.value).numel():
+            strides = [[v.stride() for v in parts(o)[0]] for o in (mine, theirs)]
+            assert strides[0] == strides[1], sample.summary()
+
+
+def has_repeats(places: Tensor) -> bool:
+    rows = places.flatten(2) if places.dim() > 2 else places
+    return any(len(row.unique()) < len(row) for row in rows.reshape(-1, rows.shape[-1]))
 
 
 @pytest.mark.slow
@@ -503,8 +532,10 @@ def test_forward_mode_agrees_with_reverse_mode(db: Databases, name: str) -> None
                 every[i] = x
             args, kwargs = tree_unflatten(every, structure)
             torch.manual_seed(0)
-            return getattr(F, name)(*args, **kwargs)
+            return without_places(getattr(F, name)(*args, **kwargs))
 
+        if name.startswith("max_unpool") and has_repeats(sample.args[0]):
+            continue  # torch's gradient, and ours, reaches numbers that were overwritten
         x = tuple(leaves[i].detach().requires_grad_() for i in where)
         t = tuple(upstream(a).flip(tuple(range(a.dim()))) for a in x)
         if outcome(getattr(F, name), inputs(name, sample)).error:

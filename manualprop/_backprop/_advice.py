@@ -11,7 +11,10 @@ class NotFinite(FloatingPointError):
 
     Attributes:
         loss: the loss of the update's examples.
+        made: in an epoch, the updates that were made before.
     """
+
+    made: int = 0
 
     def __init__(self, loss: float, text: str) -> None:
         super().__init__(text)

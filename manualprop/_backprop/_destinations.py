@@ -145,8 +145,11 @@ class Descend(Destination):
             self.value.add_(db, alpha=group["lr"] if group["maximize"] else -group["lr"])
 
 
+FACTORS = {"take": 1, "take_weight": 2}  # method of a destination -> the number of tensors it takes
+
+
 class Factors(Destination):
-    """Keeps the factors of a gradient: the graph ends with them, and the update is still one product."""
+    """Keeps the factors of a gradient: a graph returns them, and the update is still one product."""
 
     def __init__(self, parameter: Parameter) -> None:
         super().__init__(parameter)
@@ -184,7 +187,7 @@ class Guarded(Descend):
     def _move(self, direction: Tensor) -> None:
         self.value.sub_(direction * self.group["lr"])
 
-    def commit(self, well: Tensor) -> None:
-        """Make the update real where ``well`` is true."""
+    def commit(self, well: Tensor | None = None) -> None:
+        """Make the update real; if ``well`` is given, only where it is true."""
         for original, changed in zip(self.originals, self.changed, strict=True):
-            original.copy_(torch.where(well, changed, original))
+            original.copy_(changed if well is None else torch.where(well, changed, original))

@@ -20,6 +20,8 @@ from manualprop.descent import Batch, Descent
 
 Collection = Mapping[Parameter, Collect]
 
+SMALL = 2**17  # elements of all weights together
+
 
 class Plan:
     """A model's stages, its loss and its optimizer as they are now.
@@ -63,8 +65,10 @@ class Plan:
         self.descend = {p: Descend(p, groups[p], optimizer.state) for p in self.learning if self.folds}
         self.micro = descent.micro_batch_size if isinstance(descent, Batch) else None
         affine = [leaf for leaf in self.leaves if isinstance(leaf, Affine)]
-        for leaf in affine:
-            leaf.is_last = leaf is affine[-1]
+        for each in affine:
+            each.is_last = each is affine[-1]
+        for leaf in self.leaves:
+            leaf.bind()
         self._send(self.descend)
 
     def _groups(self) -> dict[Any, dict[str, Any]]:
@@ -75,6 +79,11 @@ class Plan:
             self.optimizer.add_param_group({"params": missing})
             groups |= dict.fromkeys(missing, self.groups[-1])
         return groups
+
+    @property
+    def is_small(self) -> bool:
+        """Whether a graph makes the update as well: it returns new weights, which costs a copy."""
+        return sum(p.numel() for p in self.learning) <= SMALL
 
     @property
     def is_plain(self) -> bool:

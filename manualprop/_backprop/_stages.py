@@ -29,6 +29,7 @@ from manualprop.functions._execution._products import (
     multiply_and_add_into,
 )
 from manualprop.functions.linear import rows
+from manualprop.nn.fusing import runs
 
 Forward = Callable[[Tensor], Tensor]
 Backward = Callable[[Tensor], "Tensor | None"]
@@ -65,6 +66,9 @@ class Stage:
         self.learns = bool(self.parameters())
         return before or self.learns
 
+    def bind(self) -> None:
+        """Look up the layer's parameters; outside of a graph's tracing, which replaces them."""
+
     def send(self, to: Destinations) -> None:
         """Set where the gradients of the parameters go."""
         self.to = to
@@ -87,11 +91,15 @@ class Affine(Stage):
 
     is_last = False  # the last Affine: y may be the model's output, which the caller may keep
 
+    def bind(self) -> None:
+        # Looked up once: to read a parameter from a module costs as much as a small product.
+        W: Any = self.layer.weight
+        b: Any = self.layer.bias
+        self.W, self.b = W.detach(), None if b is None else b.detach()
+
     def send(self, to: Destinations) -> None:
         W: Any = self.layer.weight
         b: Any = self.layer.bias
-        # Looked up once: to read a parameter from a module and hash it costs as much as a small product.
-        self.W, self.b = W.detach(), None if b is None else b.detach()
         self.W_to, self.b_to = to.get(W), None if b is None else to.get(b)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -383,13 +391,16 @@ def build(layer: Module, path: str = "") -> Stage:
     kind = type(layer)
     if kind.forward is nn.Sequential.forward:
         return Chained(path, layer, _within(layer, path))
+    if isinstance(layer, nn.FusedSequential | nn.FusedResidual):
+        chain = Chained(path, layer, _fused_within(layer, path))
+        return Added(path, layer, [chain], skip=True) if kind is nn.FusedResidual else chain
     if kind is nn.Residual:
         return Added(path, layer, [Chained(path, layer, _within(layer, path))], skip=True)
     if kind is nn.Parallel:
         return Added(path, layer, _within(layer, path), skip=False)
     if kind in (nn.Identity, torch.nn.Identity):
         return Chained(path, layer, [])
-    if kind in (torch.nn.Flatten, torch.nn.Unflatten):
+    if kind in (nn.Flatten, torch.nn.Flatten, nn.Unflatten, torch.nn.Unflatten):
         return Reshaped(path, layer)
     if kind is torch.nn.Dropout:
         return Dropped(path, layer)
@@ -416,6 +427,24 @@ def _within(layer: Module, path: str) -> list[Stage]:
     # Not named_children: it names a layer that is used twice only once.
     within = [(name, child) for name, child in layer._modules.items() if child is not None]
     return [build(child, f"{path}.{name}" if path else name) for name, child in within]
+
+
+def _fused_within(layer: torch.nn.Sequential, path: str) -> list[Stage]:
+    """A stage for each run of layers that are one rule, and for each other layer."""
+    children = {name: child for name, child in layer._modules.items() if child is not None}
+    following = {first: rest for first, *rest in runs(layer)}
+    within: list[Stage] = []
+    names = iter(children)
+    for name in names:
+        inner = f"{path}.{name}" if path else name
+        if name not in following:
+            within.append(build(children[name], inner))
+            continue
+        run = [children[name], *(children[next(names)] for _ in following[name])]
+        for part in run:
+            _refuse_hooks(part, inner)
+        within.append(Applied(inner, nn.FusedSequential(*run)))
+    return within
 
 
 def _refuse_hooks(layer: Module, path: str) -> None:

@@ -8,8 +8,8 @@ All formulas come from :mod:`manualprop.functions`.  ``_ways.py`` has the ways o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +17,12 @@ from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from manualprop._backprop._criterion import Criterion
+from manualprop._backprop._epoch import Epoch, Epochs, Pieces, Scanned
 from manualprop._backprop._graph import Graphs
 from manualprop._backprop._plan import Plan
 from manualprop._backprop._stages import build
 from manualprop._backprop._trace import Note, Record, headline, noted, record, recorder, rule_named_as
-from manualprop._backprop._ways import Captured, Collected, Compiled, Plain, Repeated, Way, repeated
+from manualprop._backprop._ways import Collected, Compiled, Plain, Repeated, Way, WholeStep, repeated
 from manualprop._torch import any_autocast, optimizer_post_hooks, optimizer_pre_hooks
 from manualprop.descent import Descent, Stochastic
 
@@ -66,6 +67,8 @@ class Backprop:
             makes the gradient.  Hyperparameters are read when the graph runs, so a scheduler causes no new
             compilation.  An optimizer that needs gradients makes its own step after the graph.  ``compile``
             pays for many or large elementwise layers.  Random layers draw other numbers than without it.
+            "epoch": run the updates of :meth:`epoch` as one program, on the CPU.  It is compiled once for each
+            number of rows (about ten seconds, with a C++ compiler) and kept on disk for later processes.
         capture: replay the step as a CUDA graph: for small networks on a GPU, where launching the kernels
             takes longer than their work.  It needs a CUDA device with the model, the inputs and the targets
             on it, and one graph's memory for each input shape.  May be combined with ``compile``.
@@ -77,7 +80,8 @@ class Backprop:
         RuntimeError: for ``capture`` without a GPU.
         TypeError: for a layer or a loss that cannot run without a tape (the text names it and what to do),
             and if ``descent`` is not a descent.
-        ValueError: for a model without a parameter that requires a gradient.
+        ValueError: for a model without a parameter that requires a gradient, for another ``compile``, and for
+            updates that cannot be one program.
     """
 
     def __init__(
@@ -87,7 +91,7 @@ class Backprop:
         descent: Descent,
         *,
         optimizer: Optimizer | None = None,
-        compile: bool = False,
+        compile: bool | Literal["epoch"] = False,
         capture: bool = False,
     ) -> None:
         if not isinstance(descent, Descent):
@@ -95,10 +99,15 @@ class Backprop:
                 f"Backprop: descent must be one of manualprop.descent. Got {descent!r}; give a descent with its learning "
                 "rate, such as MiniBatch(learning_rate=0.1)."
             )
+        if compile not in (False, True, "epoch") or (compile == "epoch" and capture):
+            raise ValueError(
+                "Backprop: compile must be False, True or 'epoch', and 'epoch' goes without capture. Got "
+                f"compile={compile!r} and capture={capture}."
+            )
         self.model, self.descent = model, descent
         self.criterion = Criterion(loss)
         self.stage = build(model)
-        self._compile, self._capture = compile, capture
+        self._compile, self._capture, self._by_epoch = compile is True, capture, compile == "epoch"
         self.optimizer = descent.make_optimizer(self._trained()) if optimizer is None else optimizer
         self.lr_scheduler = descent.make_lr_scheduler(self.optimizer) if optimizer is None else None
         self.output = torch.empty(0)
@@ -122,8 +131,12 @@ class Backprop:
         graphs = Graphs(self._compile, self._capture) if self._compile or self._capture else None
         self._plain, self._collected = Plain(plan), Collected(plan, graphs)
         self._compiled = Compiled(plan, graphs) if graphs is not None and self._compile else None
-        self._captured = Captured(plan, graphs) if graphs is not None and self._capture else None
+        self._whole = WholeStep(plan, graphs) if graphs and (self._capture or plan.is_small) else None
+        self._first = Collected(plan, None)
         self._by_update = self.lr_scheduler is not None and self.descent.lr_scheduler_interval == "update"
+        scanned = Scanned(plan) if self._by_epoch else None
+        scheduler = self.lr_scheduler if self._by_update else None
+        self._epochs = Epochs(plan, self._step, scanned, scheduler)
         self._forget()
 
     def __call__(self, x: Tensor, target: Tensor) -> float:
@@ -148,6 +161,47 @@ class Backprop:
             self.lr_scheduler.step()  # type: ignore[union-attr]
         return loss
 
+    def epoch(self, x: Tensor, target: Tensor, order: Iterable[Pieces]) -> Epoch:
+        """Make all updates of an epoch; return their losses and outputs.
+
+        With ``compile="epoch"`` updates on equal numbers of examples are one program, and all others are steps,
+        as are the updates of a network so large that steps are faster.  The weights are those of the steps,
+        within rounding.  If a loss is not finite, the weights are those before its update.
+
+        Args:
+            x: the inputs of all examples, one for each row.
+            target: their targets.
+            order: for each update the numbers of its rows, in pieces: what ``descent.updates(len(x))`` yields,
+                or its first updates.  Of an update in pieces, only the last piece's output is returned.
+
+        Raises:
+            FloatingPointError: if a loss is not finite; ``made`` is the number of updates before.
+            ValueError: for more than one example with Stochastic.
+            TypeError: with ``compile="epoch"`` for a model that draws random numbers.
+        """
+        self._check()
+        made = self._epochs(x, target, order)
+        if len(made.losses):
+            self.output = self._epochs.output
+        return made
+
+    def has_program(self, x: Tensor, target: Tensor) -> bool:
+        """Whether the program of updates on inputs of this shape is on disk, and need not be compiled.
+
+        Args:
+            x: the inputs of one update.
+            target: their targets.
+
+        Raises:
+            TypeError: for a model that draws random numbers.
+        """
+        self._check()
+        scanned = self._epochs.scanned
+        return scanned is not None and scanned.is_kept(x, target)
+
+    def _step(self, x: Tensor, target: Tensor) -> tuple[float, Tensor]:
+        return self(x, target), self.output
+
     def _way(self, x: Tensor) -> Way:
         """The way of running a step for these inputs."""
         examples = 1 if x.dim() < 2 and x.is_floating_point() else len(x)
@@ -159,8 +213,8 @@ class Backprop:
         plan = self._plan
         if not (plan.folds and (plan.micro is None or plan.micro >= len(x))):
             return self._collected
-        if self._captured is not None and plan.has_buffers():
-            return self._captured
+        if self._whole is not None:
+            return self._whole if plan.has_buffers() else self._first
         if plan.ties:
             return self._collected
         return self._compiled or self._plain

@@ -3,14 +3,15 @@
 ================  ==================================================================================================
 :class:`Plain`     the stages forwards and backwards, each update folded into the product that makes its gradient
 :class:`Repeated`  the same for further small inputs of one shape: buffers and views are reused
-:class:`Compiled`  forward and backward pass as one compiled graph, which ends with the folded update
-:class:`Captured`  the whole step as one CUDA graph
+:class:`Compiled`  forward and backward pass as one compiled graph, then the folded updates
+:class:`WholeStep`     forward pass, backward pass and update as one graph: compiled, or captured on a GPU
 :class:`Collected`  gradients first, then the update: for pieces, for tied weights, or for any optimizer
 ================  ==================================================================================================
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,8 +20,7 @@ import torch
 from torch import Tensor
 
 from manualprop._backprop._criterion import Evaluated
-from manualprop._backprop._descend_op import Updates
-from manualprop._backprop._destinations import Factors, Guarded
+from manualprop._backprop._destinations import FACTORS, Factors, Guarded
 from manualprop._backprop._graph import Body, Graphs, Hyperparameters, with_tensors
 from manualprop._backprop._plan import Collection, Plan
 from manualprop._backprop._stages import Backward, Forward, chain_of
@@ -102,11 +102,11 @@ class Graphed:
         key = (body.__name__, form, *[module.training for module in self.modules])
         criterion.traced = True
         try:
-            return self.graphs.run(body, key, inputs, self._changed)
+            return self.graphs.run(body, key, inputs, self.changed)
         finally:
             criterion.traced = False
 
-    def _changed(self) -> list[Tensor]:
+    def changed(self) -> list[Tensor]:
         """The tensors that a step changes in place."""
         plan = self.plan
         buffers = [destination.buffer for destination in plan.descend.values()]
@@ -126,9 +126,22 @@ class Graphed:
         """The same, for the loss summed over the examples."""
         return self.gradients(x, target, divide=False)
 
+    def updates(
+        self, x: Tensor, target: Tensor, numbers: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, list[Guarded]]:
+        """Loss, output, and the update of every parameter, which is not made yet."""
+        plan = self.plan
+        groups = dict(zip(map(id, plan.groups), with_tensors(plan.groups, numbers), strict=True))
+        loss, _, output, *gradients = self.gradients(x, target)
+        updates = []
+        for (p, destination), gradient in zip(plan.descend.items(), gradients, strict=True):
+            updates.append(Guarded(p, groups[id(destination.group)], destination.buffer))
+            updates[-1].take(gradient)
+        return loss, output, updates
 
-class Captured(Graphed):
-    """One graph of forward pass, backward pass and update."""
+
+class WholeStep(Graphed):
+    """One graph of forward pass, backward pass and update: compiled for small networks, or captured on a GPU."""
 
     def __init__(self, plan: Plan, graphs: Graphs) -> None:
         super().__init__(plan, graphs)
@@ -142,13 +155,7 @@ class Captured(Graphed):
 
     def _step(self, x: Tensor, target: Tensor, *numbers: Tensor) -> tuple[Tensor, ...]:
         """Loss and output; each weight is changed only if the loss is finite."""
-        plan = self.plan
-        groups = dict(zip(map(id, plan.groups), with_tensors(plan.groups, numbers), strict=True))
-        loss, _, output, *gradients = self.gradients(x, target)
-        updates = []
-        for (p, destination), gradient in zip(plan.descend.items(), gradients, strict=True):
-            updates.append(Guarded(p, groups[id(destination.group)], destination.buffer))
-            updates[-1].take(gradient)
+        loss, output, updates = self.updates(x, target, numbers)
         finite = loss.isfinite()
         for update in updates:
             update.commit(finite)
@@ -156,28 +163,28 @@ class Captured(Graphed):
 
 
 class Compiled(Graphed):
-    """A compiled graph, which ends with the folded update."""
-
-    def __init__(self, plan: Plan, graphs: Graphs) -> None:
-        super().__init__(plan, graphs)
-        self.updates = Updates(plan.descend)
+    """Forward and backward pass as one compiled graph; then the updates, each folded into its product."""
 
     def __call__(self, x: Tensor, target: Tensor) -> tuple[float, Tensor]:
+        plan = self.plan
+        loss, output, *made = self.graph(self._factors, None, [x, target])
+        value = plan.finite(loss, x, target)
+        given = iter(made)
         with torch.no_grad():
-            found, output = self.graph(self._descending, None, [x, target])
-        return self.plan.finite(found, x, target), output
+            for destination, method in zip(plan.descend.values(), self.methods, strict=True):
+                getattr(destination, method)(*itertools.islice(given, FACTORS[method]))
+        return value, output
 
-    def _descending(self, x: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-        """Loss and output; the factors of the gradients go into the update."""
+    def _factors(self, x: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        """Loss, output, and the factors of the gradients."""
         plan = self.plan
         to = {p: Factors(p) for p in plan.learning}
         with plan.sending(to):
             output = plan.stage.forward(x)
             loss, _, g = plan.criterion(output, target)
             plan.stage.backward(g)
-        made = [factor for factors in to.values() for factor in factors.made]
-        self.updates.record(made, [factors.method for factors in to.values()], loss)
-        return loss, output
+        self.methods = [factors.method for factors in to.values()]  # the same for all shapes
+        return loss, output, *[factor for factors in to.values() for factor in factors.made]
 
 
 # ----- gradients first, update after -----

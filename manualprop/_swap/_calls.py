@@ -1,4 +1,4 @@
-"""Finds functions that a ``forward`` calls directly (``F.relu(x)``, ``x.softmax(-1)``): no swap reaches them.
+"""Finds functions that a ``forward`` calls directly (``F.relu(x)``, ``x.softmax(-1)``): no swap of layers reaches them.
 
 They are read from the bytecode, without running the model: names that stand for a torch function, and names
 of tensor methods. Methods of the same class and functions of the same module that ``forward`` calls are read
@@ -7,36 +7,35 @@ too.
 
 import dis
 import types
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from manualprop import functional
+from manualprop._swap._functions import NAMES
 
-_NAMES = {
-    name for name, f in vars(functional).items() if isinstance(f, types.FunctionType) and name[0] != "_"
-}
 _FUNCTIONS = [
     (name, getattr(home, name))
     for home in (torch.nn.functional, torch)
-    for name in sorted(_NAMES)
+    for name in sorted(NAMES)
     if hasattr(home, name)
 ]
 _SELF, _COMPUTED, _OTHER = object(), object(), object()  # markers for names without a known value
 
 
-def calls_in_forward(model: nn.Module) -> Iterator[str]:
-    """Yield "relu in Net" for each such call, for every module class that is not torch's or ours."""
-    for cls, module in {type(module): module for module in model.modules()}.items():
+def calls_in_forward(modules: Iterable[nn.Module]) -> dict[str, list[Any]]:
+    """{"relu in Net": torch's functions} for such calls, for every module class that is not torch's or ours."""
+    found: dict[str, list[Any]] = {}
+    for cls, module in {type(module): module for module in modules}.items():
         if not cls.__module__.startswith(("torch.", "manualprop.")):
-            names = dict.fromkeys(_called(cls.forward, module, set()))
-            yield from (f"{name} in {cls.__qualname__}" for name in names)
+            for name, function in _called(cls.forward, module, set()):
+                found.setdefault(f"{name} in {cls.__qualname__}", []).append(function)
+    return found
 
 
-def _called(function: Any, module: nn.Module | None, seen: set[Any]) -> Iterator[str]:
-    """Names of our functions that a function calls, directly or through methods and functions beside it."""
+def _called(function: Any, module: nn.Module | None, seen: set[Any]) -> Iterator[tuple[str, Any]]:
+    """Names of our functions, and torch's, that a function calls, directly or by methods and functions beside it."""
     function = getattr(function, "__wrapped__", function)
     code = getattr(function, "__code__", None)
     if code is None or code in seen:
@@ -48,11 +47,11 @@ def _called(function: Any, module: nn.Module | None, seen: set[Any]) -> Iterator
         method = getattr(type(module), name, None) if owner is _SELF else None
         ours = [known for known, torchs in _FUNCTIONS if value is torchs]
         if ours:
-            yield ours[0]
+            yield ours[0], value
         elif isinstance(method, types.FunctionType):
             yield from _called(method, module, seen)
-        elif owner is _COMPUTED and name in _NAMES and hasattr(Tensor, name):
-            yield name
+        elif owner is _COMPUTED and name in NAMES and hasattr(Tensor, name):
+            yield name, getattr(Tensor, name)
         elif isinstance(value, types.FunctionType) and value.__module__ == function.__module__:
             yield from _called(value, None, seen)
 

@@ -159,8 +159,11 @@ def _refusal(model: nn.Module, changes: Sequence[Change], inputs: Any, compariso
     _, wrong = comparison.of(order[:differ])
     first = order[differ - 1]
     verb = "fails where it worked before" if wrong is not None and wrong.error is not None else "differs"
+    changed = (
+        f"our rules in the forward of {title(first.after)}" if first.is_of_functions else title(first.after)
+    )
     refusal = RuntimeError(
-        f"swap: with {title(first.after)} at {first.path or 'the model itself'!r} the model {verb}: {wrong}. "
+        f"swap: with {changed} at {first.path or 'the model itself'!r} the model {verb}: {wrong}. "
         f"The model is as it was; skip={first.path!r} leaves that layer out."
     )
     refusal.__cause__ = wrong.error if wrong is not None else None
@@ -176,8 +179,14 @@ def _in_execution_order(model: nn.Module, changes: Sequence[Change], inputs: Any
         for hook in hooks:
             hook.remove()
     position = {module: number for number, module in enumerate(called)}
-    # Fusions come last: they need swapped layers.
-    return sorted(changes, key=lambda c: (c.fuses, position.get(c.module, len(position))))
+
+    def order(c: Change) -> tuple[bool, bool, int, int]:
+        """Fusions come last: they need swapped layers.  Functions by depth: an outer forward reaches the inner ones."""
+        depth = len(c.path.split(".")) if c.path else 0
+        among = -depth if c.is_of_functions else 0
+        return c.fuses, c.is_of_functions, among, position.get(c.module, len(position))
+
+    return sorted(changes, key=order)
 
 
 def _draws_alike(change: Change, inputs: Any) -> bool:

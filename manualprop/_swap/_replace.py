@@ -1,6 +1,6 @@
 """``swap`` and ``unswap``: only the class of a layer changes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 from torch import nn
@@ -8,10 +8,11 @@ from torch import nn
 from manualprop._swap._calls import calls_in_forward
 from manualprop._swap._changes import Change, apply, revert
 from manualprop._swap._check import prove
+from manualprop._swap._functions import COUNTERPARTS, FORWARD, Forward, own_forward, running_ours, switches
 from manualprop._swap._fuse import PROGRAM, fused_from, fusion
 from manualprop._swap._report import Model, Report, Row
 from manualprop._swap._select import Selection, selected
-from manualprop._swap._twins import bare_functions, is_rebound, no_twin, original, title, twin
+from manualprop._swap._twins import CONTAINERS, bare_functions, is_rebound, no_twin, original, title, twin
 
 
 def swap(
@@ -21,6 +22,7 @@ def swap(
     skip: Selection = None,
     check: Any = None,
     fuse: bool = False,
+    functions: bool = False,
 ) -> Report[Model]:
     """Give every layer of ``model`` the class of its hand-derived twin in :mod:`manualprop.nn`.
 
@@ -42,9 +44,13 @@ def swap(
             :class:`manualprop.nn.FusedSequential`, and to MLPs (like those of GPT-2, Llama, ViT and T5) and
             the layers of BERT and of torch's transformer, which get a subclass of their class.  Layers,
             paths, ``state_dict``, shared weights and hooks stay in place.
+        functions: whether torch's functions that a ``forward`` calls (``F.relu(x)``, ``torch.relu(x)``, ``x.relu()``)
+            run our rules too, in the modules that ``only`` and ``skip`` select.  These modules get an attribute
+            ``forward`` that calls the forward of their class in a torch-function mode.
 
     Returns:
-        a :class:`Report`, which prints as a table: path, from, to, why not.  It also has ``model``.
+        a :class:`Report`, which prints as a table: path, from, to, why not.  It also has ``model``, and the functions
+        that forwards call directly: ``functions`` run our rules, ``calls`` torch's.
 
     Raises:
         TypeError: if ``model`` is not a module, or ``only`` or ``skip`` is none of the above.
@@ -72,7 +78,10 @@ def swap(
     for backward are measured, before and after: the report names the layers that keep more.
     """
     _check_model("swap", model)
-    rows, changes = _plan(model, only, skip, twin)
+    paths = _paths(model)
+    running = running_ours(model)
+    wanted = running | _chosen(only, skip, paths) if functions else running
+    rows, changes = _plan(model, only, skip, twin, wanted)
     if fuse:
         apply(changes)
         try:
@@ -80,11 +89,14 @@ def swap(
         finally:
             revert(changes)
         rows, changes = rows + more_rows, changes + more_changes
-    calls = tuple(dict.fromkeys(calls_in_forward(model)))
+    if functions:
+        changes = changes + _switched(model, paths, wanted)
+    proved = None
     if check is None:
         apply(changes)
-        return Report(model, rows, calls=calls)
-    return Report(model, rows, prove(model, changes, check), calls)
+    else:
+        proved = prove(model, changes, check)
+    return Report(model, rows, proved, *_called(model))
 
 
 def unswap(model: Model, *, only: Selection = None, skip: Selection = None) -> Report[Model]:
@@ -101,9 +113,12 @@ def unswap(model: Model, *, only: Selection = None, skip: Selection = None) -> R
     """
     _check_model("unswap", model)
     rows, changes = _plan(model, only, skip, original)
-    more_rows, fused = _unfusions(model, _chosen(only, skip, _paths(model)))
+    paths = _paths(model)
+    chosen = _chosen(only, skip, paths)
+    more_rows, fused = _unfusions(model, chosen)
     apply(changes)
     revert(fused)
+    apply(_switched(model, paths, running_ours(model) - chosen))
     return Report(model, rows + more_rows)
 
 
@@ -123,9 +138,13 @@ def _chosen(only: Selection, skip: Selection, paths: dict[nn.Module, list[str]])
 
 
 def _plan(
-    model: nn.Module, only: Selection, skip: Selection, classes: Classes
+    model: nn.Module,
+    only: Selection,
+    skip: Selection,
+    classes: Classes,
+    on: Container[nn.Module] = (),
 ) -> tuple[tuple[Row, ...], list[Change]]:
-    """The rows of the report, and the changes to make."""
+    """The rows of the report, and the changes to make; ``on``: where torch's functions are to run our rules."""
     paths = _paths(model)
     chosen = _chosen(only, skip, paths)
     rows, changes = [], []
@@ -136,7 +155,7 @@ def _plan(
         if after is not None:
             changes.append(Change(path, module, type(module), after))
         if classes is twin and twin(type(module)) is None:
-            rows.extend(_function_rows(path, module))
+            rows.extend(_function_rows(path, module, module in on))
     return tuple(rows), changes
 
 
@@ -145,8 +164,10 @@ def _fusions(model: nn.Module, skip: Selection) -> tuple[tuple[Row, ...], list[C
     rows, changes = [], []
     kept = selected(skip, "skip", _paths(model), False)
     for path, module in model.named_modules():
-        found = fusion(module)
-        if found is None or module in kept or is_rebound(module):
+        if module in kept or is_rebound(module):
+            continue
+        found = fusion(module, kept)
+        if found is None:
             continue
         before = title(type(module))
         if isinstance(found, str):
@@ -166,6 +187,38 @@ def _unfusions(model: nn.Module, chosen: set[nn.Module]) -> tuple[tuple[Row, ...
             rows.append(Row(path, title(before), title(unfused), ""))
             changes.append(Change(path, module, unfused, before, True, {PROGRAM: None}))
     return tuple(rows), changes
+
+
+def _switched(
+    model: nn.Module, paths: dict[nn.Module, list[str]], chosen: Container[nn.Module]
+) -> list[Change]:
+    """The changes after which torch's functions run our rules in the forward of the chosen modules alone."""
+
+    def is_plain(module: nn.Module) -> bool:
+        cls = type(module)
+        is_torchs_leaf = cls.__module__.startswith("torch.nn.") and next(module.children(), None) is None
+        return is_torchs_leaf or title(cls).startswith("manualprop") or isinstance(module, CONTAINERS)
+
+    wanted = switches(model, chosen, is_plain)
+    changes = []
+    for module, (path, *_) in paths.items():
+        old, on = own_forward(module), wanted.get(module)
+        if on != (None if old is None else old.on):
+            new = {} if on is None else {FORWARD: Forward(module, on)}
+            replaced = {} if old is None else {FORWARD: old}
+            cls = type(module)
+            changes.append(Change(path, module, cls, cls, attributes=new, replaced=replaced))
+    return changes
+
+
+def _called(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The functions that forwards call directly: those that run torch's rules, and those that run ours."""
+    running = running_ours(model)
+    ours = {call for call, its in calls_in_forward(running).items() if COUNTERPARTS.keys() >= set(its)}
+    others = calls_in_forward(module for module in model.modules() if module not in running)
+    every = calls_in_forward(model.modules())
+    torchs = [call for call in every if call in others or call not in ours]
+    return tuple(torchs), tuple(call for call in every if call in ours)
 
 
 def _judged(
@@ -188,15 +241,14 @@ def _judged(
     return Row(path, before, title(after), ""), after
 
 
-def _function_rows(path: str, module: nn.Module) -> Iterator[Row]:
+def _function_rows(path: str, module: nn.Module, on: bool) -> Iterator[Row]:
     for name, function in bare_functions(module):
         full = f"{path}.{name}" if path else name
-        yield Row(
-            full,
-            f"function {function.__name__}",
-            None,
-            "a function, not a layer: build the model with a layer",
-        )
+        before = f"function {function.__name__}"
+        if on and function in COUNTERPARTS:
+            yield Row(full, before, f"manualprop.functional.{function.__name__}, in forward", "")
+        else:
+            yield Row(full, before, None, "a function, not a layer: build the model with a layer")
 
 
 def _check_model(name: str, model: object) -> None:

@@ -66,12 +66,14 @@ class Report(Generic[Model]):
         rows: every layer, in the order of ``model.named_modules()``.
         check: the result of the comparison, if ``check`` was given.
         calls: functions that a ``forward`` calls directly, such as "relu in Net": they run torch's rules.
+        functions: the same, of those that run our rules.
     """
 
     model: Model
     rows: tuple[Row, ...]
     check: Check | None = None
     calls: tuple[str, ...] = ()
+    functions: tuple[str, ...] = ()
 
     @property
     def swapped(self) -> tuple[Row, ...]:
@@ -87,10 +89,13 @@ class Report(Generic[Model]):
         """The table. Layers whose rows differ only in the numbers of their paths share a line."""
         lines = _aligned([("layers", "path", "from", "to", "why not"), *_grouped(self.rows)])
         lines.append(f"{len(self.swapped)} of {len(self.rows)} layers swapped.")
+        if self.functions:
+            lines.append(f"Called in forward, where our rules run: {', '.join(self.functions)}.")
         if self.calls:
+            other = "" if self.functions else ", or swap(model, functions=True)"
             lines.append(
                 f"Called in forward, where torch's rules still run: {', '.join(self.calls)}. "
-                "Use manualprop.functional there."
+                f"Use manualprop.functional there{other}."
             )
         if self.check is not None:
             lines.append(str(self.check))

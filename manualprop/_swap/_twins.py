@@ -8,7 +8,23 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from manualprop import functional
-from manualprop.nn import activation, dropout, embedding, gated, linear, loss, norm
+from manualprop._swap._functions import own_forward
+from manualprop.nn import (
+    activation,
+    averaging,
+    convolution,
+    dropout,
+    embedding,
+    gated,
+    interpolation,
+    linear,
+    local_response,
+    loss,
+    norm,
+    padding,
+    pooling,
+    shuffle,
+)
 from manualprop.nn.foreign import foreign_original, foreign_twin
 
 
@@ -19,7 +35,22 @@ def _twins() -> dict[type[nn.Module], type[nn.Module]]:
     """
     classes = [
         c
-        for family in (activation, dropout, embedding, gated, linear, loss, norm)
+        for family in (
+            activation,
+            averaging,
+            convolution,
+            dropout,
+            embedding,
+            gated,
+            interpolation,
+            linear,
+            local_response,
+            loss,
+            norm,
+            padding,
+            pooling,
+            shuffle,
+        )
         for c in vars(family).values()
         if isinstance(c, type)
     ]
@@ -63,7 +94,7 @@ def no_twin(module: nn.Module) -> str | None:
 
 def is_rebound(module: nn.Module) -> bool:
     """Whether the instance has its own ``forward`` (from accelerate, or a monkey patch)."""
-    return "forward" in vars(module)
+    return "forward" in vars(module) and own_forward(module) is None
 
 
 def bare_functions(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:

@@ -6,7 +6,9 @@ If it only passes the call on, as a class that logs does, the hand-derived rule 
 """
 
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,7 +37,8 @@ def offered(ours: Callable[..., Any]) -> Callable[..., Any]:
         enabled = torch_function_enabled()
         overriding = tuple(a for a in (*args, *kwargs.values()) if enabled and overrides(type(a)))
         if not overriding:
-            return ours(*args, **kwargs)
+            with answering(False):
+                return ours(*args, **kwargs)
         if torchs is None or any(isinstance(a, fx.Proxy) for a in overriding):  # a graph must hold ours
             return handle_torch_function(offering, overriding, *args, **kwargs)
         with _HandOver(offering, overriding):
@@ -43,6 +46,28 @@ def offered(ours: Callable[..., Any]) -> Callable[..., Any]:
 
     offering.__module__ = __package__  # its public place, for pickle and for the code of a graph
     return offering
+
+
+class _Local(threading.local):
+    answering = True
+
+
+_local = _Local()
+
+
+@contextmanager
+def answering(on: bool) -> Iterator[None]:
+    """Whether, inside, a mode of ours may give our rule for a function of torch's: not within our own functions."""
+    outer, _local.answering = _local.answering, on
+    try:
+        yield
+    finally:
+        _local.answering = outer
+
+
+def is_answering() -> bool:
+    """Whether :func:`answering` is on."""
+    return _local.answering
 
 
 def overrides(cls: type) -> bool:
@@ -70,6 +95,8 @@ class _HandOver(TorchFunctionMode):
         if self.torchs is not None:
             return (self.ours if func == self.torchs else func)(*args, **kwargs)
         self.torchs = func
+        if not any(cls in self.by_type for cls in types):
+            return func(*args, **kwargs)  # torch's function offers itself to other arguments only
         for argument in (self.by_type[cls] for cls in types if cls in self.by_type):
             with self:
                 answer = argument.__torch_function__(func, types, args, kwargs)

@@ -116,6 +116,24 @@ def of_a_gradient(backward: Callable[..., Any]) -> Callable[..., Any]:
 # ----- the rule -----
 
 
+class Whole(tuple[Any, ...]):
+    """A tuple that torch.func takes for one argument; it has the attributes of a named tuple.
+
+    torch.func takes other tuples apart into their entries, and under vmap it then finds more arguments than tangents.
+    """
+
+    kind: type
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.kind(*self), name)
+
+
+def _whole(argument: tuple[Any, ...] | list[Any]) -> Whole:
+    whole = argument if isinstance(argument, Whole) else Whole(argument)
+    whole.kind = getattr(argument, "kind", type(argument))
+    return whole
+
+
 class _Local(threading.local):
     recorder: Callable[[type["Rule"], tuple[Any, ...]], Any] | None = None
 
@@ -179,7 +197,7 @@ class Rule(Function):
         if _local.recorder is not None:
             return _local.recorder(cls, args)
         if transforms_active():
-            return super().apply(*args)
+            return super().apply(*[_whole(a) if isinstance(a, tuple | list) else a for a in args])
         return cls._apply(*[_usable(a, cls) if isinstance(a, Tensor) else a for a in args])
 
 

@@ -7,23 +7,32 @@ counts `optimizer.step()`. So a run may change engines whenever it is resumed.
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from manualprop._backprop import WAY_OUT, Backprop, NotFinite
+from manualprop._backprop import WAY_OUT, Backprop, NotFinite, has_compiler
 from manualprop._splitting import sum_and_denominator
+from manualprop.descent import Stochastic
 from manualprop.training._checks import untouched
 from manualprop.training._trainable import Trainable
+from manualprop.training.datamodules import TrainingRows
 
 Finite = Callable[[float, Tensor, Tensor], float]
+
+# When a program pays, in seconds, as `scripts/run.py bench epoch` measures it on a network 64-64-10: what it saves in
+# an update of one example, what it costs to trace and load it, and to compile it, with a margin.
+SAVED, LOADING, COMPILING = 12e-6, 0.2, 20.0
 
 # Hooks that Lightning calls around autograd and optimizer.step(); a folded update calls neither.
 _CALLBACK_HOOKS = (
@@ -50,8 +59,13 @@ class Engine(ABC):
     def update(self, x: Tensor, target: Tensor) -> tuple[float, Tensor]:
         """Make one update from all its examples; return the loss before it and the output."""
 
-    def updates(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[float, Tensor]]:
-        """Make one update from each pair of inputs and targets; see `update`."""
+    def updates(self, x: Tensor, target: Tensor, size: int, most: int | None) -> tuple[list[float], Tensor]:
+        """Make updates of `size` examples each, `most` at most; return their losses and outputs, see `update`."""
+        pairs = zip(x.split(size), target.split(size), strict=True)
+        losses, outputs = zip(*self._made_from(itertools.islice(pairs, most)), strict=True)
+        return list(losses), torch.cat(outputs)
+
+    def _made_from(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[float, Tensor]]:
         return [self.update(x, target) for x, target in pairs]
 
     @abstractmethod
@@ -99,11 +113,63 @@ class TapeFree(Engine):
         super().__init__(module, finite)
         self.backprop = self._backprop(module.loss)
         self._summed: Backprop | None = None
+        self._programs: Backprop | None = None
         self._made = module.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
 
-    def _backprop(self, loss: torch.nn.Module) -> Backprop:
+    def _backprop(self, loss: torch.nn.Module, compile: bool | Literal["epoch"] = False) -> Backprop:
         optimizer: Any = self.module.optimizers(use_pl_optimizer=False)
-        return Backprop(self.module.model, loss, self.module.descent, optimizer=optimizer)
+        return Backprop(self.module.model, loss, self.module.descent, optimizer=optimizer, compile=compile)
+
+    def choose_program(self, x: Tensor, target: Tensor, again: bool) -> bool:
+        """Decide whether the updates of a portion are one program, where a portion has many; say so.
+
+        Args:
+            x: the inputs of an update.
+            target: their targets.
+            again: whether the run that this one continues did so: then its updates are the same to the last bit.
+
+        Returns:
+            Whether they are.
+        """
+        saved = self._updates_to_come() * SAVED
+        if not isinstance(self.module.descent, Stochastic) or not (again or saved > LOADING):
+            return False
+        try:
+            programs = self._backprop(self.module.loss, compile="epoch")
+            kept = programs.has_program(x, target)
+        except (TypeError, ValueError):  # no program can be made of these updates
+            return False
+        if not kept and not (has_compiler() and (again or saved > COMPILING)):
+            return False
+        self._programs = programs
+        source = "from disk" if kept else "compiled now, in about ten seconds, and kept on disk"
+        rank_zero_info(f"engine: tape-free, the updates of a portion as one program ({source})")
+        return True
+
+    def _updates_to_come(self) -> float:
+        """The number of updates that the run has left, at most."""
+        trainer = self.module.trainer
+        limits = [math.inf]
+        if trainer.max_steps != -1:
+            limits.append(trainer.max_steps - trainer.global_step)
+        if trainer.max_epochs not in (None, -1) and isinstance(trainer.train_dataloader, TrainingRows):
+            limits.append((trainer.max_epochs - trainer.current_epoch) * len(trainer.train_dataloader.x))
+        return min(limits)
+
+    def updates(self, x: Tensor, target: Tensor, size: int, most: int | None) -> tuple[list[float], Tensor]:
+        """Make many updates and count them together; see `Engine.updates`."""
+        if self._programs is None:
+            return super().updates(x, target, size, most)
+        order = [(rows,) for rows in torch.arange(len(x)).split(size)[:most]]
+        try:
+            losses, outputs = self._programs.epoch(x, target, order)
+        except NotFinite as error:
+            self._made.increment_by(error.made)
+            (rows,) = order[error.made]
+            self.finite(error.loss, x[rows], target[rows])
+            raise
+        self._made.increment_by(len(losses))
+        return losses.tolist(), outputs
 
     def update(self, x: Tensor, target: Tensor) -> tuple[float, Tensor]:
         """Make one update; see `Engine.update`."""
@@ -116,8 +182,7 @@ class TapeFree(Engine):
         self._made.increment_by(1)
         return loss, self.backprop.output
 
-    def updates(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[float, Tensor]]:
-        """Make many updates and count them together; see `Engine.updates`."""
+    def _made_from(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[float, Tensor]]:
         made: list[tuple[float, Tensor]] = []
         backprop = self.backprop
         for x, target in pairs:

@@ -63,6 +63,8 @@ class DescentModule(Trainable):
 
     Attributes:
         engine_taken: "tape-free" or "autograd", once training has started.
+        has_program: whether the updates of stochastic descent run as one program for each portion: in long runs of
+            small networks, where compiling it pays, or where it was compiled before.
         observers: functions called without arguments before every update, by either engine.
         changes: the settings that a resumed run has changed, as text.
 
@@ -84,6 +86,7 @@ class DescentModule(Trainable):
         self.automatic_optimization = False
         self.engine_taken = ""
         self.observers: list[Callable[[], object]] = []
+        self.has_program = self._had_program = False
         self.changes: list[str] = []
         self._sum = self._divisor = 0.0
         self._restored: dict[str, Any] | None = None
@@ -140,13 +143,18 @@ class DescentModule(Trainable):
             return self._piece(x, target)
         size = 1 if isinstance(self.descent, Stochastic) else len(x)
         left = self._updates_left()
-        pairs = zip(x.split(size), target.split(size), strict=True)
-        wanted = itertools.islice(pairs, left if left >= 0 else None)
+        most = left if left >= 0 else None
         watched = self.observers or self._schedule_of_updates is not None
-        made = [self._update(*pair) for pair in wanted] if watched else self._engine.updates(wanted)
-        self.last_loss = made[-1][0]  # not in every update: it is slow to set an attribute of a module
-        self._watch([loss for loss, _ in made], size, made_before)
-        return torch.cat([output for _, output in made])
+        losses, outputs = (self._watched if watched else self._engine.updates)(x, target, size, most)
+        self.last_loss = losses[-1]  # not in every update: it is slow to set an attribute of a module
+        self._watch(losses, size, made_before)
+        return outputs
+
+    def _watched(self, x: Tensor, target: Tensor, size: int, most: int | None) -> tuple[list[float], Tensor]:
+        """Make updates one by one, for the observers and for a schedule that counts updates."""
+        pairs = itertools.islice(zip(x.split(size), target.split(size), strict=True), most)
+        losses, outputs = zip(*[self._update(*pair) for pair in pairs], strict=True)
+        return list(losses), torch.cat(outputs)
 
     def _comes_in_pieces(self) -> bool:
         return isinstance(self.descent, Batch) and bool(self._divisor or not self.trainer.is_last_batch)
@@ -220,6 +228,9 @@ class DescentModule(Trainable):
                 self._fit.check_targets(output, loader.target)
         if isinstance(self._engine, TapeFree):
             self._rehearse(x[rows], target[rows])
+            watched = self.observers or self._schedule_of_updates is not None or self._searching
+            if isinstance(self._engine, TapeFree) and not watched:
+                self.has_program = self._engine.choose_program(x[rows], target[rows], self._had_program)
         if self._highest is None and not self._searching:
             highest = self._highest_loss(x[:CHUNK], target[:CHUNK]) if len(x) else None
             agreed = self.trainer.strategy.reduce(
@@ -470,6 +481,7 @@ class DescentModule(Trainable):
             else 0,
             "epochs": self.epochs_made,
             "highest_loss": self._highest,
+            "has_program": self.has_program,
         }
 
     def _epoch_unfinished(self) -> bool:
@@ -508,6 +520,7 @@ class DescentModule(Trainable):
         restored, self._restored = self._restored, None
         if restored is None:
             self._highest, self.rows_before, self.epochs_made, self.changes = None, 0, 0, []
+            self._had_program = False
             return
         loader = self.trainer.train_dataloader
         if isinstance(loader, TrainingRows):
@@ -517,6 +530,7 @@ class DescentModule(Trainable):
                 restarting: Any = _Loop.restarting
                 restarting.fset(self.trainer.fit_loop, False)
         self.rows_before, self.epochs_made = restored["rows"], restored["epochs"]
+        self._had_program = restored.get("has_program", False)
         if self.changes and self.trainer.global_step:  # Lightning's Tuner returns to update 0
             rank_zero_info(f"resumed at update {self.trainer.global_step} with {'; '.join(self.changes)}")
         self._restore_random_numbers(restored["random_state"])

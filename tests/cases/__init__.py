@@ -5,11 +5,35 @@ To add a function, add rows to the file of its family, and the family to ``FAMIL
 ``test_structure.py``.  What cannot hold for a row is stated in the row (``except_for``), with its reason.
 """
 
-from cases import activation, dropout, embedding, fused, gated, linear, loss, norm
+from cases import (
+    activation,
+    convolution,
+    dropout,
+    embedding,
+    fused,
+    gated,
+    linear,
+    linear_map,
+    loss,
+    norm,
+    pooling,
+)
 from cases._case import Case as Case
 from cases._case import in_place
 from cases._case import real as real
 
-FAMILIES = (activation, dropout, embedding, fused, gated, linear, loss, norm)
+FAMILIES = (
+    activation,
+    convolution,
+    dropout,
+    embedding,
+    fused,
+    gated,
+    linear,
+    linear_map,
+    loss,
+    norm,
+    pooling,
+)
 CASES: list[Case] = [case for family in FAMILIES for case in family.CASES]
 IN_PLACE: list[Case] = [in_place(case) for case in CASES if case.can_be_in_place]

@@ -40,5 +40,7 @@ CASES = [
     Case("instance_norm", lambda: (real(2, 4, 3), None, None, *affine(4)), keeps=(0,), keeps_new=3 * 8 * 8),
     Case("instance_norm", lambda: (real(2, 4, 3, 2),), {"eps": 0.1}, keeps=(0,), keeps_new=2 * 8 * 8),
     Case("instance_norm", lambda: (real(2, 4, 3), *running(4), *affine(4)), {"use_input_stats": False}, keeps=(0,), keeps_new=3 * 8 * 8),
+    Case("local_response_norm", lambda: (real(1, 4, 3), 3), {"alpha": 0.5}, keeps=(0,)),
+    Case("local_response_norm", lambda: (real(1, 3, 2, 2), 2), {"alpha": 0.5, "beta": 0.4, "k": 2.0}, keeps=(0,), except_for={"half_precision_is_as_good_as_torchs": "torch's kernel takes no bfloat16 on the CPU"}),
 ]
 # fmt: on

@@ -51,9 +51,16 @@ def bias_gradient_of_few(g_t: Tensor, ones: Tensor, db: Tensor) -> Tensor:
     return torch.mv(g_t, ones, out=db)  # (O, N) (N,) -> (O,)
 
 
+# On several threads the in-place product of a large weight and few rows takes up to twice as long as a new product and
+# a sum: each thread writes where another one has just read (1024 x 1024, 32 rows, two threads: 1205 us against 601).
+SHARED, ROWS = 2**20, 128
+
+
 def add_weight_gradient(into: Tensor, g_t: Tensor, x: Tensor, scale: float, keep: float = 1.0) -> None:
-    """``into <- keep * into + scale * g^T x`` in one in-place product: g^T x itself is never stored."""
-    if keep == 1:
+    """``into <- keep * into + scale * g^T x`` in one in-place product: g^T x itself is not stored, but see `SHARED`."""
+    if into.numel() >= SHARED and len(x) <= ROWS and keep == 1 and torch.get_num_threads() > 1:
+        into.add_(torch.mm(g_t, x), alpha=scale)  # (O, N) (N, I) -> (O, I)
+    elif keep == 1:
         into.addmm_(g_t, x, alpha=scale)  # (O, N) (N, I) -> (O, I)
     else:
         into.addmm_(g_t, x, alpha=scale, beta=keep)

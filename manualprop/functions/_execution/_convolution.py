@@ -1,0 +1,86 @@
+"""How the three maps of :mod:`manualprop.functions.convolution` run, in its letters.
+
+Convolution and transposed convolution are torch's own forward kernels, for any sizes.  ``_correlation.py`` has the
+forms of the correlation.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from manualprop._torch import transforms_active
+from manualprop.functions._execution._formula import watched
+
+Sizes = Sequence[int]
+
+CONVOLUTIONS = {3: torch.conv1d, 4: torch.conv2d, 5: torch.conv3d}
+TRANSPOSED = {3: torch.conv_transpose1d, 4: torch.conv_transpose2d, 5: torch.conv_transpose3d}
+
+
+def reach(Q: Sizes, K: Sizes, s: Sizes, d: Sizes) -> list[int]:
+    """For each axis the length that Q positions of a kernel cover."""
+    return [s * (q - 1) + d * (k - 1) + 1 for q, k, s, d in zip(Q, K, s, d, strict=True)]
+
+
+def framed(x: Tensor, before: Sizes, lengths: Sizes) -> Tensor:
+    """x with ``before`` zeros in front of each axis of positions, and zeros behind, or cut, to ``lengths``."""
+    ends = [(a, length - a - n) for a, length, n in zip(before, lengths, x.shape[2:], strict=True)]
+    pads = [number for end in reversed(ends) for number in end]  # torch's pad starts at the last axis
+    return F.pad(x, pads) if any(pads) else x
+
+
+def convolution(
+    x: Tensor, W: Tensor, b: Tensor | None, s: Sizes, p: Sizes, d: Sizes, G: int, Q: Sizes | None
+) -> Tensor:
+    """y at Q positions, or at all at which the kernel lies within the padded x."""
+    if Q is not None:
+        K = W.shape[2:]
+        spans = reach([1] * len(K), K, s, d)
+        sizes = zip(x.shape[2:], p, spans, s, strict=True)
+        found = [(n + 2 * before - span) // step + 1 for n, before, span, step in sizes]
+        if found != list(Q):
+            x, p = framed(x, p, reach(Q, K, s, d)), [0] * len(K)
+    return CONVOLUTIONS[x.dim()](x, W, b, s, p, d, G)
+
+
+def transposed_convolution(
+    y: Tensor, W: Tensor, b: Tensor | None, s: Sizes, p: Sizes, d: Sizes, G: int, X: Sizes
+) -> Tensor:
+    """x at X positions."""
+    covered = reach(y.shape[2:], W.shape[2:], s, d)
+    behind = [max(x - length + 2 * a, 0) for x, length, a in zip(X, covered, p, strict=True)]
+    x = TRANSPOSED[y.dim()](y, W, b, s, p, behind, G, d)
+    if x.shape[2:] == tuple(X):
+        return x
+    ends: tuple[Any, ...] = (..., *[slice(n) for n in X])
+    return x[ends].clone()  # not a view: a rule that returns one has no forward mode
+
+
+def input_gradient(y: Tensor, W: Tensor, b: None, s: Sizes, p: Sizes, d: Sizes, G: int, X: Sizes) -> Tensor:
+    """:func:`transposed_convolution`; of small kernels at stride 1 as a convolution, which is then faster.
+
+    At stride 1, q = i + p - d k.  With the kernel reversed, k' = K - 1 - k, this is i + d k' - p', the position of a
+    convolution with p' = d (K - 1) - p.
+    """
+    K = W.shape[2:]
+    reversed_p = [d * (k - 1) - p for k, p, d in zip(K, p, d, strict=True)]
+    if any(step != 1 for step in s) or min(reversed_p) < 0 or not untraced(y, W):
+        return transposed_convolution(y, W, b, s, p, d, G, X)
+    one_position, one_channel = G == 1 and K.numel() == 1, W.shape[1] == 1
+    if torch.compiler.is_compiling():
+        # inductor's convolutions are channels-last: for one position the copies take longer than the product.
+        if one_position and y.is_contiguous():
+            x: Tensor = W.flatten(1).mT.expand(len(y), -1, -1).bmm(y.flatten(2)).unflatten(2, X)
+            return x  # (C, O) (N, O, Q) -> (N, C, X)
+    elif one_position or one_channel:
+        W = W.unflatten(0, (G, -1)).transpose(1, 2).flatten(0, 1).flip(list(range(2, W.dim())))
+        return convolution(y, W.contiguous(), None, s, reversed_p, d, G, X)
+    return transposed_convolution(y, W, b, s, p, d, G, X)
+
+
+def untraced(*tensors: Tensor) -> bool:
+    """Whether nothing but the compiler traces each step."""
+    return not (transforms_active() if torch.compiler.is_compiling() else watched(tensors))

@@ -1,0 +1,587 @@
+"""An epoch as one program: the same weights as by steps; programs kept on disk."""
+
+import copy
+import functools
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from backprop_rows import CLASSES, FEATURES, ROWS, Row, distance, examples, head, made_descent, mlp, twins
+from lightning.pytorch import Trainer
+from test_routes import tripled
+from torch import Tensor
+
+from manualprop import Backprop, _command, descent, functions, nn
+from manualprop._backprop import _graph, _programs, _scan
+from manualprop._backprop._epoch import portions, taken
+from manualprop.functions._execution import _products
+from manualprop.training import (
+    DescentModule,
+    DigitsDataModule,
+    MultilayerPerceptron,
+    NonFiniteLossError,
+    _engine,
+)
+
+RANDOM = [row for row in ROWS if "dropout" in row.name]
+UNFOLDED = [row for row in ROWS if row.name.startswith(("descent-Adam", "descent-RMSprop", "descent-clip"))]
+# One activation stands for all: they are one stage.
+ALIKE = [row for row in ROWS if row.name.startswith("activation-") and row.name != "activation-GELU"]
+FOLDED = [row for row in ROWS if row not in RANDOM + UNFOLDED + ALIKE]
+
+Updates = list[tuple[Tensor, ...]]
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> list[_scan.Scan]:
+    """Run the very step of a program again and again, without compiling it; collects what would be compiled."""
+    made: list[_scan.Scan] = []
+
+    def program(scan: _scan.Scan) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+        made.append(scan)
+        c, end = len(scan.carried), len(scan.carried) + len(scan.inputs)
+
+        def run(given: Sequence[Tensor]) -> list[Tensor]:
+            carry, returned = list(given[:c]), []
+            for inputs in zip(*given[c:end], strict=True):
+                found = scan.step(*carry, *inputs, *given[end:])
+                carry = list(found[:c])
+                returned.append(found[c:])
+            return [*carry, *map(torch.stack, zip(*returned, strict=True))]
+
+        return run
+
+    monkeypatch.setattr(_scan.Scan, "program", program)
+    return made
+
+
+def pair(row: Row, **options: Any) -> tuple[Backprop, Backprop]:
+    """The same model twice: its epochs as programs, and by steps."""
+    (ours, _), (other, _) = twins(row), twins(row)
+    plan = made_descent(row) if not options else descent.MiniBatch(**{"learning_rate": 0.05} | options)
+    return Backprop(ours, row.loss(), plan, compile="epoch"), Backprop(other, row.loss(), plan)
+
+
+def order(n: int, size: int, seed: int = 0) -> Updates:
+    generator = torch.Generator().manual_seed(seed)
+    return [(rows,) for rows in torch.randperm(n, generator=generator).split(size)]
+
+
+def agree(ours: Backprop, other: Backprop, within: float = 1e-10) -> None:
+    assert distance(ours.model, other.model) <= within
+    torch.testing.assert_close(dict(ours.model.named_buffers()), dict(other.model.named_buffers()))
+    states = [step.optimizer.state_dict()["state"] for step in (ours, other)]
+    torch.testing.assert_close(*states, rtol=1e-8, atol=1e-10)
+
+
+# ----- the same as by steps -----
+
+
+@pytest.mark.parametrize("row", FOLDED, ids=str)
+def test_a_program_makes_the_same_weights(row: Row, interpreted: list[_scan.Scan]) -> None:
+    x, t = examples(row)
+    steps = pair(row)
+    size = max(1, row.rows // 4)
+    updates = order(len(x), size) + order(len(x), size, seed=1)
+    ours, other = (step.epoch(x, t, updates) for step in steps)
+    agree(*steps, within=max(row.within, 1e-10))
+    assert len(interpreted) >= 1 and len(ours.losses) == len(updates) and ours.losses.dtype == torch.float64
+    torch.testing.assert_close(ours.losses, other.losses)
+    torch.testing.assert_close(ours.outputs, other.outputs)
+    torch.testing.assert_close(steps[0].output, steps[1].output)
+
+
+def test_a_descent_gives_the_order(interpreted: list[_scan.Scan]) -> None:
+    row, x, t = ROWS[0], torch.randn(35, FEATURES).double(), torch.randint(CLASSES, (35,))
+    for plan in (
+        descent.Stochastic(learning_rate=0.1),
+        descent.MiniBatch(
+            learning_rate=0.1, batch_size=8, momentum=0.9
+        ),  # the last update has three examples
+        descent.Batch(learning_rate=0.1),
+        descent.Batch(learning_rate=0.1, micro_batch_size=10),  # in pieces: by steps
+    ):
+        models = [twins(row)[0] for _ in range(2)]
+        steps = [
+            Backprop(m, row.loss(), plan, compile=how)
+            for m, how in zip(models, ("epoch", False), strict=True)
+        ]
+        for epoch in range(2):
+            ours, other = (step.epoch(x, t, plan.updates(35, epoch=epoch)) for step in steps)
+            torch.testing.assert_close(ours, other)
+        agree(*steps)
+    assert len(interpreted) == 3
+
+
+def test_calls_do_not_matter(interpreted: list[_scan.Scan]) -> None:
+    row = Row("", descent={"momentum": 0.9})
+    x, t = examples(Row("", rows=33))
+    updates, weights = order(33, 2)[:-1], []
+    for calls in (1, 3, 16):
+        step, _ = pair(row)
+        for k in range(0, len(updates), calls):
+            step.epoch(x, t, updates[k : k + calls])
+        weights.append(torch.cat([p.detach().flatten() for p in step.model.parameters()]))
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
+
+
+def test_updates_are_grouped_by_their_sizes() -> None:
+    rows = torch.arange(3000)
+    updates = [*((r,) for r in rows.split(1)), (rows[:2], rows[2:4]), (rows[:2],)]
+    assert [len(group) for group in portions(updates, 64)] == [1024, 1024, 952, 1, 1]
+    assert [len(group) for group in portions(updates[:10], 2**20)] == [4, 4, 2], "bounded by the elements"
+    assert list(portions([], 4)) == []
+
+
+def test_the_mode_of_the_model_counts(interpreted: list[_scan.Scan]) -> None:
+    row = Row("", lambda: [nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), *head()])
+    x, t = examples(row)
+    steps = pair(row)
+    for training in (True, False, True):
+        for step in steps:
+            step.model.train(training)
+            step.epoch(x, t, order(16, 4))
+        agree(*steps)
+    assert len(interpreted) == 2
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        lambda o: torch.optim.lr_scheduler.StepLR(o, 3, 0.5),
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=100),
+        lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda k: float(k % 3 > 0)),  # 0: another form
+    ],
+)
+def test_a_schedule_of_updates(
+    scheduler: Callable[[torch.optim.Optimizer], Any], interpreted: list[_scan.Scan]
+) -> None:
+    options = {"momentum": 0.9, "lr_scheduler": scheduler, "lr_scheduler_interval": "update"}
+    steps = pair(ROWS[0], **options)
+    x, t = examples(Row("", rows=40))
+    for step in steps:
+        step.epoch(x, t, order(40, 4))
+    agree(*steps)
+    assert steps[0].lr_scheduler.state_dict() == steps[1].lr_scheduler.state_dict()
+
+
+def test_autograd_notices_what_a_program_changed(interpreted: list[_scan.Scan]) -> None:
+    step, _ = pair(ROWS[0])
+    x, t = examples(ROWS[0])
+    loss = nn.CrossEntropyLoss()(step.model(x.clone().requires_grad_()), t)
+    step.epoch(x, t, order(16, 4))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_program_runs_the_rules(interpreted: list[_scan.Scan], monkeypatch: pytest.MonkeyPatch) -> None:
+    row, (x, t) = Row("", lambda: [nn.Linear(FEATURES, 8), nn.LayerNorm(8), *head()]), examples(ROWS[0])
+    right, _ = pair(row)
+    right.epoch(x, t, order(16, 4))
+    monkeypatch.setattr(functions, "LayerNorm", tripled(functions.LayerNorm))
+    wrong, by_steps = pair(row)
+    for step in (wrong, by_steps):
+        step.epoch(x, t, order(16, 4))
+    agree(wrong, by_steps)
+    assert distance(wrong.model, right.model) > 1e-3
+    assert _programs._path(interpreted[0].step) != _programs._path(interpreted[1].step), "another program"
+
+
+def test_the_quick_tanh_is_as_accurate() -> None:
+    x = torch.cat(
+        [torch.linspace(-12, 12, 400_001), torch.logspace(-38, 0, 10_001), torch.tensor([-0.0, 1e9])]
+    )
+    found, exact = _graph.quick_tanh(x), x.double().tanh()
+    unit = torch.nextafter(exact.abs().float(), torch.tensor(math.inf)).double() - exact.abs().float()
+    assert ((found - exact).abs() / unit).max() < 1.2  # torch's own: 0.52
+    ends = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan])
+    assert (
+        _graph.quick_tanh(ends).view(torch.int32).tolist()[:4] == ends.tanh().view(torch.int32).tolist()[:4]
+    )
+    assert _graph.quick_tanh(ends).isnan().tolist() == ends.isnan().tolist()
+    assert _graph.quick_tanh(x.double()) is NotImplemented
+
+
+def test_rows_that_follow_each_other_are_not_copied() -> None:
+    x = torch.arange(24.0).view(12, 2)
+    for rows, copied in ((torch.arange(2, 8).view(3, 2), False), (torch.arange(8).flip(0).view(4, 2), True)):
+        found = taken(x, rows)
+        assert torch.equal(found, x[rows])
+        assert (found.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()) is copied
+
+
+def test_products_on_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = pair(ROWS[0])
+    x, t = examples(ROWS[0])
+    steps[1].epoch(x, t, order(16, 4))
+    monkeypatch.setattr(_products, "SHARED", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    plain = Backprop(twins(ROWS[0])[0], ROWS[0].loss(), made_descent(ROWS[0]))
+    plain.epoch(x, t, order(16, 4))
+    agree(plain, steps[1])
+
+
+# ----- what goes wrong -----
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_loss_that_is_not_finite_ends_the_epoch(momentum: float, interpreted: list[_scan.Scan]) -> None:
+    plan = {
+        "momentum": momentum,
+        "lr_scheduler": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9),
+        "lr_scheduler_interval": "update",
+    }
+    steps = pair(ROWS[0], **plan)
+    x, t = examples(Row("", rows=40))
+    x[25, 2] = torch.nan
+    for step in steps:
+        with pytest.raises(FloatingPointError, match=r"nan in row 1, column 2: remove such rows") as raised:
+            step.epoch(x, t, [(rows,) for rows in torch.arange(40).split(4)])
+        assert raised.value.made == 6  # type: ignore[attr-defined]
+        assert step.lr_scheduler.last_epoch == 6  # type: ignore[union-attr]
+    agree(*steps)
+
+
+def test_a_class_that_does_not_exist_is_refused_as_by_steps(interpreted: list[_scan.Scan]) -> None:
+    x, t = examples(ROWS[0])
+    t[9] = CLASSES
+    steps = pair(ROWS[0])
+    for step in steps:
+        with pytest.raises(IndexError, match=f"Target {CLASSES} is out of bounds"):
+            step.epoch(x, t, [(rows,) for rows in torch.arange(16).split(4)])
+    agree(*steps)
+
+
+def test_more_than_one_example_with_stochastic(interpreted: list[_scan.Scan]) -> None:
+    ours, _ = twins(ROWS[0])
+    step = Backprop(ours, nn.CrossEntropyLoss(), descent.Stochastic(learning_rate=0.1), compile="epoch")
+    with pytest.raises(ValueError, match=r"an update of Stochastic must see one example\. Got 4"):
+        step.epoch(*examples(ROWS[0]), order(16, 4))
+
+
+@pytest.mark.parametrize("row", RANDOM, ids=str)
+def test_random_layers_are_refused(row: Row, interpreted: list[_scan.Scan]) -> None:
+    step, _ = pair(row)
+    x, t = examples(row)
+    with pytest.raises(TypeError, match=r"the model must draw no random numbers. It does, by aten.bernoulli"):
+        step.epoch(x, t, order(len(x), 4))
+    step.model.eval()
+    step.epoch(x, t, order(len(x), 4))
+    assert len(interpreted) == 1
+
+
+@pytest.mark.parametrize("row", UNFOLDED, ids=str)
+def test_updates_that_cannot_be_one_program_are_refused(row: Row) -> None:
+    with pytest.raises(
+        ValueError, match="for compile='epoch', the update must be plain or momentum gradient descent"
+    ):
+        pair(row)
+    model = twins(row)[0]
+    step, x_t = Backprop(model, row.loss(), made_descent(row)), examples(row)
+    assert step.epoch(*x_t, order(16, 4)).losses.shape == (4,), "by steps they can"
+
+
+def test_what_compile_may_be() -> None:
+    for options in ({"compile": "all"}, {"compile": "epoch", "capture": True}):
+        with pytest.raises(
+            ValueError, match="compile must be False, True or 'epoch', and 'epoch' goes without"
+        ):
+            Backprop(twins(ROWS[0])[0], nn.CrossEntropyLoss(), made_descent(ROWS[0]), **options)
+
+
+def test_a_large_network_goes_by_steps(interpreted: list[_scan.Scan]) -> None:
+    row = Row("", lambda: [nn.Linear(FEATURES, 12000), nn.Tanh(), nn.Linear(12000, CLASSES)])
+    step, _ = pair(row)
+    step.epoch(*examples(row), order(16, 8))
+    assert not interpreted
+
+
+def test_an_epoch_without_updates() -> None:
+    step, _ = pair(ROWS[0])
+    losses, outputs = step.epoch(*examples(ROWS[0]), [])
+    assert losses.shape == (0,) and outputs.shape == (0,)
+
+
+# ----- the packages on disk -----
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv(_programs.FOLDER, str(tmp_path / "programs"))
+    yield tmp_path / "programs"
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A compiler that only writes a text, and a loader that reads it."""
+    made: list[str] = []
+
+    def compiled(graph: torch.fx.GraphModule, inputs: Sequence[Tensor], package: Path) -> Path:
+        made.append(package.name)
+        package.write_text("a program")
+        return package
+
+    def load(package: Path) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+        if package.read_text() != "a program":
+            raise RuntimeError("not a package")
+        return lambda inputs: [inputs[0] + 1]
+
+    monkeypatch.setattr(_programs, "compiled_ahead", compiled)
+    monkeypatch.setattr(_programs, "load_program", load)
+    monkeypatch.setattr(_programs, "has_compiler", lambda: True)
+    return made
+
+
+def graph_of(function: Callable[..., Any], *inputs: Tensor) -> torch.fx.GraphModule:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(function)(*inputs)
+
+
+X = torch.ones(3)
+
+
+def test_a_program_is_compiled_once(store: Path, compilations: list[str]) -> None:
+    graph = graph_of(lambda x: x + 1, X)
+    assert not _programs.is_kept(graph)
+    for _ in range(2):
+        (found,) = _programs.compiled_program(graph, [X])([X])
+        assert torch.equal(found, X + 1)
+    assert len(compilations) == 1 and _programs.is_kept(graph) and len(_programs.packages()) == 1
+    assert _programs.clear() == 1 and _programs.packages() == [] and not list(store.iterdir())
+
+
+def test_whatever_changes_gives_another_program(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = torch.get_num_threads()
+    graphs = [
+        graph_of(lambda x: x + 1, X),
+        graph_of(lambda x: x + 2, X),
+        graph_of(lambda x: x - 1, X),
+        graph_of(lambda x: x + 1, torch.ones(4)),
+        graph_of(lambda x: x + 1, X.double()),
+        graph_of(lambda x: (x + 1, x), X),
+        graph_of(lambda x: x + 1, torch.ones(2, 3).t()),
+        graph_of(lambda x: x + 1, torch.ones(3, 2)),
+    ]
+    paths = {_programs._path(graph) for graph in graphs}
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    paths.add(_programs._path(graphs[0]))
+    monkeypatch.undo()
+    monkeypatch.setattr(_programs, "_machine", lambda: ("another processor",))
+    paths.add(_programs._path(graphs[0]))
+    assert len(paths) == len(graphs) + 2
+
+
+def test_a_damaged_package_is_compiled_again(store: Path, compilations: list[str]) -> None:
+    graph = graph_of(lambda x: x + 1, X)
+    _programs.compiled_program(graph, [X])
+    (package,) = _programs.packages()
+    package.write_text("half a pro")
+    _programs.compiled_program(graph, [X])
+    assert len(compilations) == 2 and package.read_text() == "a program"
+
+
+def test_the_folder_is_bounded(store: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_programs, "MOST", 2)
+    graphs = [graph_of(functools.partial(torch.add, other=k), X) for k in range(3)]
+    for k, graph in enumerate(graphs[:2]):
+        _programs.compiled_program(graph, [X])
+        os.utime(_programs._path(graph), (k, k))
+    _programs.compiled_program(graphs[0], [X])  # used again, so the other one goes
+    _programs.compiled_program(graphs[2], [X])
+    assert [_programs.is_kept(graph) for graph in graphs] == [True, False, True]
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc").exists(), reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv(_programs.FOLDER, str(tmp_path / "file" / "programs"))
+    with pytest.warns(UserWarning, match=r"could not be kept in .*file.*MANUALPROP_PROGRAMS names another"):
+        (found,) = _programs.compiled_program(graph_of(lambda x: x + 1, X), [X])([X])
+    assert torch.equal(found, X + 1)
+
+
+def test_the_folder_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(_programs.FOLDER, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert _programs.folder() == Path("/cache/manualprop/programs")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert _programs.folder() == Path.home() / ".cache" / "manualprop" / "programs"
+
+
+def test_without_a_compiler(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    step, _ = pair(ROWS[0])
+    before = copy.deepcopy(step.model.state_dict())
+    with pytest.raises(RuntimeError, match=r"must be on the PATH. Got none; install g\+\+"):
+        step.epoch(*examples(ROWS[0]), order(16, 4))
+    torch.testing.assert_close(step.model.state_dict(), before, rtol=0, atol=0)
+
+
+# ----- compiled -----
+
+COMPILED = [
+    Row("one-row", descent={"momentum": 0.9, "weight_decay": 0.01}, rows=4),
+    Row("rows", lambda: mlp(nn.GELU()), descent={"momentum": 0.9, "nesterov": True}, rows=32),
+    Row("norms", lambda: [nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.LayerNorm(8), *head()], rows=32),
+    Row(
+        "residual", lambda: [nn.Residual(nn.Linear(FEATURES, FEATURES), nn.SiLU()), *mlp(nn.PReLU())], rows=32
+    ),
+    Row("loss", loss=nn.MSELoss, descent={"weight_decay": 0.1}, rows=32),
+]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(row, marks=[pytest.mark.slow] * (row.name != "one-row")) for row in COMPILED],
+    ids=str,
+)
+def test_compiled(row: Row, store: Path) -> None:
+    x, t = examples(row)
+    steps = pair(row)
+    updates = order(len(x), max(1, len(x) // 8)) * 2
+    ours, other = (step.epoch(x, t, updates) for step in steps)
+    agree(*steps)
+    torch.testing.assert_close(ours, other)
+    assert steps[0].has_program(x[: len(updates[0][0])], t[: len(updates[0][0])])
+    again, _ = pair(row)
+    again.epoch(x, t, updates[:1])  # one update alone, from disk
+    torch.testing.assert_close(again.epoch(x, t, updates[1:]).losses, ours.losses[1:], rtol=0, atol=0)
+
+
+TWO = """
+import torch
+from manualprop import Backprop, descent, nn
+torch.manual_seed(0)
+x, t = torch.randn(8, 3), torch.randint(2, (8,))
+step = Backprop(nn.Linear(3, 2), nn.CrossEntropyLoss(), descent.Stochastic(learning_rate=0.1), compile="epoch")
+print(step.epoch(x, t, descent.Stochastic(learning_rate=0.1).updates(8)).losses.tolist())
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_at_once(store: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "error", "-c", TWO]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
+    said = [process.communicate(timeout=300)[0] for process in both]
+    assert said[0] == said[1] and said[0] and all(process.returncode == 0 for process in both)
+    assert len(list(store.iterdir())) == 1
+    assert subprocess.run(command, capture_output=True, text=True, env=environment).stdout == said[0]
+
+
+# ----- the command -----
+
+
+def test_the_command_lists_and_clears(
+    store: Path, compilations: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for k in range(2):
+        _programs.compiled_program(graph_of(functools.partial(torch.add, other=k), X), [X])
+    assert _command.main(["programs"]) == 0
+    *each, total = capsys.readouterr().out.splitlines()
+    assert len(each) == 2 and all("MB  last used 20" in line for line in each)
+    assert total == f"2 programs, 0.0 MB in {store}"
+    assert _command.main(["programs", "--clear"]) == 0
+    assert capsys.readouterr().out == f"2 programs deleted from {store}\n"
+    assert _command.main(["programs"]) == 0 and _command.main(["programs", "--all"]) == 2
+    assert "unrecognized arguments: --all" in capsys.readouterr().err
+
+
+# ----- under Lightning -----
+
+
+def trained(**options: Any) -> DescentModule:
+    """A run of stochastic descent on the digits."""
+    torch.manual_seed(0)
+    resumed = options.pop("resumed", None)
+    module = DescentModule(
+        MultilayerPerceptron([64, 8, 10], activation="Tanh"),
+        nn.CrossEntropyLoss(),
+        descent.Stochastic(**{"learning_rate": 0.02} | options.pop("descent", {})),
+    )
+    module.observers = options.pop("observers", [])
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(
+        accelerator="cpu", limit_val_batches=0, **quiet | {"enable_checkpointing": False} | options
+    )
+    trainer.fit(module, DigitsDataModule(), ckpt_path=resumed, weights_only=True)
+    return module
+
+
+def weights(module: DescentModule) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in module.model.parameters()])
+
+
+@pytest.fixture
+def pays(interpreted: list[_scan.Scan], monkeypatch: pytest.MonkeyPatch) -> list[_scan.Scan]:
+    """A program pays from the first update on."""
+    monkeypatch.setattr(_engine, "COMPILING", 0.0)
+    monkeypatch.setattr(_engine, "LOADING", 0.0)
+    return interpreted
+
+
+def test_the_engine_takes_a_program_where_it_pays(
+    pays: list[_scan.Scan], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    with_program = trained(max_steps=300)
+    assert with_program.has_program and with_program.trainer.global_step == 300 and len(pays) == 1
+    said = "engine: tape-free, the updates of a portion as one program (compiled now, in about ten seconds, and kept"
+    assert any(text.startswith(said) for text in caplog.messages)
+    for name, value in (("LOADING", 0.2), ("COMPILING", 20.0)):  # the run is too short for either
+        monkeypatch.setattr(_engine, name, value)
+        caplog.clear()
+        by_steps = trained(max_steps=300)
+        assert not by_steps.has_program and not any("program" in text for text in caplog.messages)
+        torch.testing.assert_close(weights(with_program), weights(by_steps))
+        monkeypatch.setattr(_engine, "LOADING", 0.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"observers": [lambda: None]},
+        {"descent": {"clip_gradient_norm": 1.0}},
+        {
+            "descent": {
+                "lr_scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 3),
+                "lr_scheduler_interval": "update",
+            }
+        },
+    ],
+)
+def test_the_engine_takes_steps_where_it_must(options: dict[str, Any], pays: list[_scan.Scan]) -> None:
+    assert not trained(max_steps=20, **options).has_program and not pays
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Checkpoint directory .* exists and is not empty",
+    "ignore:You're resuming from a checkpoint that ended",
+)
+def test_a_resumed_run_does_as_the_interrupted_one_did(
+    pays: list[_scan.Scan], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = trained(max_steps=700)
+    part = trained(max_steps=257, enable_checkpointing=True, default_root_dir=tmp_path)
+    part.trainer.save_checkpoint(tmp_path / "part.ckpt")
+    monkeypatch.setattr(_engine, "LOADING", 10.0)  # a new run would not take it any more
+    keeping = {"enable_checkpointing": True, "default_root_dir": tmp_path}
+    rest = trained(max_steps=700, resumed=tmp_path / "part.ckpt", **keeping)
+    assert rest.has_program and torch.equal(weights(rest), weights(whole))
+
+
+def test_a_run_that_diverges_says_where(pays: list[_scan.Scan]) -> None:
+    with pytest.raises(
+        NonFiniteLossError, match=r"at update \d+ \(epoch 1\), which was not made, with learning"
+    ):
+        trained(max_steps=300, descent={"learning_rate": 1e38})

@@ -485,7 +485,7 @@ def _expanded_twice(call: Call) -> tuple[Tensor, Tensor]:
     "forward_over_reverse",
     args=lambda r: (r(3, 4), r.positive(3, 1)),
     # Elsewhere its kernels divide by a length of 0 and write past the end, which crashes the process, or does not.
-    domain=lambda v, scale: v.dim() == scale.dim() == 2 and v.numel() > 0 and len(scale) == len(v),
+    domain=lambda v, scale: v.dim() == 2 and v.numel() > 0 and scale.shape == (len(v), 1),
     shows=lambda call: not torch.autograd.gradgradcheck(call.fn, call.args, raise_exception=False),
 )
 def torch_weight_norm_twice(v: Tensor, scale: Tensor) -> Tensor:

@@ -31,7 +31,9 @@ from manualprop.training import (
 
 RANDOM = [row for row in ROWS if "dropout" in row.name]
 UNFOLDED = [row for row in ROWS if row.name.startswith(("descent-Adam", "descent-RMSprop", "descent-clip"))]
-FOLDED = [row for row in ROWS if row not in RANDOM + UNFOLDED]
+# One activation stands for all: they are one stage.
+ALIKE = [row for row in ROWS if row.name.startswith("activation-") and row.name != "activation-GELU"]
+FOLDED = [row for row in ROWS if row not in RANDOM + UNFOLDED + ALIKE]
 
 Updates = list[tuple[Tensor, ...]]
 

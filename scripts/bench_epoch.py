@@ -51,8 +51,8 @@ CELLS = [
 # ----- the candidates, each in its own process -----
 
 
-def data(cell: Cell) -> tuple[Any, Any, Any]:
-    """The same weights, inputs and targets for all: numpy arrays."""
+def data(cell: Cell) -> tuple[Any, Any, Any, Any]:
+    """The same weights, inputs, targets and order for all: numpy arrays."""
     import numpy
 
     draw = numpy.random.default_rng(0)
@@ -64,7 +64,7 @@ def data(cell: Cell) -> tuple[Any, Any, Any]:
         for i, o in itertools.pairwise(cell.sizes)
     ]
     x = draw.standard_normal((cell.updates * cell.rows, cell.sizes[0])).astype(numpy.float32)
-    return weights, x, draw.integers(0, CLASSES, len(x))
+    return weights, x, draw.integers(0, CLASSES, len(x)), draw.permutation(len(x))
 
 
 def ours(cell: Cell, how: str) -> Callable[[], list[float]]:
@@ -74,7 +74,8 @@ def ours(cell: Cell, how: str) -> Callable[[], list[float]]:
     from manualprop import descent, nn
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    weights, x, t = (data(cell)[0], *map(torch.from_numpy, data(cell)[1:]))
+    weights, *examples = data(cell)
+    x, t, shuffled = map(torch.from_numpy, examples)
     layers = [(nn.Linear(i, o), nn.Tanh()) for i, o in itertools.pairwise(cell.sizes)]
     model = nn.Sequential(*[layer for each in layers for layer in each][:-1])
 
@@ -87,15 +88,14 @@ def ours(cell: Cell, how: str) -> Callable[[], list[float]]:
     plan = descent.MiniBatch(learning_rate=LEARNING_RATE)
     options = {"compile": "epoch"} if how == "epoch" else {}
     step = manualprop.Backprop(model, nn.CrossEntropyLoss(), plan, **options)
-    order = [(rows,) for rows in torch.arange(len(x)).split(cell.rows)]
-    pairs = list(zip(x.split(cell.rows), t.split(cell.rows), strict=True))
+    order = [(rows,) for rows in shuffled.split(cell.rows)]
 
     def run() -> list[float]:
         reset()
         if how == "epoch":
             found: list[float] = step.epoch(x, t, order).losses.tolist()
             return found
-        return [step(x, t) for x, t in pairs]
+        return [step(x[rows], t[rows]) for (rows,) in order]
 
     return run
 
@@ -104,9 +104,8 @@ def jax_scan(cell: Cell) -> Callable[[], list[float]]:
     import jax
     import jax.numpy as jnp
 
-    weights, x, t = data(cell)
-    x = x.reshape(cell.updates, cell.rows, -1)
-    t = t.reshape(cell.updates, cell.rows)
+    weights, x, t, order = data(cell)
+    order = order.reshape(cell.updates, cell.rows)
 
     def loss(layers: Any, x: Any, t: Any) -> Any:
         for W, b in layers[:-1]:
@@ -114,11 +113,12 @@ def jax_scan(cell: Cell) -> Callable[[], list[float]]:
         log_p = jax.nn.log_softmax(x @ layers[-1][0].T + layers[-1][1])
         return -jnp.take_along_axis(log_p, t[:, None], 1).mean()
 
-    def update(layers: Any, example: Any) -> Any:
-        value, gradient = jax.value_and_grad(loss)(layers, *example)
+    def update(layers: Any, rows: Any) -> Any:
+        value, gradient = jax.value_and_grad(loss)(layers, x[rows], t[rows])
         return jax.tree.map(lambda p, d: p - LEARNING_RATE * d, layers, gradient), value
 
-    epoch = jax.jit(lambda layers: jax.lax.scan(update, layers, (x, t))[1])
+    x, t = jnp.asarray(x), jnp.asarray(t)
+    epoch = jax.jit(lambda layers: jax.lax.scan(update, layers, order)[1])
     return lambda: epoch(weights).tolist()
 
 
@@ -318,7 +318,8 @@ def section(threads: int, rows: list[list[str]], made: float, whole: str, comman
         [
             f"## An epoch as one program: {benchmarking.processor()}",
             '`Backprop.epoch` with `compile="epoch"` (program) against today\'s step, against the step of commit '
-            f"{BEFORE} (before), and against JAX's `lax.scan`; float32, tanh, cross-entropy and plain gradient descent. "
+            f"{BEFORE} (before), and against JAX's `lax.scan`; float32, tanh, cross-entropy and plain gradient descent, examples "
+            "in a shuffled order. "
             "Processor time of an update; median and quartiles of paired ratios; each candidate in a process of its own, "
             "in turns. `!` marks a missed target. A network of more than 131,072 weights goes by steps. Making the first "
             f"program took {made:.0f} s with all imports, on this machine.",

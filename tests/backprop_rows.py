@@ -40,6 +40,39 @@ def mlp(activation: torch.nn.Module) -> list[torch.nn.Module]:
     ]
 
 
+def convnet() -> list[torch.nn.Module]:
+    """A residual network with batch norms, a strided shortcut, pools and a block."""
+
+    def normed(*numbers: int, **options: int) -> list[torch.nn.Module]:
+        return [nn.Conv2d(*numbers, **options, bias=False), nn.BatchNorm2d(numbers[1])]
+
+    return [
+        nn.Linear(FEATURES, 16),
+        nn.Unflatten(1, (1, 4, 4)),
+        nn.Sequential(*normed(1, 3, 3, padding=1), nn.ReLU()),
+        nn.Residual(*normed(3, 3, 3, padding=1), nn.ReLU(), *normed(3, 3, 3, padding=1)),
+        nn.ReLU(),
+        nn.Parallel(
+            nn.Sequential(*normed(3, 4, 3, stride=2, padding=1), nn.ReLU(), *normed(4, 4, 1)),
+            nn.Sequential(*normed(3, 4, 1, stride=2)),
+        ),
+        nn.Tanh(),
+        torch.nn.Sequential(nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 4, 2)),
+        nn.MaxPool2d(1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, CLASSES),
+    ]
+
+
+def fused(layers: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """The layers as ``swap(fuse=True)`` leaves them."""
+    model = torch.nn.Sequential(*layers)
+    manualprop.unswap(model)
+    manualprop.swap(model, fuse=True)
+    return list(model)
+
+
 def head() -> list[torch.nn.Module]:
     return [nn.Tanh(), nn.Linear(8, CLASSES)]
 
@@ -184,6 +217,8 @@ ROWS = [
         steps=30,
         within=1e-9,  # the norm, as above
     ),
+    Row("convnet", lambda: convnet(), steps=50, within=1e-9),  # the norms, as above
+    Row("convnet-fused", lambda: fused(convnet()), steps=50, within=1e-9),
     Row("PReLU", lambda: mlp(nn.PReLU()), steps=50),
     Row("GLU", lambda: [nn.Linear(FEATURES, 8), nn.GLU(), nn.Linear(4, CLASSES)], steps=50),
     Row("Softmax", lambda: [nn.Linear(FEATURES, 8), nn.Softmax(-1), nn.Linear(8, CLASSES)], steps=50),

@@ -42,6 +42,11 @@ def wrong(exercise: str, edit: str, mark: str, verdict: str = "wrong") -> Attemp
 
 
 ONLY_FIRST = "first order only"
+# What goes to every number of each window, and not to one.
+SPREAD = (
+    "torch.zeros_like(x).flatten(2).index_add(2, torch.arange(x[0, 0].numel()).view(x.shape[2:])"
+    ".unfold(0, K, s).unfold(1, K, s).flatten(), ({}).expand_as(windows).flatten(2))"
+)
 
 ATTEMPTS = [
     wrong("linear", "db = ...", "Dots", "not finished"),
@@ -179,6 +184,95 @@ ATTEMPTS = [
         "row 2 was used twice",
     ),
     wrong("embedding", "return None, dW -> return dW, None", "in the order of the arguments"),
+    wrong(
+        "convolution",
+        "dmet = torch.einsum('noqr,oc->ncqr', g, W[:, :, K - 1 - k, L - 1 - l])",
+        "The gradient of x is wrong; W, b are right.(\n.*)*each by its own weight",
+    ),
+    wrong(
+        "convolution",
+        "dW[:, :, k, l] = dWkl -> dW[:, :, K - 1 - k, L - 1 - l] = dWkl",
+        "reversed along dims 2, 3: its entries come from the other end",
+    ),
+    wrong(
+        "convolution",
+        "dx = dwide",
+        r"of x has shape \[2, 3, 7, 8\], where x has \[2, 3, 5, 6\](.*\n)*.*the zeros around x are none",
+    ),
+    wrong("convolution", "dWkl = torch.einsum('oqr,cqr->oc', g[0], met[0])", "only index 0 of it is counted"),
+    wrong("convolution", "dx = dwide[:, :, :I, :J]", "The gradient of x is wrong; W, b are right"),
+    wrong(
+        "convolution",
+        "rows = slice(k, k + Q); columns = slice(l, l + R)",
+        "The gradients of x, W are wrong; b is right.(.*\n)*.*is that what rows and columns say",
+    ),
+    wrong(
+        "convolution",
+        "dwide[:, :, rows, columns] += dmet -> dwide[:, :, rows, columns] = dmet",
+        "only in .* of the entries of x(.*\n)*.*and they add up",
+    ),
+    wrong(
+        "convolution",
+        "dmet = torch.einsum('noqr,co->ncqr', g, W[:, :, k, l])",
+        "subscript o has size 3",
+        "error",
+    ),
+    wrong("convolution", "dWkl = torch.einsum('noqr,ncqr->co', g, met)", "RuntimeError", "error"),
+    wrong(
+        "convolution",
+        "met = wide -> met = torch.nn.functional.pad(x, (0, 2 * p, 0, 2 * p))",
+        "The gradient of W is wrong; x, b are right",
+    ),
+    wrong("convolution", "dWkl = torch.einsum('noqr,ncqr->oc', g, met) / len(x)", "factor 1/2"),
+    wrong(
+        "convolution",
+        "db = g.sum(0)",
+        r"of b has shape \[5, 3, 4\](.*\n)*.*How often is one number",
+    ),
+    wrong("convolution", "db = g.sum((2, 3))", r"of b has shape \[2, 5\]"),
+    wrong("convolution", "db = g.mean((0, 2, 3))", "mean for sum(.*\n)*.*How often is one number"),
+    wrong("convolution", "return dx, dW, db, -> return dW, dx, db,", "exchanged.*shape of W"),
+    wrong(
+        "convolution",
+        "dWkl = torch.einsum('ncqr->c', met).expand(W.shape[:2])",
+        "g is ignored",
+    ),
+    wrong(
+        "convolution",
+        "dmet = torch.einsum('noqr,oc->ncqr', g, W[:, :, k, l].detach())",
+        "first order only",
+        ONLY_FIRST,
+    ),
+    wrong(
+        "max_pool",
+        f"dx = {SPREAD.format('g[..., None] / (K * K)')}",
+        "yours is 0.1111, measured 1(.*\n)*.*What do the others",
+    ),
+    wrong(
+        "max_pool",
+        f"dx = {SPREAD.format('g[..., None] * (windows == windows.amax(-1, keepdim=True))')}",
+        "at a tie.(.*\n)*.*entries sum to 2(.*\n)*.*one g to give",
+    ),
+    wrong(
+        "max_pool", "scatter_add -> scatter", "entries send nothing back(.*\n)*.*the maximum of two windows"
+    ),
+    wrong("max_pool", "i = m // K; j = m % K", "where do these begin"),
+    wrong("max_pool", "i = q + m // K; j = r + m % K", "where do these begin"),
+    wrong("max_pool", "i = s * q + m % K; j = s * r + m // K", "Of which windows is it the maximum"),
+    wrong("max_pool", "place = i * x.shape[2] + j", "how wide is the image"),
+    wrong("max_pool", "m = windows.argmin(-1)", "yours is 1, measured 0"),
+    wrong("max_pool", "g.flatten(2)) -> torch.ones_like(g).flatten(2))", "g is ignored"),
+    wrong(
+        "max_pool", "g.flatten(2)) -> g.flatten(2) / (K * K))", "constant factor 1/9(.*\n)*.*how much of g"
+    ),
+    wrong("max_pool", "m = windows.shape[-1] - 1 - windows.flip(-1).argmax(-1)", "at a tie"),
+    wrong(
+        "max_pool",
+        f"dx = {SPREAD.format('g[..., None] * torch.softmax(windows, -1)')}",
+        "What do the others get",
+    ),
+    wrong("max_pool", "place = i + j * x.shape[3]", "out of bounds", "error"),
+    wrong("max_pool", "g.flatten(2)) -> g.detach().flatten(2))", "first order only", ONLY_FIRST),
     wrong("tanh_output", "dx = g * (1 - y)", "Take this one number|what forward has saved|factor of its own"),
     wrong(
         "tanh_output",
@@ -255,6 +349,15 @@ RIGHT = [
         "layer_norm", "dx = (r / x.shape[1]) * (x.shape[1] * u - u.sum(-1, True) - z * (u * z).sum(-1, True))"
     ),
     right("embedding", "dW = (i[None, :] == torch.arange(ctx.V)[:, None]).to(g.dtype) @ g"),
+    right(
+        "convolution",
+        "dx = torch.nn.functional.conv_transpose2d(g, W, None, s, p, [(m + 2 * p - n) % s for m, n in zip((I, J), (K, L))])",
+    ),
+    right(
+        "convolution", "dWkl = (g[:, :, None] * met[:, None]).sum((0, 3, 4)); db = g.flatten(2).sum(2).sum(0)"
+    ),
+    right("max_pool", "m = (windows >= windows.amax(-1, keepdim=True)).to(torch.int8).argmax(-1)"),
+    right("max_pool", "place = torch.nn.functional.max_pool2d(x, K, s, return_indices=True)[1]"),
     right("tanh_output", "dx = g - g * y**2"),
     right("gelu_mlp", "du = (g @ V) * Phi + (g @ V) * u * phi"),
 ]

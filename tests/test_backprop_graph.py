@@ -13,7 +13,9 @@ from manualprop._backprop import _graph
 GRAPHS = [
     row
     for row in ROWS
-    if row.name.startswith(("descent", "loss", "norm", "PReLU", "residual", "parallel", "softmax", "flatten"))
+    if row.name.startswith(
+        ("descent", "loss", "norm", "convnet", "PReLU", "residual", "parallel", "softmax", "flatten")
+    )
 ]
 
 
@@ -110,7 +112,9 @@ def test_compiled_by_inductor(options: dict[str, Any]) -> None:
 
 
 CAPTURED = [
-    row for row in ROWS if row.name.startswith(("descent", "norm-Batch", "loss-ignoring", "loss-smoothed"))
+    row
+    for row in ROWS
+    if row.name.startswith(("descent", "norm-Batch", "convnet", "loss-ignoring", "loss-smoothed"))
 ]
 
 

@@ -94,7 +94,7 @@ def test_the_three_maps_are_the_sums_of_the_derivation(name: str) -> None:
 def test_the_fast_correlation_is_the_plain_one(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whole, and an example at a time; float32 with and without oneDNN; half precision is rounded once."""
+    """Whole, and an example at a time; float32 with oneDNN in both orders, and without; half precision is rounded once."""
     *_, G, _X, _Q, K, s, p, d = geometry = GEOMETRIES[name]
     x, _, y = factors(geometry, dtype)
     wide = torch.complex128 if dtype.is_complex else torch.float64
@@ -103,8 +103,10 @@ def test_the_fast_correlation_is_the_plain_one(
         "rtol": torch.finfo(dtype).eps,
         "atol": 8 * torch.finfo(torch.float32).eps * exact.abs().max().item(),
     }
-    for columns, product in itertools.product((2**20, 1), (_correlation.product_of_rows, None)):
+    products = (_correlation.product_of_rows, 2**17), (_correlation.product_of_rows, 0), (None, 0)
+    for columns, (product, large) in itertools.product((2**20, 1), products):
         monkeypatch.setattr(_correlation, "COLUMNS", columns)
+        monkeypatch.setattr(_correlation, "LARGE_RESULT", large)
         monkeypatch.setattr(_correlation, "WIDE", 1)
         monkeypatch.setattr(_correlation, "product_of_rows", product)
         for layout in (torch.contiguous_format, torch.channels_last):

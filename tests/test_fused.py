@@ -19,6 +19,7 @@ from manualprop import functional as F
 from manualprop import functions as rules
 from manualprop import nn as ours
 from manualprop.functions._execution._bits import keep_bits, kept_bytes, pack, unpack
+from manualprop.nn.fused import batch_norm_activation_conv
 
 N, I, H = 6, 3, 5
 
@@ -75,6 +76,7 @@ def test_a_bit_in_eager_mode_a_byte_compiled(layer: torch.nn.Module) -> None:
 
 W, V = real(I, I, low=-0.8, high=0.9, seed=1, grad=False), real(I, I, low=-0.7, high=0.9, seed=2, grad=False)
 X = torch.linspace(-0.9, 0.8, 4 * I, dtype=torch.float64).reshape(4, I)
+K = real(I, 2, 2, low=-0.8, high=0.9, seed=1, grad=False)
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "LinearActivation": lambda x: F.linear_activation(x, W, keep="input"),
     "ActivationLinear": lambda x: F.activation_linear(x, W),
@@ -84,7 +86,14 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "PackedReLU": F.packed_relu,
     "LayerNormLinear": lambda x: F.layer_norm_linear(x + X.flip(1) ** 2, None, None, W),
     "RMSNormLinear": lambda x: F.rms_norm_linear(x, None, W),
+    "BatchNormActivationConvolution": lambda x: normed(x, None, None, training=True),
+    "BatchNormEvaluationActivationConvolution": lambda x: normed(x, X[:1, 0].expand(2), X[-1:, 2].expand(2)),
 }
+
+
+def normed(x: Tensor, *running: Tensor | None, training: bool = False) -> Tensor:
+    x = (x + X.flip(1) ** 2).reshape(2, 2, I)
+    return F.batch_norm_activation_conv(x, *running, None, None, K, activation="silu", training=training)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -182,6 +191,25 @@ def test_no_rows(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
     block(x).sum().backward()
     assert x.grad is not None and x.grad.shape == shape
     assert all(p.grad is not None and not p.grad.any() for p in block.parameters())
+
+
+@pytest.mark.parametrize("weight", [0.0, 1e-30])
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_conv_is_right_where_the_weight_vanishes(weight: float, training: bool) -> None:
+    """From the output of the norm, x could not be found again, nor from that of ReLU."""
+    x, w, c = (
+        real(2, I, 4),
+        torch.full((I,), weight, dtype=torch.float64, requires_grad=True),
+        real(I, seed=3),
+    )
+    kernel, wanted = real(2, I, 2, seed=1), []
+    running = torch.zeros(I).double(), torch.ones(I).double()
+    y = F.batch_norm_activation_conv(x, *running, w, c, kernel, training=training)
+    h = torch.relu(torch_F.batch_norm(x, running[0] * 0, running[1] * 0 + 1, w, c, training=training))
+    for value in (y, torch_F.conv1d(h, kernel)):
+        wanted.append(torch.autograd.grad(value.pow(2).sum(), [x, w, c, kernel]))
+    assert wanted[1][1].abs().max() > 0.01
+    torch.testing.assert_close(*wanted)
 
 
 # ----- the modules -----
@@ -374,3 +402,113 @@ def test_a_receipt_measures_the_block_and_not_its_parts() -> None:
     x = torch.ones(N, I, requires_grad=True)
     assert manualprop.receipt(ours.MLP(I, H, I), x).kept == N * H * 4
     assert manualprop.receipt(ours.GatedMLP(I, H, I), x).kept == 2 * N * H * 4
+
+
+# ----- batch norm, activation and convolution -----
+
+NORMED: dict[int, tuple[Callable[..., Any], dict[str, Any], type[nn.Module]]] = {
+    1: (ours.BatchNormActivationConv1d, {"padding": "same", "activation": "silu", "affine": False}, nn.SiLU),
+    2: (ours.BatchNormActivationConv2d, {"stride": 2, "padding": 1, "momentum": None}, nn.ReLU),
+    3: (ours.BatchNormActivationConv3d, {"groups": 2, "bias": False, "activation": "gelu"}, nn.GELU),
+}
+
+
+def normed_block(axes: int, **options: Any) -> tuple[Any, nn.Sequential, Tensor]:
+    """The block, its layers in a row by torch, and an input."""
+    torch.manual_seed(0)
+    make, its, activation = NORMED[axes]
+    block = make(4, 2, 2 if axes > 1 else 3, **its | options).double()
+    parts = copy.deepcopy(block)
+    manualprop.unswap(parts)
+    return block, nn.Sequential(parts.norm, activation(), parts.conv), real(2, 4, *[3] * axes)
+
+
+@pytest.mark.parametrize("axes", NORMED)
+def test_a_normed_block_is_its_layers_in_a_row(axes: int) -> None:
+    """In training, where the running statistics move, and then in evaluation by these."""
+    block, parts, x = normed_block(axes)
+    for training in (True, True, False):
+        found = []
+        for module in (block.train(training), parts.train(training)):
+            wanted = [x, *module.parameters()]
+            y = module(x)
+            first = torch.autograd.grad(y.pow(3).sum(), wanted, create_graph=True)
+            found.append([y, *first, *torch.autograd.grad(sum(d.pow(2).sum() for d in first), wanted)])
+        torch.testing.assert_close(*found, rtol=1e-10, atol=1e-11)
+        torch.testing.assert_close([*block.buffers()], [*parts.buffers()])
+    for clone in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert repr(clone) == repr(block) and torch.equal(clone(x), block(x))
+
+
+def test_a_normed_block_keeps_the_input_of_the_norm_alone() -> None:
+    block, parts, x = normed_block(2)
+    sizes = [manualprop.receipt(module, x).kept for module in (block, parts)]
+    assert sizes == [2 * 4 * 8, 2 * 4 * 8 + x.nbytes]  # the statistics; torch keeps the activation too
+
+
+@pytest.mark.parametrize("part", ["norm", "conv"])
+def test_a_normed_block_calls_whoever_stands_in_for_a_part(part: str) -> None:
+    block, _, x = normed_block(2)
+    before = block.eval()(x)
+    heard: list[int] = []
+    handle = getattr(block, part).register_forward_hook(lambda *_: heard.append(1))
+    torch.testing.assert_close(block(x), before)
+    handle.remove()
+    assert heard == [1]
+    block.conv = ours.Conv2d(4, 2, 2, padding=1, padding_mode="circular").double()
+    torch.testing.assert_close(block(x), block.conv(torch.relu(block.norm(x))))
+
+
+def test_a_normed_block_without_a_tape_and_under_autocast() -> None:
+    block, _, _ = normed_block(2, affine=True)
+    model = ours.Sequential(
+        ours.Linear(I, 16), ours.Unflatten(1, (4, 2, 2)), block, ours.Flatten(), ours.Linear(8, 2)
+    )
+    x, t = real(N, I, grad=False), torch.tensor([0, 1, 1, 0, 0, 1])
+    plan = manualprop.descent.Batch(learning_rate=0.1)
+    found = manualprop.Backprop(model.double(), ours.CrossEntropyLoss(), plan).gradients(x, t)
+    torch_F.cross_entropy(model(x), t).backward()
+    for key, parameter in model.named_parameters():
+        torch.testing.assert_close(found[key], parameter.grad)
+    block = block.float()
+    x = torch.randn(2, 4, 3, 3, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = block(x)
+    assert y.dtype == torch.bfloat16
+    for d, of in zip(
+        torch.autograd.grad(y.float().sum(), [x, *block.parameters()]), [x, *block.parameters()], strict=True
+    ):
+        assert d.dtype == of.dtype and d.isfinite().all()
+
+
+def test_the_activation_is_an_output_with_a_gradient_of_its_own() -> None:
+    """A skip connection uses it; the numbers are those of the layers in a row, where either output is used."""
+    block, parts, x = normed_block(2, affine=True)
+    weight = real(2, 4, 3, 3, seed=5, grad=False)
+    for use in (
+        lambda y, h: y.pow(2).sum(),
+        lambda y, h: (h * weight).sum(),
+        lambda y, h: y.sum() * (h * weight).sum(),
+    ):
+        h = parts[1](parts[0](x))
+        in_a_row = torch.autograd.grad(use(parts[2](h), h), [x, parts[0].weight])
+        y, activation = batch_norm_activation_conv(block.norm, "relu", block.conv, x)
+        as_one = torch.autograd.grad(use(y, activation), [x, block.norm.weight])
+        torch.testing.assert_close(as_one, in_a_row, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("misuse", "kind", "text"),
+    [
+        (lambda: ours.BatchNormActivationConv2d(3, 2, 1, activation="swish"), ValueError, "BatchNormActivationConv2d: activation must be"),
+        (lambda: normed_block(2)[0](torch.ones(2, 4, 3).double()), ValueError, "expected 4D input"),
+        (lambda: normed_block(2)[0](torch.ones(1, 4, 1, 1).double()), ValueError, "more than 1 value per channel"),
+        (lambda: normed_block(2)[0](torch.ones(2, 5, 3, 3).double()), RuntimeError, "should contain 5 elements"),
+        (lambda: F.batch_norm_activation_conv(torch.ones(2, 4, 3), None, None, None, None, torch.ones(1, 4, 1).double(), training=True), RuntimeError, "one dtype. Got torch.float32"),
+        (lambda: F.batch_norm_activation_conv(torch.ones(4, 3), None, None, None, None, torch.ones(1, 4, 1), training=True), RuntimeError, "must have a batch"),
+        (lambda: F.batch_norm_activation_conv(torch.ones(2, 4, 3), None, None, None, None, torch.ones(1, 4, 1), training=True, eps=0.0), ValueError, "eps must be positive"),
+    ],
+)  # fmt: skip
+def test_misuse_of_a_normed_block(misuse: Callable[[], object], kind: type[Exception], text: str) -> None:
+    with pytest.raises(kind, match=text):
+        misuse()

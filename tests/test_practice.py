@@ -24,7 +24,7 @@ from manualprop._practice._practice import exercise_of
 
 ORDER = (
     "linear sigmoid tanh relu softplus mse softmax cross_entropy network momentum dropout batch_norm layer_norm "
-    "embedding tanh_output gelu_mlp"
+    "embedding convolution max_pool tanh_output gelu_mlp"
 )
 PARAMETERS = [pytest.param(e, id=name) for name, e in EXERCISES.items()]
 
@@ -48,7 +48,7 @@ def rows(attempts: list[Attempt], quick: int) -> list[Any]:
 # ----- the exercises -----
 
 
-def test_sixteen_exercises_in_their_order() -> None:
+def test_eighteen_exercises_in_their_order() -> None:
     assert list(EXERCISES) == ORDER.split()
     assert all(name == exercise.name for name, exercise in EXERCISES.items())
 

@@ -39,7 +39,7 @@ def row(text: str, name: str) -> str:
 def test_from_the_list_to_the_solution(capsys: Capture, tmp_path: Path) -> None:
     text = told(capsys)
     assert all(f" {name} " in text for name in EXERCISES) and text.splitlines()[0].startswith(" 1  linear")
-    assert text.endswith("0 of 16 are right. Next: manualprop practice start linear\n")
+    assert text.endswith("0 of 18 are right. Next: manualprop practice start linear\n")
 
     assert "practice/tanh.py is written" in told(capsys, "start", "tanh")
     file = tmp_path / "practice" / "tanh.py"
@@ -58,7 +58,7 @@ def test_from_the_list_to_the_solution(capsys: Capture, tmp_path: Path) -> None:
     assert row(told(capsys), "tanh").endswith("changed since it was marked (wrong)")
     assert told(capsys, "check") == "tanh: right\n"
     text = told(capsys)
-    assert row(text, "tanh").endswith("right") and "1 of 16 are right." in text
+    assert row(text, "tanh").endswith("right") and "1 of 18 are right." in text
 
 
 def test_start_takes_the_next_and_overwrites_nothing(capsys: Capture, tmp_path: Path) -> None:

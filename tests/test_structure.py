@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "_practice_command": {"_command_line", "_invocation", "_practice"},
     "_receipt": {"_torch"},
     "_command_line": set(),
+    "_programs_command": {"_backprop", "_command_line"},
     "_receipt_command": {"_command_line", "_receipt", "_swap"},
     "_verify_command": {"verify"},
     "_pytest_plugin": {"verify"},

@@ -64,6 +64,7 @@ WRONG: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], str]] = {
     "NaN": (by_hand(torch.sin, lambda x, g: g * x.cos() / 0), (X,), "not finite"),
     "transposed": (by_hand(torch.matmul, lambda a, b, g: (g @ b.T, g.T @ a)), (SQUARE, real(3, 3)), "transposed"),
     "shape transposed": (by_hand(torch.matmul, lambda a, b, g: (g @ b.T, g.T @ a)), (X, real(4, 2)), "transposed"),
+    "reversed": (by_hand(torch.matmul, lambda a, b, g: ((g @ b.T).flip(1), (g.T @ a).T)), (X, real(4, 2)), "reversed along dim 1: its entries come from the other end"),
     "exchanged": (by_hand(torch.mul, lambda a, b, g: (g * a, g * b)), (X, real(3, 4) + 1), "exchanged: this is the gradient of"),
     "missing sum": (by_hand(torch.add, lambda x, b, g: (g, g[0])), (ROWS, VECTOR), "missing sum over dim 0 of output 0"),
     "mean for sum": (by_hand(torch.add, lambda x, b, g: (g, g.mean(0))), (ROWS, VECTOR), "1/5: mean for sum over a broadcast"),
@@ -422,6 +423,8 @@ def test_the_report_as_json_junit_and_html(report: Any) -> None:
     assert page.count("<rect") == len(heat) * len(heat[0]) == 144
     assert page.count('fill="#ffffff"') == 144 - 12, "the error is on the diagonal"
     assert "constant factor 3/2" in page
+    shown, folded, rest = page.partition("<details><summary>2 probes without a finding</summary>")
+    assert folded and "constant factor 3/2" in shown and "<rect" not in rest
 
 
 def softmax_gradient(x: Tensor, g: Tensor, dim: int) -> Tensor:

@@ -49,6 +49,15 @@ def portions(order: Iterable[Pieces], size: int) -> Iterator[list[Pieces]]:
             yield part
 
 
+def taken(x: Tensor, rows: Tensor) -> Tensor:
+    """``x[rows]``; without a copy if the rows follow each other."""
+    first, n = rows.flatten()[:1], rows.numel()
+    if n and torch.equal(rows.flatten(), torch.arange(n, device=rows.device).add_(first)):
+        start = int(first)
+        return x[start : start + n].view(*rows.shape, *x.shape[1:])
+    return x[rows]
+
+
 class Schedule:
     """The hyperparameters of the updates to come, and the way back if these are not made after all."""
 
@@ -127,7 +136,9 @@ class Epochs:
         rows = torch.stack([row for (row,) in updates]).to(x.device)
         schedule = Schedule(self.plan, self.scheduler)
         numbers = schedule.of(len(updates))
-        found = None if numbers is None else self.scanned(x[rows], target[rows], *numbers)
+        found = None
+        if numbers is not None:
+            found = self.scanned(taken(x, rows), taken(target, rows), *numbers)
         if found is None:
             schedule.take_back()
             return None
@@ -148,7 +159,7 @@ class Epochs:
         losses: list[float] = []
         outputs = []
         rows = torch.stack([torch.cat(pieces) for pieces in updates]).to(x.device)
-        for one, its_target in zip(x[rows], target[rows], strict=True):
+        for one, its_target in zip(taken(x, rows), taken(target, rows), strict=True):
             try:
                 loss, output = self.step(one, its_target)
             except NotFinite as error:

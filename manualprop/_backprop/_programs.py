@@ -158,7 +158,15 @@ def _shape(value: Any) -> str:
 
 def _surroundings() -> list[str]:
     """What else decides the code of a program."""
-    return [torch.__version__, str(torch.version.git_version), str(torch.get_num_threads()), *_machine()]
+    versions = torch.__version__, str(torch.version.git_version)
+    return [*versions, str(torch.get_num_threads()), *_machine(), *_makers()]
+
+
+@functools.cache
+def _makers() -> tuple[str, ...]:
+    """The files that make of a step what is compiled."""
+    home = Path(__file__).parent
+    return tuple(path.read_text(encoding="utf-8") for path in (home / "_scan.py", home.parent / "_torch.py"))
 
 
 @functools.cache

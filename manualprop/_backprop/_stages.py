@@ -29,6 +29,7 @@ from manualprop.functions._execution._products import (
     multiply_and_add_into,
 )
 from manualprop.functions.linear import rows
+from manualprop.nn.fusing import runs
 
 Forward = Callable[[Tensor], Tensor]
 Backward = Callable[[Tensor], "Tensor | None"]
@@ -390,6 +391,9 @@ def build(layer: Module, path: str = "") -> Stage:
     kind = type(layer)
     if kind.forward is nn.Sequential.forward:
         return Chained(path, layer, _within(layer, path))
+    if isinstance(layer, nn.FusedSequential | nn.FusedResidual):
+        chain = Chained(path, layer, _fused_within(layer, path))
+        return Added(path, layer, [chain], skip=True) if kind is nn.FusedResidual else chain
     if kind is nn.Residual:
         return Added(path, layer, [Chained(path, layer, _within(layer, path))], skip=True)
     if kind is nn.Parallel:
@@ -423,6 +427,24 @@ def _within(layer: Module, path: str) -> list[Stage]:
     # Not named_children: it names a layer that is used twice only once.
     within = [(name, child) for name, child in layer._modules.items() if child is not None]
     return [build(child, f"{path}.{name}" if path else name) for name, child in within]
+
+
+def _fused_within(layer: torch.nn.Sequential, path: str) -> list[Stage]:
+    """A stage for each run of layers that are one rule, and for each other layer."""
+    children = {name: child for name, child in layer._modules.items() if child is not None}
+    following = {first: rest for first, *rest in runs(layer)}
+    within: list[Stage] = []
+    names = iter(children)
+    for name in names:
+        inner = f"{path}.{name}" if path else name
+        if name not in following:
+            within.append(build(children[name], inner))
+            continue
+        run = [children[name], *(children[next(names)] for _ in following[name])]
+        for part in run:
+            _refuse_hooks(part, inner)
+        within.append(Applied(inner, nn.FusedSequential(*run)))
+    return within
 
 
 def _refuse_hooks(layer: Module, path: str) -> None:

@@ -38,6 +38,8 @@ class Record:
     norm: float
 
 
+CONVOLUTIONS = {"Conv": "Convolution", "ConvTranspose": "TransposedConvolution"}
+
 # Called with a stage, "forward" or "backward", the stage's inputs, and its result.
 Note = Callable[[Stage, str, tuple[Any, ...], "Tensor | None"], None]
 
@@ -87,8 +89,10 @@ def record(direction: str, path: str, layer: Module, formula: str, made: Tensor 
 
 
 def rule_named_as(layer: Module) -> Any:
-    """The rule named as a layer; None without one."""
-    return getattr(rules, type(layer).__name__.removesuffix("Loss"), None)
+    """The rule named as a layer, such as MaxPool of MaxPool2d; None without one."""
+    name = type(layer).__name__.removesuffix("Loss")
+    family = re.sub(r"[123]d$", "", name)
+    return getattr(rules, name, None) or getattr(rules, CONVOLUTIONS.get(family, family), None)
 
 
 def headline(rule: Any) -> str:

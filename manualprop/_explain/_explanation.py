@@ -29,6 +29,7 @@ from manualprop._explain._training import (
     record_training,
     three_descents,
 )
+from manualprop._explain._worked import worked
 from manualprop.descent import Descent, MiniBatch
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class Explanation(Explained):
             "by_hand": self.by_hand,
             "notes": list(self.notes),
             "steps": [asdict(step) for step in self.steps],
+            "worked": self._worked(),
             "numbers": {key: _listed(t) for key, t in self.numbers.items()},
             "diagnosis": [asdict(finding) for finding in self.findings],
             "updates": {
@@ -96,6 +98,16 @@ class Explanation(Explained):
             "descents": self.descents if isinstance(self.descents, str) else _sliced(self.descents),
         }
         return json.dumps(found, indent=1, allow_nan=False)
+
+    def _worked(self) -> list[dict[str, Any]]:
+        """The sums that are worked out, each with the layer and the key of the tensor."""
+        found = []
+        for block in (block for step in self.steps for block in step.blocks):
+            for shown in block.shown:
+                one = worked(shown, self.numbers)
+                if one is not None:
+                    found.append({"layer": block.layer, "key": shown.key, **_finite_within(asdict(one))})
+        return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the page: one file that needs no network.
@@ -143,6 +155,15 @@ def _needing(home: str, package: str) -> Any:
 
 def _finite(value: float) -> float | None:
     return value if abs(value) < float("inf") else None
+
+
+def _finite_within(found: dict[str, Any]) -> dict[str, Any]:
+    """A worked sum without numbers that JSON has not."""
+    terms = [
+        {**term, "factors": _nested(list(term["factors"])), "value": _finite(term["value"])}
+        for term in found["terms"]
+    ]
+    return {**found, "value": _finite(found["value"]), "rest": _finite(found["rest"]), "terms": terms}
 
 
 def _listed(t: Tensor) -> dict[str, Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from manualprop._explain._explained import Explained
 from manualprop._explain._numbers import as_table
@@ -37,14 +40,47 @@ def figure(e: Explained) -> Figure:
 def _heat(axis: Any, e: Explained, key: str, title: str) -> None:
     if key not in e.numbers:
         return
-    table = as_table(key, e.numbers[key]).double()[:ROWS, :COLUMNS]
-    top = table.abs().max().item() or 1.0
+    tensor = e.numbers[key].double()
+    is_image = tensor.dim() == 4
+    table = _channels(tensor[0]) if is_image else as_table(key, tensor)[:ROWS, :COLUMNS]
+    top = table.nan_to_num().abs().max().item() or 1.0
     axis.set_axis_on()
-    axis.imshow(table.tolist(), cmap="PuOr_r", vmin=-top, vmax=top, aspect="auto", interpolation="nearest")
+    shape = "equal" if is_image else "auto"
+    axis.imshow(table.tolist(), cmap="PuOr_r", vmin=-top, vmax=top, aspect=shape, interpolation="nearest")
+    if is_image:
+        _dots(axis, e, key, tensor.shape[1:])
     axis.set_title(title, fontsize=9)
     axis.set_xticks([])
     axis.set_yticks([])
     axis.set_xlabel(f"within ±{top:.3g}", fontsize=8)
+
+
+def _across(channels: int) -> int:
+    """How many channels stand side by side."""
+    return math.ceil(math.sqrt(channels))
+
+
+def _channels(image: Tensor) -> Tensor:
+    """The channels of an image (C, H, W) as one table, with an empty line between them."""
+    C, H, W = image.shape
+    across = _across(C)
+    table = image.new_full((-(-C // across) * (H + 1), across * (W + 1)), math.nan)
+    for c in range(C):
+        top, left = c // across * (H + 1), c % across * (W + 1)
+        table[top : top + H, left : left + W] = image[c]
+    return table[:-1, :-1]
+
+
+def _dots(axis: Any, e: Explained, key: str, size: torch.Size) -> None:
+    """A dot at each place that a max pool has chosen of these numbers."""
+    C, H, W = size
+    for i, x in enumerate(e.links.inputs):
+        if x != key or f"i:{i}" not in e.numbers:
+            continue
+        at = [(c, int(place)) for c in range(C) for place in e.numbers[f"i:{i}"][0, c].flatten()]
+        down = [c // _across(C) * (H + 1) + place // W for c, place in at]
+        right = [c % _across(C) * (W + 1) + place % W for c, place in at]
+        axis.plot(right, down, ".", color="black", markersize=2)
 
 
 def _losses(axis: Any, e: Explained) -> None:

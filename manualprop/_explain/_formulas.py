@@ -38,24 +38,37 @@ def derived(rule: Any, left: str) -> str:
     lines = derivation(rule).splitlines()
     for i, line in enumerate(lines):
         name, equals, rest = _without_reason(line).partition(" = ")
-        if not (equals and re.fullmatch(rf"{re.escape(left)}(_\w+)?\s*", name)):
+        if not (equals and re.fullmatch(rf"{re.escape(left)}(_\w+|\[[\w,]+\])?\s*", name)):
             continue
-        end = _last_side(rest)
-        for later in lines[i + 1 :]:
+        end = "" if _goes_on(lines, i) else _last_side(rest) + _terms_that_count(line)
+        for k, later in enumerate(lines[i + 1 :], start=i + 1):
             following = re.match(r"\s+= (.*)", _without_reason(later))
             if following is None:
                 break
-            if " beyond " not in following[1]:  # a case at the margin
+            if " beyond " not in following[1] and not _goes_on(
+                lines, k
+            ):  # a case at the margin; a sum of several lines
                 end = _last_side(following[1])
         is_whole = all(end.count(a) == end.count(b) for a, b in ("()", "[]", "{}"))
-        return f"{name.strip()} = {end.strip()}" if is_whole else ""
+        return f"{name.strip()} = {end.strip()}" if is_whole and end else ""
     return ""
+
+
+def _goes_on(lines: list[str], i: int) -> bool:
+    """Whether the next line adds to the sum of line i."""
+    return i + 1 < len(lines) and lines[i + 1].lstrip().startswith("+ ")
 
 
 def _without_reason(line: str) -> str:
     """A line of a derivation without the reason at its right margin."""
     indent = len(line) - len(line.lstrip())
-    return line[:indent] + re.split(r"\s{3,}", line.lstrip())[0]
+    return line[:indent] + re.split(r"\s{3,}(?![\s=])", line.lstrip())[0]
+
+
+def _terms_that_count(line: str) -> str:
+    """Over which terms a sum goes, where this stands at the right margin: " over s q + d k - p = i"."""
+    found = re.search(r"\s{3,}(over [^,;]+)", line)
+    return f" {found[1]}" if found and "sum" in line else ""
 
 
 def _last_side(text: str) -> str:
@@ -78,9 +91,9 @@ def update_formula() -> str:
 # ----- plain letters to LaTeX -----
 
 _TOKEN = re.compile(
-    r"(?P<partial>d[lLy](?:_\w+)?/d\w+)|(?P<sum>sum_\w+)|(?P<indicator>1\[)|(?P<relation>/=|<=|>=)"
+    r"(?P<partial>d[lLy](?:_\w+)?/d\w+(?:\[[\w,]+\])?)|(?P<sum>sum_(?:\w+|\{[^{}]+\}))|(?P<indicator>1\[)|(?P<relation>/=|<=|>=)"
     r"|(?P<transpose>\^T\b)|(?P<power>\^-?\w+)|(?P<exponent>\^\{)"
-    r"|(?P<word>[A-Za-z]\w*'*)|(?P<space>\s+)|(?P<other>.)"
+    r"|(?P<entry>[A-Za-z]\[\w(?:,\w)*\])|(?P<below>[A-Za-z]_\{[^{}]+\})|(?P<word>[A-Za-z]\w*'*)|(?P<space>\s+)|(?P<other>.)"
 )
 _RELATIONS = {"/=": r"\ne ", "<=": r"\le ", ">=": r"\ge "}
 
@@ -94,9 +107,13 @@ def _converted(found: re.Match[str]) -> str:
     kind, text = found.lastgroup, found[0]
     if kind == "partial":
         above, below = text.split("/")
-        return rf"\frac{{\partial {_word(above[1:])}}}{{\partial {_word(below[1:])}}}"
+        return rf"\frac{{\partial {_word(above[1:])}}}{{\partial {_word(_with_subscript(below[1:]))}}}"
     if kind == "sum":
-        return rf"\sum_{{{text[4:]}}} "
+        return rf"\sum_{{{text[4:].strip('{}')}}} "
+    if kind == "entry":
+        return _word(_with_subscript(text))
+    if kind == "below":
+        return f"{_word(text[0])}{text[1:]} "
     if kind == "indicator":
         return r"\mathbf{1}["
     if kind == "relation":
@@ -106,6 +123,11 @@ def _converted(found: re.Match[str]) -> str:
     if kind == "power":
         return f"^{{{_word(text[1:])}}}"
     return _word(text) if kind == "word" else text
+
+
+def _with_subscript(text: str) -> str:
+    """x[n,c,i] as x_nci; anything else as it is."""
+    return re.sub(r"\[([\w,]+)\]$", lambda found: "_" + found[1].replace(",", ""), text)
 
 
 def _word(text: str) -> str:
@@ -125,12 +147,12 @@ def _word(text: str) -> str:
 
 _PLAIN = [
     (r"\\(?:mathbf|operatorname|text|mathrm)\{([^{}]*)\}", r"\1"),
-    (r"\\tfrac(\w)(\w)", r"\1/\2"),
+    (r"\\t?frac(\w)(\w)", r"\1/\2"),
     (r"\\frac\{([^{}]+)\}\{([^{}]+)\}", r"(\1)/(\2)"),
     (r"\\sqrt\s*\{([^{}]+)\}", r"√(\1)"),
     (r"\\sqrt\s*", "√"),
     (r"\^\{?\\top\}?", "ᵀ"),
-    (r"\\[,;!]", ""),
+    (r"\\(?:[,;!]|[Bb]igg?)", ""),
     (r"\\sum", "Σ"),
     (r"\\leftarrow", "←"),
     (r"\\nabla", "∇"),

@@ -5,6 +5,7 @@ Keys
     y:0          output of layer 0               target       of the examples
     g:0          dL/dy of layer 0                loss:l       losses of the examples
     x:0, dx:0    input of layer 0, and dL/dx, where these are not the output of another layer and its gradient
+    i:2          places of the maxima that layer 2 chose, counted along the flattened axes of positions
     p:NAME       a parameter                     d:NAME       its gradient        u:NAME     what the update adds to it
 """
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from manualprop._explain._observe import ACTIVATION, AFFINE, Layer, Observation
+from manualprop._explain._windows import chosen_places
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is not None and b is not None and a.dtype == b.dtype and torch.equal(a, b)
 
 
+def passes_on(layer: Layer) -> bool:
+    """Whether a layer hands its input on as it is, perhaps in another shape: Flatten, Identity, Dropout in evaluation."""
+    return layer.kind not in (AFFINE, ACTIVATION) and same(layer.x.reshape(-1), layer.y.reshape(-1))
+
+
 def numbers(seen: Observation, linked: Links) -> dict[str, Tensor]:
     """All numbers of an observation, by key."""
     found: dict[str, Tensor] = {}
@@ -64,6 +71,9 @@ def numbers(seen: Observation, linked: Links) -> dict[str, Tensor]:
             found[f"g:{i}"] = layer.g
         if linked.returns[i] and layer.dx is not None:
             found.setdefault(linked.returns[i], layer.dx)
+        places = chosen_places(layer)
+        if places is not None:
+            found[f"i:{i}"] = places
     found |= {"target": seen.target, "output": seen.output, "loss:g": seen.g}
     if seen.losses is not None:
         found["loss:l"] = seen.losses
@@ -146,6 +156,8 @@ def dead(layer: Layer) -> float | None:
     slope = slopes(layer)
     if name not in FLAT_AT_ZERO or slope is None or slope.dim() < 2 or len(slope) < 2:
         return None
+    if slope.dim() > 3:  # of an image a unit is a channel, at all positions
+        slope = slope.movedim(1, -1)
     return (slope.flatten(0, -2) == 0).all(0).double().mean().item()
 
 

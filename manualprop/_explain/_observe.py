@@ -21,6 +21,7 @@ from manualprop import functions as rules
 from manualprop import nn
 from manualprop._backprop import Backprop
 from manualprop._backprop._stages import Activation, Affine, Applied, Stage, build
+from manualprop._backprop._trace import rule_named_as
 from manualprop._splitting import compares_elements, denominator, gradient
 from manualprop.descent import Descent
 from manualprop.functions import Rule
@@ -379,7 +380,7 @@ def described(stage: Stage) -> tuple[str, type[Rule] | None, tuple[Any, ...]]:
 
 def _by_name(layer: Module) -> type[Rule] | None:
     """The rule that has the name of a layer."""
-    found = getattr(rules, type(layer).__name__, None)
+    found = rule_named_as(layer)
     return found if isinstance(found, type) and issubclass(found, Rule) else None
 
 

@@ -14,13 +14,14 @@ from torch import nn
 
 from manualprop._explain import _formulas as formulas
 from manualprop._explain._explained import Explained
-from manualprop._explain._numbers import affine_of
+from manualprop._explain._numbers import Numbers, affine_of, numbers, passes_on
 from manualprop._explain._steps import Block, rule_of, steps
-from manualprop._explain._tables import Functions, cropped, functions, passes_on, tables, whole_tables
+from manualprop._explain._tables import Functions, cropped, functions, tables, whole_tables
 from manualprop._explain._training import Slice
+from manualprop._explain._worked import worked
 
 FOLDER = Path(__file__).parent / "page"
-SCRIPTS = ("numbers.js", "sums.js", "grid.js", "network.js", "play.js")
+SCRIPTS = ("numbers.js", "sums.js", "windows.js", "grid.js", "network.js", "play.js")
 NO_NETWORK = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
@@ -95,12 +96,19 @@ def _story(e: Explained, grids: list[dict[str, Any]]) -> Iterator[str]:
         if not step.blocks:
             yield "<p class='muted'>No layer of this network takes this step.</p>"
         for block in step.blocks:
-            yield from _block(block, grids, count)
-            count += bool(block.remarks)
+            told = _told(block, e.numbers)
+            yield from _block(block, grids, told, count)
+            count += bool(told)
         yield "</section>"
 
 
-def _block(block: Block, grids: list[dict[str, Any]], remarks: int) -> Iterator[str]:
+def _told(block: Block, numbers: Numbers) -> list[str]:
+    """The sums of a block that are worked out, and its remarks."""
+    found = [worked(shown, numbers) for shown in block.shown]
+    return [*(one.text() for one in found if one), *block.remarks]
+
+
+def _block(block: Block, grids: list[dict[str, Any]], remarks: list[str], place: int) -> Iterator[str]:
     hand = "" if block.by_hand else ' <span class="tag">not by hand</span>'
     kind = (
         f' <span class="muted">{html.escape(block.kind)}</span>' if block.kind.lower() != block.layer else ""
@@ -118,22 +126,20 @@ def _block(block: Block, grids: list[dict[str, Any]], remarks: int) -> Iterator[
         yield f'<div class="grid" data-grid="{len(grids) - 1}"></div>'
     if block.why:
         yield f'<p class="remark">{typeset(block.why)}</p>'
-    if block.remarks:
-        told = "".join(f'<p class="remark">{html.escape(remark)}</p>' for remark in block.remarks)
-        yield f'<div class="remarks" data-remarks="{remarks}">{told}</div>'
+    if remarks:
+        told = "".join(f'<p class="remark">{html.escape(remark)}</p>' for remark in remarks)
+        yield f'<div class="remarks" data-remarks="{place}">{told}</div>'
     yield "</article>"
 
 
-def _remarks(e: Explained, chosen: list[int]) -> list[list[tuple[str, ...]]]:
+def _remarks(e: Explained, chosen: list[int]) -> list[list[list[str]]]:
     """For each block that has remarks, those at each recorded update."""
-    each = [
-        [
-            block.remarks
-            for step in steps(e.recording.frames[k], e.links, e.loss, e.descent)
-            for block in step.blocks
-        ]
-        for k in chosen
-    ]
+    each = []
+    for k in chosen:
+        frame = e.recording.frames[k]
+        found = numbers(frame, e.links)
+        made = steps(frame, e.links, e.loss, e.descent)
+        each.append([_told(block, found) for step in made for block in step.blocks])
     return [list(told) for told in zip(*each, strict=True) if told[0]]
 
 

@@ -11,7 +11,8 @@ from torch.nn import Module
 from manualprop import functions as rules
 from manualprop._backprop._trace import derivation, headline
 from manualprop._explain import _formulas as formulas
-from manualprop._explain._numbers import Links, dead, rms, saturated
+from manualprop._explain import _windows as windows
+from manualprop._explain._numbers import Links, dead, passes_on, rms, saturated
 from manualprop._explain._observe import ACTIVATION, AFFINE, OTHER, Layer, Observation, Weight
 from manualprop.descent import Descent
 
@@ -129,6 +130,22 @@ TITLES: dict[int, tuple[str, str, str]] = {
 }
 
 
+FORWARD_WHY: dict[Any, str] = {
+    rules.Convolution: "Each number of $y$ is the sum of one window of $x$, with the weights of its channel; the windows of "
+    "all positions have the same weights.",
+}
+_OF_MAXIMA = (
+    "The place that was chosen has the slope 1, and the others of its window 0. So each $g$ goes to one place as it is, and "
+    "a place that several windows chose gets the sum."
+)
+_OF_MEANS = (
+    "Every number of a window has the same share in the mean. So each $g$ is spread evenly over its window."
+)
+BACKWARD_WHY: dict[Any, str] = dict.fromkeys(windows.MAXIMA, _OF_MAXIMA) | dict.fromkeys(
+    windows.MEANS, _OF_MEANS
+)
+
+
 def steps(seen: Observation, linked: Links, loss: Module, descent: Descent) -> tuple[Step, ...]:
     """The ten steps of what was observed.
 
@@ -152,15 +169,13 @@ class _Writer:
     def blocks(self) -> dict[int, list[Block]]:
         found: dict[int, list[Block]] = {n: [] for n in TITLES}
         layers = self.seen.layers
-        first = {
-            kind: next((i for i, l in enumerate(layers) if l.kind == kind), -1)
-            for kind in (AFFINE, ACTIVATION)
-        }
+        multiplies = next((i for i, layer in enumerate(layers) if _multiplies(layer)), -1)
+        activates = next((i for i, layer in enumerate(layers) if layer.kind == ACTIVATION), -1)
         for i, layer in enumerate(layers):
             found[1] += self._parameters(i, layer)
-            step = 2 if i == first[AFFINE] else 3 if i == first[ACTIVATION] else 4
-            if step == 4 and layer.kind == OTHER and i < max(first.values()):
-                step = 2 if layer.weights else 3
+            step = 2 if i == multiplies else 3 if i == activates else 4
+            if step == 4 and layer.kind == OTHER and i < max(multiplies, activates):
+                step = 2 if layer.weights or i < multiplies else 3
             found[step].append(self._forward(i, layer))
         found[1] += [_initial(-1, w.name, "Parameter", [w]) for w in self.seen.loose]
         found[5].append(self._loss())
@@ -186,13 +201,20 @@ class _Writer:
         source = "the layer's own forward" if layer.rule is None else f"functions.{layer.rule.__name__}"
         if layer.rule is not None:
             source += ".f" if hasattr(layer.rule, "f") else ".forward"
+        elif passes_on(layer):
+            title = "$y = x$" if layer.x.shape == layer.y.shape else "$y = x$, in another shape"
         shown = [Shown(f"y:{i}", "y", f"output of {layer.path}", self._made(i, layer))]
+        if layer.rule in windows.MAXIMA and windows.window_options(layer):
+            shown.append(
+                Shown(f"i:{i}", "i", f"places of the maxima in the input of {layer.path}", {"kind": "place"})
+            )
         x = self.linked.inputs[i]
         if x.startswith("x"):
             shown.append(Shown(x, "x", f"input of {layer.path}", {"kind": "input"}))
         return Block(
             layer.path, layer.name, i, title, formulas.plain(title), source,
-            derivation(layer.rule), tuple(shown), remarks=_health(layer),
+            derivation(layer.rule), tuple(shown), remarks=(*_told(layer), *_health(layer)),
+            why=FORWARD_WHY.get(layer.rule, ""),
         )  # fmt: skip
 
     def _made(self, i: int, layer: Layer) -> dict[str, Any]:
@@ -202,7 +224,9 @@ class _Writer:
             return {"kind": "affine", "x": x, "W": weight, "b": bias[0] if bias else ""}
         if layer.kind == ACTIVATION:
             return {"kind": "activation", "x": x, "layer": i}
-        return {"kind": "layer", "name": layer.name}
+        if layer.rule is None and passes_on(layer):
+            return {"kind": "moved", "from": x, "letter": "x"}
+        return windows.of_output(i, layer, x) or {"kind": "layer", "name": layer.name}
 
     def _loss(self) -> Block:
         title = headline(self.loss_rule)
@@ -256,28 +280,42 @@ class _Writer:
         if layer.g is None or layer.dx is None or layer.weights:
             return []
         x, y = self.linked.inputs[i], f"y:{i}"
-        line = "dL/dx = g y'" if layer.kind == ACTIVATION else ""
-        slope = formulas.derived(layer.rule, "y'")
+        line = "dL/dx = g y'" if layer.kind == ACTIVATION else formulas.derived(layer.rule, "dL/dx")
+        slope = formulas.derived(layer.rule, "y'" if layer.kind == ACTIVATION else "M")
         line += f",  {slope}" if slope and line else ""
         saves = getattr(layer.rule, "saves", "input")
         made = {"kind": "slope", "g": f"g:{i}", "s": y if saves == "output" else x, "layer": i}
         if layer.kind != ACTIVATION:
-            made = {"kind": "layer", "name": layer.name}
+            made = self._handed_back(i, layer)
         name = "" if layer.rule is None else f"functions.{layer.rule.__name__}"
         source = (
             f"{name}.chain.product, with {name}.df"
             if layer.kind == ACTIVATION
             else f"{name or layer.name}.backward"
         )
+        if made["kind"] == "moved":
+            line, source = "dL/dx = g", "torch's reshape"
         return [
             Block(
                 layer.path, layer.name, i, _typeset(line), line, source if layer.by_hand else "torch's autograd",
                 derivation(layer.rule),
                 (Shown(self.linked.returns[i], "dL/dx", f"gradient of the input of {layer.path}", made),
                  Shown(f"g:{i}", "g", f"gradient of the output of {layer.path}", {"kind": "same"})),
-                layer.by_hand, _flow(layer),
+                layer.by_hand, _flow(layer), BACKWARD_WHY.get(layer.rule, ""),
             )
         ]  # fmt: skip
+
+    def _handed_back(self, i: int, layer: Layer) -> dict[str, Any]:
+        """How dL/dx of a layer was made that is neither linear nor an activation."""
+        if layer.rule is None and passes_on(layer) and layer.g is not None and layer.dx is not None:
+            if _alike(layer.g, layer.dx):
+                return {"kind": "moved", "from": f"g:{i}", "letter": "g"}
+        made = windows.of_input_gradient(i, layer, self.linked.inputs[i])
+        if made is None:
+            return {"kind": "layer", "name": layer.name}
+        own = windows.own_input_gradient(layer)
+        # Autograd adds up what all users of a tensor hand back: the page tells what comes from others.
+        return {**made, "shared": own is not None and layer.dx is not None and not _alike(own, layer.dx)}
 
     def _weight_gradients(self, i: int, layer: Layer) -> list[Block]:
         learning = [w for w in layer.weights if w.gradient is not None]
@@ -292,6 +330,9 @@ class _Writer:
                 made = {"kind": "bias_gradient", "g": f"g:{i}"}
                 if w.value.dim() == 2:
                     made = {"kind": "weight_gradient", "g": f"g:{i}", "x": self.linked.inputs[i]}
+            elif layer.g is not None:
+                is_bias = w.value.dim() == 1
+                made = windows.of_weight_gradient(i, layer, self.linked.inputs[i], is_bias) or made
             shown.append(Shown(f"d:{w.name}", f"d{_letter(w)}", f"gradient of {w.name}", made))
         name = "" if layer.rule is None else f"functions.{layer.rule.__name__}"
         source = (
@@ -308,7 +349,7 @@ class _Writer:
         if layer.dx is None or not layer.weights:
             return []
         line = formulas.derived(layer.rule, "dL/dx")
-        made: dict[str, Any] = {"kind": "layer", "name": layer.name}
+        made = self._handed_back(i, layer)
         if layer.kind == AFFINE and layer.x.dim() <= 3:
             made = {"kind": "input_gradient", "g": f"g:{i}", "W": f"p:{layer.weights[0].name}"}
             own = rules.Linear.input_gradient(layer.g, layer.weights[0].value)  # type: ignore[arg-type]
@@ -373,10 +414,15 @@ def ratio(weight: Weight) -> float | None:
 
 
 def _initial(i: int, path: str, kind: str, weights: list[Weight]) -> Block:
-    affine = kind == "Linear" and bool(weights)
-    fan = weights[0].value.shape[-1] if affine and weights[0].value.dim() == 2 else 0
-    formula = r"at first, $W_{oi}$ and $b_o$ uniform between $\pm 1 / \sqrt{\text{inputs}}$" if affine else ""
-    line = f"at first, W_oi and b_o uniform between ±1/√inputs, here ±{fan**-0.5:.3g}" if fan else ""
+    affine = kind in ("Linear", "Conv1d", "Conv2d", "Conv3d") and bool(weights)
+    index = "oi" if kind == "Linear" else "ock"
+    fan = weights[0].value[:1].numel() if affine and weights[0].value.dim() > 1 else 0
+    formula = (
+        rf"at first, $W_{{{index}}}$ and $b_o$ uniform between $\pm 1 / \sqrt{{\text{{inputs}}}}$"
+        if affine
+        else ""
+    )
+    line = f"at first, W_{index} and b_o uniform between ±1/√inputs, here ±{fan**-0.5:.3g}" if fan else ""
     shown = tuple(Shown(f"p:{w.name}", _letter(w), w.name, {"kind": "weight"}) for w in weights)
     source = f"nn.{kind}.reset_parameters (torch's)" if i >= 0 else "the model's own"
     return Block(path, kind, i, formula, line, source, "", shown)
@@ -394,6 +440,17 @@ def _letter(weight: Weight) -> str:
 
 def _typeset(line: str) -> str:
     return ", ".join(f"${formulas.latex(part)}$" for part in line.replace(";", ", ").split(",  ") if part)
+
+
+def _multiplies(layer: Layer) -> bool:
+    """Whether a layer multiplies its input by weights: a linear layer, a convolution."""
+    return layer.kind == AFFINE or layer.rule in (rules.Convolution, rules.TransposedConvolution)
+
+
+def _told(layer: Layer) -> tuple[str, ...]:
+    """The options of a layer that its formula has letters for."""
+    told = windows.told_options(layer)
+    return (told,) if told else ()
 
 
 def _health(layer: Layer) -> tuple[str, ...]:

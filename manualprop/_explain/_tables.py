@@ -15,7 +15,7 @@ from torch.nn import Module
 
 from manualprop._explain import _javascript as javascript
 from manualprop._explain._explained import Explained
-from manualprop._explain._numbers import Links, as_table, numbers, same, statistics
+from manualprop._explain._numbers import Links, as_table, numbers, passes_on, same, statistics
 from manualprop._explain._observe import ACTIVATION, AFFINE, Layer, Observation
 
 ROOM = 230_000  # numbers that a page holds; at 16 characters for 3 of them, 1.2 MB
@@ -48,6 +48,9 @@ SIZES = (
     Limits(8, 8, 64),
 )
 
+# Of a network of images rather few examples than pieces of images: a sum over a window needs the window.
+SIZES_OF_IMAGES = (SIZES[0], *(Limits(rows, 10**6, 4096) for rows in (32, 16, 8, 4, 2, 1)), *SIZES[1:])
+
 Cut = Callable[[str, Tensor], Tensor]
 
 
@@ -68,7 +71,7 @@ def tables(e: Explained) -> tuple[dict[str, Any], list[int]]:
 
         return cut
 
-    for limits in SIZES:
+    for limits in SIZES_OF_IMAGES if any(layer.x.dim() > 3 for layer in e.observation.layers) else SIZES:
         cut = cut_to(limits)
         size = sum(cut(key, e.numbers[key]).numel() for key in keys)
         if size <= FRAME:
@@ -205,11 +208,6 @@ def loss_of_each(loss: Module) -> Module:
     single = copy.copy(loss)
     single.reduction = "none"  # type: ignore[assignment]
     return single
-
-
-def passes_on(layer: Layer) -> bool:
-    """Whether a layer hands its input on as it is, perhaps in another shape: Flatten, Identity, Dropout in evaluation."""
-    return layer.kind not in (AFFINE, ACTIVATION) and same(layer.x.reshape(-1), layer.y.reshape(-1))
 
 
 def _unlinked(seen: Observation, linked: Links) -> str:

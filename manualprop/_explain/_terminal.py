@@ -15,6 +15,7 @@ from manualprop._explain import _formulas as formulas
 from manualprop._explain._explained import Explained
 from manualprop._explain._numbers import statistics
 from manualprop._explain._steps import Block, Shown, Step
+from manualprop._explain._worked import worked
 
 ACCENT = "bold cyan"
 
@@ -83,6 +84,9 @@ def _block(e: Explained, block: Block, example: int, verbose: bool) -> Iterator[
     yield Padding(
         _Numbers(e, block.shown if verbose else block.shown[:2], example, verbose), (0, 0, 0, 2), expand=False
     )
+    for found in (worked(shown, e.numbers, example) for shown in block.shown):
+        if found:
+            yield Padding(Text(found.text()), (0, 0, 0, 2), expand=False)
     if block.why:
         yield Padding(Text(formulas.plain(block.why)), (0, 0, 0, 2), expand=False)
     for remark in block.remarks:
@@ -106,12 +110,17 @@ class _Numbers:
         for shown in self.shown:
             tensor = self.e.numbers[shown.key]
             found = statistics(tensor)
+            has_size = tensor.is_floating_point()  # which classes and places have not
             shape = "×".join(map(str, tensor.shape)) or "1"
             for number, row in enumerate(self._rows(shown, tensor)):
                 cells = [figures(value) for value in row[:room]]
                 cells += [""] * (room - len(cells)) + ["…"] * (len(row) > room)
                 head = (
-                    (shown.symbol, shape, figures(found.norm), figures(found.spread))
+                    (
+                        shown.symbol,
+                        shape,
+                        *((figures(found.norm), figures(found.spread)) if has_size else ("", "")),
+                    )
                     if not number
                     else ("",) * 4
                 )

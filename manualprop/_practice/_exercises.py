@@ -2,6 +2,7 @@
 
 from manualprop._practice._activations import LINEAR, RELU, SIGMOID, SOFTPLUS, TANH, TANH_OUTPUT
 from manualprop._practice._exercise import Exercise
+from manualprop._practice._images import CONVOLUTION, MAX_POOL
 from manualprop._practice._layers import BATCH_NORM, DROPOUT, EMBEDDING, GELU_MLP, LAYER_NORM
 from manualprop._practice._losses import CROSS_ENTROPY, MOMENTUM_EXERCISE, MSE, NETWORK, SOFTMAX
 
@@ -22,6 +23,8 @@ EXERCISES: dict[str, Exercise] = {
         BATCH_NORM,
         LAYER_NORM,
         EMBEDDING,
+        CONVOLUTION,
+        MAX_POOL,
         TANH_OUTPUT,
         GELU_MLP,
     )

@@ -1,27 +1,40 @@
-"""Fusing: finds containers and MLPs that can run neighbours as one block, and makes their classes."""
+"""Fusing: finds containers, MLPs and convnets that can run neighbours as one block, and makes their classes."""
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from manualprop import functional as F
+from manualprop._swap._method import (
+    FOREIGN,
+    KEEP_NOTHING,
+    MethodStep,
+    Through,
+    Unfusable,
+    filled,
+    steps_of,
+)
 from manualprop._swap._twins import CONTAINERS
-from manualprop.functional.fused import ACTIVATIONS, _activate
 from manualprop.nn import norm
 from manualprop.nn._heard import is_heard
+from manualprop.nn.container import Residual
+from manualprop.nn.fused import BATCH_NORMS, CONVOLUTIONS
 from manualprop.nn.fusing import (
     FUNCTIONS,
+    FusedResidual,
     FusedSequential,
     Part,
     activation_name,
+    batch_norm_parts,
     is_plain,
     linear_parameters,
     match,
     runs,
+    with_activation,
 )
 
 # Of BERT and similar models, of torch's transformer, of an MLP.
@@ -30,18 +43,8 @@ METHODS = (
     "_ff_block",
     "forward",
 )
+CHAINS: dict[type[nn.Module], type[nn.Module]] = {nn.Sequential: FusedSequential, Residual: FusedResidual}
 PROGRAM = "_manualprop_program"
-CALLED = {*FUNCTIONS, operator.add, operator.mul, torch.add, torch.mul}
-FOREIGN = "transformers.activations"  # its own classes for the same functions
-
-
-class MethodStep(NamedTuple):
-    """One step of a method: a layer or a function, and the numbers of its input values (0: the input)."""
-
-    path: str
-    function: Callable[..., Tensor] | None
-    inputs: tuple[int, ...]
-    name: str | None  # the name of the activation that a foreign class computes
 
 
 class TracedMethod(NamedTuple):
@@ -49,8 +52,9 @@ class TracedMethod(NamedTuple):
 
     steps: tuple[MethodStep, ...]
     sites: tuple[tuple[int, ...], ...]
+    dead: tuple[tuple[int, ...], ...]  # for each step, the values that no later step needs
     # Inner modules whose forward is replaced by these steps.
-    through: tuple[tuple[str, type[nn.Module]], ...]
+    through: Through
 
 
 class Fusion(NamedTuple):
@@ -61,35 +65,36 @@ class Fusion(NamedTuple):
     runs: str
 
 
-class Unfusable(Exception):
-    """The reason why a candidate is not fused."""
+def fusion(module: nn.Module, kept: Container[nn.Module] = ()) -> Fusion | str | None:
+    """How to fuse the layers of ``module``, or why not; None if there is nothing to fuse.
 
-
-def fusion(module: nn.Module) -> Fusion | str | None:
-    """How to fuse the layers of ``module``, or why not; None if there is nothing to fuse."""
+    Args:
+        kept: the modules whose own forward must run.
+    """
     if fused_from(type(module)) is not None:
         return "already fused"
-    if type(module) is nn.Sequential:
+    if isinstance(module, nn.Sequential) and type(module) in CHAINS:
         found = runs(module)
-        return Fusion(FusedSequential, {}, _listed(found)) if found else None
+        return Fusion(CHAINS[type(module)], {}, _listed(found)) if found else None
     method = next((name for name in METHODS if _is_candidate(module, name)), None)
     if method is None:
         return None
     try:
         program = _traced(module, method)
-        found = [
-            tuple(program.steps[n].path for n in site if program.steps[n].path) for site in program.sites
-        ]
+        skipped = next((path for path, _ in program.through if module.get_submodule(path) in kept), None)
+        if skipped is not None:
+            raise Unfusable(f"{skipped!r}, inside, is skipped")
     except Unfusable as reason:
-        return f"not fused: {reason}"
+        return f"not fused: {reason}" if _holds_neighbours(module) else None
+    found = [tuple(program.steps[n].path for n in site if program.steps[n].path) for site in program.sites]
     after = fused_class(type(module), method)  # type: ignore[arg-type]
     return Fusion(after, {PROGRAM: program}, _listed(found))
 
 
 def fused_from(cls: type[nn.Module]) -> type[nn.Module] | None:
     """The class that a fused class was made from."""
-    if cls is FusedSequential:
-        return nn.Sequential
+    if cls in CHAINS.values():
+        return next(chain for chain, fused in CHAINS.items() if fused is cls)
     original: type[nn.Module] | None = cls.__dict__.get("fused_from")
     return original
 
@@ -99,43 +104,35 @@ def _listed(found: Sequence[tuple[str, ...]]) -> str:
 
 
 def _is_candidate(module: nn.Module, method: str) -> bool:
-    """Whether ``module`` looks like an MLP, by its children, or like a transformer layer, by its method."""
+    """Whether ``module`` looks like an MLP or convnet, by its layers, or like a transformer layer, by its method."""
     if method != "forward":
         return hasattr(type(module), method)
+    if isinstance(module, CONTAINERS) or next(module.children(), None) is None:
+        return False
+    return _is_mlp(module) or _is_convnet(module)
+
+
+def _is_mlp(module: nn.Module) -> bool:
     children = list(module.children())
     leaves = not any(True for child in children for _ in child.children())
     weighted = sum(1 for child in children if child._parameters)
     activated = any(activation_name(c) or type(c).__module__ == FOREIGN for c in children)
     activated = activated or any(value is f for value in vars(module).values() for f in FUNCTIONS)
-    return leaves and weighted > 1 and activated and not isinstance(module, CONTAINERS)
+    return leaves and weighted > 1 and activated
+
+
+def _is_convnet(module: nn.Module) -> bool:
+    kinds = {type(part) for part in module.modules()}
+    return not kinds.isdisjoint(BATCH_NORMS) and not kinds.isdisjoint(CONVOLUTIONS)
+
+
+def _holds_neighbours(module: nn.Module) -> bool:
+    """Whether a reader of the report expects ``module`` itself, not only modules inside it, to be fused."""
+    own = {type(child) for child in module.children()}
+    return _is_mlp(module) or not own.isdisjoint(BATCH_NORMS) or not _is_convnet(module)
 
 
 # --------------------------------------------------------------------------------------------- reading a method
-
-
-class _Method(nn.Module):
-    def __init__(self, owner: nn.Module, method: str) -> None:
-        super().__init__()
-        self.owner, self.method = owner, method
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = getattr(self.owner, self.method)(x)
-        return output
-
-
-class _Tracer(fx.Tracer):
-    def __init__(self) -> None:
-        super().__init__()
-        self.through: dict[str, type[nn.Module]] = {}
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        path = self.path_of_module(m)
-        if not self.is_leaf_module(m, path):
-            self.through[path.removeprefix("owner.")] = type(m)
-        return super().call_module(m, forward, args, kwargs)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return next(m.children(), None) is None
 
 
 def _traced(module: nn.Module, method: str) -> TracedMethod:
@@ -145,7 +142,9 @@ def _traced(module: nn.Module, method: str) -> TracedMethod:
     try:
         for mode in (True, False):
             module.train(mode)
-            programs.append(_read(module, method))
+            steps, through = steps_of(module, method)
+            sites = _sites(module, steps)
+            programs.append(TracedMethod(steps, sites, _dead(steps, sites), through))
     finally:
         for m, its in training:
             m.training = its
@@ -154,80 +153,93 @@ def _traced(module: nn.Module, method: str) -> TracedMethod:
     return programs[0]
 
 
-def _read(module: nn.Module, method: str) -> TracedMethod:
-    try:
-        tracer = _Tracer()
-        graph = tracer.trace(_Method(module, method))
-    except Exception as error:  # a foreign forward may raise anything when it gets a symbol
-        raise Unfusable(f"its {method} cannot be traced ({type(error).__name__})") from None
-    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
-    numbers: dict[fx.Node, int] = {}
-    steps: list[MethodStep] = []
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            numbers[node] = 0
-        elif node.op == "output":
-            if node.args[0] is not next(reversed(numbers)):
-                raise Unfusable(f"its {method} returns more than the last result")
-        else:
-            steps.append(_step(module, node, numbers, method))
-            numbers[node] = len(steps)
-    return TracedMethod(tuple(steps), _sites(module, steps), tuple(tracer.through.items()))
-
-
-def _step(module: nn.Module, node: fx.Node, numbers: dict[fx.Node, int], method: str) -> MethodStep:
-    known = node.op == "call_module" or (node.op == "call_function" and node.target in CALLED)
-    plain = not node.kwargs or node.kwargs == {"inplace": False}
-    if not known or not plain or not all(isinstance(a, fx.Node) and a in numbers for a in node.args):
-        raise Unfusable(f"its {method} calls {getattr(node.target, '__name__', node.target)}")
-    inputs = tuple(numbers[arg] for arg in node.args if isinstance(arg, fx.Node))
-    if not isinstance(node.target, str):
-        return MethodStep("", node.target, inputs, None)
-    path = node.target.removeprefix("owner.")
-    return MethodStep(path, None, inputs, _foreign_name(module.get_submodule(path)))
-
-
-def _foreign_name(part: nn.Module) -> str | None:
-    """The activation that a class of another library computes, found by its values in float64."""
-    if type(part).__module__ != FOREIGN:
-        return None
-    x = torch.cat([torch.linspace(-20, 20, 161), torch.tensor([-1e4, -1e2, 1e2, 1e4])]).double()
-    with torch.no_grad():
-        y = part(x)
-        for name in ACTIVATIONS:
-            if torch.allclose(y, _activate(x, name), rtol=1e-12, atol=1e-14):
-                return name
-    return None
-
-
 def _sites(module: nn.Module, steps: Sequence[MethodStep]) -> tuple[tuple[int, ...], ...]:
     """The runs of steps that can be one function; each value inside is used only once."""
     users: dict[int, list[int]] = {}
     for number, step in enumerate(steps):
         for value in step.inputs:
             users.setdefault(value, []).append(number)
+    if not all(_is_fresh(module, steps, users, s.inputs[0]) for s in steps if s.function is operator.iadd):
+        raise Unfusable("it writes over a value that something else may read")
     following = {n: users[n + 1][0] for n in range(len(steps)) if len(users.get(n + 1, [])) == 1}
-    found, conv = [], ""
+    found: list[tuple[int, ...]] = []
+    taken: set[int] = set()
+    conv = ""
     for first, step in enumerate(steps):
+        if first in taken:
+            continue
         chain = [first]
         while chain[-1] in following and len(chain) < 3:
             chain.append(following[chain[-1]])
         part = _part(module, step)
-        if activation_name(part) is None and not is_plain(part, norm.LayerNorm, norm.RMSNorm):
+        if is_plain(part, *BATCH_NORMS):
+            sites = _with_skip(module, steps, users, chain)
+        elif activation_name(part) is not None or is_plain(part, norm.LayerNorm, norm.RMSNorm):
+            sites = [tuple(chain[:length]) for length in (3, 2) if len(chain) >= length]
+            in_place = _writes(module, step) and not _is_fresh(module, steps, users, step.inputs[0])
+            sites = [] if in_place else sites
+        else:
             continue
-        in_place = step.inputs == (0,) and getattr(part, "inplace", False)  # it must write to the input
-        for length in (3, 2):
-            site = tuple(chain[:length])
-            if len(site) == length and not in_place and _call(module, steps, site) is not None:
-                found.append(site)
-                break
+        site = next((site for site in sites if _call(module, steps, site) is not None), None)
+        if site is not None:
+            found.append(site)
+            taken.update(site)
         else:
             after = [_part(module, steps[n]) for n in chain[1:]]
             conv = next((type(p).__name__ for p in after if isinstance(p, nn.Module) and p._parameters), conv)
     if not found:
-        wanted = f"a {conv} follows the activation, where a Linear must" if conv not in ("", "Linear") else ""
+        of_mlp = conv not in ("", "Linear") and not _is_convnet(module)
+        wanted = f"a {conv} follows the activation, where a Linear must" if of_mlp else ""
         raise Unfusable(wanted or "its parts would keep no less as one")
     return tuple(found)
+
+
+Users = Mapping[int, Sequence[int]]
+
+
+def _with_skip(
+    module: nn.Module, steps: Sequence[MethodStep], users: Users, chain: Sequence[int]
+) -> list[tuple[int, ...]]:
+    """Batch norm, activation and convolution; of the activation, sums may be users too, which do not keep it."""
+    if len(chain) < 2 or len(users.get(chain[0] + 1, ())) != 1:
+        return []
+    norm, activation = chain[:2]
+    value = activation + 1
+    convs = [n for n in users.get(value, ()) if is_plain(_part(module, steps[n]), *CONVOLUTIONS)]
+    others = [steps[n] for n in users.get(value, ()) if n not in convs]
+    if len(convs) != 1 or any(step.function not in KEEP_NOTHING for step in others):
+        return []
+    return [(norm, activation, convs[0])]
+
+
+def _writes(module: nn.Module, step: MethodStep) -> bool:
+    """Whether an activation writes to its input."""
+    option = dict(step.keywords).get("inplace", False)
+    return bool(option or getattr(_part(module, step), "inplace", False))
+
+
+def _is_fresh(module: nn.Module, steps: Sequence[MethodStep], users: Users, value: int) -> bool:
+    """Whether a value was made by its step and is used once, so that nobody sees if it is written over."""
+    if value == 0 or len(users[value]) != 1:
+        return False
+    step = steps[value - 1]
+    part = _part(module, step)
+    if activation_name(part) is not None:
+        return not _writes(module, step) or _is_fresh(module, steps, users, step.inputs[0])
+    if isinstance(part, nn.Module):
+        known = type(part).__module__.startswith(("manualprop.nn.", "torch.nn."))
+        return known and bool(part._parameters)
+    return part in KEEP_NOTHING
+
+
+def _dead(steps: Sequence[MethodStep], sites: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+    """For each step, the values that are not needed after it; a site may run at its last step."""
+    end = {number: max(site) for site in sites for number in site}
+    last: dict[int, int] = {}
+    for number, step in enumerate(steps):
+        for value in step.inputs:
+            last[value] = max(last.get(value, 0), end.get(number, number))
+    return tuple(tuple(value for value, at in last.items() if at == n) for n in range(len(steps)))
 
 
 # --------------------------------------------------------------------------------------------- running it
@@ -247,44 +259,67 @@ def _part(module: nn.Module, step: MethodStep) -> Part:
 
 def _call(
     module: nn.Module, steps: Sequence[MethodStep], site: tuple[int, ...]
-) -> Callable[..., Tensor] | None:
-    """The one function for the steps of ``site``; None if they must run one by one."""
+) -> Callable[..., tuple[Tensor | None, ...]] | None:
+    """The one function for the steps of ``site``, which returns their values; None if they must run one by one.
+
+    The value of a step that only the site uses is None.
+    """
     parts = [_part(module, steps[n]) for n in site]
+    if not all(_takes_values_alone(steps[n]) for n in site):
+        return None
     if len(site) == 3 and parts[1] in (operator.mul, torch.mul):
         name, linear = activation_name(parts[0]), linear_parameters(parts[2])
         if name is None or linear is None:
             return None
-        return lambda gate, up: F.gated_linear(gate, up, *linear, name)
+        return lambda gate, up: (None, None, F.gated_linear(gate, up, *linear, name))
+    normed = batch_norm_parts(parts)
+    if normed is not None:
+        return lambda x: (None, *reversed(with_activation(*normed, x)))
     if any(steps[n].function is not None for n in site[1:]):
         return None
     found = match(parts)
-    return found.call if found is not None and found.length == len(site) else None
+    if found is None or found.length != len(site):
+        return None
+    return lambda x: (*[None] * (len(site) - 1), found.call(x))
+
+
+def _takes_values_alone(step: MethodStep) -> bool:
+    """Whether a step is of one value, or of two for a product, without options but ``inplace``."""
+    count = 2 if step.function in (operator.mul, torch.mul) else 1
+    return len(step.arguments) == len(step.inputs) == count and {*dict(step.keywords)} <= {"inplace"}
 
 
 def execute(module: nn.Module, program: TracedMethod, x: Tensor) -> Tensor:
     """Run the steps; those of a site as one if its layers still allow it."""
     steps = program.steps
     calls = {site: _call(module, steps, site) for site in program.sites}
-    last = {site[-1]: (site, call) for site, call in calls.items() if call is not None}
-    within = {number for site, _ in last.values() for number in site[:-1]}
-    values: list[Any] = [x]
+    at = {_when(module, steps, site): (site, call) for site, call in calls.items() if call is not None}
+    within = {number for site, _ in at.values() for number in site}
+    values: list[Any] = [x, *[None] * len(steps)]
     for number, step in enumerate(steps):
-        if number in within:
-            values.append(None)
-        elif number in last:
-            site, call = last[number]
+        if number in at:
+            site, call = at[number]
             entering = [values[v] for n in site for v in steps[n].inputs if v - 1 not in site]
-            values.append(call(*entering))
-        else:
-            values.append(_single(module, step)(*(values[v] for v in step.inputs)))
+            for inner, value in zip(site, call(*entering), strict=True):
+                values[inner + 1] = value
+        elif number not in within:
+            arguments, keywords = filled(step.arguments, values), dict(filled(step.keywords, values))
+            values[number + 1] = _single(module, step)(*arguments, **keywords)
+        for dead in program.dead[number]:
+            values[dead] = None
     output: Tensor = values[-1]
     return output
+
+
+def _when(module: nn.Module, steps: Sequence[MethodStep], site: tuple[int, ...]) -> int:
+    """The step at which a site runs: at its first for a batch norm, whose activation others may use; else its last."""
+    return site[0] if is_plain(_part(module, steps[site[0]]), *BATCH_NORMS) else site[-1]
 
 
 def _stands(module: nn.Module, program: TracedMethod) -> bool:
     """Whether the steps are still valid: no inner module has been replaced or has got hooks."""
     return all(
-        type(part) is cls and not is_heard(part)
+        (fused_from(type(part)) or type(part)) is cls and not is_heard(part)
         for path, cls in program.through
         for part in (module.get_submodule(path),)
     )

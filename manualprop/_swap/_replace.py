@@ -164,8 +164,10 @@ def _fusions(model: nn.Module, skip: Selection) -> tuple[tuple[Row, ...], list[C
     rows, changes = [], []
     kept = selected(skip, "skip", _paths(model), False)
     for path, module in model.named_modules():
-        found = fusion(module)
-        if found is None or module in kept or is_rebound(module):
+        if module in kept or is_rebound(module):
+            continue
+        found = fusion(module, kept)
+        if found is None:
             continue
         before = title(type(module))
         if isinstance(found, str):

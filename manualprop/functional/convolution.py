@@ -133,16 +133,22 @@ def _convolution(
     groups: int,
 ) -> Tensor:
     batched = _is_batched(name, axes, input, weight)
-    s, d = _numbers(name, "stride", axes, stride), _numbers(name, "dilation", axes, dilation)
     x = input if batched else input.unsqueeze(0)
+    s, p, d, Q = _options(name, axes, x.shape[2:], weight.shape[2:], stride, padding, dilation)
     x, weight, bias = _autocast_low(x, weight, bias)
-    Q = None
-    if isinstance(padding, str):
-        p, Q = _named_padding(name, padding, x.shape[2:], weight.shape[2:], s, d)
-    else:
-        p = _numbers(name, "padding", axes, padding)
     y: Tensor = rules.Convolution.apply(x, weight, bias, s, p, d, groups, Q)
     return y if batched else y.squeeze(0)
+
+
+def _options(
+    name: str, axes: int, X: Sizes, K: Sizes, stride: Numbers, padding: Numbers | str, dilation: Numbers
+) -> tuple[Sizes, Sizes, Sizes, Sizes | None]:
+    """s, p, d and Q of :class:`manualprop.functions.Convolution`."""
+    s, d = _numbers(name, "stride", axes, stride), _numbers(name, "dilation", axes, dilation)
+    if isinstance(padding, str):
+        p, Q = _named_padding(name, padding, X, K, s, d)
+        return s, p, d, Q
+    return s, _numbers(name, "padding", axes, padding), d, None
 
 
 def _transposed(

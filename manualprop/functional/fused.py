@@ -13,14 +13,17 @@ from manualprop import functions as rules
 from manualprop._torch import any_autocast
 from manualprop.functional import activation as activations
 from manualprop.functional._checks import refuse_complex
+from manualprop.functional.convolution import Numbers, _is_batched, _options
 from manualprop.functional.dropout import _check_probability, _kept
 from manualprop.functional.linear import _autocast_low, linear
+from manualprop.functional.norm import _check_batch_norm
 from manualprop.functions._execution._in_place import write_over
 from manualprop.functions.fused.mlp import ACTIVATIONS as ACTIVATIONS
 from manualprop.functions.fused.mlp import FUSES as FUSES
 
 __all__ = [
     "activation_linear",
+    "batch_norm_activation_conv",
     "gated_linear",
     "gated_mlp",
     "layer_norm_linear",
@@ -293,6 +296,96 @@ def rms_norm_linear(
     return output
 
 
+def batch_norm_activation_conv(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "relu",
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    stride: Numbers = 1,
+    padding: Numbers | str = 0,
+    dilation: Numbers = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``conv(f(batch_norm(input, ...)), weight, bias, ...)`` with one, two or three axes of positions.
+
+    By :class:`manualprop.functions.BatchNormActivationConvolution`, in evaluation by
+    ``BatchNormEvaluationActivationConvolution``.  In training the running statistics are updated in place.
+
+    Args:
+        running_mean, running_var, training, momentum, eps: as :func:`torch.nn.functional.batch_norm`.
+        activation: the name of f.
+        stride, padding, dilation, groups: as :func:`torch.nn.functional.conv2d`.
+
+    Shape:
+        ``input`` (N, C, X), ``norm_weight``, ``norm_bias`` and the running statistics (C,) or None, ``weight``
+        (O, C / groups, K), ``bias`` (O,) or None -> (N, O, Q)
+
+    Raises:
+        ValueError: for an unknown ``activation``, an ``eps`` out of its range, or one value for each channel in training.
+        RuntimeError: where the shapes or, outside of autocast, the dtypes do not fit.
+    """
+    return _batch_norm_activation_conv(
+        input,
+        running_mean,
+        running_var,
+        norm_weight,
+        norm_bias,
+        weight,
+        bias,
+        activation,
+        training,
+        momentum,
+        eps,
+        stride,
+        padding,
+        dilation,
+        groups,
+    )[0]
+
+
+def _batch_norm_activation_conv(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    training: bool,
+    momentum: float,
+    eps: float,
+    stride: Numbers,
+    padding: Numbers | str,
+    dilation: Numbers,
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """y, and the activation h."""
+    name = "batch_norm_activation_conv"
+    _check_names(name, activation)
+    refuse_complex(name, input, weight)
+    _check_images(name, input, weight)
+    _check_batch_norm(input, training, eps)
+    s, p, d, Q = _options(
+        name, weight.dim() - 2, input.shape[2:], weight.shape[2:], stride, padding, dilation
+    )
+    weight, bias = _autocast_low(weight, bias)
+    parameters, options = (input, norm_weight, norm_bias, weight, bias), (activation, s, p, d, groups, Q)
+    statistics = (running_mean, running_var, momentum, eps) if training else (running_mean, running_var, eps)
+    rule = (
+        rules.BatchNormActivationConvolution if training else rules.BatchNormEvaluationActivationConvolution
+    )
+    y, h, *_ = rule.apply(*parameters, *statistics, *options)
+    return y, h
+
+
 def _activate(input: Tensor, activation: str) -> Tensor:
     if activation == "gelu_tanh":
         return activations.gelu(input, approximate="tanh")
@@ -322,6 +415,20 @@ def _check_fit(name: str, input: Tensor, weight: Tensor) -> None:
             f"{name}: the last axis of input must be in_features of weight. Got shapes {tuple(input.shape)} and "
             f"{tuple(weight.shape)}."
         )
+    _check_dtypes(name, input, weight)
+
+
+def _check_images(name: str, input: Tensor, weight: Tensor) -> None:
+    axes = weight.dim() - 2
+    if not 1 <= axes <= 3 or not _is_batched(name, axes, input, weight):
+        raise RuntimeError(
+            f"{name}: input must have a batch, channels and the one to three axes of weight. Got shapes "
+            f"{tuple(input.shape)} and {tuple(weight.shape)}."
+        )
+    _check_dtypes(name, input, weight)
+
+
+def _check_dtypes(name: str, input: Tensor, weight: Tensor) -> None:
     if input.dtype != weight.dtype and not any_autocast():
         raise RuntimeError(
             f"{name}: input and weight must have one dtype. Got {input.dtype} and {weight.dtype}; convert one."

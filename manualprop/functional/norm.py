@@ -95,13 +95,17 @@ def batch_norm(
 
     In training the running statistics are updated in place.
     """
+    _check_batch_norm(input, training, eps)
+    return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _check_batch_norm(input: Tensor, training: bool, eps: float) -> None:
     if training:
         _more_than_one(input.size(0) * input.shape[2:].numel(), "value per channel", input.shape)
     if training and eps <= 0.0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     if eps < 0.0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 def _batch_norm(

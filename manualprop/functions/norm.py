@@ -58,6 +58,12 @@ def normalised(x: Tensor, m: Tensor | None, r: Tensor) -> Tensor:
     return r * x if m is None else r * (x - m)
 
 
+def affine(x: Tensor, m: Tensor | None, r: Tensor, W: Tensor | None, b: Tensor | None) -> Tensor:
+    """W z + b"""
+    n = weighted(normalised(x, m, r), W)
+    return n if b is None else n + b
+
+
 def norm_gradients(
     g: Tensor,
     x: Tensor,
@@ -380,6 +386,9 @@ class BatchNorm(Normalisation):
         return aten.batch_norm(x, W, b, running_mean, running_var, momentum, eps)
 
 
+channels_backwards, channels_forwards = formulas(*BatchNorm.letters, BatchNorm.axes)
+
+
 class BatchNormEvaluation(Rule):
     r"""$y_c = W_c r_c (x_c - m_c) + b_c$ with constant $m$ and $r = (v + \epsilon)^{-1/2}$: evaluation
 
@@ -402,7 +411,7 @@ class BatchNormEvaluation(Rule):
     def forward(
         x: Tensor, W: Tensor | None, b: Tensor | None, m: Tensor | None, v: Tensor | None, eps: float
     ) -> Tensor:
-        return torch.batch_norm(x, W, b, m, v, False, 0.0, eps, torch.backends.cudnn.enabled)
+        return aten.evaluated(x, W, b, m, v, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

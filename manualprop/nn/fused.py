@@ -4,17 +4,25 @@ If a part of a block was replaced (for example by an adapter), is parametrized, 
 its parts one after the other, and so calls the new part.
 """
 
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from manualprop import functional as F
-from manualprop.functional.fused import _activate, _check_names
-from manualprop.nn import linear, norm
+from manualprop.functional.fused import _activate, _batch_norm_activation_conv, _check_names
+from manualprop.nn import convolution, linear, norm
 from manualprop.nn._heard import is_heard
+from manualprop.nn.norm import _statistics
 
 __all__ = [
     "MLP",
     "ActivationLinear",
+    "BatchNormActivationConv1d",
+    "BatchNormActivationConv2d",
+    "BatchNormActivationConv3d",
     "GatedMLP",
     "LayerNormLinear",
     "LinearActivation",
@@ -23,7 +31,12 @@ __all__ = [
     "ReLUDropout",
 ]
 
-PLAIN = (nn.Linear, linear.Linear, nn.LayerNorm, norm.LayerNorm, nn.RMSNorm, norm.RMSNorm)
+BATCH_NORMS = tuple(getattr(norm, f"BatchNorm{axes}d") for axes in (1, 2, 3))
+CONVOLUTIONS = tuple(getattr(convolution, f"Conv{axes}d") for axes in (1, 2, 3))
+PLAIN = {
+    *(nn.Linear, linear.Linear, nn.LayerNorm, norm.LayerNorm, nn.RMSNorm, norm.RMSNorm),
+    *(kind for ours in (*BATCH_NORMS, *CONVOLUTIONS) for kind in (ours, getattr(nn, ours.__name__))),
+}
 
 
 def nobody_listens(*parts: nn.Module) -> bool:
@@ -318,6 +331,95 @@ class RMSNormLinear(nn.Module):
             return F.rms_norm_linear(input, first.weight, second.weight, second.bias, first.eps)
         output: Tensor = second(first(input))
         return output
+
+
+def fits_convolution(conv: nn.Module, input: Tensor) -> bool:
+    """Whether one block can do what ``conv`` does with a normalised ``input``: in batches, padded by zeros."""
+    weight, mode = conv.weight, conv.padding_mode
+    return mode == "zeros" and isinstance(weight, Tensor) and input.dim() == weight.dim()
+
+
+def batch_norm_activation_conv(
+    first: _BatchNorm, activation: str, second: Any, input: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``second(f(first(input)))`` and ``f(first(input))``, as one block."""
+    statistics, parameters = _statistics(first, input), (first.weight, first.bias, second.weight, second.bias)
+    mean, var, by_batch, momentum = statistics
+    numbers = (activation, by_batch, momentum, first.eps)
+    options = (second.stride, second.padding, second.dilation, second.groups)
+    return _batch_norm_activation_conv(input, mean, var, *parameters, *numbers, *options)
+
+
+class _BatchNormActivationConv(nn.Module):
+    """A batch norm, an activation and a convolution, by :func:`manualprop.functional.batch_norm_activation_conv`.
+
+    The layers are ``norm`` and ``conv``; you may assign an existing layer to either.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as :class:`torch.nn.Conv2d`.
+        activation: a name such as ``"relu"``: see :mod:`manualprop.functional.fused`.
+        eps, momentum, affine, track_running_stats: as :class:`torch.nn.BatchNorm2d`.
+        device, dtype: as :class:`torch.nn.Conv2d`.
+
+    Shape:
+        (N, in_channels, X) -> (N, out_channels, Q), with one, two or three axes of positions in X and Q
+
+    Raises:
+        ValueError: for an unknown ``activation``.
+    """
+
+    axes: ClassVar[int]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        activation: str = "relu",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _check_names(type(self).__name__, activation)
+        super().__init__()
+        self.activation = activation
+        numbers, place = (stride, padding, dilation, groups, bias), {"device": device, "dtype": dtype}
+        batch_norm, conv = BATCH_NORMS[self.axes - 1], CONVOLUTIONS[self.axes - 1]
+        self.norm: _BatchNorm = batch_norm(in_channels, eps, momentum, affine, track_running_stats, **place)
+        self.conv: Any = conv(in_channels, out_channels, kernel_size, *numbers, **place)
+
+    def forward(self, input: Tensor) -> Tensor:
+        first, second = self.norm, self.conv
+        if nobody_listens(first, second) and fits_convolution(second, input):
+            return batch_norm_activation_conv(first, self.activation, second, input)[0]
+        output: Tensor = second(_activate(first(input), self.activation))
+        return output
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}"
+
+
+class BatchNormActivationConv1d(_BatchNormActivationConv):
+    __doc__ = _BatchNormActivationConv.__doc__
+    axes = 1
+
+
+class BatchNormActivationConv2d(_BatchNormActivationConv):
+    __doc__ = _BatchNormActivationConv.__doc__
+    axes = 2
+
+
+class BatchNormActivationConv3d(_BatchNormActivationConv):
+    __doc__ = _BatchNormActivationConv.__doc__
+    axes = 3
 
 
 def _check_dropout(name: str, p: float) -> None:

@@ -5,23 +5,25 @@ replacement is simply called again.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as torch_F
 from torch import Tensor, nn
 
 from manualprop import functional as F
-from manualprop.functional.fused import FUSES
+from manualprop.functional.fused import FUSES, _activate
 from manualprop.nn import activation
 from manualprop.nn._heard import is_heard
 from manualprop.nn.activation import GELU
+from manualprop.nn.container import Residual, check_alike
 from manualprop.nn.dropout import Dropout
 from manualprop.nn.foreign import TransposedLinear, foreign_original
+from manualprop.nn.fused import BATCH_NORMS, CONVOLUTIONS, batch_norm_activation_conv, fits_convolution
 from manualprop.nn.linear import Linear
 from manualprop.nn.norm import LayerNorm, RMSNorm
 
-__all__ = ["FusedSequential"]
+__all__ = ["FusedResidual", "FusedSequential"]
 
 # The layers and functions whose rules declare a name for blocks.
 ACTIVATIONS = {
@@ -75,7 +77,7 @@ def activation_name(part: Part) -> str | None:
 
 def match(parts: Sequence[Part]) -> Match | None:
     """The longest run at the start of ``parts`` that keeps less as one function than separately."""
-    return _activation(parts) or _norm(parts)
+    return _activation(parts) or _norm(parts) or _batch_norm(parts)
 
 
 def _activation(parts: Sequence[Part]) -> Match | None:
@@ -109,23 +111,58 @@ def _norm(parts: Sequence[Part]) -> Match | None:
     return None
 
 
+def _batch_norm(parts: Sequence[Part]) -> Match | None:
+    """[batch norm, activation, convolution]."""
+    found = batch_norm_parts(parts[:3])
+    return None if found is None else Match(3, lambda x: with_activation(*found, x)[0])
+
+
+def batch_norm_parts(parts: Sequence[Part]) -> tuple[Any, Part, str, Any] | None:
+    """Batch norm, activation, its name, and convolution, if these are the parts; else None."""
+    if len(parts) != 3 or not is_plain(parts[0], *BATCH_NORMS) or not is_plain(parts[2], *CONVOLUTIONS):
+        return None
+    name = activation_name(parts[1])
+    return None if name is None else (parts[0], parts[1], name, parts[2])
+
+
+def with_activation(norm: Any, part: Part, name: str, conv: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``conv(h)`` and h, where h is the activation of ``norm(x)``."""
+    if fits_convolution(conv, x):
+        return batch_norm_activation_conv(norm, name, conv, x)
+    h = norm(x)
+    h = _activate(h, name) if isinstance(part, str) else part(h)
+    return conv(h), h
+
+
 class FusedSequential(nn.Sequential):
     """A :class:`torch.nn.Sequential` whose neighbours run as one block if that keeps less for backward.
 
-    The layers stay: paths, ``state_dict``, shared weights and hooks are those of the Sequential.  Three kinds
+    The layers stay: paths, ``state_dict``, shared weights and hooks are those of the Sequential.  Four kinds
     of neighbours run as one: an activation (and dropout) with the linear layer after it, ReLU with dropout,
-    and a layer or RMS norm over the last axis with the linear layer after it.  All must be plain layers of
-    :mod:`manualprop.nn`, without hooks.
+    a layer or RMS norm over the last axis with the linear layer after it, and a batch norm with the activation and
+    the convolution after it.  All must be plain layers of :mod:`manualprop.nn`, without hooks.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        parts = list(self)
-        at = 0
-        while at < len(parts):
-            found = _match_at(parts, at)
-            input = found.call(input) if found else parts[at](input)
-            at += found.length if found else 1
-        return input
+        return _in_sequence(list(self), input)
+
+
+class FusedResidual(Residual):
+    """A :class:`manualprop.nn.Residual` whose neighbours run as one block, as in :class:`FusedSequential`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = _in_sequence(list(self), input)
+        check_alike("Residual", input, output)
+        return input + output
+
+
+def _in_sequence(parts: Sequence[nn.Module], input: Tensor) -> Tensor:
+    at = 0
+    while at < len(parts):
+        found = _match_at(parts, at)
+        input = found.call(input) if found else parts[at](input)
+        at += found.length if found else 1
+    return input
 
 
 def runs(sequential: nn.Sequential) -> list[tuple[str, ...]]:
@@ -140,5 +177,9 @@ def runs(sequential: nn.Sequential) -> list[tuple[str, ...]]:
 
 
 def _match_at(parts: Sequence[nn.Module], at: int) -> Match | None:
-    """The match from ``at`` on.  An in-place activation at the start has none: it must write to the input."""
-    return match(parts[at:]) if at > 0 or not getattr(parts[0], "inplace", False) else None
+    """The match from ``at`` on.  An in-place activation has one only after a layer with parameters.
+
+    There its input is new.  Elsewhere it may be the input of the container, and then it must be written to.
+    """
+    is_in_place = getattr(parts[at], "inplace", False)
+    return match(parts[at:]) if not is_in_place or (at > 0 and parts[at - 1]._parameters) else None

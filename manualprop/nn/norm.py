@@ -46,8 +46,15 @@ class GroupNorm(nn.GroupNorm):
         return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
-def _batch_norm(module: _BatchNorm, input: Tensor) -> Tensor:
-    """The steps of torch's batch norms in ``forward``: count the batch, choose the statistics, normalise."""
+Statistics = tuple[Tensor | None, Tensor | None, bool, float]
+
+
+def _statistics(module: _BatchNorm, input: Tensor) -> Statistics:
+    """The first steps of torch's batch norms in ``forward``: count the batch, choose the statistics.
+
+    Returns:
+        Running mean and variance, whether to normalise by the batch, and the momentum.
+    """
     module._check_input_dim(input)
     momentum = 0.0 if module.momentum is None else module.momentum
     if module.training and module.track_running_stats and module.num_batches_tracked is not None:
@@ -55,16 +62,14 @@ def _batch_norm(module: _BatchNorm, input: Tensor) -> Tensor:
         if module.momentum is None:  # cumulative moving average
             momentum = 1.0 / float(module.num_batches_tracked)
     use_buffers = not module.training or module.track_running_stats
-    return F.batch_norm(
-        input,
-        module.running_mean if use_buffers else None,
-        module.running_var if use_buffers else None,
-        module.weight,
-        module.bias,
-        module.training or (module.running_mean is None and module.running_var is None),
-        momentum,
-        module.eps,
-    )
+    mean, var = (module.running_mean, module.running_var) if use_buffers else (None, None)
+    by_batch = module.training or (module.running_mean is None and module.running_var is None)
+    return mean, var, by_batch, momentum
+
+
+def _batch_norm(module: _BatchNorm, input: Tensor) -> Tensor:
+    mean, var, by_batch, momentum = _statistics(module, input)
+    return F.batch_norm(input, mean, var, module.weight, module.bias, by_batch, momentum, module.eps)
 
 
 class BatchNorm1d(nn.BatchNorm1d):

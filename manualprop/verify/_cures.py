@@ -104,6 +104,8 @@ def _in_reach(cause: str, outcome: Outcome) -> bool:
     name = outcome.probe
     if PROBES[name].family == COMPILED or name in OUT_OF_REACH.get(cause, STATE):
         return False
+    if cause == "random_state" and "raises" in outcome.evidence:
+        return False  # what draws may be what raises
     # Copies are written into too, and autograd may have saved them: only a missing graph has another cause.
     return (
         cause != "mutation"

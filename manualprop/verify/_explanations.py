@@ -6,6 +6,7 @@ first that fits to rounding is named, the simplest first.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
@@ -166,13 +167,34 @@ def _transposed(w: Wrong) -> str:
         for b in range(a + 1, w.point.dim()):
             if w.point.shape[a] != w.point.shape[b] or w.point.shape[a] == 1:
                 continue
-            order = torch.arange(w.point.numel()).reshape(w.point.shape).transpose(a, b).reshape(-1)
-            explained = w.numeric[:, order]
-            c = _ratio(w.hand, explained)
-            if c is not None and w.fits(w.hand, c * explained):
+            order = torch.arange(w.point.numel()).reshape(w.point.shape).transpose(a, b)
+            c = _factor_in_order(w, order)
+            if c is not None:
                 factor = "" if abs(c - 1) < 1e-5 else f", with constant factor {_number(c)}"
                 return f"transposed in dims {a} and {b}{factor}"
     return ""
+
+
+def _reversed(w: Wrong) -> str:
+    """H is N with the entries of the input counted from the other end, as with a kernel that is not flipped."""
+    if not w.c.whole:
+        return ""
+    dims = [d for d in range(w.point.dim()) if w.point.shape[d] > 1]
+    for count in (1, 2, 3):
+        for some in itertools.combinations(dims, count):
+            order = torch.arange(w.point.numel()).reshape(w.point.shape).flip(some)
+            c = _factor_in_order(w, order)
+            if c is not None and abs(c - 1) < 1e-5:
+                along = f"dim {some[0]}" if count == 1 else f"dims {', '.join(map(str, some))}"
+                return f"reversed along {along}: its entries come from the other end"
+    return ""
+
+
+def _factor_in_order(w: Wrong, order: Tensor) -> float | None:
+    """The c for which H = c N, where N has the entries of the input in another order; None if there is none."""
+    explained = w.numeric[:, order.reshape(-1)]
+    c = _ratio(w.hand, explained)
+    return c if c is not None and w.fits(w.hand, c * explained) else None
 
 
 def _missing_sum(w: Wrong) -> str:
@@ -498,6 +520,7 @@ EXPLANATIONS: tuple[Callable[[Wrong], str], ...] = (
     _constant,
     _ignores_grad_output,
     _transposed,
+    _reversed,
     _softmax_axis,
     _detached,
     _one_output,

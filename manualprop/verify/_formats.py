@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 from xml.etree import ElementTree
 
-from manualprop.verify._report import MARK, Outcome, Report
+from manualprop.verify._report import MARK, Outcome, Report, together
 
 
 def junit(reports: Sequence[Report]) -> str:
@@ -46,19 +46,21 @@ def _clean(text: str) -> str:
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #1a1a1a; }
-h1 { font-size: 1.5rem; } ul { columns: 2; } details { margin: .4rem 0; } details[open] { margin: 1.5rem 0; }
+h1 { font-size: 1.5rem; } ul { columns: 28rem 2; overflow-wrap: anywhere; } details { margin: .4rem 0; } details[open] { margin: 1.5rem 0; }
 summary { cursor: pointer; font-weight: 600; }
-table { border-collapse: collapse; width: 100%; } td, th { text-align: left; padding: .25rem .7rem; vertical-align: top; }
-tr { border-bottom: 1px solid #e5e5e5; } td:first-child { font-family: monospace; white-space: nowrap; }
+details details summary { font-weight: 400; color: #555; }
+table { border-collapse: collapse; width: 100%; overflow-wrap: anywhere; } td, th { text-align: left; padding: .25rem .7rem; vertical-align: top; }
+tr { border-bottom: 1px solid #e5e5e5; } td:first-child { font-family: monospace; width: 14rem; } td:nth-child(2) { width: 5rem; }
 .finding td:nth-child(2) { color: #b00020; font-weight: 600; } .limit td:nth-child(2) { color: #8a6100; }
 .accepted td:nth-child(2) { color: #5a4fb0; } .passed td:nth-child(2) { color: #12742c; } .skipped { color: #777; }
 code { background: #f4f4f4; padding: .1rem .3rem; } figure { margin: 1rem 0; } figcaption { color: #555; }
-svg { max-width: 100%; height: auto; border: 1px solid #ccc; }
+svg { max-width: 100%; height: auto; max-height: 24rem; border: 1px solid #ccc; }
+@media (max-width: 40rem) { th { display: none; } td, td:first-child { display: block; width: auto; padding: .1rem 0; } }
 """
 
 
 def html(reports: Sequence[Report]) -> str:
-    """A page that stands alone: who has findings, tables of the outcomes, each finding with the heat map of |hand - numerical|."""
+    """A page that stands alone: who has findings, each with its heat map of |hand - numerical|; the rest folded away."""
     body = [
         f"<h1>Gradient verification: {sum(not r.passed for r in reports)} of {len(reports)} with findings</h1>"
     ]
@@ -68,19 +70,30 @@ def html(reports: Sequence[Report]) -> str:
         shown = "" if report.passed and len(reports) > 1 else " open"
         body.append(f'<details id="r{i}"{shown}><summary>{escape(report.summary())}</summary>')
         body += [f"<p>{escape(note)}</p>" for note in report.notes]
-        body.append("<table><tr><th>probe<th>verdict<th>evidence</tr>")
-        body += [_row(o) for o in sorted(report.outcomes, key=lambda o: ORDER.index(o.verdict))]
-        body.append("</table>")
+        body += _table(report.findings + report.accepted)
         for o in report.findings:
             body += [_heat_map(o.probe, name, m) for name, m in o.details.get("heat_maps", {}).items()]
+        body += _rest(report)
         body.append("</details>")
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Gradient verification</title>'
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        "<title>Gradient verification</title>"
         f"<style>{STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
     )
 
 
-ORDER = ("finding", "accepted", "limit", "passed", "skipped")  # what is wrong comes first
+def _table(outcomes: Sequence[Outcome]) -> list[str]:
+    head = "<table><tr><th>probe<th>verdict<th>evidence</tr>"
+    return [head, *map(_row, outcomes), "</table>"] if outcomes else []
+
+
+def _rest(report: Report) -> list[str]:
+    """What is no finding, folded away: a row for each kind of limit, and one for each other probe."""
+    limits = [Outcome(names, "limit", text) for names, text in together(report.limits)]
+    others = [o for verdict in ("passed", "skipped") for o in report.outcomes if o.verdict == verdict]
+    count = len(report.limits) + len(others)
+    summary = f"<details><summary>{count} probes without a finding</summary>"
+    return [summary, *_table([*limits, *others]), "</details>"] if count else []
 
 
 def _entry(i: int, report: Report) -> str:

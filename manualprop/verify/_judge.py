@@ -11,7 +11,7 @@ import warnings
 from manualprop.verify._case import Case
 from manualprop.verify._diagnosis import of_refused_shape
 from manualprop.verify._probe import Probe
-from manualprop.verify._ready import lower_if_needed, ready
+from manualprop.verify._ready import look_at_less_if_quick, lower_if_needed, ready
 from manualprop.verify._report import Outcome, finding, message, skipped
 from manualprop.verify._subject import BadUse, OutsideDomain, Subject
 
@@ -27,6 +27,7 @@ def judged(probe: Probe, subject: Subject) -> Outcome:
         if not subject.settled:
             subject.settled = True
             lower_if_needed(subject)
+            look_at_less_if_quick(subject)
         try:
             outcome = probe.run(subject.fresh())
         except OutsideDomain as error:

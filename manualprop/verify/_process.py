@@ -52,7 +52,7 @@ def outcomes(
     Raises:
         ValueError, TypeError: what a wrong use of the check deserves.
     """
-    _warm(probes)
+    _warm(probes, quick)
     rest = list(probes)
     while rest:
         batch = _batch(rest)
@@ -84,8 +84,8 @@ def outcomes(
             child.stop()
 
 
-def _warm(probes: Sequence[Probe]) -> None:
-    families = {p.family for p in probes}
+def _warm(probes: Sequence[Probe], quick: bool) -> None:
+    families = {p.family for p in probes if not (quick and p.level == "quick")}
     needed = [n for family, names in _WARM_FOR.items() if family in families for n in names]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from manualprop.verify._budget import QUICK, work
 from manualprop.verify._case import Case
 from manualprop.verify._module import exchange
 from manualprop.verify._subject import BadUse, OutsideDomain, Subject, is_float
+
+EVALUATIONS = 8  # of differences along one direction
 
 
 def ready(case: Case) -> Subject:
@@ -54,6 +57,13 @@ def lower_if_needed(subject: Subject) -> None:
         given.note = f"judged in {_dtypes(given)}: backward refuses float64 ({type(error).__name__})"
         subject.__dict__.clear()
         subject.__dict__.update(given.__dict__)
+
+
+def look_at_less_if_quick(subject: Subject) -> None:
+    """At the level quick an expensive function is differentiated in some directions only, instead of in all."""
+    directions = sum(min(p.numel(), subject.whole) for p in subject.points)
+    if subject.quick and EVALUATIONS * directions * work(subject) > QUICK:
+        subject.whole = 24
 
 
 def _dtypes(subject: Subject) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cases import activation as activations
 from cases._case import Case, real
+from cases.norm import running
 from manualprop.functions.fused.mlp import FUSES
 
 # What the next layer keeps anyway.
@@ -73,6 +74,27 @@ def rms_norm_linear(x: Tensor, w: Any, W: Tensor, b: Any = None, eps: float | No
     return torch_F.linear(torch_F.rms_norm(x, x.shape[-1:], w, eps), W, b)
 
 
+def batch_norm_activation_conv(
+    x: Tensor,
+    m: Any,
+    v: Any,
+    w: Any,
+    c: Any,
+    W: Tensor,
+    b: Any = None,
+    activation: str = "relu",
+    **options: Any,
+) -> Tensor:
+    statistics = {name: options.pop(name) for name in ("training", "momentum", "eps") if name in options}
+    h = f(activation, torch_F.batch_norm(x, m, v, w, c, **statistics))
+    conv = (torch_F.conv1d, torch_F.conv2d, torch_F.conv3d)[W.dim() - 3]
+    return conv(h, W, b, **options)
+
+
+def kernel(*shape: int) -> tuple[Tensor, Tensor]:
+    return real(*shape, low=-0.8, high=0.9, seed=8), real(shape[0], seed=9)
+
+
 def x(*batch: int) -> tuple[Tensor]:
     return (real(*batch, 3, low=-1.31, high=1.17),)
 
@@ -89,10 +111,11 @@ def row(reference: Any, arguments: Any, kwargs: dict[str, Any] | None = None, **
     return Case(reference.__name__, arguments, kwargs or {}, reference=reference, **fields)
 
 
-def scale() -> tuple[Tensor, Tensor]:
-    return real(3, low=0.4, high=1.9, seed=5), real(3, seed=6)
+def scale(features: int = 3) -> tuple[Tensor, Tensor]:
+    return real(features, low=0.4, high=1.9, seed=5), real(features, seed=6)
 
 
+TRAINING = {"training": True}
 INPUT = {"keep": "input"}
 HIDDEN, BITS = 6 * 5 * 8, 4  # bytes of the hidden layer of 6 rows, in float64 and in bits
 STORED = {"any_layout": "torch too draws in the order in which the elements are stored"}
@@ -146,5 +169,10 @@ CASES = [
     row(rms_norm_linear, lambda: (*x(2, 3), scale()[0], up()[0]), {"eps": 0.1}, keeps=(0, 1, 2), keeps_new=6 * 8, label="no bias"),
     row(rms_norm_linear, lambda: (*x(6), None, *up()), keeps=(0, 2), keeps_new=6 * 8, label="no weight"),
     row(rms_norm_linear, lambda: (*x(6), torch.zeros(3, dtype=torch.float64).requires_grad_(), *up()), keeps=(0, 1, 2), keeps_new=6 * 8, label="weight 0"),
+    row(batch_norm_activation_conv, lambda: (real(2, 2, 2, 2), None, None, *scale(2), *kernel(2, 2, 2, 2)), TRAINING | {"stride": 2, "padding": 1}, keeps=(0, 3, 4, 5), keeps_new=2 * 2 * 8),
+    row(batch_norm_activation_conv, lambda: (real(2, 2, 3), None, None, None, None, kernel(2, 1, 3)[0]), TRAINING | {"activation": "gelu", "padding": "same", "groups": 2, "eps": 0.1}, keeps=(0, 5), keeps_new=2 * 2 * 8, label="no weight"),
+    row(batch_norm_activation_conv, lambda: (real(3, 2, 3), None, None, torch.tensor([0.0, 1.3], dtype=torch.float64).requires_grad_(), scale(2)[1], *kernel(1, 2, 2)), TRAINING | {"activation": "silu", "dilation": 2}, keeps=(0, 3, 4, 5), keeps_new=2 * 2 * 8, label="weight 0"),
+    row(batch_norm_activation_conv, lambda: (real(1, 2, 2, 3), *running(2), *scale(2), *kernel(1, 2, 1, 2)), {"activation": "tanh"}, keeps=(0, 1, 2, 3, 4, 5)),
+    row(batch_norm_activation_conv, lambda: (real(1, 2, 1, 2, 3, low=-3.1), *running(2), None, None, kernel(2, 2, 1, 1, 2)[0]), {"eps": 0.1}, keeps=(0, 1, 2, 5), label="no weight"),
 ]
 # fmt: on

@@ -267,6 +267,7 @@ def accumulates(call: Call) -> bool:
 @defect(
     "dtypes",
     "extremes",
+    also=("extremes",),
     args=lambda r: (r(4, 6),),
     says="only in",
     truth=lambda x: F.normalize(x, dim=1, eps=1e-12),

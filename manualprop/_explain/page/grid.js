@@ -23,13 +23,15 @@ class Grid {
       if (this.target.matches(':focus-visible')) this.go(this.row, this.col, true);
     });
   }
-  // Height and width, where a row of the table is an image: an input, what multiplies one, a kernel.
+  // Height and width, where a row of the table is one image or, with channels, several: an input, what multiplies one, a
+  // kernel, what a convolution makes.
   imageOfRow() {
     const { key } = this.grid,
       { cols, shape } = this.numbers,
       isWeight = /^[pdu]:/.test(key);
-    if (isWeight && shape.length === 4 && shape[2] > 1 && cols === shape[1] * shape[2] * shape[3]) {
-      return [shape[1] * shape[2], shape[3]];
+    if (shape.length > 3 && shape[2] > 1 && cols === shape.slice(1).reduce((a, b) => a * b, 1)) {
+      const width = shape[shape.length - 1];
+      return [cols / shape[1] / width, width];
     }
     if (!DATA.image || cols !== DATA.image[0] * DATA.image[1]) return null;
     const at = DATA.layers.findIndex((layer) => layer.W),
@@ -81,10 +83,12 @@ class Grid {
       width = Math.max(200, this.body.clientWidth - 6);
     if (this.image) {
       const [h, w] = this.image,
-        across = Math.max(1, Math.min(rows, Math.floor(width / Math.max(36, 2 * w + 4))));
+        tiles = rows * this.channels,
+        across = Math.max(1, Math.min(tiles, Math.floor(width / Math.max(36, 2 * w + 4))));
       this.size = Math.max(2, Math.min(10, Math.floor((width / across - 4) / w)));
-      this.across = Math.min(rows, Math.floor(width / (this.size * w + 4)));
-      return [this.across * (this.size * w + 4), Math.ceil(rows / this.across) * (this.size * h + 4)];
+      this.across = Math.max(1, Math.min(tiles, Math.floor(width / (this.size * w + 4))));
+      if (this.across > this.channels) this.across -= this.across % this.channels; // an example is not torn apart
+      return [this.across * (this.size * w + 4), Math.ceil(tiles / this.across) * (this.size * h + 4)];
     }
     const across = this.lying ? rows : cols,
       down = this.lying ? 1 : rows;
@@ -98,10 +102,12 @@ class Grid {
     if (this.lying) return [row * this.size, 0, this.size, this.high];
     if (!this.image) return [col * this.size, row * this.high, this.size, this.high];
     const [h, w] = this.image,
-      s = this.size;
+      s = this.size,
+      tile = row * this.channels + Math.floor(col / (h * w)),
+      within = col % (h * w);
     return [
-      (row % this.across) * (s * w + 4) + (col % w) * s,
-      Math.floor(row / this.across) * (s * h + 4) + Math.floor(col / w) * s,
+      (tile % this.across) * (s * w + 4) + (within % w) * s,
+      Math.floor(tile / this.across) * (s * h + 4) + Math.floor(within / w) * s,
       s,
       s,
     ];
@@ -118,17 +124,24 @@ class Grid {
       s = this.size,
       tx = Math.floor(x / (s * w + 4)),
       ty = Math.floor(y / (s * h + 4)),
-      row = ty * this.across + tx;
+      tile = ty * this.across + tx,
+      row = Math.floor(tile / this.channels),
+      first = (tile % this.channels) * h * w;
     const c = Math.floor((x - tx * (s * w + 4)) / s),
       r = Math.floor((y - ty * (s * h + 4)) / s);
     return tx >= 0 && tx < this.across && row < rows && c < w && r < h && c >= 0 && r >= 0
-      ? [row, r * w + c]
+      ? [row, first + r * w + c]
       : null;
+  }
+  // How many images a row has.
+  get channels() {
+    return this.image ? this.numbers.cols / (this.image[0] * this.image[1]) : 1;
   }
   draw() {
     const { norm, spread, shape, frames } = this.numbers,
       k = Math.min(state.frame, norm.length - 1);
-    this.told.textContent = `${shape.join(' × ') || '1'}, norm ${shown(norm[k], 3)}, spread ${shown(spread[k], 3)}${this.numbers.whole ? '' : `; here ${this.numbers.rows} × ${this.numbers.cols} of ${this.numbers.of.join(' × ')}`}`;
+    const size = this.grid.key.startsWith('i:') ? '' : `, norm ${shown(norm[k], 3)}, spread ${shown(spread[k], 3)}`; // of places there is none
+    this.told.textContent = `${shape.join(' × ') || '1'}${size}${this.numbers.whole ? '' : `; here ${this.numbers.rows} × ${this.numbers.cols} of ${this.numbers.of.join(' × ')}`}`;
     const top = this.numbers.largest();
     if (this.small) return this.drawTable(top);
     const [width, height] = this.layout(),
@@ -175,11 +188,14 @@ class Grid {
   frameRow(paint) {
     if (/^[pdu]:/.test(this.grid.key) || this.numbers.rows < 2) return;
     const row = this.numbers.rowOfExample(),
-      [x, y, w, h] = this.place(row, 0),
-      [x2, y2] = this.place(row, this.numbers.cols - 1);
+      each = this.numbers.cols / this.channels;
     paint.lineWidth = 1.5;
     paint.strokeStyle = palette.text;
-    paint.strokeRect(x + 0.75, y + 0.75, x2 - x + w - 1.5, y2 - y + h - 1.5);
+    for (let c = 0; c < this.channels; c++) {
+      const [x, y, w, h] = this.place(row, c * each),
+        [x2, y2] = this.place(row, (c + 1) * each - 1);
+      paint.strokeRect(x + 0.75, y + 0.75, x2 - x + w - 1.5, y2 - y + h - 1.5);
+    }
   }
   drawTable(top) {
     const values = this.numbers.array(),

@@ -19,25 +19,25 @@ const MAKERS = {
       whole: X.cols === X.of[1] && w.cols === w.of[1],
     };
   },
-  activation({ x, layer }, n, o, value) {
+  activation({ x, layer }, n, o, value, grid) {
     const X = table(x),
       printed = ACTIVATIONS[layer],
       v = X.at(n, o);
     const again = printed ? `, and computed anew ${datum(printed.f(v), 6)}` : '';
     return {
-      head: `y[${n},${o}] = f(x[${n},${o}])`,
+      head: `y${numbered(grid, n, o)} = f(x${numbered(grid, n, o)})`,
       terms: [],
       more: `<p>f is ${escaped(DATA.layers[layer].name)}: f(${datum(v)}) = ${datum(value, 6)}${again}.</p>`,
     };
   },
-  slope({ g, s, layer }, n, o, value) {
+  slope({ g, s, layer }, n, o, value, grid) {
     const G = table(g).at(n, o),
       printed = ACTIVATIONS[layer],
       S = table(s).at(n, o);
     const slope = printed ? printed.df(S) : NaN,
       letter = printed && printed.saves === 'output' ? 'y' : 'x';
     return {
-      head: `dL/dx[${n},${o}] = g[${n},${o}] f′`,
+      head: `dL/dx${numbered(grid, n, o)} = g${numbered(grid, n, o)} f′`,
       terms: [],
       more: `<p>${datum(G)} × ${datum(slope)} = ${datum(value, 6)}. The slope f′ is taken at ${letter} = ${datum(S)}.</p>`,
     };
@@ -120,7 +120,7 @@ const MAKERS = {
       more: `<p>The gradient of ${escaped(DATA.loss.kind)}: its formula stands above.</p>`,
     };
   },
-  update({ value, gradient }, o, i, change) {
+  update({ value, gradient }, o, i, change, grid) {
     const w = table(value).at(o, i),
       d = table(gradient).at(o, i);
     const terms = [{ label: 'W', text: 'before', value: w, keep: true }];
@@ -137,7 +137,7 @@ const MAKERS = {
         terms.push({ label: 'more', text: 'momentum, weight decay, clipping', value: other, keep: true });
     }
     return {
-      head: `W[${o},${i}] ← W[${o},${i}] − η dW[${o},${i}]`,
+      head: `W${numbered(grid, o, i)} ← W${numbered(grid, o, i)} − η dW${numbered(grid, o, i)}`,
       terms,
       value: w + change,
       whole: true,
@@ -151,30 +151,35 @@ const MAKERS = {
         ? ` <button type="button" data-nudge="${grid.key}|${o}|${i}">Nudge it</button>`
         : '';
     return {
-      head: `${grid.symbol}[${o},${i}]`,
+      head: `${grid.symbol}${numbered(grid, o, i)}`,
       terms: [],
       more: `<p>A number that the network learns: ${datum(value, 6)}.${d ? ` Its gradient is ${datum(d.at(o, i))}.` : ''}${nudge}</p>`,
     };
   },
   input(_, n, i, value, grid) {
-    return { head: `${grid.symbol}[${n},${i}]`, terms: [], more: `<p>Given: ${datum(value, 6)}.</p>` };
+    return { head: `${grid.symbol}${numbered(grid, n, i)}`, terms: [], more: `<p>Given: ${datum(value, 6)}.</p>` };
   },
   same(_, n, i, value, grid) {
     return {
-      head: `${grid.symbol}[${n},${i}]`,
+      head: `${grid.symbol}${numbered(grid, n, i)}`,
       terms: [],
       more: `<p>${datum(value, 6)}, made in a step before.</p>`,
     };
   },
   layer({ name }, n, i, value, grid) {
     return {
-      head: `${grid.symbol}[${n},${i}]`,
+      head: `${grid.symbol}${numbered(grid, n, i)}`,
       terms: [],
       more: `<p>${datum(value, 6)}, made by ${escaped(name)}: its formula stands above.</p>`,
     };
   },
 };
 
+// The number at a row and column of a table, by the axes of the tensor.
+function numbered(grid, row, col) {
+  const t = table(grid.key);
+  return named('', t.shape.length > 2 ? indexOf(t, row, col) : [row, col]);
+}
 function products(count, of) {
   const terms = [];
   for (let k = 0; k < count; k++) {

@@ -23,6 +23,7 @@ from manualprop.functions._execution._convolution import Sizes, convolution, fra
 from manualprop.functions._execution._formula import full
 
 COLUMNS = 2**20  # about as many entries of the columns are made at a time
+LARGE_RESULT = 2**17  # entries of W in a group from which the order of its product is the order of W
 WIDE = 128  # rows of columns in a group from which several products by oneDNN are faster than one of the BLAS library
 
 
@@ -93,8 +94,12 @@ def products(y: Tensor, columns: Tensor) -> Tensor:
     float32 = y.is_cpu and y.dtype == torch.float32
     if product_of_rows is None or not float32 or (len(y) > 1 and columns.shape[1] < WIDE):
         return y.bmm(columns.mT)
-    # oneDNN is faster with the columns, of which there are usually more, as the rows of its product.
-    each = [product_of_rows(some, of_y).mT for some, of_y in zip(columns, y, strict=True)]
+    # oneDNN is faster with the columns, of which there are usually more, as the rows of its product.  But then the
+    # result must be transposed, which takes longer for a large one.
+    if y.shape[1] * columns.shape[1] < LARGE_RESULT:
+        each = [product_of_rows(some, of_y).mT for some, of_y in zip(columns, y, strict=True)]
+    else:
+        each = [product_of_rows(of_y, some) for some, of_y in zip(columns, y, strict=True)]
     return each[0].unsqueeze(0) if len(each) == 1 else torch.stack(each)
 
 

@@ -3,14 +3,14 @@
 The kernels treat half precision in different ways.  Here m and r are always float32 for half-precision input.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from manualprop._torch import batch_norm_with_statistics, transforms_active
-
-HALF = frozenset({torch.float16, torch.bfloat16})
+from manualprop.functions._execution._formula import HALF, watched
 
 Normalised = tuple[Tensor, Tensor, Tensor]
 
@@ -56,6 +56,33 @@ def batch_norm(
     if x.numel() == 0 or m.dtype in HALF:
         m, r = mean_and_scale(x, (0, *range(2, x.dim())), eps)
     return y, m.reshape(-1), r.reshape(-1)
+
+
+def evaluated(
+    x: Tensor, W: Tensor | None, b: Tensor | None, m: Tensor | None, v: Tensor | None, eps: float
+) -> Tensor:
+    """y of a batch norm in evaluation, for a constant mean m and variance v."""
+    return torch.batch_norm(x, W, b, m, v, False, 0.0, eps, torch.backends.cudnn.enabled)
+
+
+Affine = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+
+
+def in_one_pass(plain: Affine) -> Affine:
+    """``plain(x, m, r, W, b)``, which is W r (x - m) + b, by ATen's kernel for evaluation if it fits.
+
+    The kernel takes a quarter of the time, and computes what forward computed, bit for bit but for the last of r.
+    """
+
+    @functools.wraps(plain)
+    def fast(x: Tensor, m: Tensor, r: Tensor, W: Tensor | None, b: Tensor | None) -> Tensor:
+        tensors = (x, m, r, W, b)
+        one_dtype = all(t is None or t.dtype == x.dtype for t in tensors) and x.dtype not in HALF
+        if watched(tensors) or not one_dtype or x.numel() == 0:
+            return plain(*tensors)
+        return evaluated(x, W, b, m.view(-1), r.view(-1).pow(-2), 0.0)
+
+    return fast
 
 
 def rms_norm(x: Tensor, axes: int, W: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:

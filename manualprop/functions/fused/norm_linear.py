@@ -23,13 +23,7 @@ from manualprop.functions._execution import formula
 from manualprop.functions._rule import Rule
 from manualprop.functions.fused.mlp import moves
 from manualprop.functions.linear import Linear, linear_tangent, rows
-from manualprop.functions.norm import (
-    normalised,
-    rows_backwards,
-    rows_forwards,
-    shaped,
-    weighted,
-)
+from manualprop.functions.norm import affine, rows_backwards, rows_forwards, shaped
 
 __all__ = ["LayerNormLinear", "RMSNormLinear"]
 
@@ -159,8 +153,4 @@ class RMSNormLinear(Rule):
         return linear_tangent(n, W, dn if moves(dx, dw) else None, dW, db), dr.view(r.shape)
 
 
-@formula("x (N, D), m (N, 1), r (N, 1), w (D), c (D) -> n like x")
-def remade(x: Tensor, m: Tensor | None, r: Tensor, w: Tensor | None, c: Tensor | None) -> Tensor:
-    """n = w z + c"""
-    n = weighted(normalised(x, m, r), w)
-    return n if c is None else n + c
+remade = formula("x (N, D), m (N, 1), r (N, 1), w (D), c (D) -> n like x")(affine)

@@ -35,6 +35,7 @@ FIRST = (1, 7, 8, 257, 1025)  # of every axis; of the batch also
 MORE = (65537, 256, 255, 127, 31, 13, 1023, 65535)
 MOST_BYTES = 16 << 20  # of one tensor
 MOST_UNITS = 4_000.0  # of work in one evaluation (see _budget)
+QUICK_UNITS = 1_000.0  # at the level quick, beyond 1025
 MOST_SECONDS = 0.5  # of processor time in one evaluation
 IN_ALL = 60_000.0  # units for all sizes together, after which larger ones are left out
 STEPS = (1e-4, 1e-5, 1e-3, 1e-6, 1e-2, 1e-7)
@@ -175,10 +176,9 @@ def sizes(s: Subject) -> Outcome:
     tested: list[str] = []
     failures: list[Failure] = []
     resizable = list(axes(s))
-    left = [IN_ALL]
+    left = [IN_ALL / 4 if s.quick else IN_ALL]
     for k, axis in enumerate(resizable):
-        wanted = FIRST if k else (*FIRST, *(n for n in MORE if n <= 1025 or not s.quick))
-        ladder, units = _affordable(s, axis, wanted)
+        ladder, units = _affordable(s, axis, FIRST if k else (*FIRST, *MORE))
         ladder, failed = _failing(s, axis, ladder, units, left)
         failures += failed
         tested.append(f"{_called(s, axis)}: {', '.join(map(str, ladder))}")
@@ -267,12 +267,14 @@ def _affordable(s: Subject, axis: Axis, wanted: Sequence[int]) -> tuple[list[int
     more = (high.units - low.units) / (large**power - small**power)
 
     def units(n: int) -> float:
-        return max(1.0, high.units + more * (n**power - large**power))
+        return max(1.0, float(high.units + more * (float(n) ** power - float(large) ** power)))
 
+    most = QUICK_UNITS if s.quick else MOST_UNITS
     allowed = [
         n
         for n in wanted
-        if high.bytes * (n / large) ** power <= MOST_BYTES and (n <= large or units(n) <= MOST_UNITS)
+        if high.bytes * (n / large) ** power <= MOST_BYTES
+        and (n <= large or units(n) <= (most if n > 1025 else MOST_UNITS))
     ]
     allowed = _in_time(s, axis, allowed, *slow)
     if {257, 1025} <= set(allowed):

@@ -75,6 +75,17 @@ def test_two_steps(path: Path) -> None:
     job.trainer.fit(job.model, job.datamodule)
     assert job.trainer.global_step == 2
     assert {"train_loss", "val_loss"} <= set(job.trainer.callback_metrics)
+    assert job.model.engine_taken == "tape-free"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_convolutional_network_reaches_its_accuracy(seed: int) -> None:
+    options = [f"--seed={seed}", "--trainer.enable_progress_bar=false", "--trainer.logger=false"]
+    job = load_recipe(RECIPES / "digits" / "convnet.yaml", options)
+    job.trainer.fit(job.model, job.datamodule)
+    (found,) = job.trainer.test(job.model, job.datamodule, verbose=False)
+    assert found["test_accuracy"] > 0.985
 
 
 def test_linear_regression_arrives_at_the_normal_equation() -> None:

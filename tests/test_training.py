@@ -26,6 +26,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 import manualprop
 from manualprop.descent import Batch, Descent, MiniBatch, Stochastic, gradient
 from manualprop.training import (
+    ConvolutionalNetwork,
     DescentModule,
     DigitsDataModule,
     LinearRegressionDataModule,
@@ -550,6 +551,11 @@ class InputsAlone(Rows):
         (lambda: MultilayerPerceptron([3]), ValueError, r"two or more positive integers\. Got sizes=\[3\]"),
         (lambda: MultilayerPerceptron([3, 2], "Tonh"), ValueError, "activation must be a class.*'Tonh'"),
         (lambda: MultilayerPerceptron([3, 2], dropout=1.0), ValueError, r"below 1\. Got dropout=1\.0"),
+        (lambda: ConvolutionalNetwork([1]), ValueError, r"channels must be two or more.*Got channels=\[1\]"),
+        (lambda: ConvolutionalNetwork(classes=0), ValueError, "classes=0"),
+        (lambda: ConvolutionalNetwork([1, 2, 2], image=(8, 3)), ValueError, r"at least 4 x 4.*image=\(8, 3\)"),
+        (lambda: ConvolutionalNetwork(activation="Relu"), ValueError, "ConvolutionalNetwork: activation.*'Relu'"),
+        (lambda: ConvolutionalNetwork(dropout=-0.1), ValueError, r"ConvolutionalNetwork.*Got dropout=-0\.1"),
         (lambda: RunDirectory("a/b"), ValueError, "Got name='a/b'; try 'a-b'"),
         (lambda: module_for(Stochastic(learning_rate=0.1), weight=torch.ones(3)), ValueError, "class weights cancel"),
         (lambda: module_for(Batch(learning_rate=0.1), reduction="none"), ValueError, "must be one number"),
@@ -592,6 +598,18 @@ def test_network_is_made_of_hand_derived_layers() -> None:
     assert set(names) == {"manualprop"}
     assert [name for name, _ in model.named_children()][:3] == ["linear1", "activation1", "dropout1"]
     assert isinstance(MultilayerPerceptron([2, 2, 2], activation="torch.nn.Tanh")[1], nn.Tanh)
+
+
+def test_convolutional_network_is_made_of_hand_derived_layers() -> None:
+    model = ConvolutionalNetwork([2, 4, 8], classes=3, image=(9, 4), activation="Tanh", dropout=0.5)
+    assert {type(layer).__module__.split(".")[0] for layer in model} == {"manualprop"}
+    assert [name for name, _ in model.named_children()][:5] == [
+        "image", "convolution1", "norm1", "activation1", "pool1"
+    ]  # fmt: skip
+    assert [name for name, _ in model.named_children()][-3:] == ["flatten", "dropout", "linear"]
+    assert model(torch.randn(5, 2 * 9 * 4)).shape == (5, 3)
+    assert model.linear.in_features == 8 * 2 * 1
+    assert isinstance(ConvolutionalNetwork(activation="torch.nn.Tanh").activation1, nn.Tanh)
 
 
 def test_linear_regression_arrives_at_the_normal_equation() -> None:

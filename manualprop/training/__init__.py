@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from manualprop.training.datamodules import LinearRegressionDataModule as LinearRegressionDataModule
     from manualprop.training.datamodules import TensorDataModule as TensorDataModule
     from manualprop.training.module import DescentModule as DescentModule
+    from manualprop.training.networks import ConvolutionalNetwork as ConvolutionalNetwork
     from manualprop.training.networks import MultilayerPerceptron as MultilayerPerceptron
 
 _HOMES = {
@@ -27,6 +28,7 @@ _HOMES = {
     "LinearRegressionDataModule": "datamodules",
     "TensorDataModule": "datamodules",
     "DescentModule": "module",
+    "ConvolutionalNetwork": "networks",
     "MultilayerPerceptron": "networks",
 }
 

@@ -12,7 +12,9 @@ pytestmark = pytest.mark.quick
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("shape", [(1, 64), (3, 20), (64, 1), (8, 6), (20, 8), (10, 12), (64, 64)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 64), (3, 20), (64, 1), (8, 6), (20, 8), (10, 12), (11, 30), (30, 9), (64, 64)], ids=str
+)
 def test_a_small_learning_rate_loses_no_example(shape: tuple[int, int], momentum: float) -> None:
     """Each example alone moves a weight by less than half a unit of its last place; all of them together do not."""
     weight = Parameter(torch.full(shape, 0.3))

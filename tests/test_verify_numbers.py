@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from planted import CONTROLS
+from planted.controls_alarms import symmetric
 from torch import Tensor
 from torch.autograd import Function
 
@@ -75,6 +77,17 @@ def test_extremes() -> None:
     assert found.diagnosis == "only at extreme values"
     assert outcome("extremes", torch.sqrt, X.abs()).verdict == "passed", "infinite at 0, as its slope is"
     assert outcome("extremes", F.softplus).verdict == "passed"
+
+
+def test_far_out_the_slope_is_measured_along_what_is_allowed_there() -> None:
+    """At the border of the definite matrices no direction is known; far within a wrong slope is found."""
+    call = next(c for c in CONTROLS if c.name == "root_of_adefinite_matrix").make()
+    for seed in (4, 6):
+        found = outcome("extremes", call.fn, *call.args, project=symmetric, seed=seed)
+        assert found.verdict == "passed", found.evidence
+    clipped = by_hand(lambda x: x**2, lambda x, g: 2 * g * x.clamp(max=15))
+    found = outcome("extremes", clipped, X, project=lambda x: x.clamp(min=-2))
+    assert "the slope in x is 4.25204, by backward 3.18903 at x with an entry 20" in found.evidence
 
 
 def test_torchs_mish_has_no_second_derivative_in_float32_at_90() -> None:

@@ -273,9 +273,9 @@ class Derived(Subject):
         count = len(self.base.points)
         return [*self.base.allowed(points[:count]), *points[count:]]
 
-    def tangent(self, i: int, direction: Tensor) -> Tensor:
+    def tangent(self, i: int, direction: Tensor, points: Sequence[Tensor] | None = None) -> Tensor:
         """As the base's; grad_output goes anywhere."""
-        return self.base.tangent(i, direction) if i < len(self.base.points) else direction
+        return self.base.tangent(i, direction, points) if i < len(self.base.points) else direction
 
     def kinks_of_base(self, i: int, row: Tensor) -> Tensor:
         """(M,) of bool: which outputs follow an output of the base that has a kink here, so have no derivative.

@@ -299,15 +299,18 @@ class Subject:
         """Whether some points may not be moved freely."""
         return self.case.project is not None
 
-    def tangent(self, i: int, direction: Tensor) -> Tensor:
-        """The direction in which point ``i`` moves if it goes in ``direction`` and is projected."""
+    def tangent(self, i: int, direction: Tensor, points: Sequence[Tensor] | None = None) -> Tensor:
+        """The direction in which point ``i`` of ``points`` moves if it goes in ``direction`` and is projected.
+
+        Zeros at the border of what is allowed, where it can move to one side only.
+        """
         if not self.projects:
             return direction
-        p, h = self.points[i], 1e-5
+        p, h = (self.points if points is None else points)[i], 1e-5
         here = self._projected(self._points[i], p)
         there, back = (self._projected(self._points[i], p + side * h * direction) for side in (1, -1))
         if not bool(((there - here) - (here - back)).abs().max() <= 1e-3 * h * direction.abs().max()):
-            return torch.zeros_like(direction)  # at the border of what is allowed one goes one way only
+            return torch.zeros_like(direction)
         return (there - back) / (2 * h)
 
     def along(self, directions: Sequence[Tensor | None], points: Sequence[Tensor] | None = None) -> Evaluate:

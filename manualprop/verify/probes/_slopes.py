@@ -29,9 +29,11 @@ def slope(
     What differs is looked at a second time, by steps of the size of what is there: far out, or close to 0, other ones
     may go over it.
     """
-    direction = s.tangent(i, direction)
+    direction = s.tangent(i, direction, points)
+    if not bool(direction.any()):
+        return Slope(0.0, 0.0, measured=False, wrong=False)
     found = _slope(s, points, i, direction, v)
-    if not found.wrong or not bool(direction.any()):
+    if not found.wrong:
         return found
     entry = float(points[i].reshape(-1)[int(direction.abs().argmax())].abs())
     local = entry if 0 < entry < 1 else 1.0

@@ -264,7 +264,9 @@ def _has_slope_within(
 ) -> bool:
     direction = torch.zeros_like(points[i])
     direction.view(-1)[at] = scale
-    direction = s.tangent(i, direction)
+    direction = s.tangent(i, direction, points)
+    if not bool(direction.any()):
+        return False
     evaluate = s.along([direction if j == i else None for j in range(len(points))], points)
     if not bool(torch.isfinite(evaluate(0.0)).all()):
         return False

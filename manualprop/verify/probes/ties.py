@@ -243,7 +243,7 @@ def _modes_differ(s: Subject, points: Sequence[Tensor], kinked: bool) -> str:
     """Whether forward mode takes another slope than backward at the same kink."""
     if not kinked:
         return ""
-    directions = [s.tangent(i, d) for i, d in enumerate(s.random_like(points, 51))]
+    directions = [s.tangent(i, d, points) for i, d in enumerate(s.random_like(points, 51))]
     try:
         with forward_ad.dual_level():
             y = s(

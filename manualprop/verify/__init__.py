@@ -1,7 +1,7 @@
-"""Prove a custom backward right: any ``autograd.Function``, any module, any differentiable callable.
+"""Check a custom backward: of any ``autograd.Function``, any module, any differentiable callable.
 
-:func:`check` runs every probe and returns a :class:`Report`; it never raises for a defect.  Nothing here knows of
-the layers of this package, and only torch is imported.
+:func:`check` runs every probe and returns a :class:`Report`.  It never raises for a defect.  This folder imports torch
+only, and does not depend on the layers of this package.
 """
 
 from manualprop import _torch as _torch  # warns of an untested version

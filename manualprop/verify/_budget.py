@@ -1,4 +1,4 @@
-"""How many points a probe visits: counted in work and not in seconds, so that a loaded machine sees the same."""
+"""How many points a probe visits.  It counts operations, not seconds, so a loaded machine visits the same points."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from manualprop.verify._subject import Subject
 
-# A unit is what an operation takes: about 5 microseconds, and as much again for each 4000 numbers.
+# A unit is the cost of one operation: about 5 microseconds, and as much again for each 4000 numbers.
 UNITS = 400_000.0
 QUICK = 40_000.0  # at the level quick
 LEAST = 8
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def affordable(s: Subject, points: Sequence[T], evaluations: int) -> list[T]:
-    """As many of ``points`` as the budget has, spread over all of them; each takes so many ``evaluations``."""
+    """As many of ``points`` as the budget allows, evenly spread; each costs ``evaluations`` runs of the function."""
     most = max(LEAST, int(budget(s) / (evaluations * work(s))))
     if len(points) <= most:
         return list(points)
@@ -33,7 +33,7 @@ def budget(s: Subject) -> float:
 
 
 def work(s: Subject) -> float:
-    """What one forward and one backward take, in units: a backward in loops takes much more than its forward."""
+    """The cost of one forward and one backward, in units.  A backward with loops may cost much more than its forward."""
     if "work" not in s._shared:
         with _Counting() as counted:
             leaves = s.at()
@@ -46,7 +46,7 @@ def work(s: Subject) -> float:
 
 
 class _Counting(TorchDispatchMode):
-    """Counts operations, and the entries of what they take and return."""
+    """Counts operations, and the entries of their inputs and outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class _Counting(TorchDispatchMode):
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Those in what an operation takes or returns: it nests no deeper than lists."""
+    """The tensors among what an operation takes or returns: alone or in lists."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
@@ -78,7 +78,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _product(func: Any, tensors: Sequence[Tensor], made: int) -> float:
-    """Multiplications of a matrix product, at a tenth of what another operation takes, or of a convolution."""
+    """The multiplications of a matrix product, at a tenth of their number, or of a convolution; else 0."""
     name: str = func.__name__
     if "conv" in name:
         weight = next((t for t in tensors[1:] if t.dim() > 2), None)

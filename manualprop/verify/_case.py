@@ -1,4 +1,4 @@
-"""What is checked: a callable, where it is checked, and what is promised of it."""
+"""What is checked: a callable, its inputs, and what its author says of it."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ Project = Callable[[Tensor], Tensor]
 
 
 class Around(Protocol):
-    """What stands between a function and its callers while a check looks for the cause of a finding."""
+    """A wrapper around the function: it takes a defect away, to see which findings remain."""
 
     def inward(self, given: Any) -> Any:
-        """What the function gets in the place of ``given``."""
+        """The arguments that the function gets instead of ``given``."""
 
     def outward(self, result: Any, reseed: Callable[[], None]) -> Any:
-        """What its caller gets in the place of ``result``."""
+        """The result that the caller gets instead of ``result``."""
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A differentiable callable at given inputs, and what its author declares of it.
+    """A differentiable callable, its inputs, and what its author declares.
 
     Args:
         fn: ``MyFunction.apply``, a module, or any callable of tensors.
         args: positional arguments.  Tensors that require grad are differentiated.  If none does and ``fn`` is a
-            module, every floating one is.  A module's parameters always are.
+            module, every floating one is differentiated.  A module's parameters always are.
         kwargs: keyword arguments, likewise.
-        reference: a callable with the same arguments, differentiated by autograd, that is right by definition.
-        declare: name of a probe or group -> True: it must be supported, so that a limit is a finding.
-        accept: name of a probe or group -> the reason why what it finds is accepted.  Strict: an acceptance that is
-            not needed is a finding.
-        surrogate: what backward is meant to be the gradient of, where that is not ``fn``: of the same arguments and
-            outputs, as ``lambda x: x`` for a rounding with a straight-through gradient.
-        domain: a predicate of the arguments: whether ``fn`` may be asked there.
+        reference: a callable of the same arguments that is right by definition.  Autograd differentiates it.
+        declare: name of a probe or group -> True: it must be supported.  A limit there is a finding.
+        accept: name of a probe or group -> the reason why its finding or limit stays.  Strict: an acceptance that
+            nothing needs is a finding.
+        surrogate: the function whose gradient backward returns, if that is not ``fn``: ``lambda x: x`` for a
+            rounding with a straight-through gradient.  It takes the same arguments and returns the same shapes.
+        domain: a predicate of the arguments: whether ``fn`` is defined there.
         unique: names of integer arguments that never hold a value twice.
-        project: the nearest tensor that is allowed, as a function of a tensor: positive, symmetric, sorted, of unit
-            rows.  One for every differentiated argument, or a mapping from their names.
-        inputs: makes the positional arguments, as a function of sizes that have defaults:
+        project: maps a tensor to the nearest one that is allowed: positive, symmetric, sorted, of unit rows.  One
+            function for every differentiated argument, or a mapping from argument names to functions.
+        inputs: makes the positional arguments from sizes with defaults:
             ``lambda rows=4, columns=5: (torch.randn(rows, columns, requires_grad=True),)``.
         rtol: largest error of a gradient, relative to the gradient's largest entry, in float64.
         atol: largest absolute error.
         saved_bytes: the most bytes that may be kept for backward, parameters and inputs included, or None.
-        name: what to call it in a report; by default the name of ``fn``.
-        seed: of everything random.
+        name: in the report; by default the name of ``fn``.
+        seed: of all random numbers.
     """
 
     fn: Callable[..., Any]
@@ -95,7 +95,7 @@ class Case:
             object.__setattr__(self, "args", self.made())
 
     def made(self, **sizes: int) -> tuple[Any, ...]:
-        """The arguments that ``inputs`` makes at these sizes, the same ones each time."""
+        """The arguments that ``inputs`` makes for these sizes: the same ones each time."""
         assert self.inputs is not None
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)

@@ -1,4 +1,4 @@
-"""Run the probes on a case, where nothing they do can reach the caller."""
+"""Run the probes on a case.  Nothing that they do reaches the caller."""
 
 from __future__ import annotations
 
@@ -43,40 +43,40 @@ def check(
     isolate: bool = True,
     progress: Callable[[Outcome], None] | None = None,
 ) -> Report:
-    """Hold a callable's hand-written gradients against everything autograd may ask of them.
+    """Check a callable's hand-written gradients in every way that autograd may use them.
 
     Args:
         fn: ``MyFunction.apply``, a module (its parameters and buffers are checked too), any callable that returns
             tensors, or a :class:`Case`, which carries the arguments up to ``atol`` and ``saved_bytes``.
-        args: where it is checked.  Tensors that require grad are differentiated; for a module of whose arguments
-            none does, every floating one is.  Values and layout are copied, and checked in float64.
+        args: the inputs.  Tensors that require grad are differentiated.  If no argument of a module requires grad,
+            every floating one is differentiated.  The check works on copies in float64, in the same layout.
         kwargs: keyword arguments of ``fn``.
-        inputs: in the place of ``args``, a function that makes them, of sizes that have defaults:
-            ``lambda rows=4, columns=5: (torch.randn(rows, columns, requires_grad=True),)``.  Other sizes are then
-            had from it, and not made up.
-        reference: a callable of the same arguments that is right by definition, differentiated by autograd.
-        surrogate: what backward is meant to be the gradient of, where that is not ``fn``: ``lambda x: x`` for a
-            rounding with a straight-through gradient.  Of the same arguments and outputs.
-        accept: ``{"double_backward": "backward calls a kernel"}``: findings and limits that are known, and why they
-            stay.  Names are those of the probes, or ``double_backward``, ``transforms``.  Strict: an acceptance that
-            is not needed is a finding.
-        declare: ``{"vmap": True}``: what must be supported, so that a limit is a finding.
-        domain: a predicate of the arguments: whether ``fn`` may be asked there.
+        inputs: a function that makes ``args`` from sizes with defaults:
+            ``lambda rows=4, columns=5: (torch.randn(rows, columns, requires_grad=True),)``.  It also makes the inputs
+            of other sizes.
+        reference: a callable of the same arguments that is right by definition.  Autograd differentiates it.
+        surrogate: the function whose gradient backward returns, if that is not ``fn``: ``lambda x: x`` for a
+            rounding with a straight-through gradient.  It takes the same arguments and returns the same shapes.
+        accept: known findings and limits, each with the reason why it stays:
+            ``{"double_backward": "backward calls a kernel"}``.  Names are those of the probes, or
+            ``double_backward``, ``transforms``.  Strict: an acceptance that nothing needs is a finding.
+        declare: what must be supported: ``{"vmap": True}``.  A limit there is a finding.
+        domain: a predicate of the arguments: whether ``fn`` is defined there.
         unique: names of integer arguments that never hold a value twice.
-        project: the nearest tensor that is allowed (positive, symmetric, sorted, of unit rows), as a function of a
-            tensor: one for every differentiated argument, or a mapping from their names.
-        level: ``quick`` leaves out compilation and other slow probes; ``deep`` adds third derivatives and nested
+        project: maps a tensor to the nearest one that is allowed (positive, symmetric, sorted, of unit rows).  One
+            function for every differentiated argument, or a mapping from argument names to functions.
+        level: ``quick`` leaves out compilation and other slow probes.  ``deep`` adds third derivatives and nested
             forward mode, where some of torch's own layers are wrong.
-        only: names of the probes to run, or of groups.
-        seed: of everything random.
+        only: names of the probes or groups to run.
+        seed: of all random numbers.
         rtol: largest error of a gradient relative to its largest entry, in float64.
         atol: largest absolute error.
         saved_bytes: the most bytes that may be kept for backward, or None.
-        time_limit: seconds of processor time for one probe, after which it is given up; and seconds in which it
-            computes nothing at all.
-        isolate: run in child processes, so that a crash or a hang in ``fn`` is a finding and nothing of the caller
-            changes.  Not done where the platform cannot fork, or with tensors on an accelerator.
-        progress: called with every outcome as it comes, before one is found to explain another.
+        time_limit: seconds of processor time after which a probe is given up.  It is also given up after as many
+            seconds in which it computes nothing.
+        isolate: run in child processes.  A crash or a hang in ``fn`` is then a finding, and nothing in the caller's
+            process changes.  It has no effect where the platform cannot fork, or with tensors on an accelerator.
+        progress: called with each outcome as it comes, before findings are linked to their causes.
 
     Returns:
         The report.  A defect never raises; :meth:`Report.assert_passed` does.
@@ -150,7 +150,7 @@ def _on_accelerator(case: Case) -> bool:
 
 
 def _here(case: Case, probes: Sequence[Probe], quick: bool) -> Iterator[Outcome]:
-    """Run in this process, and leave the global state of torch as it was found."""
+    """Run in this process, and restore the global state of torch afterwards."""
     with _everything_restored():
         subject = _raising_what_it_means(case, quick)
         if isinstance(subject, Outcome):

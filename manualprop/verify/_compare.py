@@ -1,4 +1,4 @@
-"""The derivative by hand beside the numerical one, and the functions derived from a subject that have one too."""
+"""Compare the derivative by hand with the numerical one, of a subject and of its gradient and tangent."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Comparison(NamedTuple):
     point: int
     hand: Tensor  # (V, D)
     numeric: Tensor  # (V, D)
-    tolerance: Tensor  # (V, D) what the numerical derivative may be off by, and the case's tolerances
-    kinks: Tensor  # (V, D) of bool: whether some output that the cotangent weighs has two slopes in the direction
+    tolerance: Tensor  # (V, D) the error of the numerical derivative, and the case's tolerances
+    kinks: Tensor  # (V, D) of bool: an output with a weight in the cotangent has two slopes in this direction
     cotangents: Tensor  # (V, M)
     directions: Tensor  # (D, N)
 
@@ -35,18 +35,18 @@ class Comparison(NamedTuple):
 
     @property
     def measured(self) -> Tensor:
-        """(V, D) of bool: where differences tell the derivative to better than a tenth."""
+        """(V, D) of bool: where differences give the derivative to better than a tenth."""
         sure = torch.isfinite(self.numeric) & (self.tolerance <= 0.1 * (1 + self.numeric.abs()))
         return sure & ~self.kinks
 
     @property
     def whole(self) -> bool:
-        """Whether the matrices are the very Jacobian: unit vectors on both sides."""
+        """Whether the matrices are the whole Jacobian: unit vectors on both sides."""
         return _is_basis(self.cotangents, of_ones=False) and _is_basis(self.directions)
 
 
 def _is_basis(rows: Tensor, of_ones: bool = True) -> bool:
-    """Whether these are all unit vectors, in order; not ``of_ones``, some may be zeros."""
+    """Whether the rows are all unit vectors, in order.  Without ``of_ones`` some rows may be zero."""
     n, m = rows.shape
     if n != m:
         return False
@@ -62,7 +62,7 @@ Hand = Callable[[Subject, Tensor, Sequence[Tensor]], list[Tensor]]
 
 
 def basis(entries: int, s: Subject, seed: int) -> Tensor:
-    """(K, entries): every unit vector; of many entries, some dense random vectors and a sample of unit vectors."""
+    """(K, entries): every unit vector.  For many entries: some dense random vectors and a sample of unit vectors."""
     if entries <= s.whole:
         return torch.eye(entries, dtype=torch.float64)
     units = s.whole // 4
@@ -74,9 +74,9 @@ def basis(entries: int, s: Subject, seed: int) -> Tensor:
 
 
 def compare(s: Subject, hand: Hand | None = None, only: int | None = None) -> list[Comparison]:
-    """The first derivative of a subject by hand, in reverse mode by default, and by differences.
+    """The first derivative of a subject by hand, by default in reverse mode, and by differences.
 
-    In every point, or in ``only`` that one.
+    With respect to every point, or to the point ``only``.
     """
     v = basis(sum(y.numel() for y in s.outputs), s, s.case.seed) * _flags(s)
     d = [_allowed_directions(s, i, basis(p.numel(), s, s.case.seed + i)) for i, p in enumerate(s.points)]
@@ -86,7 +86,7 @@ def compare(s: Subject, hand: Hand | None = None, only: int | None = None) -> li
 
 
 def first_order_of(s: Subject) -> list[Comparison]:
-    """:func:`compare` in reverse mode, which several probes ask for: done once."""
+    """:func:`compare` in reverse mode.  Several probes ask for it, so the result is kept."""
     if "first order" not in s._shared:
         s._shared["first order"] = compare(s)
     found: list[Comparison] = s._shared["first order"]
@@ -94,7 +94,7 @@ def first_order_of(s: Subject) -> list[Comparison]:
 
 
 def wrong_in_first_order(s: Subject) -> bool:
-    """Whether the plain gradient is wrong, so that it is wrong elsewhere too: what first_order tells."""
+    """Whether the plain gradient is wrong, as first_order reports.  It is then wrong elsewhere too."""
     try:
         return any(bool(c.wrong.any()) for c in first_order_of(s))
     except Exception:  # whatever the checked code raises
@@ -102,7 +102,7 @@ def wrong_in_first_order(s: Subject) -> bool:
 
 
 def _allowed_directions(s: Subject, i: int, d: Tensor) -> Tensor:
-    """Those in which a point may move, where the case's author has points projected."""
+    """The directions in which a point may move, if the case has ``project``."""
     if not s.projects or not len(d):
         return d
     shape, dtype = s.points[i].shape, s.points[i].dtype
@@ -110,13 +110,13 @@ def _allowed_directions(s: Subject, i: int, d: Tensor) -> Tensor:
 
 
 def _flags(s: Subject) -> Tensor:
-    """(M,): 1 for the entries of outputs that have a gradient, 0 for those that say they have none."""
+    """(M,): 1 for the entries of outputs that require grad, 0 for the others."""
     flags = zip(s.outputs, s.recorded, strict=True)
     return _numeric.flat([torch.full(y.shape, float(used)) for y, used in flags])
 
 
 def by_backward(s: Subject, v: Tensor, d: Sequence[Tensor]) -> list[Tensor]:
-    """Rows by backward, one for each cotangent; a gradient that is None counts as zeros."""
+    """Rows by backward, one for each cotangent.  None counts as a gradient of zeros."""
     rows = [
         [_flat_or_zeros(g, p) for g, p in zip(s.linear_part(_parts(r, s.outputs)), s.points, strict=True)]
         for r in v
@@ -127,12 +127,12 @@ def by_backward(s: Subject, v: Tensor, d: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _seen_along(rows: Tensor, d: Tensor) -> Tensor:
-    """(V, N) (N, D) -> (V, D).  All unit vectors are no product: one NaN times 0 would be NaN in every direction."""
+    """(V, N) (N, D) -> (V, D).  Unit vectors need no product, where NaN times 0 would spread NaN to every direction."""
     return rows if _is_basis(d) else rows @ d.T
 
 
 def by_forward(s: Subject, v: Tensor, d: Sequence[Tensor]) -> list[Tensor]:
-    """Columns by forward mode, one for each direction; a tangent that is None counts as zeros."""
+    """Columns by forward mode, one for each direction.  None counts as a tangent of zeros."""
     return [_columns(v, [_tangent(s, i, row) for row in d[i]]) for i in range(len(d))]
 
 
@@ -208,14 +208,14 @@ def _one(s: Subject, i: int, v: Tensor, directions: Sequence[Tensor], hand: Tens
 
 
 def _weighed(v: Tensor, values: Tensor) -> Tensor:
-    """(V, M) (M, D) -> (V, D); an output that is not finite counts only where it is weighed."""
+    """(V, M) (M, D) -> (V, D).  An output that is not finite counts only where its weight is not 0."""
     if bool(torch.isfinite(values).all()):
         return v @ values
     return torch.stack([(row.unsqueeze(1) * values).where(row.unsqueeze(1) != 0, 0).sum(0) for row in v])
 
 
 def _tolerance(s: Subject, v: Tensor, values: Tensor, errors: Tensor) -> Tensor:
-    """(V, D): the case's tolerances, and what the numerical derivative may be off by."""
+    """(V, D): the case's tolerances, and the error of the numerical derivative."""
     numeric = _weighed(v, values)
     finite = numeric[torch.isfinite(numeric)].abs()
     scale = finite.max().item() if finite.numel() else 0.0
@@ -224,14 +224,14 @@ def _tolerance(s: Subject, v: Tensor, values: Tensor, errors: Tensor) -> Tensor:
 
 
 def _kinks(s: Subject, i: int, row: Tensor, evaluate: _numeric.Evaluate) -> Tensor:
-    """(M,) of bool: which outputs have two slopes in a direction of point ``i``, or are asked at another's kink."""
+    """(M,) of bool: which outputs have two slopes in a direction of point ``i``, or follow an output that has."""
     dtype = s.points[i].dtype
     kinks = _at_kink(evaluate, s.noise, dtype) | _numeric.staircase(evaluate, s.noise, dtype)
     return kinks | s.kinks_of_base(i, row) if isinstance(s, Derived) else kinks
 
 
 def _at_kink(evaluate: _numeric.Evaluate, noise: float, dtype: torch.dtype) -> Tensor:
-    """(M,) of bool: where the slopes from the two sides differ."""
+    """(M,) of bool: where the slopes from above and from below differ."""
     above, below = (_numeric.one_sided(evaluate, side, noise, dtype) for side in (1, -1))
     jump = (above.value - below.value).abs()
     return jump > 1e-6 + 4 * (above.error + below.error)
@@ -247,7 +247,7 @@ def _only(s: Subject, i: int, row: Tensor) -> _numeric.Evaluate:
 
 
 class Derived(Subject):
-    """Another function of more points, made from a subject."""
+    """A function made from a subject: of the same points, and perhaps more."""
 
     def __init__(self, base: Subject, points: Sequence[Tensor], names: Sequence[str], whole: int) -> None:
         self.base, self.case, self.dtype = base, base.case, base.dtype
@@ -257,19 +257,21 @@ class Derived(Subject):
 
     @functools.cached_property
     def recorded(self) -> list[bool]:
-        return [True] * len(self.outputs)  # a gradient that does not require grad is a defect, no declaration
+        return [True] * len(
+            self.outputs
+        )  # a gradient that does not require grad is a defect, not a declaration
 
     @property
     def nonlinear(self) -> bool:
-        """It is derived by autograd's own rules, which are linear."""
+        """False: autograd derives it, by rules that are linear."""
         return False
 
     def meant(self, *points: Tensor) -> tuple[Tensor, ...]:
-        """The function itself: what is derived from a subject is derived by its own rule."""
+        """The function itself: a surrogate replaces the base only."""
         return self(*points)
 
     def allowed(self, points: Sequence[Tensor]) -> list[Tensor]:
-        """Points that the base may be asked at, and the rest as it is."""
+        """The points of the base as the case allows them; the rest as they are."""
         count = len(self.base.points)
         return [*self.base.allowed(points[:count]), *points[count:]]
 
@@ -278,9 +280,9 @@ class Derived(Subject):
         return self.base.tangent(i, direction, points) if i < len(self.base.points) else direction
 
     def kinks_of_base(self, i: int, row: Tensor) -> Tensor:
-        """(M,) of bool: which outputs follow an output of the base that has a kink here, so have no derivative.
+        """(M,) of bool: which outputs follow an output of the base that has a kink here.  They have no derivative.
 
-        There the choice of one of two slopes is the author's, and it may be another in each order and mode.
+        At a kink the author chooses one of two slopes.  The choice may differ between orders and modes.
         """
         base = self.base
         if i < len(base.points):
@@ -294,12 +296,12 @@ class Derived(Subject):
         return self.follow(kinks)
 
     def follow(self, kinks: Tensor) -> Tensor:
-        """(M,) of bool: which outputs depend on the outputs of the base that ``kinks`` marks; all, if any is."""
+        """(M,) of bool: which outputs depend on outputs of the base marked by ``kinks``.  Here: all, if any is marked."""
         return torch.full((sum(y.numel() for y in self.outputs),), bool(kinks.any()))
 
 
 class Gradient(Derived):
-    """The gradients by backward, as a function of the points and of grad_output: its derivative is the second order."""
+    """The gradients by backward, as a function of the points and of grad_output.  Its derivative is the second order."""
 
     def __init__(self, base: Subject) -> None:
         used = [y.requires_grad for y in base(*base.at())]
@@ -309,7 +311,7 @@ class Gradient(Derived):
 
     @property
     def output_names(self) -> list[str]:
-        """Gradients are no outputs that anybody knows."""
+        """Each output is the gradient of a point."""
         return [f"the gradient of {name}" for name in self.base.names]
 
     def function(self, *points: Tensor) -> tuple[Tensor, ...]:
@@ -327,7 +329,7 @@ class Gradient(Derived):
         return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(found, x, strict=True))
 
     def follow(self, kinks: Tensor) -> Tensor:
-        """The entries of the gradients to which the outputs at a kink send something, nearby."""
+        """The entries of the gradients that the outputs at a kink contribute to, close by."""
         if not bool(kinks.any()):
             return super().follow(kinks)
         base = self.base

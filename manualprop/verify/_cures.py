@@ -1,4 +1,4 @@
-"""Take a defect away and ask again: what is still found has another cause."""
+"""Take a defect away and run the probes again: what they still find has another cause."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from manualprop.verify._verdicts import ARGUMENTS, CONSEQUENCES, STATE
 
 
 class Copies:
-    """The function gets and gives copies, and so does its backward; all are contiguous."""
+    """Forward and backward take and return contiguous copies."""
 
     def inward(self, given: Any) -> Any:
         return tree_map(_copied, given)
@@ -28,12 +28,12 @@ class Copies:
 
 
 def _copied(t: Any) -> Any:
-    """A contiguous copy, whose gradient is one too."""
+    """A contiguous copy, with a contiguous gradient."""
     return (t.reshape(-1) * 1).reshape(t.shape) if is_float(t) else t
 
 
 class Seeded:
-    """Backward starts where the random generator stood when forward did."""
+    """Backward starts with the random generator in the state in which forward started."""
 
     def inward(self, given: Any) -> Any:
         return given
@@ -48,12 +48,12 @@ class Seeded:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cured(Case):
-    """A case from which a defect is taken away."""
+    """A case without one of its defects."""
 
     around: Around | None = None  # type: ignore[misc]
 
 
-# A backward that is not linear in grad_output is accepted as one: None.
+# None: instead of a wrapper, the acceptance of a backward that is not linear in grad_output.
 CURES: dict[str, Around | None] = {
     "mutation": Copies(),
     "aliasing": Copies(),
@@ -62,16 +62,16 @@ CURES: dict[str, Around | None] = {
     "random_state": Seeded(),
     "linearity": None,
 }
-# What a cure does not reach: a saved tensor that is written into is found in the copies too, and random numbers
-# fall on other entries in another layout, from whatever seed.
+# What a cure cannot take away.  A saved tensor is written into in the copies too.  In another layout random numbers
+# go to other entries, with any seed.
 OUT_OF_REACH = {"random_state": (*STATE, *ARGUMENTS)}
-COMPILED = "compiled"  # the family of probes that take seconds each
+COMPILED = "compiled"  # a family of probes that take seconds each
 
 Ask = Callable[[Case, Sequence[Probe]], Iterable[Outcome]]
 
 
 def asked_again(case: Case, outcomes: Sequence[Outcome], ask: Ask) -> list[Outcome]:
-    """The outcomes, of which findings that outlive the cure of their cause say so."""
+    """The outcomes.  A finding that remains when its cause is cured is marked as independent."""
     found = {o.probe: o for o in outcomes if o.verdict == "finding"}
     for cause in CURES:
         if cause in found:
@@ -81,7 +81,7 @@ def asked_again(case: Case, outcomes: Sequence[Outcome], ask: Ask) -> list[Outco
 
 
 def _outlive(case: Case, cause: str, found: dict[str, Outcome], ask: Ask) -> list[str]:
-    """The probes that find the same where the cause is cured; none, if it cannot be."""
+    """The probes that still find something when the cause is cured; none if it cannot be cured."""
     asked = [
         PROBES[name]
         for name in CONSEQUENCES.get(cause, ())
@@ -89,8 +89,8 @@ def _outlive(case: Case, cause: str, found: dict[str, Outcome], ask: Ask) -> lis
     ]
     if not asked or (CURES[cause] is None and found[cause].evidence.startswith("raises")):
         return []
-    # The cure must cure, and not break what was right: a backward that ignores grad_output is not linear for a small one.
-    # Whoever reseeds touches the generator, so that random_state cannot see its own cure.
+    # The cure must work, and must not break what was right: a backward that ignores grad_output fails for a small one.
+    # Reseeding touches the generator, so random_state cannot see its own cure.
     right = [PROBES[name] for name in (cause, "first_order") if name == cause or name not in found]
     right = [p for p in right if p.name not in ("random_state", "linearity")]
     again = {o.probe: o for o in ask(_cured(case, cause), [*right, *asked])}
@@ -100,13 +100,13 @@ def _outlive(case: Case, cause: str, found: dict[str, Outcome], ask: Ask) -> lis
 
 
 def _in_reach(cause: str, outcome: Outcome) -> bool:
-    """Whether a cure would take the finding away, if that followed from the cause."""
+    """Whether the cure would take the finding away if the cause explained it."""
     name = outcome.probe
     if PROBES[name].family == COMPILED or name in OUT_OF_REACH.get(cause, STATE):
         return False
     if cause == "random_state" and "raises" in outcome.evidence:
-        return False  # what draws may be what raises
-    # Copies are written into too, and autograd may have saved them: only a missing graph has another cause.
+        return False  # the call that draws may be the one that raises
+    # Backward writes into the copies too, and autograd may have saved them.  Only a missing graph has another cause.
     return (
         cause != "mutation"
         or name != "second_order"

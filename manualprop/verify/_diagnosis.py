@@ -1,7 +1,7 @@
-"""Say how a gradient is wrong: hold it against the numerical one, and against what usual mistakes would give.
+"""Say how a gradient is wrong: compare it with the numerical one, and with what usual mistakes would give.
 
-H is the Jacobian by hand, N the numerical one, both seen through cotangents (rows) and directions (columns).  Each
-explanation below says what H would then be; the first that fits is named, the simplest first.
+H is the Jacobian by hand, N the numerical one.  Rows are cotangents, columns directions.  Each explanation
+(_explanations) says what H would be.  The first that fits is reported; the simplest come first.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from manualprop.verify._explanations import EXPLANATIONS, Wrong
 from manualprop.verify._subject import Subject
 
 NONE = "no simple explanation"
-MOST = 400  # entries of an input, and of the outputs, up to which the whole Jacobian is had for the diagnosis
+MOST = 400  # entries of an input, or of the outputs, up to which the diagnosis uses the whole Jacobian
 
 
 def explain(s: Subject, comparisons: Sequence[Comparison]) -> tuple[str, str, dict[str, Any]]:
-    """Evidence, diagnosis and details of a comparison in which something is wrong."""
+    """Evidence, diagnosis and details for comparisons of which some are wrong."""
     wrong = [_masked(s, _whole(s, c), comparisons) for c in comparisons if c.wrong.any()]
     diagnoses = {w.name: _diagnosed(w) for w in wrong}
     distinct = list(dict.fromkeys(diagnoses.values()))
@@ -41,7 +41,7 @@ def explain(s: Subject, comparisons: Sequence[Comparison]) -> tuple[str, str, di
 
 
 def of_refused_shape(text: str, s: Subject) -> str:
-    """What autograd's complaint about a gradient's shape tells."""
+    """The diagnosis from autograd's error about a gradient's shape."""
     shapes = re.search(r"got \[([\d, ]*)\] but expected shape compatible with \[([\d, ]*)\]", text)
     if shapes is None:
         return ""
@@ -73,7 +73,7 @@ def _left_of(shape: Sequence[int], some: Sequence[int]) -> bool:
 
 
 def _whole(s: Subject, c: Comparison) -> Comparison:
-    """The comparison with unit vectors on both sides, if that can be had and shows the error too."""
+    """The comparison with unit vectors on both sides, if it is affordable and shows the error too."""
     m, n = c.cotangents.shape[1], c.directions.shape[1]
     if c.whole or max(m, n) > MOST or getattr(s, "base", None) is not None:
         return c
@@ -125,7 +125,7 @@ def _worst(w: Wrong) -> dict[str, Any]:
 
 
 def _nearest_kink(w: Wrong, column: Tensor, value: float) -> float | None:
-    """Where, within 1 of the entry, the slope jumps: the nearest such place, or None."""
+    """The nearest place where the slope jumps, or None.  It looks as far as the entry is large, at least 1."""
     evaluate = _only(w.s, w.c.point, column)
     reach = max(1.0, abs(value))
     t = torch.linspace(-reach, reach, 65, dtype=torch.float64)
@@ -146,7 +146,7 @@ def _nearest_kink(w: Wrong, column: Tensor, value: float) -> float | None:
 
 
 def _refined(evaluate: _numeric.Evaluate, low: float, high: float) -> float:
-    """The kink between ``low`` and ``high``: where the second difference is largest, closer each time."""
+    """The kink between ``low`` and ``high``: the largest second difference, in a smaller interval each time."""
     for _ in range(6):
         t = torch.linspace(low, high, 9, dtype=torch.float64)
         y = torch.stack([evaluate(float(k)) for k in t])
@@ -157,7 +157,7 @@ def _refined(evaluate: _numeric.Evaluate, low: float, high: float) -> float:
 
 
 def _heat_map(w: Wrong, most: int = 128) -> dict[str, Any]:
-    """|hand - numeric|, as far as a page can show it."""
+    """|hand - numeric|, the part that a page can show."""
     error = (w.c.hand - w.c.numeric).abs()[:most, :most]
     rounded = [[float(f"{e:.3g}") if math.isfinite(e) else None for e in row] for row in error.tolist()]
     return {

@@ -1,4 +1,4 @@
-"""Hold the tensors of two runs against each other."""
+"""Compare the tensors of two runs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from manualprop.verify._subject import Subject
 
 
 class Difference(NamedTuple):
-    """Where two runs are furthest apart."""
+    """Where two runs differ most."""
 
     which: int  # of the tensors
     place: tuple[int, ...]
     found: float
     expected: float
-    relative: float  # to the largest entry of what was expected
+    relative: float  # to the largest expected entry
 
     def __str__(self) -> str:
         at = f" at {list(self.place)}" if self.place else ""
@@ -26,7 +26,7 @@ class Difference(NamedTuple):
 
 
 def tolerance(s: Subject) -> float:
-    """By how much two runs of the function may differ that only sum in another order, relative to the largest."""
+    """By how much two runs may differ, relative to the largest entry, if they only sum in another order."""
     largest = max((_largest(y) for y in s.outputs), default=0.0)
     eps = max(torch.finfo(p.dtype).eps for p in s.points)
     return max(1e-9, 100 * eps, 100 * s.noise / largest if largest > 0 else 0.0)
@@ -39,9 +39,10 @@ def difference(
     scales: Sequence[float] | None = None,
     rough: Sequence[float] = (),
 ) -> Difference | None:
-    """The worst disagreement beyond ``rtol`` times the larger of the largest entry and ``scales``, or None.
+    """The largest difference beyond ``rtol`` times the larger of the largest entry and ``scales``, or None.
 
-    Each tensor may besides be off by what ``rough`` says of it, in absolute terms.  A missing gradient is one of zeros.  NaN agrees with NaN, and infinity with itself.
+    ``rough`` allows each tensor an absolute error besides.  None counts as a gradient of zeros.  NaN agrees with NaN,
+    and infinity with itself.
     """
     worst: Difference | None = None
     for i, (a, b) in enumerate(zip(found, expected, strict=True)):

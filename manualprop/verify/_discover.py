@@ -1,4 +1,4 @@
-"""Find what there is to verify in a module: cases, and Functions at inputs that they accept."""
+"""Find what to verify in a module: cases, and Functions with inputs that they accept."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Found(NamedTuple):
     """Something to verify.
 
     Args:
-        target: by which the command finds it again, as in ``mypackage.ops:Swish``.
-        case: how it is called; None if no inputs were found that it accepts.
-        guessed: the inputs that were made up for it, in words; empty for a case of the author's.
+        target: the name for the command, as in ``mypackage.ops:Swish``.
+        case: how it is called; None if no accepted inputs were found.
+        guessed: the inputs that were made up for it, in words; empty for the author's own case.
     """
 
     target: str
@@ -38,14 +38,14 @@ class Found(NamedTuple):
 
 
 class NotFound(Exception):
-    """Of a target that names nothing.  Its text is one line for the user."""
+    """A target names nothing.  The text is one line for the user."""
 
 
 def discover(target: str, seed: int = 0) -> list[Found]:
-    """Everything to verify behind ``package.module[:Name]`` or ``path/to/file.py[:Name]``.
+    """Everything to verify in ``package.module[:Name]`` or ``path/to/file.py[:Name]``.
 
-    Of a module: every :class:`Case` among its attributes, alone or in a list, tuple or dict, and every
-    ``autograd.Function`` defined in it for which there is no case.  Of a package: its modules' too.
+    In a module: every :class:`Case` among its attributes, alone or in a list, tuple or dict, and every
+    ``autograd.Function`` defined there that has no case.  In a package: the same in all its modules.
 
     Raises:
         NotFound: if there is no such module or name, or it holds nothing to verify.
@@ -62,7 +62,7 @@ def discover(target: str, seed: int = 0) -> list[Found]:
 
 def _imported(home: str) -> ModuleType:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # a console script does not see the working directory
+        sys.path.insert(0, str(Path.cwd()))  # a console script lacks the working directory
     try:
         if home.endswith(".py"):
             return _from_file(Path(home))
@@ -114,7 +114,7 @@ def _cases(name: str, value: Any) -> Iterator[tuple[str, Case]]:
 
 
 def _is_function(value: Any) -> bool:
-    """Whether it is a Function with a forward: not a base class of such."""
+    """Whether it is a Function that defines forward."""
     base = torch.autograd.Function
     return isinstance(value, type) and issubclass(value, base) and value.forward is not base.forward
 
@@ -144,9 +144,9 @@ def _named(module: ModuleType, home: str, name: str, seed: int) -> Found:
     raise NotFound(f"{target} is no autograd.Function, no Case and no function. Got {type(value).__name__}")
 
 
-# ----- inputs for a Function that comes without -----
+# ----- inputs for a Function without a case -----
 
-# Shapes that usual operations take together, for one, two, ... tensors; the rest of a row is for optional ones.
+# Shapes that usual operations take together.  A Function of k tensors uses the first k of a row.
 _N, _C, _K = 4, 5, 3
 SHAPES: tuple[tuple[tuple[int, ...], ...], ...] = (
     ((_N, _C),) * 6,
@@ -188,7 +188,7 @@ def _guessed(fn: Callable[..., Any], forward: Callable[..., Any], target: str, s
 
 
 def _tensors_and_others(forward: Callable[..., Any]) -> list[inspect.Parameter] | None:
-    """The parameters that must be given, without ctx; None if they cannot be known."""
+    """The required parameters, without ctx; None if they are unknown."""
     try:
         parameters = list(inspect.signature(forward).parameters.values())
     except (TypeError, ValueError):
@@ -201,14 +201,16 @@ def _tensors_and_others(forward: Callable[..., Any]) -> list[inspect.Parameter] 
     needed = [
         p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     ]
-    return needed or several  # of `*inputs` alone, one
+    return needed or several  # for `*inputs` alone, one
 
 
 def _first_accepted(
     fn: Callable[..., Any], parameters: Sequence[inspect.Parameter], seed: int
 ) -> tuple[int, dict[int, float]] | None:
-    """Which trial is the first that runs forward and backward, else the first that runs forward; and the arguments
-    that are numbers, as their gradients that are missing tell."""
+    """The first trial that runs forward and backward, else the first that runs forward; and which arguments are numbers.
+
+    An argument that gets no gradient may be a number.
+    """
     forward_only = None
     for position, args in enumerate(_trials(parameters, seed)):
         with warnings.catch_warnings():
@@ -229,7 +231,7 @@ def _first_accepted(
     return None if forward_only is None else (forward_only, {})
 
 
-# Names of tensors that have no gradient, and are no numbers for that.
+# Names of arguments that stay tensors although they get no gradient.
 _TENSORS = re.compile(
     r"^.$|target|label|mask|index|idx|weight|bias|input|other|grad|noise|mean|var|query|key|value"
 )
@@ -238,7 +240,7 @@ _TENSORS = re.compile(
 def _numbers_among(
     fn: Callable[..., Any], parameters: Sequence[inspect.Parameter], args: tuple[Any, ...]
 ) -> dict[int, float]:
-    """Which tensors that got no gradient may be numbers: an un-annotated num_bits is no tensor to be trained."""
+    """Which tensors without a gradient may be numbers, as an un-annotated num_bits."""
     found: dict[int, float] = {}
     for i, (parameter, a) in enumerate(zip(parameters, args, strict=False)):
         if not isinstance(a, Tensor) or not a.requires_grad or a.grad is not None:
@@ -257,7 +259,7 @@ def _numbers_among(
 
 
 def _trials(parameters: Sequence[inspect.Parameter], seed: int) -> Iterator[tuple[Any, ...]]:
-    """Argument lists to try, the likeliest first."""
+    """Argument lists to try, the most likely first."""
     others = [_other(p) for p in parameters]
     count = sum(o is None for o in others)
     seen = set()
@@ -275,7 +277,7 @@ def _trials(parameters: Sequence[inspect.Parameter], seed: int) -> Iterator[tupl
 
 
 def _kinds(count: int, later: str) -> Iterator[tuple[str, ...]]:
-    """Kinds of the tensors: all normal, all positive, or indices in one place."""
+    """Kinds of the tensors: all normal, all positive, or one an index."""
     if later != "index":
         yield (later,) * count
         return
@@ -303,7 +305,7 @@ _BY_NAME: dict[str, _Value] = {
 
 
 def _other(parameter: inspect.Parameter) -> _Value:
-    """The value of a parameter that is no tensor, in a tuple; None for a tensor."""
+    """The value of a parameter that is not a tensor, in a tuple; None for a tensor."""
     annotation = parameter.annotation
     if isinstance(annotation, str):
         annotation = {"float": float, "int": int, "bool": bool}.get(annotation, annotation)

@@ -1,7 +1,7 @@
-"""What usual mistakes would give: each explanation says what the Jacobian by hand would then be.
+"""Usual mistakes: each explanation says what the Jacobian by hand would be.
 
-H is the Jacobian by hand, N the numerical one, both seen through cotangents (rows) and directions (columns).  The
-first that fits to rounding is named, the simplest first.
+H is the Jacobian by hand, N the numerical one.  Rows are cotangents, columns directions.  The first explanation that
+fits to rounding is reported; the simplest come first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FIT = 2e-6  # of the largest entry: how closely an explanation must fit
 
 
 class Wrong(NamedTuple):
-    """One input's wrong Jacobian, with what cannot be judged (kinks, infinities) masked out."""
+    """One input's wrong Jacobian.  Entries that cannot be judged (kinks, infinities) are 0."""
 
     s: Subject
     c: Comparison
@@ -41,18 +41,18 @@ class Wrong(NamedTuple):
         return self.s.points[self.c.point]
 
     def fits(self, hand: Tensor, explained: Tensor) -> bool:
-        """Whether ``explained`` accounts for what the hand gave."""
+        """Whether ``explained`` agrees with the Jacobian by hand."""
         scale = max(hand.abs().max().item(), explained.abs().max().item()) if hand.numel() else 0.0
         return bool(((hand - explained).abs() <= FIT * scale + self.c.tolerance).all())
 
     @property
     def negligible(self) -> bool:
-        """Whether the error is hardly more than what differences may be off by: then anything would explain it."""
+        """Whether the error is hardly above the tolerance: then every explanation would fit."""
         beyond = ((self.hand - self.numeric).abs() / self.c.tolerance).where(self.c.wrong, 0)
         return not bool((beyond > 8).any())
 
 
-# ----- explanations, the simplest first; each returns a sentence or nothing -----
+# ----- explanations, the simplest first: each returns a sentence or nothing -----
 
 
 def _zero(w: Wrong) -> str:
@@ -69,7 +69,7 @@ def _exchanged(w: Wrong) -> str:
         if other.point == w.c.point or w.s.points[other.point].shape != w.point.shape:
             continue
         if not other.wrong.any():
-            continue  # the same gradient twice is no exchange
+            continue  # two equal gradients are not exchanged
         if other.numeric.shape == w.hand.shape and w.fits(w.hand, other.numeric):
             return f"exchanged: this is the gradient of {w.s.names[other.point]}"
     return ""
@@ -96,7 +96,7 @@ def _number(c: float) -> str:
 
 
 def _meaning(c: float, w: Wrong) -> str:
-    """What a constant factor usually comes from."""
+    """The usual origin of a constant factor."""
     if abs(c + 1) < 1e-5:
         return ": wrong sign"
     sign = ", and wrong sign" if c < 0 else ""
@@ -124,7 +124,7 @@ def _meaning(c: float, w: Wrong) -> str:
 
 
 def _as_share(c: float, n: int) -> str:
-    """The factor as a fraction, unless it was written as one already."""
+    """The factor as a fraction, unless ``_number`` writes it as one."""
     share = f"{'-' * (c < 0)}1/{n}"
     return "" if _number(c) == share else f" = {share}"
 
@@ -142,7 +142,7 @@ def _sizes(w: Wrong) -> Iterator[tuple[int, str]]:
 
 
 def _ignores_grad_output(w: Wrong) -> str:
-    """H (1) = N (1) though rows are wrong: only the sum of the outputs was thought of."""
+    """1 H = 1 N although rows are wrong: right only for the sum of the outputs."""
     s, i = w.s, w.c.point
     ones = s.gradients(cotangents=[torch.ones_like(y) for y in s.outputs])[i]
     others = s.gradients(cotangents=s.random_like(s.outputs, 3))[i]
@@ -155,7 +155,7 @@ def _ignores_grad_output(w: Wrong) -> str:
     right = w.numeric.sum(0)
     slack = FIT * w.numeric.abs().sum(0).max() + w.c.tolerance.sum(0)
     if not bool((right.abs() > slack).any()):
-        return ""  # ones send nothing back through a softmax or a norm: agreement there says nothing
+        return ""  # through a softmax or a norm, ones give a gradient of 0: agreement means nothing
     good = (_numeric.flat([ones]) - right).abs() <= slack
     return "right only for a grad_output of ones" if bool((good | w.c.kinks.any(0)).all()) else ""
 
@@ -176,7 +176,7 @@ def _transposed(w: Wrong) -> str:
 
 
 def _reversed(w: Wrong) -> str:
-    """H is N with the entries of the input counted from the other end, as with a kernel that is not flipped."""
+    """H is N with the entries of the input in reverse order, as with a kernel that is not flipped."""
     if not w.c.whole:
         return ""
     dims = [d for d in range(w.point.dim()) if w.point.shape[d] > 1]
@@ -191,14 +191,14 @@ def _reversed(w: Wrong) -> str:
 
 
 def _factor_in_order(w: Wrong, order: Tensor) -> float | None:
-    """The c for which H = c N, where N has the entries of the input in another order; None if there is none."""
+    """The c for which H = c N, with the entries of the input in another order; None if there is none."""
     explained = w.numeric[:, order.reshape(-1)]
     c = _ratio(w.hand, explained)
     return c if c is not None and w.fits(w.hand, c * explained) else None
 
 
 def _missing_sum(w: Wrong) -> str:
-    """Rows of H are those of N for some entries of the output, and zeros for the others."""
+    """For some entries of the output the rows of H are those of N; for the others they are 0."""
     if not w.c.whole:
         return ""
     tolerance = FIT * w.numeric.abs().max() + w.c.tolerance
@@ -228,7 +228,7 @@ def _missing_sum(w: Wrong) -> str:
 
 
 def _one_output(w: Wrong) -> str:
-    """Wrong only in what comes through some of several outputs."""
+    """Wrong only for some of several outputs."""
     if len(w.s.outputs) < 2:
         return ""
     bad = w.c.wrong.any(1)
@@ -249,7 +249,7 @@ def _one_output(w: Wrong) -> str:
 
 
 def _elsewhere(w: Wrong) -> str:
-    """H is the derivative at another point: a saved tensor was overwritten, or is of another call."""
+    """H is the derivative at another point: a saved tensor was overwritten, or comes from another call."""
     if not w.c.whole or getattr(w.s, "base", None) is not None:
         return ""
     direction = normal((w.c.directions.shape[1],), generator("elsewhere"))
@@ -309,7 +309,7 @@ def _part(w: Wrong) -> str:
 
 
 def _where(bad: Tensor, x: Tensor, shape: torch.Size) -> str:
-    """A condition that tells the wrong entries from the right ones."""
+    """A condition that separates the wrong entries from the right ones."""
     good = ~bad
     for text, condition in (
         ("where it is negative", x < 0),
@@ -335,7 +335,7 @@ def _where(bad: Tensor, x: Tensor, shape: torch.Size) -> str:
 
 
 def _handed_on(w: Wrong) -> str:
-    """H is the identity, and N is not."""
+    """H is the identity; N is not."""
     n = len(w.hand)
     if not w.c.whole or n != w.hand.shape[1] or getattr(w.s, "base", None) is not None:
         return ""
@@ -350,7 +350,7 @@ def _handed_on(w: Wrong) -> str:
 
 
 def _one_path(w: Wrong) -> str:
-    """The Jacobian is a sum of paths, of which one is wrong: D = H - N is that path, scaled."""
+    """The Jacobian is a sum of paths, and one is wrong: D = H - N is that path times a factor."""
     if not w.c.whole:
         return ""
     n, d = w.numeric, w.hand - w.numeric
@@ -387,7 +387,7 @@ def _rank(m: Tensor, w: Wrong) -> int:
 
 
 def _own_factors(w: Wrong) -> str:
-    """H = N with a factor for each entry of the input, or of the output."""
+    """H is N with a factor for each entry of the input or of the output."""
     if not w.c.whole:
         return ""
     for what, dim, tensors in (
@@ -417,7 +417,7 @@ def _own_factors(w: Wrong) -> str:
 
 
 def _step(w: Wrong) -> str:
-    """The output is a step, whose slope is 0, and backward is something else: on purpose, most of the time."""
+    """The output is a step with slope 0; backward is not 0, mostly on purpose."""
     if not bool((w.numeric.abs() <= w.c.tolerance).all()) or not bool(w.hand.abs().max() > 0):
         return ""
     if getattr(w.s, "base", None) is not None:
@@ -443,7 +443,7 @@ def _step(w: Wrong) -> str:
 
 
 def _softmax_axis(w: Wrong) -> str:
-    """The Jacobian of softmax or log_softmax over one axis where it should be over another."""
+    """H is the Jacobian of softmax or log_softmax over one axis; it should be over another."""
     y = w.s.outputs[0] if len(w.s.outputs) == 1 else None
     if y is None or not w.c.whole or y.shape != w.point.shape or y.dim() < 2:
         return ""
@@ -469,7 +469,7 @@ def _softmax_axis(w: Wrong) -> str:
 
 
 def _detached(w: Wrong) -> str:
-    """y = x a(x), of which one factor is taken for a constant."""
+    """y = x a(x), and backward takes one factor for a constant."""
     if not w.c.whole or w.hand.shape[0] != w.hand.shape[1] or getattr(w.s, "base", None) is not None:
         return ""
     x = _numeric.flat([w.point])
@@ -487,7 +487,7 @@ def _detached(w: Wrong) -> str:
 
 
 def _missing_eps(w: Wrong) -> str:
-    """The error falls with the square, or the first power, of the input's size: as without what keeps from 0."""
+    """The error falls with the square or the first power of the input's size, as when eps is missing."""
     if getattr(w.s, "base", None) is not None:
         return ""
     off = []

@@ -12,7 +12,7 @@ from manualprop.verify._report import MARK, Outcome, Report, together
 
 
 def junit(reports: Sequence[Report]) -> str:
-    """One test suite for each report, one test case for each probe; a limit counts as skipped."""
+    """One test suite for each report, one test case for each probe.  A limit counts as skipped."""
     root = ElementTree.Element("testsuites")
     for report in reports:
         verdicts = [o.verdict for o in report.outcomes]
@@ -40,7 +40,7 @@ def junit(reports: Sequence[Report]) -> str:
 
 
 def _clean(text: str) -> str:
-    """Without the control characters that XML cannot hold."""
+    """The text without control characters, which XML cannot hold."""
     return "".join(c for c in text if c >= " " or c in "\n\t")
 
 
@@ -60,7 +60,7 @@ svg { max-width: 100%; height: auto; max-height: 24rem; border: 1px solid #ccc; 
 
 
 def html(reports: Sequence[Report]) -> str:
-    """A page that stands alone: who has findings, each with its heat map of |hand - numerical|; the rest folded away."""
+    """A page without other files: findings first, each with a heat map of |hand - numerical|; the rest is folded."""
     body = [
         f"<h1>Gradient verification: {sum(not r.passed for r in reports)} of {len(reports)} with findings</h1>"
     ]
@@ -133,7 +133,7 @@ def _heat_map(probe: str, name: str, heat: dict[str, Any]) -> str:
 
 
 def _colour(error: float | None, top: float) -> str:
-    """From white, at a millionth of the largest error or less, through orange to dark red."""
+    """White for a millionth of the largest error or less, then orange, then dark red."""
     if error is None:
         return "#000000"
     if not error or not top:

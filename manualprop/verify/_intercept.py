@@ -1,4 +1,4 @@
-"""Watch the Functions of a package while a test suite runs, and verify them where it really calls them."""
+"""Watch the Functions of a package while a test suite runs, and verify them at the inputs that it uses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from manualprop.verify._report import Report
 from manualprop.verify._settings import known_findings, project_settings, read_baseline, write_baseline
 from manualprop.verify._subject import is_float
 
-MOST_INPUTS = 3  # kinds of inputs at which one Function is verified
+MOST_INPUTS = 3  # kinds of inputs for one Function
 MOST_ENTRIES = 1_000_000  # of a tensor: larger inputs are not kept
 
 
@@ -29,9 +29,9 @@ class Interceptor:
 
     Args:
         packages: names of packages or modules, as in ``mypackage.ops``.
-        level: of the checks; pyproject.toml's, or quick, if not given.
+        level: of the checks; by default that of pyproject.toml, or quick.
         only: names of the probes to run.
-        baseline: a file of known findings; pyproject.toml's, if not given.
+        baseline: a file of known findings; by default that of pyproject.toml.
         update: write the findings into that file instead of failing on them.
     """
 
@@ -63,20 +63,20 @@ class Interceptor:
     # ----- watching -----
 
     def _wrap(self, cls: type[Function]) -> None:
-        """Put our apply before the class's own."""
+        """Wrap the class's apply."""
         self._wrapped.add(cls)
-        original: Any = vars(cls)["apply"]  # a classmethod, from torch 2.14 on one written in C
+        original: Any = vars(cls)["apply"]  # a classmethod; from torch 2.14 on it is written in C
         watch = self
 
         def apply(this: type[Function], *args: Any, **kwargs: Any) -> Any:
             watch.note(this, args, kwargs)
             return original.__get__(None, this)(*args, **kwargs)
 
-        leave_to_python(apply)  # the compiler cannot follow the call of what is written in C
+        leave_to_python(apply)  # the compiler cannot trace a call into C
         cls.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
 
     def watch_overriding(self) -> None:
-        """Classes with an apply of their own, whose base's apply may never be called."""
+        """Wrap classes that override apply: they may never call their base's."""
         for cls in _subclasses(Function):
             if (
                 "apply" in vars(cls)
@@ -86,7 +86,7 @@ class Interceptor:
                 self._wrap(cls)
 
     def note(self, cls: type[Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keep what the Function is called with, if it is of our packages and this kind of call is new."""
+        """Keep the arguments, if the Function is in one of the packages and this kind of call is new."""
         if not any(cls.__module__ == p or cls.__module__.startswith(f"{p}.") for p in self.packages):
             return
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
@@ -102,19 +102,18 @@ class Interceptor:
             return
         met.add(signature)
         args, kwargs = tree_map(_kept, (args, kwargs))
-        # A Function need not be defined where autograd does not ask: transforms and orders are its author's choice,
-        # so what is unsupported and loud stays a limit.
+        # The author need not support every transform and order.  What is unsupported and loud stays a limit.
         self.waiting.append(Case(cls.apply, args, kwargs, name=f"{cls.__module__}.{cls.__qualname__}"))
 
     def verify(self) -> list[Report]:
-        """Verify what was noted since the last time, and return the reports with findings."""
+        """Verify the calls noted since the last time, and return the reports with findings."""
         cases, self.waiting = self.waiting, []
         new = [report for report in map(self._verified, cases) if report is not None]
         self.reports += new
         return [] if self.update else [report for report in new if not report.passed]
 
     def finish(self) -> None:
-        """Write the baseline, if that was asked for."""
+        """Write the baseline, if ``update`` was given."""
         if self.update and self.baseline is not None:
             write_baseline(self.baseline, [(report.name, report) for report in self.reports])
 
@@ -129,7 +128,7 @@ class Interceptor:
             return None
 
     def summary(self) -> list[str]:
-        """A line for each report, and for what could not be verified."""
+        """A line for each report, and one for each call that could not be verified."""
         lines = [report.summary() for report in self.reports] + [
             f"not verified: {error}" for error in self.errors
         ]

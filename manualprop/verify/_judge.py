@@ -1,4 +1,4 @@
-"""Ask one probe of a subject, and turn whatever happens into an outcome."""
+"""Run one probe on a subject, and turn whatever happens into an outcome."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _HERE = os.path.dirname(__file__)
 
 
 def judged(probe: Probe, subject: Subject) -> Outcome:
-    """The outcome of one probe; an exception in the code that it checks is a finding."""
+    """The outcome of one probe.  An exception in the checked code is a finding."""
     start = time.perf_counter()
     subject.restore()
     with warnings.catch_warnings():
@@ -41,7 +41,7 @@ def judged(probe: Probe, subject: Subject) -> Outcome:
 
 
 def _raised(probe: Probe, subject: Subject, error: Exception) -> Outcome:
-    """What an exception in a probe means: the plain run's, told once; or what only this probe meets."""
+    """What an exception in a probe means.  If the plain run raises it too, first_order alone reports it."""
     if probe.name != "first_order" and _plain_backward_raises(subject):
         return skipped("the plain backward raises: see first_order")
     if _of_our_own(error):
@@ -50,11 +50,11 @@ def _raised(probe: Probe, subject: Subject, error: Exception) -> Outcome:
 
 
 def _of_our_own(error: Exception) -> bool:
-    """Whether it comes from what a probe does with the numbers, and not from the code that it checks."""
+    """Whether the probe raised it, and not the checked code."""
     frames = traceback.extract_tb(error.__traceback__)
     if any(f.name in ("allowed", "_projected", "made") and _is_ours(f) for f in frames):
-        return True  # what the case says of its domain
-    # A function in C has no frame of its own: where it is called, `called` is the last.
+        return True  # the domain, project or inputs of the case
+    # A function in C has no frame of its own: the last frame is then the one that calls it.
     return _is_ours(frames[-1]) and frames[-1].name not in ("called", "call", "meant")
 
 
@@ -71,7 +71,7 @@ def _plain_backward_raises(subject: Subject) -> bool:
 
 
 def prepared(case: Case, quick: bool) -> Subject | Outcome:
-    """The case made ready to run, or the finding that it does not run at all."""
+    """The case, ready to run; or the finding that it does not run at all."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

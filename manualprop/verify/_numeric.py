@@ -1,10 +1,10 @@
-"""Derivatives by differences, with an estimate of their error.
+"""Derivatives by finite differences, with an estimate of their error.
 
     D(h) = (f(x + h d) - f(x - h d)) / 2h = f' + c2 h^2 + c4 h^4 + ...
 
 Richardson: with h smaller by q each time, T[i][j] = (q^2j T[i][j-1] - T[i-1][j-1]) / (q^2j - 1) has no term h^2j left.
-Of all entries of the table the one with the smallest error estimate is taken, for each element apart (Ridders 1982,
-"Accurate computation of F'(x) and F'(x) F''(x)"): large h for rough functions, small h beside a kink.
+For each element the table's entry with the smallest error estimate is taken (Ridders 1982, "Accurate computation of
+F'(x) and F'(x) F''(x)"): large h for rough functions, small h beside a kink.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def derivative(
     dtype: torch.dtype = torch.float64,
     first: float | None = None,
 ) -> Estimate:
-    """d/dt at 0 of ``evaluate``, whose values are uncertain by ``noise``, by central differences, extrapolated.
+    """d/dt of ``evaluate`` at 0, by extrapolated central differences.  Its values are uncertain by ``noise``.
 
-    The largest step is ``first``, if it is given.
+    The largest step is ``first``, if given.
     """
     h = steps(dtype, 7) if first is None else [first / RATIO**k for k in range(4)]
     differences = ((_safe(evaluate, s) - _safe(evaluate, -s)) / (2 * s) for s in h)
@@ -58,14 +58,14 @@ def one_sided(
 
 
 def staircase(evaluate: Evaluate, noise: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """Where small steps find another slope than large ones, as bools: a staircase looks like a ramp from afar."""
+    """Where small steps find another slope than large ones, as bools.  Seen in large steps, a staircase is a ramp."""
     far = derivative(evaluate, noise, dtype)
     near = derivative(evaluate, noise, dtype, first=1e-5)
     return (far.value - near.value).abs() > 1e-3 + 10 * (far.error + near.error)
 
 
 def noise(evaluate: Evaluate) -> float:
-    """How far values of ``evaluate`` scatter about a smooth curve: its rounding, whatever dtype it works in inside."""
+    """How far values of ``evaluate`` scatter about a smooth curve: its rounding, in any dtype that it uses inside."""
     each = noises(evaluate)
     each = each[torch.isfinite(each)]
     return float(each.max()) if each.numel() else 0.0
@@ -75,7 +75,7 @@ def noises(evaluate: Evaluate) -> Tensor:
     """The same for each entry of ``evaluate``; NaN for those that are not finite."""
     t = torch.arange(-4, 5, dtype=torch.float64)
     y = torch.stack([_safe(evaluate, 3e-8 * k) for k in t.tolist()])
-    # Orthonormal polynomials of degree 0 to 2 on these points: what they leave is no smooth curve.
+    # Orthonormal polynomials of degree 0 to 2 on these points.  What they do not fit is noise.
     curve = torch.stack([torch.ones_like(t), t, t * t - (t * t).mean()], 1)
     curve = curve / curve.norm(dim=0)
     residual = (y - curve @ (curve.T @ y)).abs().amax(0) if y.numel() else y.sum(0)
@@ -86,8 +86,8 @@ def noises(evaluate: Evaluate) -> Tensor:
 def _extrapolated(differences: Iterable[Tensor], power: int, floors: Sequence[float | Tensor]) -> Estimate:
     """The best entry of Richardson's table; the error has powers ``power``, 2 ``power``, ... of h.
 
-    No entry is better than the ``floors`` that noise sets for its smallest step.  They grow as the step shrinks, so
-    the rest of ``differences`` is not even asked for once the next floor is above every error.
+    Noise limits each entry: ``floors`` are its errors for each step.  They grow as the step shrinks.  Once the next
+    floor is above every error, no more ``differences`` are computed.
     """
     best: Estimate | None = None
     above: list[Tensor] = []

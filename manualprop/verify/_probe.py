@@ -1,4 +1,4 @@
-"""The registry of probes: what each is called, when it runs, and what it takes for support."""
+"""The registry of probes: their names, levels and families."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Probe(NamedTuple):
     """One question asked of a function.
 
     Args:
-        name: of the probe, as reports, declarations and ``only`` call it.
-        run: asks it.  May raise: what it raises becomes a finding.
+        name: in reports, in ``accept``, ``declare`` and ``only``.
+        run: the probe.  What it raises becomes a finding.
         level: the first at which it runs: ``quick``, ``full`` or ``deep``.
-        alone: whether it runs in a process of its own, since it changes what others would see or may crash.
-        family: name of the module it stands in.
+        alone: whether it runs in a process of its own, because it may crash or disturb other probes.
+        family: name of its module.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Probe(NamedTuple):
 
 PROBES: dict[str, Probe] = {}
 
-# What users call a feature -> the probes that show it.
+# A group, named as users call the feature -> its probes.
 FEATURES = {
     "double_backward": ("second_order", "third_order"),
     "transforms": ("vmap", "func_grad", "jacrev", "jacfwd", "vmap_grad"),
@@ -41,7 +41,7 @@ FEATURES = {
 
 
 def probe(level: Level = "quick", *, alone: bool = False) -> Callable[[Run], Run]:
-    """Register a function as the probe of its name."""
+    """Register a function as a probe.  Its name is the probe's."""
 
     def register(run: Run) -> Run:
         name = run.__name__

@@ -1,6 +1,6 @@
-"""Run probes in forked children: a crash or a hang is a finding, and nothing of the caller's process changes.
+"""Run probes in forked children: a crash or a hang is a finding, and nothing in the caller's process changes.
 
-A fork, and not a fresh process, since what is checked may be a closure or a local class, which cannot be pickled.
+A fork, not a fresh process: the checked code may be a closure or a local class, which cannot be pickled.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ from manualprop.verify._probe import Probe
 from manualprop.verify._report import Outcome, finding, skipped
 from manualprop.verify._subject import BadUse
 
-# Importing these in a child would cost every child anew.
+# Imported before the fork: otherwise every child would import them again.
 _WARM = (
     "torch._functorch.autograd_function",
     "torch.func",
     "torch._decomp.decompositions_for_jvp",
     "torch.fx.experimental.symbolic_shapes",  # by torch.autograd.grad with grad_outputs
 )
-# Those of the compiler take a second, and another for its back ends: for the families that need them.
+# The compiler takes a second to import, and its back ends another.  So only for the families that need them.
 _WARM_FOR = {
-    "routes": ("torch._dynamo",),  # torch.utils.checkpoint asks for its settings
+    "routes": ("torch._dynamo",),  # torch.utils.checkpoint imports it
     "compiled": ("torch._dynamo", "torch._functorch.aot_autograd", "torch._inductor.compile_fx"),
 }
 
 
 def can_fork() -> bool:
-    """Whether this platform forks, and the autograd engine has no threads of its own that a child would lack."""
+    """Whether the platform can fork, and the autograd engine has no threads that a child would lack."""
     return hasattr(os, "fork") and sys.platform != "darwin" and not torch.cuda.is_initialized()
 
 
 def outcomes(
     case: Case, probes: Sequence[Probe], time_limit: float, quick: bool = False
 ) -> Iterator[Outcome]:
-    """The outcome of each probe, in order, as it comes; ``quick`` ones look at less of what is expensive.
+    """The outcome of each probe, in order, as it comes.  ``quick`` looks at less of an expensive function.
 
     Raises:
-        ValueError, TypeError: what a wrong use of the check deserves.
+        ValueError, TypeError: for a wrong use of the check.
     """
     _warm(probes, quick)
     rest = list(probes)
@@ -94,7 +94,10 @@ def _warm(probes: Sequence[Probe], quick: bool) -> None:
 
 
 def in_child(question: Callable[[], Any], time_limit: float) -> Any:
-    """What ``question`` returns in a child; None if it crashes, hangs or raises.  Here, where there is no fork."""
+    """What ``question`` returns in a child process; None if it crashes, hangs or raises.
+
+    Without fork it runs in this process.
+    """
     if not can_fork():
         return question()
     connection, theirs = Pipe(duplex=False)
@@ -119,17 +122,17 @@ def in_child(question: Callable[[], Any], time_limit: float) -> Any:
 
 
 def _forked() -> int:
-    """os.fork, with nothing in the buffers that both sides would print."""
+    """os.fork, after a flush: otherwise both processes would print what is in the buffers."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     with warnings.catch_warnings():
-        # Python 3.12 warns of a fork beside threads.  The child starts no parallel region of torch.
+        # Python 3.12 warns of a fork in a process with threads.  The child starts no parallel region of torch.
         warnings.simplefilter("ignore", DeprecationWarning)
         return os.fork()
 
 
 def _batch(probes: Sequence[Probe]) -> list[Probe]:
-    """As many as share a child: one that must be alone, or all before the next such."""
+    """The probes that share a child: one that must be alone, or all before the next such one."""
     if probes[0].alone:
         return [probes[0]]
     alone = next((i for i, p in enumerate(probes) if p.alone), len(probes))
@@ -146,7 +149,7 @@ class _Child:
         theirs.close()
 
     def receive(self, time_limit: float) -> Any:
-        """What the child says next, or the finding that it crashed or was given up, which names no probe."""
+        """The child's next message, or the finding that it crashed or was given up.  The finding names no probe."""
         start = time.perf_counter()
         ended = self._wait(time_limit)
         if ended:
@@ -160,10 +163,10 @@ class _Child:
             return dataclasses.replace(finding(f"crashes the process: {_end(status)}"), seconds=seconds)
 
     def _wait(self, time_limit: float) -> str:
-        """Wait for the child; the limit that it reached, in words, or nothing.
+        """Wait for the child.  Returns the limit that it reached, in words, or nothing.
 
-        It counts the processor time of the child, so that a loaded machine gives up no sooner; and the time in which
-        the child computes nothing at all, as in a deadlock.
+        The limit counts the child's processor time, so a loaded machine gives up no sooner.  It also counts the time
+        in which the child computes nothing, as in a deadlock.
         """
         began = used = _used(self.pid)
         busy = time.perf_counter()
@@ -185,14 +188,14 @@ class _Child:
 
 
 class _Used(NamedTuple):
-    """What a process has used."""
+    """The processor time of a process, and whether it runs."""
 
     seconds: float  # of processor time, its ended children's included
-    runnable: bool  # whether it computes, or waits for its turn on a processor
+    runnable: bool  # whether it computes, or waits for a processor
 
 
 def _used(pid: int) -> _Used:
-    """By Linux' /proc; where there is none, the time on the wall."""
+    """From Linux' /proc; elsewhere the wall-clock time."""
     try:
         with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
             fields = file.read().rpartition(")")[2].split()
@@ -210,12 +213,12 @@ def _end(status: int) -> str:
 
 
 def _work(case: Case, probes: Sequence[Probe], quick: bool, connection: Connection) -> None:
-    """The child's life: never returns."""
+    """All that the child does.  It never returns."""
     status = 1
     try:
-        faulthandler.disable()  # a crash is told by the parent, and not by pages of traceback as well
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C, and stops the child
-        # The threads of the parent's pool do not exist here: a parallel region hangs.
+        faulthandler.disable()  # the parent reports the crash: no traceback is needed
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C, and stops the child
+        # The threads of the parent's pool do not exist here: a parallel region would hang.
         torch.set_num_threads(1)
         torch.set_grad_enabled(True)
         try:
@@ -228,7 +231,7 @@ def _work(case: Case, probes: Sequence[Probe], quick: bool, connection: Connecti
                 for probe in probes:
                     connection.send(judged(probe, subject))
         status = 0
-    except BrokenPipeError:  # the parent has enough
+    except BrokenPipeError:  # the parent no longer listens
         status = 0
     except BaseException:
         traceback.print_exc()

@@ -17,7 +17,7 @@ from manualprop.verify.probes import load
 
 
 class Accepted(Exception):
-    """What a probe finds is accepted, and why."""
+    """A probe's finding is accepted.  The text says why."""
 
 
 def gradient_tests(
@@ -42,14 +42,14 @@ def gradient_tests(
 ) -> Callable[..., None]:
     """Make a test function with one item for each probe: ``test_my_op = gradient_tests(MyOp.apply, inputs=(x, w))``.
 
-    A finding fails its item.  What is accepted is a strict xfail, so that the suite says when it is needed no more.
+    A finding fails its item.  An accepted one is a strict xfail: the suite says when the acceptance is no longer needed.
     Any other limit is skipped with its message.
 
     Args:
         fn: as for :func:`check`, or a :class:`Case`.
-        inputs: a tensor, a tuple of arguments, or a function of sizes that makes either, called in the test and not
-            when tests are collected.
-        accept: as for :func:`check`; what ``[tool.manualprop.verify]`` of pyproject.toml accepts counts too.
+        inputs: a tensor, a tuple of arguments, or a function of sizes that makes either.  The test calls the
+            function; collection does not.
+        accept: as for :func:`check`.  ``[tool.manualprop.verify]`` in pyproject.toml counts too.
         kwargs, reference, surrogate, declare, domain, unique, project: as for :func:`check`.
         level, only, seed, rtol, atol, saved_bytes, time_limit: as for :func:`check`.
 
@@ -97,7 +97,7 @@ def gradient_tests(
         if all(o.verdict == "skipped" for o in report):
             pytest.skip("; ".join(o.evidence for o in report))
         if probe in grouped and probe == FEATURES[grouped[probe]][0]:
-            # Strict for the group as a whole: if nothing of it needs the acceptance, this item says so.
+            # Strict for the whole group: this item fails if no probe of it needs the acceptance.
             check(case(), level=level, only=grouped[probe], time_limit=time_limit).assert_passed()
 
     return test

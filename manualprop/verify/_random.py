@@ -1,4 +1,4 @@
-"""Random numbers of the checker's own: nobody who seeds torch's generator meets them."""
+"""The checker's own random numbers.  They never equal those of a user who seeds torch's generator."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def generator(*key: int | str) -> torch.Generator:
-    """A generator for a purpose: the same for the same key, and seeded as no one seeds by hand."""
+    """A generator for one purpose: the same for the same key, with a seed that no one writes by hand."""
     digest = hashlib.blake2b(repr(("manualprop.verify", *key)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
@@ -18,7 +18,7 @@ def generator(*key: int | str) -> torch.Generator:
 def normal(shape: Sequence[int], source: torch.Generator) -> Tensor:
     """Standard normal numbers in float64, by the inverse of the distribution.
 
-    Not by torch.randn: the same seed then still gives other numbers than a user's.
+    torch.randn would give a user's numbers if the seed were the same; this does not.
     """
     uniform = torch.rand(tuple(shape), generator=source, dtype=torch.float64)
     drawn: Tensor = torch.special.ndtri(uniform.clamp(1e-12, 1 - 1e-12))

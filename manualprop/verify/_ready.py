@@ -1,4 +1,4 @@
-"""Make a case ready to be asked: in which dtype it runs, and refuse what can show nothing."""
+"""Prepare a case for the probes: find the dtype in which it runs, and refuse inputs that can show nothing."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def ready(case: Case) -> Subject:
 
 
 def lower_if_needed(subject: Subject) -> None:
-    """Judge in the dtypes that were given what forward takes in float64, and backward in these only.
+    """Use the given dtypes if forward accepts float64, but backward does not.
 
-    It runs backward, which may crash: so it is asked for when a probe runs, and not before.
+    This runs backward, which may crash.  So it is called when a probe runs, not before.
     """
     given = Subject(subject.case, None)
     given._not_leaf = subject._not_leaf
@@ -52,7 +52,7 @@ def lower_if_needed(subject: Subject) -> None:
     except Exception as error:  # whatever the checked code raises
         try:
             given.gradients()
-        except Exception:  # it raises in any dtype: first_order tells
+        except Exception:  # it raises in any dtype: first_order reports it
             return
         given.note = f"judged in {_dtypes(given)}: backward refuses float64 ({type(error).__name__})"
         subject.__dict__.clear()
@@ -60,7 +60,7 @@ def lower_if_needed(subject: Subject) -> None:
 
 
 def look_at_less_if_quick(subject: Subject) -> None:
-    """At the level quick an expensive function is differentiated in some directions only, instead of in all."""
+    """At level quick, differentiate an expensive function in some directions only."""
     directions = sum(min(p.numel(), subject.whole) for p in subject.points)
     if subject.quick and EVALUATIONS * directions * work(subject) > QUICK:
         subject.whole = 24
@@ -72,7 +72,7 @@ def _dtypes(subject: Subject) -> str:
 
 
 def _settle(subject: Subject) -> None:
-    """Run forward once, and learn how the function wants to be called."""
+    """Run forward once, and find out how the function must be called."""
     try:
         outputs = subject(*subject.at())
     except RuntimeError as error:
@@ -89,7 +89,7 @@ def _settle(subject: Subject) -> None:
 
 
 def _refuse_outside(subject: Subject) -> None:
-    """The inputs given must be allowed by what the case says of its domain."""
+    """The given inputs must lie in the domain that the case declares."""
     try:
         near = subject.allowed(subject.points)
     except OutsideDomain:

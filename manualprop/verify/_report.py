@@ -14,18 +14,19 @@ Verdict = Literal["passed", "finding", "accepted", "limit", "skipped"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one probe saw.
+    """The outcome of one probe.
 
     Args:
         probe: name of the probe.
-        verdict: ``passed``; ``finding``, a defect; ``accepted``, one that the author has accepted; ``limit``,
-            unsupported and loudly so; ``skipped``, not applicable, or the consequence of another finding.
+        verdict: ``passed``; ``finding``, a defect; ``accepted``, a finding or limit that the author accepts;
+            ``limit``, unsupported, with an error that says so; ``skipped``, not applicable, or the consequence of
+            another finding.
         evidence: what was seen, with figures.
-        diagnosis: of a wrong gradient: how it is wrong.
-        details: figures for programs, JSON's types only: worst element, matrices of a heat map, seed.
+        diagnosis: how a gradient is wrong.
+        details: figures for programs, in JSON's types: worst element, matrices of a heat map, seed.
         reproduction: one line that runs this probe again.
-        seconds: that it took.
-        notes: on the whole check, as in which dtype it judges.
+        seconds: the time it took.
+        notes: on the whole check, such as the dtype that it uses.
     """
 
     probe: str
@@ -47,7 +48,7 @@ def finding(evidence: str, diagnosis: str = "", **details: Any) -> Outcome:
 
 
 def apart(outcome: Outcome, *causes: str) -> Outcome:
-    """The same finding, which is shown not to follow from what the probes ``causes`` find."""
+    """The same finding, marked as independent of what the probes ``causes`` find."""
     known = outcome.details.get("apart_from", [])
     return replace(outcome, details={**outcome.details, "apart_from": [*known, *causes]})
 
@@ -84,12 +85,12 @@ class Report:
 
     @property
     def limits(self) -> list[Outcome]:
-        """What is unsupported, and says so."""
+        """What is unsupported, with an error that says so."""
         return self._of("limit")
 
     @property
     def accepted(self) -> list[Outcome]:
-        """What the author has accepted, with the reason."""
+        """The findings and limits that the author accepts, with the reason."""
         return self._of("accepted")
 
     def _of(self, verdict: Verdict) -> list[Outcome]:
@@ -102,7 +103,7 @@ class Report:
 
     @property
     def notes(self) -> list[str]:
-        """On the whole check, as in which dtype it judges."""
+        """Notes on the whole check, such as the dtype that it uses."""
         return list(dict.fromkeys(note for o in self.outcomes for note in o.notes))
 
     def __iter__(self) -> Iterator[Outcome]:
@@ -171,7 +172,7 @@ def shortened(text: str, most: int = 200) -> str:
 
 
 def together(outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
-    """Outcomes of one reason under one heading: the seven limits of an old-style Function are one line."""
+    """Outcomes grouped by reason: the seven limits of an old-style Function make one line."""
     groups: dict[str, list[Outcome]] = {}
     for o in outcomes:
         groups.setdefault(reason(o.evidence), []).append(o)
@@ -181,7 +182,7 @@ def together(outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
     ]
 
 
-# What torch refuses in several words, by what its author would call it.
+# Patterns in torch's refusals -> the reason in a user's words.
 REASONS = (
     (
         re.compile(r"setup_context"),
@@ -200,7 +201,7 @@ REASONS = (
 
 
 def reason(evidence: str) -> str:
-    """What a limit comes from, in a line."""
+    """The reason for a limit, in one line."""
     return next((words for pattern, words in REASONS if pattern.search(evidence)), evidence)
 
 

@@ -1,9 +1,8 @@
-"""The same call with other sizes, of a function of which nothing is known but that it runs.
+"""Call a function with other sizes, when only one working call is known.
 
-Dimensions of equal length, over all tensors of the call, are taken to belong together, and change together.  Values
-are drawn from the user's own: mixtures of two slices for what is differentiated, so that probabilities stay so and
-nothing is equal by accident; whole slices for the rest, so that indices stay in range.  Where the case makes its
-inputs as a function of sizes, they are had from it.
+All dimensions of equal length in the call change together.  New values come from the user's own.  For differentiated
+tensors they are mixtures of two slices: probabilities stay probabilities, and no two entries are equal by accident.  For
+other tensors they are whole slices, so indices stay in range.  If the case has ``inputs``, it makes the values.
 """
 
 from __future__ import annotations
@@ -22,22 +21,22 @@ from manualprop.verify._subject import OutsideDomain, Subject
 
 
 class Axis(NamedTuple):
-    """Dimensions that have one length and change it together."""
+    """Dimensions of one length, which change together."""
 
     length: int
     points: tuple[tuple[int, int], ...]  # (which point, which of its dimensions)
     others: tuple[tuple[int, int], ...]  # (which other argument, which of its dimensions)
-    numbers: tuple[int, ...]  # arguments that are this length themselves: a normalized_shape
-    size: str = ""  # of a case that makes its inputs: the name of the size
+    numbers: tuple[int, ...]  # integer arguments equal to the length, as a normalized_shape
+    size: str = ""  # if the case has ``inputs``: the name of the size
 
     @property
     def batch(self) -> bool:
-        """Whether it is the first dimension wherever it is one."""
+        """Whether it is the first dimension of every tensor that has it."""
         return not self.size and all(d == 0 for _, d in (*self.points, *self.others))
 
 
 def aside(s: Subject, seed: int) -> Subject:
-    """A little away from where it stands, so that no entry lies at a kink and no two are equal by accident."""
+    """The function at points close by: no entry lies at a kink, and no two are equal by accident."""
     scale = [0.01 * float(p.abs().max()) if p.numel() else 0.0 for p in s.points]
     noise = s.random_like(s.points, 900 + seed)
     return s.with_points(
@@ -49,13 +48,13 @@ def resized(s: Subject, axis: Axis, n: int, seed: int = 0) -> Subject:
     """The function with length ``n`` along ``axis``.
 
     Raises:
-        OutsideDomain: if integers that never repeat would have to, or the case's domain says no.
+        OutsideDomain: if unique integers would have to repeat, or if the case's domain says no.
     """
     if axis.size:
         return _made(s, axis, n, seed)
     source = generator("resized", s.case.seed, seed)
     first, step = (torch.randint(k, (n,), generator=source) for k in (axis.length, axis.length - 1 or 1))
-    second = (first + step + 1) % axis.length  # another one, so that no two mixtures are equal
+    second = (first + step + 1) % axis.length  # a different slice: no two mixtures are equal
     weight = torch.rand(n, generator=source, dtype=torch.float64) * 0.8 + 0.1
     points, others = list(s.points), s.others()
     for i, d in axis.points:
@@ -80,7 +79,7 @@ def resized(s: Subject, axis: Axis, n: int, seed: int = 0) -> Subject:
 
 
 def _made(s: Subject, axis: Axis, n: int, seed: int) -> Subject:
-    """The function at inputs that the case makes of that size."""
+    """The function at inputs of that size, made by the case."""
     case = dataclasses.replace(s.case, seed=s.case.seed + seed)
     other = Subject(dataclasses.replace(case, args=case.made(**{axis.size: n})), s.dtype)
     other._not_leaf, other._relative_noise = s._not_leaf, s._relative_noise
@@ -89,19 +88,19 @@ def _made(s: Subject, axis: Axis, n: int, seed: int) -> Subject:
 
 
 def has_repeats(t: Tensor) -> bool:
-    """Whether some value is there twice."""
+    """Whether some value occurs twice."""
     return bool(t.unique().numel() < t.numel())
 
 
 def never_repeats(s: Subject, i: int, t: Tensor) -> bool:
-    """Whether an argument is said to hold no integer twice, or would be wrong for one."""
+    """Whether an argument must hold no integer twice, as its author says or as was found."""
     if not is_integer(t):
         return False
     return i in s._unique or s.name_of_leaf(i) in s.case.unique
 
 
 def repeated(t: Tensor) -> Tensor:
-    """The same integers, the first half of them twice."""
+    """The first half of the integers, twice."""
     flat = t.flatten().clone()
     flat[len(flat) // 2 :] = flat[: len(flat) - len(flat) // 2].clone()
     return flat.reshape(t.shape)
@@ -112,7 +111,7 @@ def is_integer(t: Tensor) -> bool:
 
 
 def _unique(t: Tensor, n: int, source: torch.Generator) -> Tensor:
-    """``n`` integers as those of ``t``, none twice: a permutation stays one."""
+    """``n`` different integers in the range of ``t``.  A permutation stays one."""
     if t.dim() != 1:
         raise OutsideDomain("of a table of different integers no other size can be made up")
     high = n if bool((t.sort().values == torch.arange(len(t), device=t.device)).all()) else int(t.max()) + 1
@@ -124,7 +123,7 @@ def _unique(t: Tensor, n: int, source: torch.Generator) -> Tensor:
 
 
 def axes(s: Subject) -> Iterator[Axis]:
-    """The axes along which the function runs with another length, the batch first."""
+    """The axes along which the function accepts another length, the batch first."""
     if s.case.inputs is not None and s.case.args:
         sizes = inspect.signature(s.case.inputs).parameters
         yield from (Axis(p.default, (), (), (), p.name) for p in sizes.values() if isinstance(p.default, int))
@@ -140,17 +139,17 @@ def axes(s: Subject) -> Iterator[Axis]:
 
 
 def _shape(s: Subject, t: Tensor) -> list[int]:
-    """Without the pairs of real and imaginary parts."""
+    """The shape, without the last axis that holds real and imaginary parts."""
     is_complex = any(p.complex and p.tensor is t for p in s._points)
     return list(t.shape)[: t.dim() - is_complex]
 
 
 def _candidates(s: Subject, length: int) -> Iterator[Axis]:
-    """All of a length; with the arguments that are it; the first dimensions only."""
+    """All dimensions of a length; the same with integer arguments equal to it; first dimensions only."""
     points = [(i, d) for i, p in enumerate(s.points) for d, k in enumerate(_shape(s, p)) if k == length]
     others = [(i, d) for i, t in s.others().items() for d, k in enumerate(t.shape) if k == length]
     numbers = [i for i, leaf in enumerate(s._leaves) if type(leaf) is int and leaf == length and length > 2]
-    # A module's own parameters have the sizes that it was made with.
+    # A module's own parameters keep their sizes.
     given = [(i, d) for i, d in points if not isinstance(s._points[i].slot, str)]
     yield Axis(length, tuple(given), tuple(others), ())
     if numbers:
@@ -180,14 +179,14 @@ def refusal(s: Subject, axis: Axis, n: int) -> Exception | None:
 
 
 class Cost(NamedTuple):
-    """Of one evaluation."""
+    """The cost of one evaluation."""
 
-    bytes: int  # of the largest tensor that is kept or returned
+    bytes: int  # of the largest tensor kept or returned
     units: float  # of work
 
 
 def cost(s: Subject) -> Cost:
-    """What one forward takes."""
+    """The cost of one forward."""
     sizes = [0]
 
     def pack(t: Tensor) -> Tensor:

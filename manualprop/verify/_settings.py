@@ -1,4 +1,4 @@
-"""What a project says once for all its checks: ``[tool.manualprop.verify]`` of pyproject.toml, and a baseline file."""
+"""A project's settings for all its checks: ``[tool.manualprop.verify]`` in pyproject.toml, and a baseline file."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ KNOWN = "known: it stands in the baseline"
 
 
 class BadSettings(ValueError):
-    """Of a file that is not understood.  Its text is one line for the user."""
+    """A settings file cannot be understood.  The text is one line for the user."""
 
 
 class Settings(NamedTuple):
-    """The table of pyproject.toml.
+    """The table in pyproject.toml.
 
     Attributes:
         accept: qualified name of a Function, a module class or a function -> probe or group -> reason.
         baseline: path of a baseline file, or None.
-        level: at which the command and the interception check, or None.
+        level: of checks by the command and by the interception, or None.
     """
 
     accept: Mapping[str, Mapping[str, str]] = {}
@@ -34,12 +34,12 @@ class Settings(NamedTuple):
     level: str | None = None
 
     def accepted(self, fn: Callable[..., Any], name: str = "") -> dict[str, str]:
-        """What is accepted of a callable, by its qualified name or by the name of its case."""
+        """What is accepted for a callable, by its qualified name or the name of its case."""
         return {**self.accept.get(name, {}), **self.accept.get(qualified_name(fn), {})}
 
 
 def qualified_name(fn: Callable[..., Any]) -> str:
-    """``package.module.Name`` of a Function by its ``apply``, of the class of a module, of any other callable."""
+    """``package.module.Name``: of the Function for its ``apply``, of a module's class, of any other callable."""
     owner = getattr(fn, "__self__", None)
     thing: Any = fn
     if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
@@ -53,7 +53,7 @@ def qualified_name(fn: Callable[..., Any]) -> str:
 
 
 def project_settings(start: Path | None = None) -> Settings:
-    """Of the pyproject.toml in ``start`` (the working directory) or the nearest folder above it that has one."""
+    """The settings in the nearest pyproject.toml: in ``start`` (by default the working directory) or above it."""
     here = (start or Path.cwd()).resolve()
     for folder in (here, *here.parents):
         file = folder / "pyproject.toml"
@@ -86,11 +86,11 @@ def _read(file: Path) -> Settings:
     return Settings(accept, None if baseline is None else file.parent / baseline, table.get("level"))
 
 
-# ----- the baseline: findings that a library starts with -----
+# ----- the baseline: the findings known at the start -----
 
 
 def read_baseline(path: Path) -> dict[str, dict[str, str]]:
-    """Name -> probe -> evidence, of the findings that are known."""
+    """Name -> probe -> evidence, for each known finding."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return {str(name): dict(found) for name, found in content["findings"].items()}
@@ -101,7 +101,7 @@ def read_baseline(path: Path) -> dict[str, dict[str, str]]:
 
 
 def write_baseline(path: Path, reports: Iterable[tuple[str, Report]]) -> int:
-    """Put in what these reports found, and take out what they found no more; the number of findings written."""
+    """Add what these reports found, remove what they no longer find, and return the number of findings."""
     known = read_baseline(path) if path.is_file() else {}
     for name, report in reports:
         found = {
@@ -121,6 +121,6 @@ def write_baseline(path: Path, reports: Iterable[tuple[str, Report]]) -> int:
 def known_findings(
     baseline: Mapping[str, Mapping[str, str]], name: str, probes: Iterable[str]
 ) -> dict[str, str]:
-    """What to accept of a name, since it stands in the baseline."""
+    """What to accept for a name because the baseline lists it."""
     names = set(probes)
     return {probe: KNOWN for probe in baseline.get(name, {}) if probe in names}

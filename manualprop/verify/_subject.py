@@ -1,4 +1,4 @@
-"""The function under test as a function of a flat list of tensors, run anew each time."""
+"""The function under test, as a function of a flat list of tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from manualprop.verify._random import generator, normal
 
 
 class BadUse(Exception):
-    """The check was called in a way that can show nothing.  Carries the type that the caller sees."""
+    """The check was called in a way that can show nothing.  ``kind`` is the type that the caller sees."""
 
     def __init__(self, kind: type[Exception], text: str) -> None:
         super().__init__(kind, text)  # both, so that it can be pickled
@@ -29,11 +29,11 @@ class BadUse(Exception):
 
 
 class OutsideDomain(ValueError):
-    """The case's author says that the function is not asked there."""
+    """The case's domain excludes these arguments."""
 
 
 class Point(NamedTuple):
-    """A differentiated tensor: where it stands in the call."""
+    """A differentiated tensor, and its place in the call."""
 
     name: str  # as in "args[0]", "weight"
     slot: int | str  # position among the leaves of (args, kwargs), or name of a parameter
@@ -55,11 +55,11 @@ class Subject:
         random: whether its forward draws random numbers.
     """
 
-    settled = False  # whether its dtype is decided
-    note = ""  # in which dtype it is judged, where that is not float64
-    quick = False  # whether expensive functions are looked at in fewer points, and not at the largest sizes
+    settled = False  # whether its dtype has been decided
+    note = ""  # the dtype in which it is judged, if not float64
+    quick = False  # whether an expensive function gets fewer points, and not the largest sizes
 
-    whole = 96  # entries of a tensor up to which each is a direction of its own in numerical differentiation
+    whole = 96  # entries of a tensor up to which each is one direction of numerical differentiation
 
     def __init__(self, case: Case, dtype: torch.dtype | None = torch.float64) -> None:
         self.case = case
@@ -68,15 +68,15 @@ class Subject:
         self._exchange = exchange(self.module) if self.module is not None else None
         self.dtype = dtype
         self._leaves, self._spec = tree_flatten((tuple(case.args), dict(case.kwargs)))
-        # Whether the arguments are what they hold, without containers: nothing need be unfolded at each call.
+        # Whether the arguments hold no containers, so that no call need unflatten them.
         self._flat = not case.kwargs and all(a is b for a, b in zip_longest(case.args, self._leaves))
         self._relative_noise = 0.0  # of the outputs, inherited by other sizes
         self._largest = 0.0  # output, inherited by other sizes
-        self._not_leaf = False  # hand over non-leaf tensors, to a function that writes into its input
-        self._through: torch.dtype | None = None  # to which what is not differentiated is rounded first
-        self._unique: frozenset[int] = frozenset()  # leaves whose integers are found never to repeat
-        self._as_is: frozenset[int] = frozenset()  # leaves handed over without a copy: their layout matters
-        self._shared: dict[str, Any] = {}  # what every copy of this subject knows, found once
+        self._not_leaf = False  # pass non-leaf tensors, for a function that writes into its input
+        self._through: torch.dtype | None = None  # what is not differentiated is first rounded to it
+        self._unique: frozenset[int] = frozenset()  # leaves found to hold no integer twice
+        self._as_is: frozenset[int] = frozenset()  # leaves passed without a copy: their layout matters
+        self._shared: dict[str, Any] = {}  # results that all copies of this subject share
         self._points = list(self._find_points())
         self.points = [p.tensor for p in self._points]
         self.names = [p.name for p in self._points]
@@ -98,17 +98,17 @@ class Subject:
                     yield self._point(name, name, p)
 
     def own_parameters(self) -> dict[str, Tensor]:
-        """A module's, as it came; empty without one."""
+        """The module's original parameters; empty without a module."""
         found = self._exchange
         return {} if found is None else {n: t for n, t in found.own.items() if n in found.parameters}
 
     def own_buffers(self) -> dict[str, Tensor]:
-        """A module's, as it came; empty without one."""
+        """The module's original buffers; empty without a module."""
         found = self._exchange
         return {} if found is None else {n: t for n, t in found.own.items() if n not in found.parameters}
 
     def restore(self) -> None:
-        """Give a module its own parameters and buffers back."""
+        """Put a module's original parameters and buffers back."""
         if self._exchange is not None:
             self._exchange.restore()
 
@@ -128,38 +128,38 @@ class Subject:
     # ----- evaluation -----
 
     def function(self, *points: Tensor) -> tuple[Tensor, ...]:
-        """The floating outputs at ``points``, which are handed over as they are; all else is fresh.
+        """The floating outputs at ``points``.  The points are passed as they are; all else is copied.
 
-        It does not touch the random generator, so that it can be traced, batched and compiled.
+        It does not touch the random generator, so it can be traced, batched and compiled.
         """
         return self.kept(self.raw(*points))
 
     def kept(self, result: Any) -> tuple[Tensor, ...]:
-        """The floating tensors in what a call has returned."""
+        """The floating tensors in the result of a call."""
         outputs = floating(result)
         if self._exchange is not None and not torch.compiler.is_compiling():
             self._exchange.remember(outputs)
         return outputs
 
     def __call__(self, *points: Tensor) -> tuple[Tensor, ...]:
-        """:meth:`function`, with the random generator at the same place each time."""
+        """:meth:`function`, with the random generator in the same state each time."""
         self.reseed()
         return self.function(*points)
 
     def reseed(self) -> None:
-        """Put the default generators where every evaluation starts."""
-        # torch.manual_seed walks the stack for accelerators that are not there: 0.8 ms, more than most functions.
+        """Put the default generators in the state in which every evaluation starts."""
+        # Without accelerators torch.manual_seed still takes 0.8 ms, more than most functions.
         if torch.accelerator.is_available():
             torch.manual_seed(self.case.seed)
         else:
             torch.default_generator.manual_seed(self.case.seed)
 
     def raw(self, *points: Tensor) -> Any:
-        """What the callable itself returns."""
+        """The callable's own result."""
         return self.called(*self.arguments(*points))
 
     def called(self, args: tuple[Any, ...], kwargs: dict[str, Any], state: dict[str, Tensor]) -> Any:
-        """What the callable returns for what :meth:`arguments` made."""
+        """The callable's result for what :meth:`arguments` made."""
         around = self.case.around
         if around is not None:
             state.update({name: around.inward(t) for name, t in state.items() if name in self.names})
@@ -226,8 +226,10 @@ class Subject:
     def linear_part(
         self, cotangents: Sequence[Tensor | None], points: Sequence[Tensor] | None = None
     ) -> list[Tensor | None]:
-        """The gradients as differences can know them: of a backward that is not linear, what it is for a small
-        grad_output, without what it gives for none."""
+        """The gradients that differences can check.
+
+        For a backward that is not linear: the gradient for a small grad_output, without that for a zero one.
+        """
         if not self.nonlinear:
             return self.gradients(points, cotangents)
         h = 2.0**-20
@@ -242,7 +244,7 @@ class Subject:
         cotangents: Sequence[Tensor | None],
         **options: Any,
     ) -> list[Tensor | None]:
-        """``torch.autograd.grad`` of those outputs that require it, with those cotangents that are not None."""
+        """``torch.autograd.grad`` of the outputs that require grad and have a cotangent."""
         pairs = [
             (y, v) for y, v in zip(outputs, cotangents, strict=True) if y.requires_grad and v is not None
         ]
@@ -267,10 +269,10 @@ class Subject:
         source = generator("like", self.case.seed, seed)
         return [normal(t.shape, source).to(t.device, t.dtype) for t in tensors]
 
-    # ----- where it may be asked -----
+    # ----- the domain -----
 
     def allowed(self, points: Sequence[Tensor]) -> list[Tensor]:
-        """The nearest points at which the case's author lets the function be asked.
+        """The nearest points that the case allows.
 
         Raises:
             OutsideDomain: if ``domain`` says no even there.
@@ -314,9 +316,9 @@ class Subject:
         return (there - back) / (2 * h)
 
     def along(self, directions: Sequence[Tensor | None], points: Sequence[Tensor] | None = None) -> Evaluate:
-        """The outputs in one vector, as a function of the distance gone from ``points`` in ``directions``.
+        """The outputs in one vector, as a function of the distance from ``points`` in ``directions``.
 
-        Of the surrogate where there is one: it is what backward is held against.
+        If there is a surrogate, these are its outputs: backward is its gradient.
         """
         points = self.points if points is None else points
 
@@ -330,7 +332,7 @@ class Subject:
         return evaluate
 
     def meant(self, *points: Tensor) -> tuple[Tensor, ...]:
-        """The outputs of what backward is meant to be the gradient of: the surrogate, or the function itself."""
+        """The outputs of the function whose gradient backward should be: the surrogate, or the function itself."""
         surrogate = self.case.surrogate
         if surrogate is None:
             return self(*points)
@@ -351,7 +353,7 @@ class Subject:
 
     @property
     def cotangents(self) -> list[Tensor]:
-        return [c.clone() for c in self._drawn]  # fresh each time: a backward may write into what it is given
+        return [c.clone() for c in self._drawn]  # copies: a backward may write into them
 
     @functools.cached_property
     def _drawn(self) -> list[Tensor]:
@@ -359,7 +361,7 @@ class Subject:
 
     @functools.cached_property
     def recorded(self) -> list[bool]:
-        """Which outputs require grad in the plain run: others may be marked as not differentiable."""
+        """Which outputs require grad in the plain run.  Others may be marked as not differentiable."""
         return [y.requires_grad for y in self(*self.at())]
 
     @property
@@ -371,10 +373,10 @@ class Subject:
 
     @property
     def roughness(self) -> list[float]:
-        """How uncertain each plain gradient is, in absolute terms: what rounding does to these very numbers.
+        """The absolute rounding error of each plain gradient, measured.
 
-        Backward is linear, so that a grad_output three times as large gives three times as much, to rounding.  That
-        of terms that cancel shows too.
+        Backward is linear: three times the grad_output gives three times the gradient, to rounding.  The rounding of
+        terms that cancel shows too.
         """
         if "roughness" not in self._shared:
             self._shared["roughness"] = self._roughness()
@@ -388,19 +390,19 @@ class Subject:
         for k in (3.0, 5.0, 7.0):
             try:
                 scaled = self.gradients(cotangents=[k * c for c in v])
-            except Exception:  # whatever the checked code raises: linearity tells
+            except Exception:  # whatever the checked code raises: linearity reports it
                 continue
             for i, (a, b) in enumerate(zip(scaled, self.plain, strict=True)):
                 if a is not None and b is not None and a.numel():
                     off = (a / k - b).abs().nan_to_num(0, 0, 0).max().item()
                     scale = b.abs().nan_to_num(0, 0, 0).max().item()
-                    # What is not linear is no rounding, and must not be excused as such.
+                    # A backward that is not linear must not pass as rounding.
                     worst[i] = max(worst[i], min(off, max(1e-6 * scale, 1e-12 * largest)))
         return worst
 
     @functools.cached_property
     def noise(self) -> float:
-        """How uncertain the outputs are, in absolute terms: rounding in whatever dtype the function works inside."""
+        """The absolute rounding error of the outputs, in any dtype that the function uses inside."""
         found = []
         for seed in (11, 12, 13):
             aside = [
@@ -414,7 +416,7 @@ class Subject:
 
     @functools.cached_property
     def precision(self) -> float:
-        """The relative accuracy that the function works in inside: about 1e-9 if that is float64."""
+        """The relative accuracy of the function's own arithmetic: about 1e-9 for float64."""
         scale = max(
             (y.abs().nan_to_num(0, 0, 0).max().item() for y in self.outputs if y.numel()), default=0.0
         )
@@ -427,12 +429,12 @@ class Subject:
         before = torch.get_rng_state()
         self.function(*self.at())
         drawn = not torch.equal(before, torch.get_rng_state())
-        torch.set_rng_state(state)  # it is asked for where the generator has been put in its place
+        torch.set_rng_state(state)  # callers have set the generator: leave it as they did
         return drawn
 
     @functools.cached_property
     def functions(self) -> list[type[torch.autograd.Function]]:
-        """The custom Functions that the plain run records."""
+        """The custom Functions in the graph of the plain run."""
         return list(dict.fromkeys(node._forward_cls for node in self.nodes(self(*self.at()))))
 
     @staticmethod
@@ -458,14 +460,14 @@ class Subject:
         dtype: torch.dtype | None = None,
         through: torch.dtype | None = None,
     ) -> Subject:
-        """The same function elsewhere: other values, sizes or dtypes.
+        """The same function with other values, sizes or dtypes.
 
         Args:
             points: of the differentiated arguments.
             others: other arguments that are tensors, by their place among :meth:`others`.
-            as_is: hand ``others`` over without a copy, so in their layout.
-            dtype: in which everything floating that is not differentiated is handed over.
-            through: a dtype that this is rounded to before.
+            as_is: pass ``others`` without a copy, so in their layout.
+            dtype: of everything floating that is not differentiated.
+            through: a dtype to which this is rounded first.
         """
         other = object.__new__(Subject)
         forgotten = ("outputs", "_drawn", "noise", "precision", "recorded")
@@ -481,7 +483,7 @@ class Subject:
         return other
 
     def fresh(self) -> Subject:
-        """A copy that shares no tensor with this one, so that one probe leaves nothing to the next."""
+        """A copy that shares no tensor with this one: one probe cannot disturb the next."""
         other = self.with_points([p.clone() for p in self.points])
         for name in ("noise", "precision", "recorded", "random", "functions"):
             if name in self.__dict__:
@@ -490,7 +492,7 @@ class Subject:
         return other
 
     def others(self) -> dict[int, Tensor]:
-        """The arguments that are tensors but not differentiated, as they are handed over: indices, masks, targets."""
+        """The tensor arguments that are not differentiated, as they are passed: indices, masks, targets."""
         taken = {p.slot for p in self._points}
         return {
             i: t.detach() if i in self._as_is else self._cast(t.detach())
@@ -504,7 +506,7 @@ class Subject:
 
 
 def copied(t: Tensor | None) -> Tensor | None:
-    """A copy that a backward may write into, in the layout of ``t``: an expanded tensor stays expanded."""
+    """A copy in the layout of ``t``, which a backward may write into.  An expanded tensor stays expanded."""
     if t is None or 0 in t.stride() or t.layout != torch.strided:
         return t
     return t.clone()
@@ -515,8 +517,8 @@ def is_float(t: Any) -> bool:
 
 
 def floating(result: Any) -> tuple[Tensor, ...]:
-    """The floating tensors in what a callable returns, complex ones as pairs of real numbers."""
-    if isinstance(result, Tensor):  # as nearly always, thousands of times
+    """The floating tensors in a callable's result, complex ones as pairs of real numbers."""
+    if isinstance(result, Tensor):  # the usual case, kept quick
         return (_real(result),) if is_float(result) else ()
     return tuple(_real(o) for o in tree_leaves(result) if is_float(o))
 
@@ -526,7 +528,7 @@ def _real(t: Tensor) -> Tensor:
 
 
 def argument_names(case: Case) -> list[str]:
-    """A name for each leaf of (args, kwargs): the parameter's name where it can be known."""
+    """A name for each leaf of (args, kwargs): the parameter's name, if known."""
     positional = parameter_names(case.fn)
     names: list[str] = []
     for i, a in enumerate(case.args):

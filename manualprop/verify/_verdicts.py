@@ -1,4 +1,4 @@
-"""From what the probes saw to what is reported: one finding for one cause, what is declared, what is accepted."""
+"""From the probes' outcomes to the report: one finding for one cause; then what is declared and accepted."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from manualprop.verify._probe import FEATURES
 from manualprop.verify._report import Outcome
 
-# Whoever finds one of these may explain what the probes behind it find: they call the same backward, in the state that
-# it is in.  From the cause to the consequence: the first that was found counts.  What a probe itself, or a cure
-# (_cures), shows to stand apart from a cause stays a finding.
+# Cause -> consequences.  A finding of the first may explain findings of the others: they call the same backward, in the
+# same state.  The order counts: the first cause that was found explains.  A finding stays if its probe, or a cure
+# (_cures), shows that it is independent of the cause.
 STATE = ("retain_graph", "repeat", "interleaving", "checkpointing", "grad_modes")
 _KEPT = ("saved_tensors", "inplace_edit", "leaks")
 _NUMBERS = (
@@ -67,7 +67,7 @@ VALUE_DEPENDS = "the value depends on who requires grad"
 
 
 def linked(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """The same outcomes, with findings that another one explains turned into a word that points to it."""
+    """The same outcomes.  A finding that another one explains is skipped, with "see" and the name of that one."""
     by_name = {o.probe: o for o in outcomes}
     explained: dict[str, str] = {}
     crash = next((o for o in outcomes if o.evidence.startswith("crashes the process")), None)
@@ -76,7 +76,7 @@ def linked(outcomes: Sequence[Outcome]) -> list[Outcome]:
             explained[o.probe] = crash.probe
     subsets = by_name.get("requires_grad_subsets")
     if subsets and subsets.verdict == "finding" and subsets.diagnosis == VALUE_DEPENDS:
-        for name in _NUMBERS:  # differences are taken without a gradient: of another function
+        for name in _NUMBERS:  # without requires_grad, differences are those of another function
             explained.setdefault(name, "requires_grad_subsets")
     for cause, consequences in CONSEQUENCES.items():
         if cause not in by_name or by_name[cause].verdict != "finding" or cause in explained:
@@ -99,12 +99,12 @@ def linked(outcomes: Sequence[Outcome]) -> list[Outcome]:
 def held(
     outcomes: Iterable[Outcome], declare: Mapping[str, bool], accept: Mapping[str, str], known: Sequence[str]
 ) -> list[Outcome]:
-    """The outcomes in the light of what the author declares and accepts.
+    """The outcomes after the author's ``declare`` and ``accept`` are applied.
 
     Args:
         outcomes: of the probes that ran.
         declare: what must be supported.
-        accept: why a finding, or a limit, is accepted.
+        accept: the reason for each accepted finding or limit.
         known: names of all probes.
     """
     required = {p for name in declare for p in members([name], known, "declare")}
@@ -131,7 +131,7 @@ def _accepted(o: Outcome, reason: str) -> Outcome:
 
 
 def _still_needed(outcomes: Sequence[Outcome], name: str, reason: str) -> list[Outcome]:
-    """Strict: an acceptance of what passes is a finding, at the first probe that it names."""
+    """Strict: accepting what passes is a finding, at the first probe named."""
     group = FEATURES.get(name, (name,))
     ran = [o for o in outcomes if o.probe in group]
     whole = name not in FEATURES or {o.probe for o in ran} >= set(group) - {"third_order"}
@@ -147,7 +147,7 @@ def members(names: Iterable[str], known: Sequence[str], where: str) -> list[str]
     """The probes behind names of probes and groups.
 
     Raises:
-        ValueError: for a name that is neither.
+        ValueError: for an unknown name.
     """
     found: list[str] = []
     for name in names:

@@ -1,4 +1,4 @@
-"""See what a Function's backward gets and returns, before the engine casts, sums and checks it."""
+"""See what a Function's backward takes and returns, before the engine casts, sums and checks it."""
 
 from __future__ import annotations
 

@@ -187,10 +187,10 @@ def test_a_library_may_start_with_findings(module: str, capsys: pytest.CaptureFi
     assert main(["verify", f"{module}:Linear", f"{module}:Root", *known]) == 1
     out = capsys.readouterr().out
     assert "2 verified, 2 with findings" in out, "one is new, and one is gone"
-    assert "accepted, since 'known: it stands in the baseline', but it passes" in out
+    assert "accepted because of 'known: it stands in the baseline', but it passes" in out
     path.write_text("[]")
     assert main(["verify", f"{module}:Linear", *known]) == 2
-    assert "known.json is no baseline" in capsys.readouterr().err
+    assert "known.json is not a baseline" in capsys.readouterr().err
 
 
 def test_what_is_accepted_stands_in_pyproject_or_in_the_command(

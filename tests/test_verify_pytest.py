@@ -73,7 +73,7 @@ test_steep = gradient_tests(ops.steep, x, only=only)
             "*test_group_works?second_order? FAILED*",
             "*test_steep?first_order? FAILED*",
             "*test_steep?second_order? PASSED*",
-            "*accepted, since 'a kernel', but it passes: take 'second_order' out*",
+            "*accepted because of 'a kernel', but it passes: take 'second_order' out*",
             "*constant factor 2: doubled*",
         ]
     )

@@ -88,7 +88,7 @@ def check(
     """
     if isinstance(fn, Case):
         if args or kwargs or inputs:
-            raise TypeError("check: a Case has its arguments in it. Give no others.")
+            raise TypeError("check: a Case already holds its arguments. Give no others.")
         case = dataclasses.replace(
             fn, args=() if fn.inputs else fn.args, accept={**fn.accept, **(accept or {})}
         )

@@ -141,7 +141,7 @@ def _named(module: ModuleType, home: str, name: str, seed: int) -> Found:
         return _guessed(
             value, getattr(owner if _is_function(owner) else value, "forward", value), target, seed
         )
-    raise NotFound(f"{target} is no autograd.Function, no Case and no function. Got {type(value).__name__}")
+    raise NotFound(f"{target} must be an autograd.Function, a Case or a function. Got {type(value).__name__}")
 
 
 # ----- inputs for a Function without a case -----

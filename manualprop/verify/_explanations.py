@@ -478,11 +478,9 @@ def _detached(w: Wrong) -> str:
             return ""
         factor = torch.diag(_numeric.flat([y]) / x)
         if w.fits(w.hand, factor):
-            return (
-                f"a detached factor: {w.name} times what the output is of it, which is taken for a constant"
-            )
+            return f"a detached factor: the output is {w.name} times a factor, and the factor is taken for a constant"
         if w.fits(w.hand, w.numeric - factor):
-            return f"a detached factor: the output is {w.name} times something, and {w.name} is taken for a constant"
+            return f"a detached factor: the output is {w.name} times a factor, and {w.name} is taken for a constant"
     return ""
 
 

@@ -50,7 +50,7 @@ class Interceptor:
         self.probes = [p.name for p in chosen(self.level, self.only)]
         self.baseline, self.update = baseline or self.settings.baseline, update
         if update and self.baseline is None:
-            raise ValueError("name the baseline that is to be written")
+            raise ValueError("name the baseline file to write")
         known = self.baseline is not None and not (update and not self.baseline.is_file())
         self.known = read_baseline(self.baseline) if self.baseline is not None and known else {}
         self.met: dict[type[Function], set[Any]] = {}

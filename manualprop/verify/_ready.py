@@ -94,14 +94,16 @@ def _refuse_outside(subject: Subject) -> None:
         near = subject.allowed(subject.points)
     except OutsideDomain:
         raise BadUse(
-            ValueError, f"check: {subject.case.name}: domain must hold at the inputs given, and says no."
+            ValueError,
+            f"check: {subject.case.name}: domain must hold at the given inputs. It says no. "
+            "Give inputs inside it.",
         ) from None
     for name, p, q in zip(subject.names, subject.points, near, strict=True):
         moved = float((p - q).abs().max()) if p.shape == q.shape and p.numel() else 0.0
         if p.shape != q.shape or moved > 1e-5 * (1 + float(p.abs().max())):
             raise BadUse(
                 ValueError,
-                f"check: {subject.case.name}: project must leave the inputs given where they are. It moves {name} by "
+                f"check: {subject.case.name}: project must not change the given inputs. It moves {name} by "
                 f"{moved:.3g}. Give inputs that are allowed.",
             )
 

@@ -113,7 +113,7 @@ def is_integer(t: Tensor) -> bool:
 def _unique(t: Tensor, n: int, source: torch.Generator) -> Tensor:
     """``n`` different integers in the range of ``t``.  A permutation stays one."""
     if t.dim() != 1:
-        raise OutsideDomain("of a table of different integers no other size can be made up")
+        raise OutsideDomain("no other size can be made up for a table of different integers")
     high = n if bool((t.sort().values == torch.arange(len(t), device=t.device)).all()) else int(t.max()) + 1
     if n > high:
         raise OutsideDomain(f"there are no {n} different integers below {high}")

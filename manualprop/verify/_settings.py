@@ -66,7 +66,7 @@ def _read(file: Path) -> Settings:
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8")).get("tool", {})
     except tomllib.TOMLDecodeError as error:
-        raise BadSettings(f"{file} is no TOML: {error}") from None
+        raise BadSettings(f"{file} is not TOML: {error}") from None
     table = table.get("manualprop", {}).get("verify", {})
     unknown = set(table) - {"accept", "baseline", "level"}
     if unknown:
@@ -97,7 +97,7 @@ def read_baseline(path: Path) -> dict[str, dict[str, str]]:
     except FileNotFoundError:
         raise BadSettings(f"there is no baseline {path}: --update-baseline writes it") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise BadSettings(f"{path} is no baseline: --update-baseline writes one") from None
+        raise BadSettings(f"{path} is not a baseline: --update-baseline writes one") from None
 
 
 def write_baseline(path: Path, reports: Iterable[tuple[str, Report]]) -> int:

@@ -137,7 +137,7 @@ def _still_needed(outcomes: Sequence[Outcome], name: str, reason: str) -> list[O
     whole = name not in FEATURES or {o.probe for o in ran} >= set(group) - {"third_order"}
     if not ran or not whole or any(o.verdict != "passed" for o in ran):
         return list(outcomes)
-    evidence = f"accepted, since {reason!r}, but it passes: take {name!r} out of what is accepted"
+    evidence = f"accepted because of {reason!r}, but it passes: take {name!r} out of accept"
     return [
         dataclasses.replace(o, verdict="finding", evidence=evidence) if o is ran[0] else o for o in outcomes
     ]

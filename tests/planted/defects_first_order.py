@@ -208,7 +208,9 @@ class SigmoidOffByOneInTenThousand(Function):
         return g * y * (1 - y) * 1.0001
 
 
-@defect("first_order", args=lambda r: (r(4, 5),), says="a detached factor: x", truth=F.silu)
+@defect(
+    "first_order", args=lambda r: (r(4, 5),), says="a detached factor: the output is x times", truth=F.silu
+)
 class SiluWithoutSlopeOfItsGate(Function):
     @staticmethod
     def forward(ctx, x):

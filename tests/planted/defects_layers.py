@@ -112,7 +112,7 @@ class RmsNormWeightGradientFromRawInput(Function):
     "first_order",
     also=("second_order",),
     args=lambda r: (r(4, 3),),
-    says="a detached factor: x",
+    says="a detached factor: the output is x times",
     truth=lambda x: F.normalize(x, dim=1),
 )
 class NormalizeWithoutProjection(Function):

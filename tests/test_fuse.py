@@ -91,6 +91,39 @@ class PreActivation(nn.Module):
         return y
 
 
+class ConvNorm(nn.Sequential):
+    def __init__(self, channels: int, out: int, kernel: int, groups: int = 1) -> None:
+        conv = nn.Conv1d(channels, out, kernel, padding=kernel // 2, groups=groups, bias=False)
+        super().__init__(conv, nn.BatchNorm1d(out), nn.ReLU6(inplace=True))
+
+
+class InvertedResidual(nn.Module):
+    """The block of MobileNetV2: the neighbours are in containers of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        last = nn.Conv1d(10, 5, 1, bias=False), nn.BatchNorm1d(5)
+        self.conv = nn.Sequential(ConvNorm(5, 10, 1), ConvNorm(10, 10, 3, groups=10), *last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.conv(x)
+        return y
+
+
+class Dense(nn.Module):
+    """Two layers of DenseNet; each reads all before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.BatchNorm1d(5), nn.Conv1d(5, 3, 1)
+        self.norm2, self.relu, self.conv2 = nn.BatchNorm1d(8), nn.Hardswish(), nn.Conv1d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.conv1(self.relu(self.norm1(x)))
+        second = self.conv2(self.relu(self.norm2(torch.cat([x, first], 1))))
+        return torch.cat([x, first, second], dim=1)
+
+
 class ResNet(nn.Module):
     """ResNet-18 with the stem for small images, after the class of torchvision."""
 
@@ -155,6 +188,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "strided block": (lambda: Block(5, 7, 2), ["bn1+relu+conv2"]),
     "bottleneck": (Bottleneck, ["bn1+act+conv2, bn2+act+conv3"]),
     "shortcut from an activation": (PreActivation, ["bn1+conv1, bn2+conv2"]),
+    "inverted residual": (InvertedResidual, ["conv.0.1+conv.0.2+conv.1.0, conv.1.1+conv.1.2+conv.2"]),
+    "dense": (Dense, ["norm1+relu+conv1, norm2+relu+conv2"]),
     "mlp": (lambda: MLP(nn.GELU()), ["act+drop+fc2"]),
     "mlp, function": (lambda: MLP(torch.nn.functional.silu), ["drop+fc2"]),
     "gated": (Gated, ["act_fn+down_proj"]),
@@ -516,7 +551,7 @@ def test_a_wrong_fusion_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> N
     )
 
 
-@pytest.mark.parametrize("name", ["gelu, linear", "several", "mlp", "gated"])
+@pytest.mark.parametrize("name", ["gelu, linear", "several", "mlp", "gated", "strided block"])
 def test_compiles(name: str) -> None:
     model = manualprop.swap(made(name), fuse=True).model.eval()
     x = torch.randn(X)

@@ -507,6 +507,7 @@ def test_the_activation_is_an_output_with_a_gradient_of_its_own() -> None:
         (lambda: F.batch_norm_activation_conv(torch.ones(2, 4, 3), None, None, None, None, torch.ones(1, 4, 1).double(), training=True), RuntimeError, "one dtype. Got torch.float32"),
         (lambda: F.batch_norm_activation_conv(torch.ones(4, 3), None, None, None, None, torch.ones(1, 4, 1), training=True), RuntimeError, "must have a batch"),
         (lambda: F.batch_norm_activation_conv(torch.ones(2, 4, 3), None, None, None, None, torch.ones(1, 4, 1), training=True, eps=0.0), ValueError, "eps must be positive"),
+        (lambda: F.batch_norm_activation_conv(torch.ones(2, 4, 3), None, None, None, None, torch.ones(1, 4, 1)), RuntimeError, "running_mean must be defined"),
     ],
 )  # fmt: skip
 def test_misuse_of_a_normed_block(misuse: Callable[[], object], kind: type[Exception], text: str) -> None:

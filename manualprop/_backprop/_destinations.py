@@ -34,7 +34,7 @@ class Destination:
 
 Destinations = Mapping[Parameter, Destination]
 
-THIN = 8  # a weight is thin if its smaller side is at most this; see Descend
+THIN = 11  # a weight is thin if its smaller side is at most this; see Descend
 
 
 class Collect(Destination):
@@ -113,7 +113,7 @@ class Descend(Destination):
 
     def take_weight(self, g_t: Tensor, x: Tensor) -> None:
         group = self.group
-        if self.is_thin:
+        if self.is_thin and len(x) > 1:
             super().take_weight(g_t, x)
             return
         if group["momentum"]:

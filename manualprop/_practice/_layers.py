@@ -42,10 +42,7 @@ class Dropout(torch.autograd.Function):
     ),
     ("Dropout",),
     lambda cls: [Asked(cls.apply, (real(4, 5), 0.7), beyond=("linearity", "grad_output_layout", "mutation"))],
-    words={
-        "one path of a sum is wrong, all but the identity (the block beside a residual connection): it is missing; "
-        "the rest is right": "this is the gradient of y = x"
-    },
+    words={"the mask and the scale that forward draws are missing": "this is the gradient of y = x"},
     advice={
         "of y = x": "What does a number send on that was dropped?",
         "draws from the global generator": "Which numbers were dropped is decided in forward, once.",

@@ -41,9 +41,10 @@ def swap(
             arguments, or a dict of keyword arguments.  See below.
         fuse: whether neighbours among the swapped layers run as one block if that keeps less for backward.
             This applies to every :class:`torch.nn.Sequential`, which becomes a
-            :class:`manualprop.nn.FusedSequential`, and to MLPs (like those of GPT-2, Llama, ViT and T5) and
-            the layers of BERT and of torch's transformer, which get a subclass of their class.  Layers,
-            paths, ``state_dict``, shared weights and hooks stay in place.
+            :class:`manualprop.nn.FusedSequential`, and likewise every :class:`manualprop.nn.Residual`; and to MLPs (like
+            those of GPT-2, Llama, ViT and T5), the layers of BERT and of torch's transformer, and modules of batch
+            norms and convolutions, which get a subclass of their class.  Layers, paths, ``state_dict``, shared weights
+            and hooks stay in place.
         functions: whether torch's functions that a ``forward`` calls (``F.relu(x)``, ``torch.relu(x)``, ``x.relu()``)
             run our rules too, in the modules that ``only`` and ``skip`` select.  These modules get an attribute
             ``forward`` that calls the forward of their class in a torch-function mode.

@@ -74,6 +74,7 @@ class ReLU6(Elementwise):
 
     saves = "output"
     chooses = exact = True
+    fuses = "relu6"
 
     @staticmethod
     def f(x: Tensor) -> Tensor:
@@ -285,6 +286,7 @@ class Hardswish(Elementwise):
     """
 
     chooses = True
+    fuses = "hardswish"
 
     @staticmethod
     def f(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from manualprop.functions._execution import _convolution as run
 from manualprop.functions._execution import _normalisation as aten
-from manualprop.functions._execution import formula
+from manualprop.functions._execution import formula, full
 from manualprop.functions._rule import Rule, save
 from manualprop.functions.convolution import (
     Convolution,
@@ -186,7 +186,7 @@ class BatchNormEvaluationActivationConvolution(Rule):
     def backward(ctx: Any, g: Tensor | None, gh: Tensor | None) -> tuple[Tensor | None, ...]:
         x, w, c, W, m, v = ctx.saved_tensors
         needs, others = ctx.needs_input_grad, len(ctx.needs_input_grad) - 5
-        n = None if x is None else remade(x, m, (v + ctx.eps).rsqrt(), w, c)
+        n = None if x is None else remade(x, m, scale(v, ctx.eps), w, c)
         dn, dW, db = convolution_gradients(ctx, g, gh, n, W)
         if dn is None:
             return None, None, None, dW, db, *[None] * others
@@ -208,7 +208,7 @@ class BatchNormEvaluationActivationConvolution(Rule):
     ) -> tuple[Tensor, Tensor]:
         x, w, c, W, m, v = ctx.saved_tensors
         to = of_channels(x)
-        n, dn = remade(x, m, (v + ctx.eps).rsqrt(), w, c), None
+        n, dn = remade(x, m, scale(v, ctx.eps), w, c), None
         if moves(dx, dw, dc):
             rows, columns = (shaped(t, to.x) for t in (dx, x)), (shaped(t, to.W) for t in (w, m, v, dw, dc))
             dn = evaluation_tangent(*rows, *columns, ctx.eps).reshape(x.shape)
@@ -254,6 +254,11 @@ def convolution_tangent(
         None if db is None else bias_tangent(db, ctx.shape),
     )
     return dy, n.new_zeros(n.shape) if dh is None else dh
+
+
+def scale(v: Tensor, eps: float) -> Tensor:
+    """r, for half precision in float32."""
+    return (full(v) + eps).rsqrt()
 
 
 @aten.in_one_pass

@@ -267,7 +267,8 @@ def _affordable(s: Subject, axis: Axis, wanted: Sequence[int]) -> tuple[list[int
     more = (high.units - low.units) / (large**power - small**power)
 
     def units(n: int) -> float:
-        return max(1.0, float(high.units + more * (float(n) ** power - float(large) ** power)))
+        grown: float = high.units + more * (float(n) ** power - float(large) ** power)
+        return max(1.0, grown)
 
     most = QUICK_UNITS if s.quick else MOST_UNITS
     allowed = [

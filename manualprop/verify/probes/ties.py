@@ -20,6 +20,7 @@ from manualprop.verify.probes.dtypes import LOST
 
 KINKS = (0.0, 0.5, -0.5, 1.0, -1.0, 3.0, -3.0, 6.0)
 NEAR = 1e-6
+MANY = 40  # directions in which a point is looked at again: one of five equal entries is the middle one in each fifth
 GIVEN = "the inputs given"
 
 
@@ -111,16 +112,17 @@ def _around(
     points: Sequence[Tensor],
     cotangents: Sequence[Tensor | None] | None = None,
     toward: Sequence[tuple[int, int]] = (),
+    count: int = 8,
 ) -> list[list[Tensor]]:
     """Gradients at points close by, in opposite pairs, so that each tie is broken both ways.
 
     Besides random directions, those in which one entry ``toward`` (of which point, which entry) goes up or down.
     """
     found = []
-    for k in range(8 + len(toward)):
+    for k in range(count + len(toward)):
         aside = [(d.abs() + 0.1) * d.sign() for d in s.random_like(points, 41 + k)]
-        if k >= 8:
-            i, entry = toward[k - 8]
+        if k >= count:
+            i, entry = toward[k - count]
             aside = [0.01 * d for d in aside]
             aside[i].view(-1)[entry] = 1.0
         for side in (NEAR, -NEAR):
@@ -165,8 +167,8 @@ def _beyond(
             continue
         here_v = _dense(s, s.gradients(points, v))
         if _outside(s, here_v, close):
-            # Is it outside of all that there is nearby, or only of what was seen?
-            bad = _outside(s, here_v, [*close, *_around(s, points, v, _moving(s, close))])
+            # Is it outside of all that there is nearby, or only of what was seen?  Also toward what only moves here.
+            bad = _outside(s, here_v, [*close, *_around(s, points, v, _moving(s, [*close, here_v]), MANY)])
             if bad:
                 return bad
     return ""

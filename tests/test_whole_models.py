@@ -130,6 +130,18 @@ def test_outputs_and_gradients_are_equal_and_all_ours(name: str, fuse: bool) -> 
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13 * max(1, b.abs().max().item()))
 
 
+def test_an_identity_between_the_stem_and_the_first_block_stops_no_fusion() -> None:
+    """ResNet-18 for small images has one in the place of its pool; a hook on it puts the layers back."""
+    model, x, labels = made("ResNet-18, 32 x 32")
+    report = manualprop.swap(copy.deepcopy(model), check=(x, labels), fuse=True)
+    assert any("bn1+relu+stages.0.0.conv1" in str(row.after) for row in report.rows)
+    assert report.check.kept.after.kept <= 0.75 * report.check.kept.before.kept
+    seen: list[Tensor] = []
+    report.model.model.maxpool.register_forward_hook(lambda module, inputs, y: seen.append(y))
+    torch.testing.assert_close(report.model(x, labels), model(x, labels), rtol=1e-12, atol=1e-12)
+    assert len(seen) == 1
+
+
 def trained(model: nn.Module, x: Tensor, labels: Tensor, steps: int = 20) -> list[float]:
     """The losses of some steps with momentum."""
     torch.manual_seed(1)

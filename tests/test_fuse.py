@@ -540,12 +540,16 @@ def test_what_is_left_says_why(model: Callable[[], nn.Module], reason: str | Non
     assert all(module.training for module in built.modules())
 
 
-def test_a_wrong_fusion_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = F.activation_linear
+@pytest.mark.parametrize(("name", "fused"), [("mlp", "FusedMLP"), ("block", "FusedBlock")])
+def test_a_wrong_fusion_is_refused_by_name(name: str, fused: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, normed = F.activation_linear, fusing.batch_norm_activation_conv
     monkeypatch.setattr(F, "activation_linear", lambda *args: right(*args) * (1 + 1e-7))
-    model = nn.Sequential(nn.Linear(6, 6), made("mlp"))
+    monkeypatch.setattr(
+        fusing, "batch_norm_activation_conv", lambda *args: tuple(t * (1 + 1e-7) for t in normed(*args))
+    )
+    model = nn.Sequential(nn.Linear(6, 6), made(name))
     before = classes(model)
-    with pytest.raises(RuntimeError, match=r"with FusedMLP at '1' the model differs"):
+    with pytest.raises(RuntimeError, match=rf"with {fused} at '1' the model differs"):
         manualprop.swap(model, fuse=True, check=torch.randn(X))
     assert classes(model) == before and not any(
         "program" in name for m in model.modules() for name in vars(m)

@@ -45,6 +45,7 @@ METHODS = (
     "forward",
 )
 CHAINS: dict[type[nn.Module], type[nn.Module]] = {nn.Sequential: FusedSequential, Residual: FusedResidual}
+LISTED = 3  # neighbours that a row of the report names
 PROGRAM = "_manualprop_program"
 
 
@@ -101,7 +102,8 @@ def fused_from(cls: type[nn.Module]) -> type[nn.Module] | None:
 
 
 def _listed(found: Sequence[tuple[str, ...]]) -> str:
-    return ", ".join("+".join(names) for names in found)
+    more = f" and {len(found) - LISTED} more" if len(found) > LISTED else ""
+    return ", ".join("+".join(names) for names in found[:LISTED]) + more
 
 
 def _is_candidate(module: nn.Module, method: str) -> bool:

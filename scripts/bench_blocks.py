@@ -205,13 +205,8 @@ def _time(ratio: Ratio | None, target: float | None, missed: bool) -> str:
 
 
 def show(size: Size, results: Results) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*HEADER, title=f"time / eager torch.nn's, forward + backward (target), at {size}")
-    for name, row in results.items():
-        table.add_row(*(f"[red]{c}[/red]" if c.endswith("!") else c for c in cells(name, row)))
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    title = f"time / eager torch.nn's, forward + backward (target), at {size}"
+    benchmarking.show_table(HEADER, [cells(name, row) for name, row in results.items()], title)
 
 
 def section(size: Size, results: Results, command: str) -> str:

@@ -309,12 +309,12 @@ def compare(
 
 
 def compare_compiled(
-    ours: nn.Module, torchs: nn.Module, inputs: tuple[Any, ...], s: Settings
+    ours: nn.Module, torchs: nn.Module, inputs: tuple[Any, ...], s: Settings, target: float = 1.05
 ) -> Cell | Refused:
     torch._dynamo.reset()
     compiled = [torch.compile(m, fullgraph=True) for m in (ours, torchs)]
     fails = [not _runs(m, inputs) for m in compiled]
-    return Refused(*fails) if any(fails) else compare(*compiled, inputs, 1.05, s)
+    return Refused(*fails) if any(fails) else compare(*compiled, inputs, target, s)
 
 
 def _runs(module: Callable[..., Any], inputs: tuple[Any, ...]) -> bool:
@@ -371,12 +371,12 @@ def _mega(count: int) -> str:
 def rows(results: Results) -> list[list[str]]:
     table = []
     for name, cells in results.items():
-        row = [name, *(_with_target(cells.get(column)) for column in COLUMNS)]
+        row = [name, *(with_target(cells.get(column)) for column in COLUMNS)]
         table.append([*row, kept(cells.get("big")), kept(cells.get("compiled"))])
     return table
 
 
-def _with_target(cell: Cell | Refused | None) -> str:
+def with_target(cell: Cell | Refused | None) -> str:
     if cell is None:
         return ""
     if isinstance(cell, Refused):
@@ -390,13 +390,8 @@ HEADER = ["layer", *COLUMNS.values(), "MB kept, eager", "MB kept, compiled"]
 
 
 def show(results: Results) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*HEADER, title="our time / torch.nn's, forward + backward (target)")
-    for row in rows(results):
-        table.add_row(*(f"[red]{cell}[/red]" if cell.endswith("!") else cell for cell in row))
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    title = "our time / torch.nn's, forward + backward (target)"
+    benchmarking.show_table(HEADER, rows(results), title)
 
 
 def section(results: Results, command: str) -> str:

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """A training step of whole models (forward, loss, backward), swapped and fused, against the same model of torch.nn.
 
+Then the layers of convolutional networks by kind, each against its torch twin.
 Run it as `python3 scripts/run.py bench models`. A cell that misses its target is marked with !.
 GPT-2, BERT, Llama and ViT are transformers', small and random; without that library the other models are measured.
 """
@@ -17,8 +18,10 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import benchmarking
+import convnet_layers
 import torch
 from benchmarking import Ratio, interleaved
+from convnets import ResNet18
 from torch import Tensor, nn
 
 import manualprop
@@ -30,11 +33,16 @@ Inputs = dict[str, Any]
 
 
 class Model(NamedTuple):
-    """How to make a model that returns its loss, and its inputs; the highest ratios to torch.nn promised."""
+    """How to make a model that returns its loss, and its inputs; the highest ratios to torch.nn promised.
+
+    - ``swap``, ``fuse``  of the times.
+    - ``kept``            of the bytes kept when fused; 1 promises fewer than torch's, if neighbours run as one.
+    """
 
     make: Callable[[], tuple[nn.Module, Inputs]]
     swap: float = 1.05
     fuse: float = 1.1
+    kept: float = 1.0
     of_transformers: bool = True
 
 
@@ -99,6 +107,11 @@ def convnet() -> tuple[nn.Module, Inputs]:
     return WithLoss(model), {"x": torch.randn(16, 3, 32, 32), "labels": torch.randint(10, (16,))}
 
 
+def resnet18() -> tuple[nn.Module, Inputs]:
+    images = torch.randn(16, 3, 32, 32)
+    return WithLoss(ResNet18()), {"x": images, "labels": torch.randint(10, (16,))}
+
+
 def mlp() -> tuple[nn.Module, Inputs]:
     layers: list[nn.Module] = []
     for width in (64, 128):
@@ -113,6 +126,7 @@ MODELS = {
     "Llama": Model(llama),
     "ViT": Model(vit),
     "convnet": Model(convnet, of_transformers=False),
+    "ResNet-18": Model(resnet18, 1.15, 1.25, 0.75, of_transformers=False),
     "small MLP": Model(mlp, 1.5, 1.5, of_transformers=False),
 }
 INSTALL = (
@@ -136,14 +150,17 @@ class Row(NamedTuple):
     kept: dict[str, int]  # "torch" too
     targets: dict[str, float]
     fused: bool  # whether any neighbours run as one
+    most_kept: float = 1.0  # the promised share of torch's bytes, if they do
 
     def slow(self, name: str) -> bool:
         return name in self.targets and self.times[name].median > self.targets[name]
 
     def large(self, name: str) -> bool:
-        """Whether more is kept than torch keeps; where neighbours run as one, it must be less."""
-        most = self.kept["torch"] - (name == "fuse" and self.fused)
-        return self.kept[name] > most
+        """Whether more is kept than promised; where neighbours run as one, it must be less than torch keeps."""
+        ours, torchs = self.kept[name], self.kept["torch"]
+        if name == "fuse" and (self.fused or self.most_kept < 1):
+            return ours >= torchs or ours > self.most_kept * torchs
+        return ours > torchs
 
     @property
     def misses(self) -> list[bool]:
@@ -175,6 +192,7 @@ def measure(model: Model, rounds: int, seconds: float, compiler: bool) -> Row:
         {name: manualprop.receipt(m, **inputs).kept for name, m in models.items()},
         {"swap": model.swap, "fuse": model.fuse},
         any(fused_from(type(module)) for module in fused.modules()),
+        model.kept,
     )
 
 
@@ -199,17 +217,15 @@ def _time(row: Row, name: str) -> str:
 
 
 def _kept(row: Row, name: str) -> str:
-    return f"{row.kept[name] / 1e6:.2f}{' !' if row.large(name) else ''}" if name in row.kept else ""
+    if name not in row.kept:
+        return ""
+    most = f" ({row.most_kept * row.kept['torch'] / 1e6:.2f})" if name == "fuse" and row.most_kept < 1 else ""
+    return f"{row.kept[name] / 1e6:.2f}{most}{' !' if row.large(name) else ''}"
 
 
 def show(results: Results) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*HEADER, title="time of a training step / torch.nn's (target), and memory")
-    for name, row in results.items():
-        table.add_row(*(f"[red]{c}[/red]" if c.endswith("!") else c for c in cells(name, row)))
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    title = "time of a training step / torch.nn's (target), and memory"
+    benchmarking.show_table(HEADER, [cells(name, row) for name, row in results.items()], title)
 
 
 def section(results: Results, command: str) -> str:
@@ -219,10 +235,10 @@ def section(results: Results, command: str) -> str:
             f"## Whole models: {benchmarking.processor()}",
             "Time of a training step (forward, loss, backward) in float32 over that of the same model of torch.nn; in "
             "brackets the target, where there is one; `!` marks a miss. The transformers are the Hugging Face library's, "
-            "in small random configurations; the convnet's ReLUs work in place. Functions that a model calls itself "
+            "in small random configurations; the ReLUs of the convnet and of ResNet-18 work in place. Functions that a model calls itself "
             "(attention, the loss) are torch's on both sides. Freed memory stays mapped for all (`mallopt`), so "
             "no page faults are counted. Memory is what the receipt says that backward keeps beside parameters and inputs; "
-            "a `!` marks more than torch.nn keeps, or no less where neighbours run as one.",
+            "a `!` marks more than torch.nn keeps, no less where neighbours run as one, or more than the target in brackets.",
             f"`{command}`  \n{benchmarking.machine()}",
             benchmarking.markdown_table(HEADER, [cells(name, row) for name, row in results.items()]),
             f"{len(flags) - sum(flags)} of {len(flags)} promises are kept.",
@@ -258,25 +274,42 @@ def chosen(only: str) -> list[str]:
 def main(argv: list[str]) -> int:
     arguments = parsed(argv)
     names = chosen(arguments.only)
-    if not names:
-        print(f"bench_models.py: --only {arguments.only!r} finds no model. There are: {', '.join(MODELS)}")
+    layers = [name for name in convnet_layers.LAYERS if re.search(arguments.only, name)]
+    if not names + layers:
+        there = ", ".join([*MODELS, *convnet_layers.LAYERS])
+        print(f"bench_models.py: --only {arguments.only!r} finds no model and no layer. There are: {there}")
         return 2
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is loaded: the models are random
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     torch.set_num_threads(arguments.threads)
     benchmarking.keep_freed_memory()
-    rounds, seconds = (2, 0.001) if arguments.quick else (arguments.rounds, 0.3)
+    rounds, shorter = (2, 1e-3) if arguments.quick else (arguments.rounds, 1.0)
+    total, compiler = len(names) + len(layers), not arguments.quick
     results: Results = {}
+    of_layers: convnet_layers.Results = {}
     for i, name in enumerate(names):
-        benchmarking.progress(i, len(names), name)
-        results[name] = measure(MODELS[name], rounds, seconds, compiler=not arguments.quick)
-    benchmarking.progress(len(names), len(names), "done")
-    show(results)
+        benchmarking.progress(i, total, name)
+        results[name] = measure(MODELS[name], rounds, 0.3 * shorter, compiler)
+    for i, name in enumerate(layers, len(names)):
+        benchmarking.progress(i, total, name)
+        layer = convnet_layers.LAYERS[name]
+        of_layers[name] = convnet_layers.measure(layer, rounds, 0.05 * shorter, compiler)
+    benchmarking.progress(total, total, "done")
+    if results:
+        show(results)
+    if of_layers:
+        convnet_layers.show(of_layers)
     if arguments.write:
-        command = shlex.join(["python3", "scripts/run.py", "bench", "models", *argv])
-        benchmarking.write_section("models", section(results, command))
-        print(f"written to {benchmarking.PAGE}")
+        write(results, of_layers, shlex.join(["python3", "scripts/run.py", "bench", "models", *argv]))
     return 0
+
+
+def write(results: Results, of_layers: convnet_layers.Results, command: str) -> None:
+    if results:
+        benchmarking.write_section("models", section(results, command))
+    if of_layers:
+        benchmarking.write_section("convnet layers", convnet_layers.section(of_layers, command))
+    print(f"written to {benchmarking.PAGE}")
 
 
 if __name__ == "__main__":

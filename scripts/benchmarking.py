@@ -141,6 +141,17 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> None:
+    """Print it; a cell that ends with ! is red on a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, title=title)
+    for row in rows:
+        table.add_row(*(f"[red]{cell}[/red]" if cell.endswith("!") else cell for cell in row))
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
 def progress(done: int, total: int, what: str) -> None:
     """One line on stderr: rewritten on a terminal, plain elsewhere."""
     line = f"{done}/{total} {what}"

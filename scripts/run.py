@@ -267,7 +267,7 @@ COMMANDS = {
     "train": (script("recipes/digits/descents.py", **CALLED), "train on the digits with all three descents"),
     "manualprop": (script("-m", "manualprop", **CALLED), "the console command, as in: manualprop fit --help"),
     "test": (test, "pytest; -m quick: a part, under a minute; --full: slow ones too"),
-    "bench": (bench, f"bench NAME measures {', '.join(BENCHMARKS)}"),
+    "bench": (bench, f"measures NAME: {', '.join(BENCHMARKS)}"),
     "browser": (script("scripts/install_browser.py"), "install Chromium, for the tests of explain's page"),
     "docs": (script("scripts/build_docs.py"), "write the generated pages and the texts of --help"),
     "lint": (lint, "ruff check, ruff format, mypy; --fix repairs what it can"),

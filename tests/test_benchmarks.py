@@ -7,6 +7,7 @@ import bench_head
 import bench_layers
 import bench_models
 import benchmarking
+import convnet_layers
 import pytest
 import torch
 
@@ -161,12 +162,15 @@ def test_the_models_are_measured_and_the_page_is_written(
     monkeypatch.setattr(benchmarking.write_section, "__defaults__", (page,))
     monkeypatch.setattr(bench_models, "has_transformers", lambda: False)
     monkeypatch.setattr(bench_models, "measure", lambda *_, **__: MODEL_ROW)
+    monkeypatch.setattr(convnet_layers, "measure", lambda *_: LAYER_CELLS)
     assert bench_models.main(["--quick", "--write"]) == 0
     text, told = page.read_text(), capsys.readouterr()
+    assert "| max pool 2 | 8 x 64 x 28 x 28 | 1.08 (1) ! |  |  | 0.8 / 2.4 |" in text
+    assert "begin convnet layers, " in text and f"of {len(convnet_layers.LAYERS)} measurements" in text
     assert "| convnet |" in text and "| small MLP |" in text and "| BERT |" not in text
     assert "bench models --quick --write" in text and told.err.count("pip install") == 1
     assert bench_models.main(["--only", "Bort"]) == 2
-    assert "finds no model. There are: GPT-2, BERT" in capsys.readouterr().out
+    assert "finds no model and no layer. There are: GPT-2, BERT" in capsys.readouterr().out
 
 
 RATIO = benchmarking.Ratio(1.08, 1.0, 1.2)
@@ -177,6 +181,7 @@ MODEL_ROW = bench_models.Row(
     {"swap": 1.05, "fuse": 1.1},
     fused=True,
 )
+LAYER_CELLS = {"eager": bench_layers.Cell(RATIO, (800_000, 2_400_000), 1.0)}
 
 
 def test_the_misses_of_a_model_are_marked() -> None:
@@ -185,15 +190,35 @@ def test_the_misses_of_a_model_are_marked() -> None:
     assert MODEL_ROW.misses == [True, False, False, True, False, True]
     assert bench_models.cells("X", MODEL_ROW._replace(fused=False))[-2] == "2.00"  # it need not keep less
     assert "3 of 6 promises are kept." in bench_models.section({"X": MODEL_ROW}, "command")
+    three_quarters = MODEL_ROW._replace(most_kept=0.75, kept=MODEL_ROW.kept | {"fuse": 1_500_000})
+    assert bench_models.cells("X", three_quarters)[-2] == "1.50 (1.50)"
+    assert bench_models.cells("X", three_quarters._replace(most_kept=0.7, fused=False))[-2] == "1.50 (1.40) !"
 
 
 @pytest.mark.parametrize("name", ["small MLP", "convnet"])
 def test_a_model_is_the_same_swapped_and_keeps_no_more(name: str) -> None:
     row = bench_models.measure(bench_models.MODELS[name], 1, 1e-5, compiler=False)
     assert row.milliseconds > 0 and set(row.times) == {"swap", "fuse"}
-    assert row.fused == (name == "small MLP") and not any(map(row.large, row.times))
+    assert row.fused and not any(map(row.large, row.times))
     model, inputs = bench_models.MODELS[name].make()
     assert manualprop.swap(model, fuse=True, check={**inputs}).check is not None
+
+
+@pytest.mark.parametrize("name", convnet_layers.LAYERS)
+def test_every_layer_of_a_convolutional_network_has_a_twin(name: str) -> None:
+    layer = convnet_layers.LAYERS[name]
+    torchs = layer.make()
+    swapped = manualprop.swap(layer.make()).model
+    assert type(swapped).__bases__[0] is type(torchs) and type(swapped).__module__.startswith(our_nn.__name__)
+    assert swapped(torch.randn(layer.shape)).shape == torchs(torch.randn(layer.shape)).shape
+    assert layer.eager <= 1.6
+
+
+@pytest.mark.parametrize("name", ["max pool 2", "convolution 1 x 1"])
+def test_a_layer_of_a_convolutional_network_is_measured(name: str) -> None:
+    cells = convnet_layers.measure(convnet_layers.LAYERS[name], 1, 1e-5, compiler=False)
+    assert set(cells) == {"eager", "half"} and all(cell.ratio.median > 0 for cell in cells.values())
+    assert cells["eager"].bytes[0] <= cells["eager"].bytes[1]
 
 
 @pytest.mark.slow

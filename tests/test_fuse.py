@@ -372,8 +372,9 @@ def test_a_residual_network_across_its_modules() -> None:
     report = manualprop.swap(ours, fuse=True, check=x[:3, :, :8, :8])
     assert report.check is not None and len(fused_rows(report)) == 9
     (whole,) = (row for row in fused_rows(report) if row.path == "")
-    assert whole.after.startswith(
+    assert whole.after == (
         "FusedResNet: bn1+relu+layer1.0.conv1, layer1.0.bn1+layer1.0.relu+layer1.0.conv2, "
+        "layer1.1.bn1+layer1.1.relu+layer1.1.conv2 and 6 more"
     )
     as_one, in_torch, by_layers = (manualprop.receipt(m, x).kept for m in (ours, theirs, one_by_one))
     assert as_one <= 0.75 * in_torch and by_layers <= in_torch
@@ -539,12 +540,16 @@ def test_what_is_left_says_why(model: Callable[[], nn.Module], reason: str | Non
     assert all(module.training for module in built.modules())
 
 
-def test_a_wrong_fusion_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = F.activation_linear
+@pytest.mark.parametrize(("name", "fused"), [("mlp", "FusedMLP"), ("block", "FusedBlock")])
+def test_a_wrong_fusion_is_refused_by_name(name: str, fused: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, normed = F.activation_linear, fusing.batch_norm_activation_conv
     monkeypatch.setattr(F, "activation_linear", lambda *args: right(*args) * (1 + 1e-7))
-    model = nn.Sequential(nn.Linear(6, 6), made("mlp"))
+    monkeypatch.setattr(
+        fusing, "batch_norm_activation_conv", lambda *args: tuple(t * (1 + 1e-7) for t in normed(*args))
+    )
+    model = nn.Sequential(nn.Linear(6, 6), made(name))
     before = classes(model)
-    with pytest.raises(RuntimeError, match=r"with FusedMLP at '1' the model differs"):
+    with pytest.raises(RuntimeError, match=rf"with {fused} at '1' the model differs"):
         manualprop.swap(model, fuse=True, check=torch.randn(X))
     assert classes(model) == before and not any(
         "program" in name for m in model.modules() for name in vars(m)

@@ -386,7 +386,7 @@ def test_help_lists_the_commands_in_80_columns(words: str) -> None:
     done = subprocess.run(words, capture_output=True, text=True)
     shown, silent = (done.stdout, done.stderr) if len(words) > 2 else (done.stderr, done.stdout)
     assert done.returncode == (0 if len(words) > 2 else 2) and not silent
-    assert "bench NAME measures blocks, " in shown and "MANUALPROP_TORCH_INDEX" in shown
+    assert "measures NAME: blocks, " in shown and "MANUALPROP_TORCH_INDEX" in shown
     assert {"train", "manualprop", "test", "bench", "docs", "lint"} <= {
         *re.findall(r"^  ([a-z]+) ", shown, re.M)
     }

@@ -200,6 +200,24 @@ def test_a_compiled_model_compiles_again() -> None:
     assert eager == traced and "GELUBackward" in eager and "GeluBackward0" in eager
 
 
+def test_models_that_run_only_compiled() -> None:
+    """One after the other, in a new thread, which stands for a new process: nothing has run eagerly in it before."""
+    found: list[Tensor] = []
+
+    def run() -> None:
+        for _ in range(2):
+            torch._dynamo.reset()
+            model = manualprop.swap(made(), functions=True).model
+            found.append(
+                torch.compile(model, fullgraph=True, backend="aot_eager")(X.clone().requires_grad_())
+            )
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    torch.testing.assert_close(found, 2 * [made()(X)])
+
+
 # ----- what it leaves alone -----
 
 

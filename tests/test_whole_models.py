@@ -7,6 +7,7 @@ from typing import Any
 import convnets
 import pytest
 import torch
+import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
@@ -14,10 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import manualprop
 from manualprop import nn as hand
+from manualprop._swap._fuse import fused_from
 from manualprop.functions import convolution
 
 D = torch.float64
 NAMES = list(convnets.SMALL)
+FUSED = pytest.mark.parametrize("fuse", [False, True], ids=["layers", "fused"])
 CONVOLUTIONS = (hand.Conv2d, hand.ConvTranspose2d)
 
 # What ATen offers for the backward passes of these layers.  None of it may be reached; torch's own models show that
@@ -88,7 +91,7 @@ class Dispatched(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("fuse", [False, True], ids=["layers", "fused"])
+@FUSED
 @pytest.mark.parametrize("name", NAMES)
 def test_no_layer_is_left_and_the_proof_holds(name: str, fuse: bool) -> None:
     """Swap finds a twin for all, proves it on a batch, keeps no more, and unswap gives the model back."""
@@ -100,6 +103,8 @@ def test_no_layer_is_left_and_the_proof_holds(name: str, fuse: bool) -> None:
     assert report.check.ratio <= 1 and report.check.tensors > len([*model.parameters()])
     assert 0 < report.check.kept.after.kept <= report.check.kept.before.kept
     assert report.check.keeps_more == {} and report.check.not_compared == ()
+    if any(fused_from(type(m)) for m in report.model.modules()):
+        assert report.check.kept.after.kept < 0.92 * report.check.kept.before.kept
     manualprop.unswap(report.model)
     assert [type(m) for m in report.model.modules()] == [type(m) for m in model.modules()]
     assert repr(report.model) == repr(model)
@@ -107,11 +112,12 @@ def test_no_layer_is_left_and_the_proof_holds(name: str, fuse: bool) -> None:
         assert torch.equal(mine, theirs)
 
 
+@FUSED
 @pytest.mark.parametrize("name", NAMES)
-def test_outputs_and_gradients_are_equal_and_all_ours(name: str) -> None:
+def test_outputs_and_gradients_are_equal_and_all_ours(name: str, fuse: bool) -> None:
     """In training and in evaluation; no backward of ATen's is reached, for which torch's model has several."""
     model, x, labels = made(name)
-    ours = swapped(model).model
+    ours = swapped(model, fuse=fuse).model
     for training in (True, False):
         found = []
         for each in (model.train(training), ours.train(training)):
@@ -123,6 +129,60 @@ def test_outputs_and_gradients_are_equal_and_all_ours(name: str) -> None:
         assert atens >= ATENS[name]
         for a, b in zip(mine, exact, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13 * max(1, b.abs().max().item()))
+
+
+@pytest.mark.parametrize("functions", [False, True])
+def test_an_identity_between_the_stem_and_the_first_block_stops_no_fusion(functions: bool) -> None:
+    """ResNet-18 for small images has one in the place of its pool; a hook on it puts the layers back."""
+    model, x, labels = made("ResNet-18, 32 x 32")
+    report = manualprop.swap(copy.deepcopy(model), functions=functions, fuse=True, check=(x, labels))
+    assert any("bn1+relu+stages.0.0.conv1" in str(row.after) for row in report.rows)
+    assert report.check.kept.after.kept <= 0.75 * report.check.kept.before.kept
+    seen: list[Tensor] = []
+    report.model.model.maxpool.register_forward_hook(lambda module, inputs, y: seen.append(y))
+    torch.testing.assert_close(report.model(x, labels), model(x, labels), rtol=1e-12, atol=1e-12)
+    assert len(seen) == 1
+
+
+def test_a_block_whose_functions_are_torchs_runs_them_in_a_fused_model() -> None:
+    """The steps of the whole model would run ours there, so that block calls its own forward."""
+    model = Outer().double()
+    x = torch.randn(2, 3, 8, 8, dtype=D)
+    found = []
+    for only in (None, lambda path, module: module is model):
+        manualprop.unswap(model)
+        manualprop.swap(model, fuse=True)
+        manualprop.swap(model, functions=True, only=only)
+        y = model(x)
+        kept = manualprop.receipt(model, x).kept
+        with Dispatched() as dispatched:
+            y.sum().backward()
+        found.append((backwards(dispatched.seen), kept))
+    (ours, fused), (theirs, by_layers) = found
+    assert (ours, theirs) == (set(), {"threshold"}) and fused < by_layers
+
+
+class Inner(nn.Module):
+    """A forward that calls a function after a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv2(self.conv1(x)) + 0.1)
+
+
+class Outer(nn.Module):
+    """A batch norm and an activation before the first convolution of the inner module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+        self.inner = Inner()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.act(self.norm(self.conv(x))))
 
 
 def trained(model: nn.Module, x: Tensor, labels: Tensor, steps: int = 20) -> list[float]:
@@ -139,11 +199,12 @@ def trained(model: nn.Module, x: Tensor, labels: Tensor, steps: int = 20) -> lis
     return losses
 
 
+@FUSED
 @pytest.mark.parametrize("name", NAMES)
-def test_twenty_steps_of_training_are_equal(name: str) -> None:
+def test_twenty_steps_of_training_are_equal(name: str, fuse: bool) -> None:
     """Losses, weights and running statistics, to 1e-11 after the steps: they differ by 3e-14 at most here."""
     model, x, labels = made(name)
-    ours = swapped(model).model
+    ours = swapped(model, fuse=fuse).model
     losses, expected = trained(ours, x, labels), trained(model, x, labels)
     assert expected[-1] < 0.9 * expected[0]
     assert losses == pytest.approx(expected, rel=1e-11)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from manualprop import functional as F
+from manualprop._swap._functions import own_forward
 from manualprop._swap._method import (
     FOREIGN,
     KEEP_NOTHING,
@@ -20,7 +21,7 @@ from manualprop._swap._method import (
 )
 from manualprop._swap._twins import CONTAINERS
 from manualprop.nn import norm
-from manualprop.nn._heard import is_heard
+from manualprop.nn._heard import has_hooks, is_heard
 from manualprop.nn.container import Residual
 from manualprop.nn.fused import BATCH_NORMS, CONVOLUTIONS
 from manualprop.nn.fusing import (
@@ -44,6 +45,7 @@ METHODS = (
     "forward",
 )
 CHAINS: dict[type[nn.Module], type[nn.Module]] = {nn.Sequential: FusedSequential, Residual: FusedResidual}
+LISTED = 3  # neighbours that a row of the report names
 PROGRAM = "_manualprop_program"
 
 
@@ -100,7 +102,8 @@ def fused_from(cls: type[nn.Module]) -> type[nn.Module] | None:
 
 
 def _listed(found: Sequence[tuple[str, ...]]) -> str:
-    return ", ".join("+".join(names) for names in found)
+    more = f" and {len(found) - LISTED} more" if len(found) > LISTED else ""
+    return ", ".join("+".join(names) for names in found[:LISTED]) + more
 
 
 def _is_candidate(module: nn.Module, method: str) -> bool:
@@ -319,10 +322,18 @@ def _when(module: nn.Module, steps: Sequence[MethodStep], site: tuple[int, ...])
 def _stands(module: nn.Module, program: TracedMethod) -> bool:
     """Whether the steps are still valid: no inner module has been replaced or has got hooks."""
     return all(
-        (fused_from(type(part)) or type(part)) is cls and not is_heard(part)
+        (fused_from(type(part)) or type(part)) is cls and _does_as_steps(part, module)
         for path, cls in program.through
         for part in (module.get_submodule(path),)
     )
+
+
+def _does_as_steps(part: nn.Module, within: nn.Module) -> bool:
+    """Whether the forward of the class is all that runs, and torch's functions in it run the same rules as outside."""
+    inner, outer = own_forward(part), own_forward(within)
+    if inner is None or outer is None:
+        return not is_heard(part)
+    return inner.on == outer.on and not has_hooks(part)
 
 
 def _single(module: nn.Module, step: MethodStep) -> Callable[..., Tensor]:

@@ -86,7 +86,9 @@ class _Tracer(fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return next(m.children(), None) is None
+        # An identity is walked through as well: what it returns is its input, so neighbours around it may run as one.
+        is_identity = isinstance(m, nn.Identity) and type(m).forward is nn.Identity.forward
+        return next(m.children(), None) is None and not is_identity
 
 
 def steps_of(module: nn.Module, method: str) -> tuple[tuple[MethodStep, ...], Through]:

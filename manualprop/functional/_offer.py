@@ -49,7 +49,9 @@ def offered(ours: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Local(threading.local):
-    answering = True
+    def __init__(self) -> None:
+        """Once in each thread: torch.compile guards on the attribute, which must not appear while it traces."""
+        self.answering = True
 
 
 _local = _Local()

@@ -18,7 +18,12 @@ def is_heard(part: nn.Module) -> bool:
 
     A hook with the attribute ``only_watches`` does not count, so a receipt does not change what it measures.
     """
-    if "forward" in part.__dict__ or any(OF_ALL_MODULES):
+    return "forward" in part.__dict__ or has_hooks(part)
+
+
+def has_hooks(part: nn.Module) -> bool:
+    """Whether a call of ``part`` runs hooks, of its own or of all modules, that do not only watch."""
+    if any(OF_ALL_MODULES):
         return True
     for hooks in (
         part._forward_pre_hooks,

@@ -62,13 +62,14 @@ class Backprop:
             micro-batches. The rows of a call are the examples of one update: one with Stochastic, any number
             with MiniBatch and Batch.
         optimizer: the descent's optimizer, if it exists already; otherwise a new one is made.
-        compile: run the step as one graph.  torch's inductor compiles it at the first step of each input
-            shape (tens of seconds).  The graph calls the update, which stays folded into the product that
-            makes the gradient.  Hyperparameters are read when the graph runs, so a scheduler causes no new
-            compilation.  An optimizer that needs gradients makes its own step after the graph.  ``compile``
-            pays for many or large elementwise layers.  Random layers draw other numbers than without it.
+        compile: True: run the step as one graph.  torch's inductor compiles it at the first step of each input
+            shape (about ten seconds); on the CPU the program is kept on disk for later processes.  The graph of
+            a small network makes the update too; that of a large one returns the factors of the gradients, and
+            the update stays folded into their product.  A scheduler causes no new compilation.  An optimizer
+            that needs gradients makes its own step after the graph.  Random layers draw other numbers than
+            without ``compile``.
             "epoch": run the updates of :meth:`epoch` as one program, on the CPU.  It is compiled once for each
-            number of rows (about ten seconds, with a C++ compiler) and kept on disk for later processes.
+            number of rows (about ten seconds, with a C++ compiler) and kept on disk, too.
         capture: replay the step as a CUDA graph: for small networks on a GPU, where launching the kernels
             takes longer than their work.  It needs a CUDA device with the model, the inputs and the targets
             on it, and one graph's memory for each input shape.  May be combined with ``compile``.

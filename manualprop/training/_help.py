@@ -181,14 +181,16 @@ def _descents() -> list[type]:
 
 
 def _models() -> list[type]:
-    return _public(training, lambda c: issubclass(c, nn.Module) and not hasattr(c, "training_step"))
+    return _offered(lambda c: issubclass(c, nn.Module) and not hasattr(c, "training_step"))
 
 
 def _data_modules() -> list[type]:
-    found = _public(training, lambda c: issubclass(c, LightningDataModule) and not _required(c))
-    return sorted(
-        found, key=lambda c: c.__name__
-    )  # the package imports them in the order in which they are used
+    return _offered(lambda c: issubclass(c, LightningDataModule) and not _required(c))
+
+
+def _offered(wanted: Callable[[type], bool]) -> list[type]:
+    """Classes of the package of training, by name: it imports them in the order in which they are used."""
+    return sorted(_public(training, wanted), key=lambda c: c.__name__)
 
 
 def _losses() -> list[str]:

@@ -118,6 +118,7 @@ assert left == [], left
 """
 
 
+@pytest.mark.slow
 def test_killed_at_ten_moments_of_writing() -> None:
     """After each, both checkpoints can be read and training goes on; what was half written is gone in the end."""
     words = [sys.executable, "-c", KILLED, str(Path(__file__).parent)]

@@ -179,6 +179,7 @@ def test_paths_are_whole_for_who_stands_elsewhere(tmp_path: Path, monkeypatch: p
     assert _invocation.shown(path) == str(tmp_path / "runs/x/history.csv")
 
 
+@pytest.mark.slow
 def test_what_fit_prints_can_be_pasted(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

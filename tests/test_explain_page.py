@@ -382,6 +382,7 @@ return found;
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True])
 def test_the_contrast_is_enough(page: Page, dark: bool) -> None:
     page.look(1440, dark)
@@ -473,6 +474,7 @@ def test_every_printed_loss_computes_what_its_rule_computes(page: Page) -> None:
 # ----- other models -----
 
 
+@pytest.mark.slow
 def test_a_large_network_is_cut_and_still_nudged(browser: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     x, target = torch.randn(32, 784), torch.randint(10, (32,))

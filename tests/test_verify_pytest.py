@@ -50,6 +50,7 @@ def run(pytester: pytest.Pytester, tests: str, *options: str) -> pytest.RunResul
     return pytester.runpytest_subprocess(*PLUGIN, "-p", "no:xdist", "-W", "error", *options)
 
 
+@pytest.mark.slow
 def test_one_item_for_each_probe(pytester: pytest.Pytester) -> None:
     tests = """
 x = torch.randn(3, requires_grad=True)
@@ -107,6 +108,7 @@ def test_intercepted():
     result.stdout.fnmatch_lines(["ops.Steep: no finding, 1 accepted*", "*steeper, on purpose*"])
 
 
+@pytest.mark.slow
 def test_interception_with_a_baseline_fails_for_what_is_new(pytester: pytest.Pytester) -> None:
     tests = """
 def test_steep():

@@ -100,7 +100,11 @@ ATTEMPTS = [
     wrong("softmax", "dx = y * (g - (g * y).sum(-1))", "RuntimeError", "error"),
     wrong("softmax", "dx = y * (g - g.sum(-1, keepdim=True))", "Derive dy_i/dx_j|a missing or extra"),
     wrong("softmax", "dx = g * y", "a missing or extra term"),
-    wrong("softmax", "dx = g - (g * y).sum(-1, keepdim=True)", "Derive dy_i/dx_j|a factor too many, or one too few"),
+    wrong(
+        "softmax",
+        "dx = g - (g * y).sum(-1, keepdim=True)",
+        "Derive dy_i/dx_j|a factor too many, or one too few",
+    ),
     wrong("softmax", "dx = y * (g - (g * y.detach()).sum(-1, keepdim=True))", "first order only", ONLY_FIRST),
     wrong("cross_entropy", "dx = g * (p - y)", "mean's divisor missing"),
     wrong("cross_entropy", "dx = g * (y - p) / len(x)", "wrong sign"),

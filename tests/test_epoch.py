@@ -398,7 +398,6 @@ def test_the_folder_is_bounded(store: Path, compilations: list[str], monkeypatch
     assert [_programs.is_kept(graph) for graph in graphs] == [True, False, True]
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc").exists(), reason="root may write anywhere")
 def test_a_folder_that_cannot_be_written(
     tmp_path: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,33 +27,30 @@ from manualprop.nn import (
 )
 from manualprop.nn.foreign import foreign_original, foreign_twin
 
+FAMILIES = (
+    activation,
+    averaging,
+    convolution,
+    dropout,
+    embedding,
+    gated,
+    interpolation,
+    linear,
+    local_response,
+    loss,
+    norm,
+    padding,
+    pooling,
+    shuffle,
+)
+
 
 def _twins() -> dict[type[nn.Module], type[nn.Module]]:
     """{torch class: ours}, read from the base classes, so that no table can disagree with them.
 
     A layer of ours without a twin has ``torch.nn.Module`` as its base.
     """
-    classes = [
-        c
-        for family in (
-            activation,
-            averaging,
-            convolution,
-            dropout,
-            embedding,
-            gated,
-            interpolation,
-            linear,
-            local_response,
-            loss,
-            norm,
-            padding,
-            pooling,
-            shuffle,
-        )
-        for c in vars(family).values()
-        if isinstance(c, type)
-    ]
+    classes = [c for family in FAMILIES for c in vars(family).values() if isinstance(c, type)]
     ours = [c for c in classes if issubclass(c, nn.Module) and c.__module__.startswith("manualprop.")]
     return {c.__bases__[0]: c for c in ours if c.__bases__[0] is not nn.Module}
 

@@ -10,10 +10,10 @@ Symbols
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from manualprop.functions._declaration import require_methods
+from manualprop.functions._execution import recorded
 from manualprop.functions._execution._axes import Like, Row, laid_out, owned, transposed_along
 from manualprop.functions._rule import Rule, flat
 
@@ -56,7 +56,8 @@ class LinearMap(Rule):
         require_methods(cls, "f", "transposed")
         f, without_constant = cls.f, cls.without_constant
         cls.adjoint = _adjoint(cls)
-        recorded, plain = cls.adjoint.apply, cls.adjoint.forward
+        # The compiler must not trace into the making of a matrix.
+        transposed = recorded(cls.adjoint.apply, cls.adjoint.forward, compiled=True)
 
         def forward(x: Tensor, *p: Any) -> tuple[Tensor, Tensor]:
             return owned(f(x, *p)), x.new_empty(0)
@@ -71,8 +72,6 @@ class LinearMap(Rule):
             (nothing,) = ctx.saved_tensors
             if g is None:  # a second derivative
                 return nothing.new_zeros(ctx.like.shape), *[None] * len(ctx.p)
-            # The compiler must not trace into the making of a matrix.
-            transposed = recorded if torch.is_grad_enabled() or torch.compiler.is_compiling() else plain
             return flat(transposed(g, ctx.like, *ctx.p), nothing), *[None] * len(ctx.p)
 
         def jvp(ctx: Any, t: Tensor, *_: None) -> tuple[Tensor, Tensor]:

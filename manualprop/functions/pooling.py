@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manualprop.functions._elementwise import Elementwise
-from manualprop.functions._execution import full, plain_eager
+from manualprop.functions._execution import eagerly, full, recorded
 from manualprop.functions._execution._axes import Like, owned
 from manualprop.functions._execution._places import in_line, largest_of_windows, numbers_at, summed_at
 from manualprop.functions._rule import Rule, flat
@@ -100,7 +100,8 @@ class Choice(Rule):
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
         (i,) = ctx.saved_tensors
-        return choice(dx, i, ctx.axes)
+        tangent: Tensor = choice(dx, i, ctx.axes)
+        return tangent
 
 
 class SumAtPlaces(Rule):
@@ -135,17 +136,13 @@ class SumAtPlaces(Rule):
     @staticmethod
     def jvp(ctx: Any, dg: Tensor, *_: None) -> Tensor:
         (i,) = ctx.saved_tensors
-        return sum_at_places(dg, i, ctx.size)
+        tangent: Tensor = sum_at_places(dg, i, ctx.size)
+        return tangent
 
 
-def choice(x: Tensor, i: Tensor, axes: int) -> Tensor:
-    y: Tensor = Choice.apply(x, i, axes) if torch.is_grad_enabled() else numbers_at(x, i, axes)
-    return y
-
-
-def sum_at_places(g: Tensor, i: Tensor, size: tuple[int, ...]) -> Tensor:
-    dx: Tensor = SumAtPlaces.apply(g, i, size) if torch.is_grad_enabled() else summed_at(g, i, size)
-    return dx
+# The two maps inside of a backward: as rules where something may differentiate them again.
+choice = recorded(Choice.apply, numbers_at)
+sum_at_places = recorded(SumAtPlaces.apply, summed_at)
 
 
 # ----- the largest number of each window -----
@@ -294,9 +291,11 @@ class MaxUnpool(Rule):
     def forward(
         y: Tensor, i: Tensor, axes: int, kernel_size: Any, stride: Any, padding: Any, size: tuple[int, ...]
     ) -> Tensor:
-        if plain_eager():
-            return owned(UNPOOL[axes](y, i, kernel_size, stride, padding, size))
-        return written_at(y, i, size)
+        x: Tensor = eagerly(
+            lambda: owned(UNPOOL[axes](y, i, kernel_size, stride, padding, size)),
+            lambda: written_at(y, i, size),
+        )
+        return x
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -11,6 +11,7 @@ from manualprop.functions._execution._formula import FORMULAS as FORMULAS
 from manualprop.functions._execution._formula import HALF as HALF
 from manualprop.functions._execution._formula import LARGE as LARGE
 from manualprop.functions._execution._formula import Runner as Runner
+from manualprop.functions._execution._formula import eagerly as eagerly
 from manualprop.functions._execution._formula import formula as formula
 from manualprop.functions._execution._formula import full as full
 from manualprop.functions._execution._formula import plain_eager as plain_eager

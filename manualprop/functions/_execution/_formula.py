@@ -97,13 +97,24 @@ def formula(legend: str, lift: bool = True) -> Callable[[Formula], "Runner"]:
     return marked
 
 
-def recorded(apply: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that calls ``apply``, which is recorded, in grad mode, and ``plain`` otherwise."""
+def recorded(
+    apply: Callable[..., Any], plain: Callable[..., Any], compiled: bool = False
+) -> Callable[..., Any]:
+    """A function that calls ``apply``, which is recorded, in grad mode, and ``plain`` otherwise.
+
+    With ``compiled`` the compiler gets ``apply`` too, and does not trace into ``plain``.
+    """
 
     def either(*arguments: Any) -> Any:
-        return apply(*arguments) if torch.is_grad_enabled() else plain(*arguments)
+        records = torch.is_grad_enabled() or (compiled and torch.compiler.is_compiling())
+        return apply(*arguments) if records else plain(*arguments)
 
     return either
+
+
+def eagerly(kernel: Callable[..., Any], formula: Callable[..., Any]) -> Any:
+    """What ``kernel()`` returns in plain eager mode, and ``formula()`` where a transform or a compiler looks on."""
+    return kernel() if plain_eager() else formula()
 
 
 def full(t: Tensor) -> Tensor:

@@ -148,7 +148,10 @@ def test_the_mode_of_the_model_counts(interpreted: list[_scan.Scan]) -> None:
             step.model.train(training)
             step.epoch(x, t, order(16, 4))
         agree(*steps)
-    assert len(interpreted) == 2
+    training, evaluating = interpreted
+    written = {b.data_ptr() for b in steps[0].model.buffers()}
+    assert written <= {c.data_ptr() for c in training.carried}, "an operation writes to what is not carried"
+    assert not written & {c.data_ptr() for c in evaluating.carried}
 
 
 @pytest.mark.parametrize(

@@ -59,9 +59,8 @@ FRACTIONAL: dict[int, Callable[..., Any]] = {
 }
 UNPOOL: dict[int, Callable[..., Tensor]] = {1: F.max_unpool1d, 2: F.max_unpool2d, 3: F.max_unpool3d}
 POWER: dict[int, Callable[..., Tensor]] = {1: F.lp_pool1d, 2: F.lp_pool2d, 3: F.lp_pool3d}
-AverageTransposed = (
-    AvgPool.adjoint
-)  # A^T; looked up here, since compiled autograd can not read it from a rule
+# A^T, looked up here: compiled autograd cannot read an attribute of a rule.
+AverageTransposed = AvgPool.adjoint
 
 
 # ----- the two maps -----

@@ -163,7 +163,10 @@ def _run(options: argparse.Namespace) -> int:
         print(f"\n{target}: NOT VERIFIED: {why}", file=out)
     gone = _gone(plan.settings, options.targets, found)
     for name in gone:
-        print(f"\n{name}: pyproject.toml accepts findings of it, and there is no such name: take it out", file=out)
+        print(
+            f"\n{name}: pyproject.toml accepts findings of it, and there is no such name: take it out",
+            file=out,
+        )
     bad = [r for r in reports if not r.passed]
     print(f"\n{len(reports)} verified, {len(bad)} with findings, {len(unverified)} not verified", file=out)
     if plan.update is not None:

@@ -152,7 +152,11 @@ class Interceptor:
             f"not verified: {error}" for error in self.errors
         ]
         nothing = f"no torch.autograd.Function of {', '.join(self.packages)} was called with an input that requires grad"
-        absent = [f"{name} was never imported: is that its name?" for name in self.packages if name not in sys.modules]
+        absent = [
+            f"{name} was never imported: is that its name?"
+            for name in self.packages
+            if name not in sys.modules
+        ]
         return (lines or [nothing]) + absent
 
 

@@ -15,6 +15,7 @@ from manualprop.verify._report import Report
 from manualprop.verify._verdicts import KNOWN, members
 from manualprop.verify.probes import load
 
+
 class BadSettings(ValueError):
     """A settings file cannot be understood.  The text is one line for the user."""
 

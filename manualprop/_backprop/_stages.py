@@ -263,6 +263,11 @@ def the_one(found: list[Application], x: Tensor, y: Tensor, path: str, layer: Mo
         first = found[0].output[0] if isinstance(found[0].output, tuple) else found[0].output
         if first is y and sum(a is x for a in found[0].arguments) == 1:
             return found[0]
+    mode = getattr(layer, "padding_mode", "zeros")
+    if mode != "zeros":
+        names = {"reflect": "ReflectionPad", "replicate": "ReplicationPad", "circular": "CircularPad"}
+        way_out = f"Give it padding=0, and put the nn.{names[mode]} of manualprop.nn before it"
+        raise TypeError(refusal(path, layer, f"it pads by {mode!r}, which is a layer of its own", way_out))
     raise TypeError(refusal(path, layer, "its forward is more than one application of one rule"))
 
 

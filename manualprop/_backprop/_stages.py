@@ -29,7 +29,7 @@ from manualprop.functions._execution._products import (
     multiply_and_add_into,
 )
 from manualprop.functions.linear import rows
-from manualprop.nn.fusing import runs
+from manualprop.nn.fusing import KEPT_ANYWAY, activation_name, match, runs
 
 Forward = Callable[[Tensor], Tensor]
 Backward = Callable[[Tensor], "Tensor | None"]
@@ -445,11 +445,33 @@ def _fused_within(layer: torch.nn.Sequential, path: str) -> list[Stage]:
         if name not in following:
             within.append(build(children[name], inner))
             continue
-        run = [children[name], *(children[next(names)] for _ in following[name])]
-        for part in run:
+        run = {n: children[n] for n in (name, *(next(names) for _ in following[name]))}
+        for part in run.values():
             _refuse_hooks(part, inner)
-        within.append(Applied(inner, nn.FusedSequential(*run)))
+        within += _run_within(run, path)
     return within
+
+
+def _run_within(run: Mapping[str, Module], path: str) -> list[Stage]:
+    """The stages of layers that run as one: a linear layer of its own, if the activation is kept for it anyway."""
+    *before, last = run
+    first = next(iter(run))
+    inner = f"{path}.{first}" if path else first
+    if activation_name(run[first]) not in KEPT_ANYWAY or last == first:
+        return [Applied(inner, Run(*run.values()))]
+    if match([run[name] for name in before]):
+        head: list[Stage] = [Applied(inner, Run(*(run[name] for name in before)))]
+    else:
+        head = [build(run[name], f"{path}.{name}" if path else name) for name in before]
+    return [*head, build(run[last], f"{path}.{last}" if path else last)]
+
+
+class Run(nn.FusedSequential):
+    """Layers that run as one, also if the first would write over its input: that is new here."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        found = match(list(self))
+        return super().forward(input) if found is None else found.call(input)
 
 
 def _refuse_hooks(layer: Module, path: str) -> None:

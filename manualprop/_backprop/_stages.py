@@ -458,15 +458,15 @@ def _run_within(run: Mapping[str, Module], path: str) -> list[Stage]:
     first = next(iter(run))
     inner = f"{path}.{first}" if path else first
     if activation_name(run[first]) not in KEPT_ANYWAY or last == first:
-        return [Applied(inner, Run(*run.values()))]
+        return [Applied(inner, FusedLayers(*run.values()))]
     if match([run[name] for name in before]):
-        head: list[Stage] = [Applied(inner, Run(*(run[name] for name in before)))]
+        head: list[Stage] = [Applied(inner, FusedLayers(*(run[name] for name in before)))]
     else:
         head = [build(run[name], f"{path}.{name}" if path else name) for name in before]
     return [*head, build(run[last], f"{path}.{last}" if path else last)]
 
 
-class Run(nn.FusedSequential):
+class FusedLayers(nn.FusedSequential):
     """Layers that run as one, also if the first would write over its input: that is new here."""
 
     def forward(self, input: Tensor) -> Tensor:

@@ -181,6 +181,21 @@ def test_a_transposed_convolution_shows_its_sums_in_the_letters_of_its_rule(
     )
 
 
+def test_pictures_keep_their_place_before_they_are_drawn(page: Page) -> None:
+    """Or a jump to a step would end elsewhere; and a number in a tall picture scrolls into sight."""
+    page.look(360)
+    heights = "return GRIDS.map((g) => g.element.offsetHeight)"
+    before = page.run(heights)
+    page.run("GRIDS.forEach((g) => g.draw())")
+    assert page.run(heights) == before
+    g = page.run(
+        """const g = GRIDS.find((g) => g.grid.key === 'y:0'); g.go(g.numbers.rows - 1, g.numbers.cols - 1, true);
+        const [, y] = g.place(g.row, g.col); return [y, g.body.scrollTop, g.body.clientHeight]"""
+    )
+    assert g[1] <= g[0] < g[1] + g[2]
+    page.look(1440)
+
+
 # ----- the nudge -----
 
 

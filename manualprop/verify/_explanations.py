@@ -249,12 +249,16 @@ def _one_output(w: Wrong) -> str:
 
 
 def _elsewhere(w: Wrong) -> str:
-    """H is the derivative at another point: a saved tensor was overwritten, or comes from another call."""
+    """H is the derivative at another point.
+
+    The numbers do not tell why: a forgotten factor W and a saved W overwritten by ones give the same gradient.  So the
+    sentence names the two values only.
+    """
     if not w.c.whole or getattr(w.s, "base", None) is not None:
         return ""
     direction = normal((w.c.directions.shape[1],), generator("elsewhere"))
     by_hand = w.hand @ direction
-    for what, points in _other_points(w.s):
+    for name, other, points in _other_points(w.s):
         try:
             there = _numeric.derivative(
                 _only(w.s.with_points(points), w.c.point, direction), w.s.noise, w.point.dtype
@@ -266,25 +270,28 @@ def _elsewhere(w: Wrong) -> str:
         explained = w.c.cotangents @ there.value
         close = FIT * by_hand.abs().max() + 4 * there.error.max() + w.c.tolerance.max()
         if bool(((by_hand - explained).abs() <= close).all()):
-            return f"overwritten or stale saved tensor: this is the gradient at {what}"
+            forgotten = f", as if {name} were forgotten" if other == "1" else ""
+            return f"the right gradient with {other} in the place of {name}{forgotten}"
     return ""
 
 
-def _other_points(s: Subject) -> Iterator[tuple[str, list[Tensor]]]:
+def _other_points(s: Subject) -> Iterator[tuple[str, str, list[Tensor]]]:
+    """(the name of a point, what replaces it, all points with this in its place)"""
+
     def replaced(i: int, value: Tensor) -> list[Tensor]:
         return [value.clone() if j == i else p for j, p in enumerate(s.points)]
 
     for i, (name, p) in enumerate(zip(s.names, s.points, strict=True)):
         for k, y in enumerate(s.outputs):
             if y.shape == p.shape:
-                yield f"{name} = {s.output_names[k]}", replaced(i, y)
+                yield name, s.output_names[k], replaced(i, y)
         for j, q in enumerate(s.points):
             if j != i and q.shape == p.shape:
-                yield f"{name} = {s.names[j]}", replaced(i, q)
-        yield f"{name} = 0", replaced(i, torch.zeros_like(p))
-        yield f"{name} = 1", replaced(i, torch.ones_like(p))
-        yield f"{name} = |{name}|", replaced(i, p.abs())
-        yield f"{name} = 2 {name}", replaced(i, 2 * p)
+                yield name, s.names[j], replaced(i, q)
+        yield name, "0", replaced(i, torch.zeros_like(p))
+        yield name, "1", replaced(i, torch.ones_like(p))
+        yield name, f"|{name}|", replaced(i, p.abs())
+        yield name, f"2 {name}", replaced(i, 2 * p)
 
 
 def _part(w: Wrong) -> str:

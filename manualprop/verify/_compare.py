@@ -45,6 +45,12 @@ class Comparison(NamedTuple):
         return _is_basis(self.cotangents, of_ones=False) and _is_basis(self.directions)
 
 
+def ratio_of(found: Tensor, expected: Tensor) -> float | None:
+    """The c for which found - c expected is smallest; None if expected is zero."""
+    norm = (expected * expected).sum().item()
+    return (found * expected).sum().item() / norm if norm else None
+
+
 def _is_basis(rows: Tensor, of_ones: bool = True) -> bool:
     """Whether the rows are all unit vectors, in order.  Without ``of_ones`` some rows may be zero."""
     n, m = rows.shape

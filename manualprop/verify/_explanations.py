@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from manualprop.verify import _numeric
-from manualprop.verify._compare import Comparison, _only, compare
+from manualprop.verify._compare import Comparison, _only, compare, ratio_of
 from manualprop.verify._random import generator, normal
 from manualprop.verify._subject import Subject
 
+MISSING = "zero: no gradient at all"
 FIT = 2e-6  # of the largest entry: how closely an explanation must fit
 
 
@@ -59,9 +60,7 @@ def _zero(w: Wrong) -> str:
     if w.hand.abs().max() > 0:
         return ""
     given = w.s.gradients()[w.c.point]
-    return (
-        "zero: no gradient at all (None is returned, or nothing requires grad)" if given is None else "zero"
-    )
+    return f"{MISSING} (None is returned, or nothing requires grad)" if given is None else "zero"
 
 
 def _exchanged(w: Wrong) -> str:
@@ -76,16 +75,10 @@ def _exchanged(w: Wrong) -> str:
 
 
 def _constant(w: Wrong) -> str:
-    c = _ratio(w.hand, w.numeric)
+    c = ratio_of(w.hand, w.numeric)
     if c is None or not w.fits(w.hand, c * w.numeric):
         return ""
     return f"constant factor {_number(c)}{_meaning(c, w)} (in all paths)"
-
-
-def _ratio(hand: Tensor, numeric: Tensor) -> float | None:
-    """The c for which hand - c numeric is smallest."""
-    norm = (numeric * numeric).sum().item()
-    return (hand * numeric).sum().item() / norm if norm else None
 
 
 def _number(c: float) -> str:
@@ -193,7 +186,7 @@ def _reversed(w: Wrong) -> str:
 def _factor_in_order(w: Wrong, order: Tensor) -> float | None:
     """The c for which H = c N, with the entries of the input in another order; None if there is none."""
     explained = w.numeric[:, order.reshape(-1)]
-    c = _ratio(w.hand, explained)
+    c = ratio_of(w.hand, explained)
     return c if c is not None and w.fits(w.hand, c * explained) else None
 
 
@@ -237,7 +230,7 @@ def _one_output(w: Wrong) -> str:
     if not hit or len(hit) == len(w.s.outputs):
         return ""
     rows = torch.cat([torch.full((y.numel(),), k in hit) for k, y in enumerate(w.s.outputs)])
-    c = _ratio(w.hand[rows], w.numeric[rows])
+    c = ratio_of(w.hand[rows], w.numeric[rows])
     inner = w.numeric * rows.unsqueeze(1)
     zero = not bool(w.hand[rows].abs().max() > 0)
     factor = ""
@@ -304,7 +297,7 @@ def _part(w: Wrong) -> str:
         return ""
     x = _numeric.flat([w.point])
     where = _where(bad, x, w.point.shape)
-    c = _ratio(w.hand[:, bad], w.numeric[:, bad])
+    c = ratio_of(w.hand[:, bad], w.numeric[:, bad])
     explained = w.numeric.clone()
     how = ""
     if not bool(w.hand[:, bad].abs().max() > 0):
@@ -370,7 +363,7 @@ def _one_path(w: Wrong) -> str:
             ("the direct one, of each output to its own input", direct),
             ("the coupling between entries (through a sum, a mean or a norm)", coupling),
         ):
-            c = _ratio(d, path)
+            c = ratio_of(d, path)
             if c is not None and abs(c) > 1e-6 and w.fits(d, c * path):
                 return f"one path of a sum is wrong, {what}: {_path_factor(c)}; the rest is right"
     rank, full = _rank(d, w), max(_rank(n, w), _rank(w.hand, w))
@@ -411,7 +404,7 @@ def _own_factors(w: Wrong) -> str:
             if extra.numel() != factors.numel():
                 continue
             for text, value in ((f"{name}", extra), (f"1 / {name}", 1 / extra), (f"{name}^2", extra * extra)):
-                c = _ratio(factors.reshape(-1), value) if bool(torch.isfinite(value).all()) else None
+                c = ratio_of(factors.reshape(-1), value) if bool(torch.isfinite(value).all()) else None
                 if c is not None and bool(
                     ((factors.reshape(-1) - c * value).abs() <= 1e-4 * factors.abs().max()).all()
                 ):

@@ -245,7 +245,9 @@ def weighted(x, weight):
     return weight * x.sin()
 
 
-ONE_FOR_WEIGHT = r"^the right gradient with 1 in the place of weight, as if weight were forgotten (?!.*(stale|overwr))"
+ONE_FOR_WEIGHT = (
+    r"^the right gradient with 1 in the place of weight, as if weight were forgotten (?!.*(stale|overwr))"
+)
 
 
 @defect("first_order", args=lambda r: (r(3, 4), r(3, 4)), says=ONE_FOR_WEIGHT, truth=weighted)

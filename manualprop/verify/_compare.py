@@ -335,7 +335,7 @@ class Gradient(Derived):
         return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(found, x, strict=True))
 
     def follow(self, kinks: Tensor) -> Tensor:
-        """The entries of the gradients that the outputs at a kink contribute to, close by."""
+        """The entries of the gradients to which outputs at a kink contribute, at points close by."""
         if not bool(kinks.any()):
             return super().follow(kinks)
         base = self.base

@@ -1,7 +1,7 @@
 """Usual mistakes: each explanation says what the Jacobian by hand would be.
 
 H is the Jacobian by hand, N the numerical one.  Rows are cotangents, columns directions.  The first explanation that
-fits to rounding is reported; the simplest come first.
+fits to rounding is reported, and the simplest come first.
 """
 
 from __future__ import annotations
@@ -264,7 +264,7 @@ def _elsewhere(w: Wrong) -> str:
         close = FIT * by_hand.abs().max() + 4 * there.error.max() + w.c.tolerance.max()
         if bool(((by_hand - explained).abs() <= close).all()):
             forgotten = f", as if {name} were forgotten" if other == "1" else ""
-            return f"the right gradient with {other} in the place of {name}{forgotten}"
+            return f"this is the right gradient for {name} = {other}{forgotten}"
     return ""
 
 
@@ -345,7 +345,7 @@ def _handed_on(w: Wrong) -> str:
         return "grad_output is handed on as it is: the mask and the scale that forward draws are missing"
     return (
         "grad_output is handed on as it is: the function's own slope is missing "
-        "(of a residual connection, that of the block beside it)"
+        "(in a residual connection: the slope of the block)"
     )
 
 

@@ -246,7 +246,7 @@ def weighted(x, weight):
 
 
 ONE_FOR_WEIGHT = (
-    r"^the right gradient with 1 in the place of weight, as if weight were forgotten (?!.*(stale|overwr))"
+    r"^this is the right gradient for weight = 1, as if weight were forgotten (?!.*(stale|overwr))"
 )
 
 

@@ -63,7 +63,7 @@ def inplace_edit(s: Subject) -> Outcome:
         elif text:
             return finding(
                 f"an edit of {name} in place, after forward, goes unseen: {text}",
-                f"stale or overwritten saved tensor: {name} is kept past save_for_backward, as .data or on ctx",
+                f"stale or overwritten: {name} is not kept by save_for_backward, but as .data or on ctx",
                 edited=name,
             )
         else:
@@ -112,7 +112,7 @@ def saved_tensors(s: Subject) -> Outcome:
         cls = node._forward_cls.__name__
         for path, t in tensors_in(vars(node)):
             whose = "an input or output" if storage_of(t) in theirs else f"a tensor of shape {list(t.shape)}"
-            # Made from numbers, whatever the inputs are: nobody can edit it, and it is no memory of the call.
+            # A constant, the same for all inputs: nobody can edit it, and it remembers nothing of the call.
             constant = (cls, path) in other and same_bits(t, other[cls, path])
             if (
                 ((constant or t.numel() < 2) and storage_of(t) not in theirs)
@@ -123,11 +123,11 @@ def saved_tensors(s: Subject) -> Outcome:
                 continue
             found = finding(
                 f"{cls} keeps {whose} as ctx{path}, not by save_for_backward",
-                f"ctx{path} is unguarded: edited in place it is stale or overwritten unseen, saved-tensor hooks "
-                "do not see it, and it is freed late",
+                f"ctx{path} is not guarded: an edit in place makes it stale, and nothing says so; saved-tensor hooks "
+                "miss it, and it is freed late",
                 attribute=f"ctx{path}",
             )
-            # A slope made in forward has no second derivative wherever it is kept.
+            # A slope computed in forward has no second derivative, wherever it is kept.
             return apart(found, "second_order") if storage_of(t) in theirs else found
     before = {where: (t, bits(t)) for where, t in held_by(s.functions)}
     there = s.with_points(elsewhere(s))

@@ -51,7 +51,7 @@ Make = Callable[[int], Subject]  # a seed -> the function to look at
 
 
 def wrong_slope(make: Make, axis: Axis | None) -> str | None:
-    """A direction in which the gradient is wrong, or None.  What is said survives other values and directions."""
+    """A direction in which the gradient is wrong, or None.  It must be wrong for three sets of values and directions."""
     said = None
     for seed in (0, 1, 2):
         try:
@@ -118,7 +118,7 @@ def _agreeing(
 ) -> float | None:
     """None if differences with some step agree with ``hand`` or none can tell; else the best of them.
 
-    A kink that a large step crosses, a small one does not; and a wrong gradient agrees with no step.  Where the two
+    A large step may cross a kink that a small one does not reach.  A wrong gradient agrees with no step.  Where the two
     smallest steps disagree, the function is a staircase, and its differences say nothing.
     """
     told: list[tuple[float, float, float, float]] = []  # (step, by how much it is off, slope, doubt)
@@ -248,7 +248,7 @@ def _never_repeating(s: Subject) -> Iterator[int]:
     """The integer arguments that hold no value twice, and whose gradient is wrong if they do: see indices."""
     for i, t in s.others().items():
         if is_integer(t) and t.dim() == 1 and t.numel() == 1 and _is_an_index(s, i, t):
-            yield i  # of one alone nothing is known
+            yield i  # one integer cannot show whether repeats are allowed
         elif is_integer(t) and t.numel() > 1 and not has_repeats(t):
             there = s.with_points(s.points, others={i: repeated(t)})
             if _may_be_asked(there) and wrong_slope(lambda seed, there=there: there, None) is not None:  # type: ignore[misc]
@@ -305,7 +305,7 @@ def _affordable(s: Subject, axis: Axis, wanted: Sequence[int]) -> tuple[list[int
     small, large = min(pair, (16, 32))  # enough to count operations, and quicker
     low, high = (cost(resized(s, axis, n)) for n in (small, large))
     power = max(1.0, math.log2(high.bytes / low.bytes)) if low.bytes else 1.0
-    # What does not grow with the size is no matter: an operation on few numbers takes as long as on none.
+    # Only growth counts: an operation on few numbers takes as long as on none.
     more = (high.units - low.units) / (large**power - small**power)
 
     def units(n: int) -> float:
@@ -326,9 +326,9 @@ def _affordable(s: Subject, axis: Axis, wanted: Sequence[int]) -> tuple[list[int
 
 
 def _in_time(s: Subject, axis: Axis, wanted: Sequence[int], small: int, large: int) -> list[int]:
-    """Those sizes that do not take a thousand times what their number of entries says: loops inside an operation.
+    """The sizes that processor time allows: an operation may loop inside, and cost more than its entries say.
 
-    By processor time, and far from any usual time, so that a loaded machine says the same.
+    The limit is far above usual times, so that a loaded machine says the same.
     """
     if not any(n > large for n in wanted):
         return list(wanted)
@@ -347,7 +347,7 @@ def _seconds(s: Subject, axis: Axis, n: int) -> float:
 
 
 def _bytes_of_inputs(s: Subject, axis: Axis, n: int) -> float:
-    """Of all inputs together with length ``n``: a kernel whose every length is the same grows with its fourth power."""
+    """Bytes of all inputs with length ``n``.  A kernel of four dimensions of this length grows with the fourth power."""
     if axis.size or not axis.length:
         return 0.0
     total = 0.0

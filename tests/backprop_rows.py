@@ -239,6 +239,18 @@ ROWS = [
     ),
     Row("loss-MultiMargin", loss=nn.MultiMarginLoss, steps=50),
     Row("loss-MultiMargin-squares-sum", loss=lambda: nn.MultiMarginLoss(p=2, reduction="sum"), steps=5),
+    Row(
+        "loss-BCE-weighted",
+        lambda: [*mlp(nn.Tanh()), nn.Sigmoid()],
+        loss=lambda: nn.BCELoss(torch.linspace(0.5, 2, CLASSES, dtype=torch.float64)),
+        steps=5,
+    ),
+    Row("loss-MultiLabelSoftMargin", loss=lambda: nn.MultiLabelSoftMarginLoss(reduction="sum"), steps=5),
+    Row(
+        "loss-MultiLabelSoftMargin-weighted",
+        loss=lambda: nn.MultiLabelSoftMarginLoss(torch.linspace(0.5, 2, CLASSES, dtype=torch.float64)),
+        steps=5,
+    ),
     Row("loss-NLL", lambda: [*mlp(nn.Tanh()), nn.LogSoftmax(-1)], loss=nn.NLLLoss, steps=50),
     Row(
         "loss-KLDiv",
@@ -265,7 +277,8 @@ def examples(row: Row, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tens
     of_classes = torch.nn.CrossEntropyLoss | torch.nn.NLLLoss | torch.nn.MultiMarginLoss
     if not isinstance(row.loss(), of_classes):
         target = torch.randn(row.rows, CLASSES, generator=generator, dtype=dtype)
-        probabilities = isinstance(row.loss(), torch.nn.BCEWithLogitsLoss | torch.nn.KLDivLoss)
+        of_probabilities = torch.nn.BCELoss | torch.nn.BCEWithLogitsLoss | torch.nn.KLDivLoss
+        probabilities = isinstance(row.loss(), of_probabilities)
         return x, target.softmax(-1) if probabilities else target
     return x, torch.randint(CLASSES, (row.rows,), generator=generator)
 

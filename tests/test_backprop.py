@@ -42,7 +42,7 @@ def test_in_float32_within_the_noise_of_a_reordered_sum(row: Row) -> None:
     loss = row.loss().float()
     step, reference = Backprop(ours, loss, made_descent(row)), autograd_step(theirs, row)
     truth = autograd_step(exact, row)
-    if isinstance(loss, nn.CrossEntropyLoss) and loss.weight is not None:
+    if getattr(loss, "weight", None) is not None:
         reference = autograd_step(theirs, Row("", loss=lambda: row.loss().float()))
     for _ in range(20):
         step(x, t)

@@ -189,6 +189,24 @@ def test_what_other_layers_add_is_told() -> None:
         assert sum(term.value for term in one.terms) + one.rest == pytest.approx(one.value)
 
 
+def test_a_layer_whose_output_nobody_uses_hands_nothing_back() -> None:
+    class Unused(torch_nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+            self.linear, self.conv = nn.Linear(4, 4), nn.Conv1d(1, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            self.linear(y), self.conv(y.unsqueeze(1))
+            return self.last(y)
+
+    e = explained(Unused().double(), (5, 4))
+    assert [block.layer for block in e.steps[8].blocks] == ["last"]
+    assert "Chain rule" in str(e)
+    assert not e.numbers["d:conv.weight"].any()
+
+
 OTHERS = {
     "padding in circles": nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular"),
     "norms": nn.LPPool2d(2, 2),

@@ -349,7 +349,7 @@ class _Writer:
         ]  # fmt: skip
 
     def _input_gradient(self, i: int, layer: Layer) -> list[Block]:
-        if layer.dx is None or not layer.weights:
+        if layer.g is None or layer.dx is None or not layer.weights:  # without g, other layers made dx
             return []
         left = f"dL/d{_letters(layer)[0]}"
         line = formulas.derived(layer.rule, left)

@@ -356,7 +356,7 @@ class _Writer:
         made = self._handed_back(i, layer)
         if layer.kind == AFFINE and layer.x.dim() <= 3:
             made = {"kind": "input_gradient", "g": f"g:{i}", "W": f"p:{layer.weights[0].name}"}
-            own = rules.Linear.input_gradient(layer.g, layer.weights[0].value)  # type: ignore[arg-type]
+            own = rules.Linear.input_gradient(layer.g, layer.weights[0].value)
             # Autograd adds up what all users of a tensor hand back: the page tells what comes from others.
             made["shared"] = not _alike(own, layer.dx)
         name = "" if layer.rule is None else f"functions.{layer.rule.__name__}"

@@ -27,6 +27,9 @@ def wrong_all_the_same(s: Subject) -> bool:
     False where this cannot be told: the class keeps nothing, or backward reads a tensor kept there that is neither an
     input nor an output.
     """
+    s(*s.at())
+    if not held_by(s.functions):
+        return False
     exchange, base = _Exchange(), s.fresh()
 
     def function(*points: Tensor) -> tuple[Tensor, ...]:

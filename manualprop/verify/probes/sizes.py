@@ -221,7 +221,12 @@ def _of_its_own(s: Subject) -> Outcome:
         _, failures = _failing(known, axis, ladder, units, left, ask)
         if failures and all(f.beyond for f in failures):
             found = apart(_found(known, failures), "first_order", "second_order")
-            return replace(found, evidence=f"{found.evidence}, besides what first_order reports")
+            how = (
+                ", without the factor of first_order"
+                if known._multiples
+                else ", besides what first_order says"
+            )
+            return replace(found, evidence=f"{found.evidence}{how}")
     return skipped("wrong at the sizes given: see first_order")
 
 

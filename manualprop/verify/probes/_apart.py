@@ -80,7 +80,7 @@ def _called(s: Subject, axis: Axis, n: int) -> _Repeated | None:
         outputs = there(*leaves)
     except Exception:  # whatever the checked code raises: refused
         return None
-    grown = [_grown(y, mine) for y, mine in zip(outputs, s.outputs, strict=True)]
+    grown = [_grown(y, mine, axis.length) for y, mine in zip(outputs, s.outputs, strict=True)]
     repeats = [_repeated(y, dims, place) for y, dims in zip(s.outputs, grown, strict=True)]
     if not all(grown) or [y.shape for y in outputs] != [y.shape for y in repeats]:
         return None
@@ -99,9 +99,9 @@ def _no_multiple(g: Tensor | None, want: Tensor, s: Subject, i: int) -> str:
     return "" if off is None else str(off)
 
 
-def _grown(y: Tensor, mine: Tensor) -> list[int]:
-    """The dimensions of an output whose length has changed."""
-    return [d for d, (a, b) in enumerate(zip(y.shape, mine.shape, strict=False)) if a != b]
+def _grown(y: Tensor, mine: Tensor, length: int) -> list[int]:
+    """The dimensions of an output that had ``length``, and have another one."""
+    return [d for d, (a, b) in enumerate(zip(y.shape, mine.shape, strict=False)) if a != b == length]
 
 
 def _repeated(t: Tensor, dims: list[int], place: Tensor) -> Tensor:

@@ -217,7 +217,9 @@ def _of_its_own(s: Subject) -> Outcome:
     known, ask = _law(s)
     left = [IN_ALL / 4 if known.quick else IN_ALL]
     for k, axis in enumerate(axes(known)):
-        ladder, units = _affordable(known, axis, [n for n in (FIRST if k else (*FIRST, *MORE)) if n > 1])
+        # The length given is no evidence: a factor that follows the size is known there, and wrong elsewhere.
+        wanted = [n for n in (FIRST if k else (*FIRST, *MORE)) if n not in (1, axis.length)]
+        ladder, units = _affordable(known, axis, wanted)
         _, failures = _failing(known, axis, ladder, units, left, ask)
         if failures and all(f.beyond for f in failures):
             found = apart(_found(known, failures), "first_order", "second_order")

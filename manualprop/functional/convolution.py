@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from manualprop import functions as rules
@@ -193,7 +194,7 @@ def _is_batched(name: str, axes: int, input: Tensor, weight: Tensor) -> bool:
 
 def _numbers(name: str, what: str, axes: int, value: Numbers) -> Sizes:
     """One number for each axis."""
-    if isinstance(value, int):
+    if isinstance(value, int | torch.SymInt):
         return (value,) * axes
     numbers = tuple(value)
     if len(numbers) not in (1, axes):

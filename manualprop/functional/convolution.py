@@ -178,6 +178,8 @@ def _transposed(
 
 
 def _is_batched(name: str, axes: int, input: Tensor, weight: Tensor) -> bool:
+    if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
+        raise TypeError(f"{name}: input and weight must be tensors. Got {type(input)} and {type(weight)}.")
     if input.dim() not in (axes + 1, axes + 2):
         raise RuntimeError(
             f"{name}: input must be {axes + 1}D (unbatched) or {axes + 2}D (batched). Got {list(input.shape)}."
@@ -196,6 +198,8 @@ def _numbers(name: str, what: str, axes: int, value: Numbers) -> Sizes:
     """One number for each axis."""
     if isinstance(value, int | torch.SymInt):
         return (value,) * axes
+    if isinstance(value, str):
+        raise TypeError(f"{name}: {what} must be numbers, not a str. Got {value!r}.")
     numbers = tuple(value)
     if len(numbers) not in (1, axes):
         raise RuntimeError(f"{name}: {what} must be one number, or {axes}. Got {list(numbers)}.")

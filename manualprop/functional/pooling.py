@@ -263,28 +263,26 @@ def _unpooled(
     input: Tensor, indices: Tensor, axes: int, kernel_size: Any, stride: Any, padding: Any, size: Any
 ) -> Tensor:
     kernel, pad = of_each_axis(kernel_size, axes), of_each_axis(padding, axes)
-    step = of_each_axis(stride, axes) or kernel
-    x: Tensor = rules.MaxUnpool.apply(
-        input, indices, axes, kernel, step, pad, _unpool_size(input, axes, kernel, step, pad, size)
-    )
+    step = kernel if stride is None else of_each_axis(stride, axes)
+    size = _unpool_size(input, kernel, step, pad, size)
+    x: Tensor = rules.MaxUnpool.apply(input, indices, axes, kernel, step, pad, size)
     return x
 
 
-def _unpool_size(input: Tensor, axes: int, kernel: Any, step: Any, pad: Any, size: Any) -> tuple[int, ...]:
+def _unpool_size(input: Tensor, kernel: Any, step: Any, pad: Any, size: Any) -> tuple[int, ...]:
     """The sizes of the spatial axes, with torch's errors; torch's own function has checks that the compiler cannot trace."""
-    sizes = zip(input.shape[-axes:], kernel, step, pad, strict=True)
-    usual = [(n - 1) * s + k - 2 * p for n, k, s, p in sizes]
+    axes = len(kernel)
+    usual = [(input.shape[d - axes] - 1) * step[d] + kernel[d] - 2 * pad[d] for d in range(axes)]
     given = usual if size is None else size[2:] if len(size) == axes + 2 else size
     if len(given) != axes:
         raise ValueError(
             f"output_size should be a sequence containing {axes} or {axes + 2} elements, but it has a length of "
             f"'{len(given)}'"
         )
-    for d, (n, middle, s) in enumerate(zip(given, usual, step, strict=True)):
-        if size is not None and not middle - s < n < middle + s:
-            raise ValueError(
-                f'invalid output_size "{given}" (dim {d} must be between {middle - s} and {middle + s})'
-            )
+    for d, n in enumerate(given):
+        least, most = usual[d] - step[d], usual[d] + step[d]
+        if size is not None and not least < n < most:
+            raise ValueError(f'invalid output_size "{given}" (dim {d} must be between {least} and {most})')
         if n < 0:
             raise ValueError(
                 "max_unpooling: output_size must contain non-negative spatial dimensions, but got "

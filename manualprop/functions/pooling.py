@@ -351,7 +351,8 @@ class LPPool(Rule):
 
     @staticmethod
     def forward(x: Tensor, p: float, axes: int, kernel_size: Any, stride: Any, ceil_mode: bool) -> Tensor:
-        return POWER[axes](full(x), p, kernel_size, stride, ceil_mode).to(x.dtype)
+        y = POWER[axes](full(x), p, kernel_size, stride, ceil_mode)
+        return y.to(x.dtype) if x.is_floating_point() else y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -139,7 +139,9 @@ def _average(
 
 def _adaptive(name: str, axes: int, input: Tensor, output_size: int | Sequence[int | None] | None) -> Tensor:
     if isinstance(output_size, tuple | list) and input.dim() <= len(output_size):
-        raise ValueError(f"{name}: input must have more than {len(output_size)} axes. Got {list(input.shape)}.")
+        raise ValueError(
+            f"{name}: input must have more than {len(output_size)} axes. Got {list(input.shape)}."
+        )
     if input.dim() <= axes:
         raise RuntimeError(
             f"{name}: input must be {axes + 1}D (unbatched) or {axes + 2}D (batched). Got {list(input.shape)}."

@@ -377,7 +377,7 @@ class LPPool(Rule):
         return weighted_by_norm(sums, y, ctx.p).to(dx.dtype)
 
 
-def of_each_axis(option: Any, axes: int) -> tuple[int, ...]:
+def of_each_axis(option: Any, axes: int) -> tuple[Any, ...]:
     """One number for each axis; nothing for None."""
     if option is None:
         return ()

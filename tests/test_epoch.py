@@ -173,6 +173,87 @@ def test_a_schedule_of_updates(
     assert steps[0].lr_scheduler.state_dict() == steps[1].lr_scheduler.state_dict()
 
 
+CHANGES: dict[str, Callable[[Backprop], object]] = {
+    "buffers asked for": lambda step: step.has_program(X16[:4], T16[:4]),
+    "no momentum buffer": lambda step: step.optimizer.state.clear(),
+    "one momentum buffer": lambda step: next(iter(step.optimizer.state.values())).clear(),
+    "eps": lambda step: setattr(step.model[1], "eps", 0.1),  # type: ignore[index]
+    "running mean": lambda step: setattr(step.model[1], "running_mean", torch.ones(8).double()),  # type: ignore[index]
+    "loss weight": lambda step: setattr(step.criterion.loss, "weight", torch.arange(1.0, 5.0).double()),
+    "parameter": lambda step: setattr(
+        step.model[0], "weight", torch.nn.Parameter(torch.ones(8, FEATURES).double())
+    ),  # type: ignore[index]
+    "assigned": lambda step: step.model.load_state_dict(copy.deepcopy(step.model.state_dict()), assign=True),
+    "learning rate": lambda step: step.optimizer.param_groups[0].update(lr=0.02),
+    "optimizer": lambda step: step.optimizer.load_state_dict(copy.deepcopy(step.optimizer.state_dict())),
+}
+X16, T16 = examples(ROWS[0])
+
+
+@pytest.mark.parametrize(
+    "names", [["buffers asked for", "eps"], pytest.param(list(CHANGES), marks=pytest.mark.slow)], ids=len
+)
+def test_what_changes_between_epochs_counts(names: list[str], interpreted: list[_scan.Scan]) -> None:
+    row = Row(
+        "",
+        lambda: [nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), *head()],
+        loss=lambda: nn.CrossEntropyLoss(torch.ones(CLASSES).double()),
+    )
+    steps = pair(row, momentum=0.9)
+    for name in names:
+        for step in steps:
+            CHANGES[name](step)
+            step.epoch(X16, T16, order(16, 4))
+        assert distance(steps[0].model, steps[1].model) < 1e-9, name  # the norm, as in its row
+
+
+def test_a_norm_over_all_batches_is_refused() -> None:
+    row = Row("", lambda: [nn.Linear(FEATURES, 8), nn.BatchNorm1d(8, momentum=None), *head()])
+    for how in ("epoch", True):
+        step = Backprop(twins(row)[0], row.loss(), made_descent(row), compile=how)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"layer '1' \(BatchNorm1d\) must have a momentum"):
+            step.epoch(X16, T16, order(16, 4))
+
+
+@pytest.mark.parametrize("compile", [False, "epoch"])
+def test_rows_may_count_from_the_end(compile: Any, interpreted: list[_scan.Scan]) -> None:
+    (ours, _), (other, _) = twins(ROWS[0]), twins(ROWS[0])
+    plan = descent.MiniBatch(learning_rate=0.1)
+    ends = Backprop(ours, nn.CrossEntropyLoss(), plan, compile=compile)
+    ends.epoch(X16, T16, [(torch.arange(-2, 1),), (torch.tensor([-16, 3, -1], dtype=torch.int32),)])
+    Backprop(other, nn.CrossEntropyLoss(), plan).epoch(
+        X16, T16, [(torch.tensor([14, 15, 0]),), (torch.tensor([0, 3, 15]),)]
+    )
+    assert distance(ours, other) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("updates", "error", "match"),
+    [
+        ([(torch.arange(14, 18),)], IndexError, r"one of the 16 examples\. Got row 17"),
+        ([(torch.tensor([-17, 3]),)], IndexError, r"Got row -17"),
+        ([(torch.arange(4.0),)], TypeError, r"a tuple of tensors .* Got shape \(4,\) and torch.float32"),
+        ([(torch.arange(16) < 4,)], TypeError, r"Got shape \(16,\) and torch.bool"),
+        ([(torch.arange(4).view(2, 2),)], TypeError, r"Got shape \(2, 2\) and torch.int64"),
+        ([([0, 1],)], TypeError, r"Got a tuple of list"),
+        ([torch.arange(4)], TypeError, r"Got Tensor tensor\(\[0, 1, 2, 3\]\); write \(rows,\)"),
+        ([(torch.arange(0),)], ValueError, r"must have an example. Got one without"),
+        ([()], ValueError, r"must have an example. Got one without"),
+    ],
+)
+def test_updates_that_are_none_are_refused(updates: Any, error: type[Exception], match: str) -> None:
+    for step in pair(ROWS[0], momentum=0.9):
+        before = copy.deepcopy(step.model.state_dict())
+        with pytest.raises(error, match=match):
+            step.epoch(X16, T16, updates * 2)
+        torch.testing.assert_close(step.model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_an_example_without_a_target_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"must have a target\. Got 16 examples and 15 targets"):
+        pair(ROWS[0])[0].epoch(X16, T16[:15], order(15, 4))
+
+
 def test_autograd_notices_what_a_program_changed(interpreted: list[_scan.Scan]) -> None:
     step, _ = pair(ROWS[0])
     x, t = examples(ROWS[0])
@@ -276,6 +357,24 @@ def test_random_layers_are_refused(row: Row, interpreted: list[_scan.Scan]) -> N
     step.model.eval()
     step.epoch(x, t, order(len(x), 4))
     assert len(interpreted) == 1
+
+
+def test_a_refusal_changes_nothing(interpreted: list[_scan.Scan]) -> None:
+    plan = {
+        "momentum": 0.9,
+        "lr_scheduler": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.5),
+        "lr_scheduler_interval": "update",
+    }
+    step, _ = pair(RANDOM[0], **plan)
+    before = copy.deepcopy(step.model.state_dict())
+    for _ in range(2):  # the second time with momentum buffers
+        with pytest.raises(TypeError, match="must draw no random numbers"):
+            step.epoch(X16, T16, order(16, 4))
+        torch.testing.assert_close(step.model.state_dict(), before, rtol=0, atol=0)
+        made = step.lr_scheduler.last_epoch  # type: ignore[union-attr]
+        assert step.optimizer.param_groups[0]["lr"] == 0.05 * 0.5**made
+        step(X16, T16)
+        before = copy.deepcopy(step.model.state_dict())
 
 
 @pytest.mark.parametrize("row", UNFOLDED, ids=str)

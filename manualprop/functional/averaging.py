@@ -142,9 +142,9 @@ def _adaptive(name: str, axes: int, input: Tensor, output_size: int | Sequence[i
         raise ValueError(
             f"{name}: input must have more than {len(output_size)} axes. Got {list(input.shape)}."
         )
-    if input.dim() <= axes:
+    if isinstance(output_size, int) and isinstance(input, Tensor) and input.dim() <= axes:
         raise RuntimeError(
-            f"{name}: input must be {axes + 1}D (unbatched) or {axes + 2}D (batched). Got {list(input.shape)}."
+            f"{name}: input must have {axes + 1} axes (unbatched) or {axes + 2} (batched). Got {list(input.shape)}."
         )
     size = repeated_size(name, "output_size", output_size, axes)
     if None in size:

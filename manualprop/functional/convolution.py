@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from manualprop import functions as rules
+from manualprop.functional._checks import check_tensor
 from manualprop.functional.linear import _autocast_low
 
 __all__ = ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
@@ -178,8 +179,9 @@ def _transposed(
 
 
 def _is_batched(name: str, axes: int, input: Tensor, weight: Tensor) -> bool:
-    if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
-        raise TypeError(f"{name}: input and weight must be tensors. Got {type(input)} and {type(weight)}.")
+    check_tensor(name, input)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name}: weight must be a Tensor. Got {type(weight).__name__}.")
     if input.dim() not in (axes + 1, axes + 2):
         raise RuntimeError(
             f"{name}: input must be {axes + 1}D (unbatched) or {axes + 2}D (batched). Got {list(input.shape)}."

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from manualprop import functions as rules
+from manualprop.functional._checks import check_tensor
 from manualprop.functions._rule import Rule
 from manualprop.functions.pooling import of_each_axis
 
@@ -238,6 +239,7 @@ def lp_pool3d(
 
 
 def _largest(rule: type[Rule], input: Tensor, axes: int, *options: Any, return_indices: bool) -> Pooled:
+    check_tensor(f"{rule.__name__}{axes}d", input)
     y, i, _ = rule.apply(input, axes, *options)
     return (y, i) if return_indices else y
 

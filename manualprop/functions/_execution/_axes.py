@@ -154,7 +154,7 @@ def transposed_along(row: Row, along: Sequence[tuple[Any, ...]], g: Tensor, like
     if len(along) > len(like.shape) - 2:  # the second axis is mapped too, so it is not that of the channels
         like = Like(like.shape, torch.contiguous_format)
     matrices = [
-        (axis, matrix(row, int(like.shape[axis]), int(g.shape[axis]), options))
+        (axis, matrix(row, int(like.shape[axis]), int(g.shape[axis]), tuple(map(fixed, options))))
         for axis, options in zip(axes, along, strict=True)
     ]
     # One number repeated is a view.  To repeat several takes longer than to write slices, but fewer calls.
@@ -168,6 +168,13 @@ def transposed_along(row: Row, along: Sequence[tuple[Any, ...]], g: Tensor, like
     dx = (dx if scale == 1 else dx * scale).to(g.dtype)
     dx = repeated_along([1 if block is None else block[0] for block in blocks], dx, like.format)
     return g.clone() if dx is g else dx
+
+
+def fixed(option: Any) -> Any:
+    """``option``; the number of one that varies under the compiler, because the matrix depends on it."""
+    if isinstance(option, torch.SymInt):
+        return int(option)
+    return float(option) if isinstance(option, torch.SymFloat) else option
 
 
 def repeated_along(times: Sequence[int], g: Tensor, layout: torch.memory_format) -> Tensor:

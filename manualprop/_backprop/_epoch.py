@@ -186,8 +186,8 @@ class Epochs:
                 yield rows, whole
 
     def prepare(self, x: Tensor, target: Tensor) -> None:
-        """Load or compile the program of further updates like this one; nothing changes."""
-        if self.scanned is not None:
+        """Load or compile the program for updates on inputs of this shape."""
+        if self.scanned is not None and self.plan.is_small:
             self.scanned.program(x, target, form_of(self.plan.groups))
 
     def _in_one(self, x: Tensor, target: Tensor, rows: Tensor) -> Epoch | None:

@@ -629,6 +629,20 @@ def test_compiled(row: Row, store: Path) -> None:
     torch.testing.assert_close(again.epoch(x, t, updates[1:]).losses, ours.losses[1:], rtol=0, atol=0)
 
 
+def test_the_layout_of_the_examples(store: Path, compilations: list[str]) -> None:
+    row = Row("", lambda: [nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, CLASSES)])
+    x = torch.randn(16, 2, 4, 4).double()
+    paths = set()
+    for images in (x, x.to(memory_format=torch.channels_last), x.transpose(2, 3)):
+        step = pair(row)[0]
+        assert step._epochs.scanned is not None
+        form = _graph.form_of(step.optimizer.param_groups)
+        scan = step._epochs.scanned._scan(images[:4], T16[:4], form)
+        assert all(i.is_contiguous() for i in scan.inputs), "a program runs on contiguous examples"
+        paths.add(_programs._path(scan.step))
+    assert len(paths) == 1
+
+
 TWO = """
 import torch
 from manualprop import Backprop, descent, nn

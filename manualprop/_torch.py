@@ -63,6 +63,9 @@ from torch._C._functorch import is_legacy_batchedtensor as is_legacy_batchedtens
 # The tensor itself, where its transform has ended.  2.11 to 2.14
 from torch._C._functorch import unwrap_if_dead as unwrap_if_dead
 
+# torch.autograd.grad without its checks of the arguments, which take as long as a small backward.  2.11 to 2.14
+from torch.autograd.graph import _engine_run_backward as run_backward
+
 # Forward mode on within a Function's jvp, where torch turns it off.  2.11 to 2.14
 from torch.autograd.forward_ad import _set_fwd_grad_enabled as forward_mode
 

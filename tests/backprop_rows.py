@@ -65,6 +65,15 @@ def convnet() -> list[torch.nn.Module]:
     ]
 
 
+def perceptron() -> torch.nn.Sequential:
+    """Every activation begins layers that run as one; some write over their input, and some are kept anyway."""
+    return torch.nn.Sequential(
+        *(nn.Linear(FEATURES, 8), nn.ReLU(inplace=True), nn.Dropout(0.2)),
+        *(nn.Linear(8, 8), nn.SiLU(inplace=True)),
+        *(nn.Linear(8, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, CLASSES)),
+    )
+
+
 def fused(layers: list[torch.nn.Module]) -> list[torch.nn.Module]:
     """The layers as ``swap(fuse=True)`` leaves them."""
     model = torch.nn.Sequential(*layers)
@@ -219,6 +228,7 @@ ROWS = [
     ),
     Row("convnet", lambda: convnet(), steps=50, within=1e-9),  # the norms, as above
     Row("convnet-fused", lambda: fused(convnet()), steps=50, within=1e-9),
+    Row("dropout-fused", lambda: fused([perceptron()]), steps=20),
     Row("PReLU", lambda: mlp(nn.PReLU()), steps=50),
     Row("GLU", lambda: [nn.Linear(FEATURES, 8), nn.GLU(), nn.Linear(4, CLASSES)], steps=50),
     Row("Softmax", lambda: [nn.Linear(FEATURES, 8), nn.Softmax(-1), nn.Linear(8, CLASSES)], steps=50),

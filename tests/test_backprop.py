@@ -424,6 +424,17 @@ def test_what_it_cannot_run_is_refused_by_name(layer: Callable[[], torch.nn.Modu
         Backprop(model, nn.MSELoss(), descent.MiniBatch(learning_rate=0.1))
 
 
+def test_a_convolution_that_pads_by_other_than_zeros_says_what_to_do() -> None:
+    """Padding by the layer that the error names, it runs."""
+    x, t = torch.randn(2, 1, 6), torch.randn(2, 1, 6)
+    layer = nn.Conv1d(1, 1, 3, padding=1, padding_mode="reflect")
+    text = r"layer '0' \(Conv1d\) .* it pads by 'reflect'.*padding=0, and put the nn.ReflectionPad of"
+    with pytest.raises(TypeError, match=text):
+        Backprop(nn.Sequential(layer), nn.MSELoss(), descent.Batch(learning_rate=0.1))(x, t)
+    model = nn.Sequential(nn.ReflectionPad1d(1), nn.Conv1d(1, 1, 3))
+    assert Backprop(model, nn.MSELoss(), descent.Batch(learning_rate=0.1))(x, t) > 0
+
+
 def test_other_misuse_is_refused() -> None:
     model, plan = nn.Sequential(nn.Linear(2, 2)), descent.MiniBatch(learning_rate=0.1)
     with pytest.raises(TypeError, match=r"one of manualprop.nn.* Got MSELoss. Use manualprop.nn.MSELoss"):

@@ -104,7 +104,7 @@ def taken(x: Tensor, rows: Tensor) -> Tensor:
     if n and torch.equal(rows.flatten(), torch.arange(n, device=rows.device).add_(first)):
         start = int(first)
         return x[start : start + n].view(*rows.shape, *x.shape[1:])
-    return x[rows]
+    return x.index_select(0, rows.flatten()).view(*rows.shape, *x.shape[1:])  # x[rows] is five times as slow
 
 
 class Schedule:

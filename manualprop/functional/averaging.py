@@ -138,6 +138,10 @@ def _average(
 
 
 def _adaptive(name: str, axes: int, input: Tensor, output_size: int | Sequence[int | None] | None) -> Tensor:
+    if isinstance(output_size, int) and isinstance(input, Tensor) and input.dim() <= axes:
+        raise RuntimeError(
+            f"{name}: input must have {axes + 1} axes (unbatched) or {axes + 2} (batched). Got {list(input.shape)}."
+        )
     size = repeated_size(name, "output_size", output_size, axes)
     if None in size:
         size = tuple(n if o is None else o for o, n in zip(size, input.shape[-axes:], strict=True))

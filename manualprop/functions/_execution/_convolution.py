@@ -69,7 +69,8 @@ def input_gradient(y: Tensor, W: Tensor, b: None, s: Sizes, p: Sizes, d: Sizes, 
     """
     K = W.shape[2:]
     if K.numel() == 1 and max(s) > 1 and not any(p) and not torch.compiler.is_compiling() and untraced(y, W):
-        return between_zeros(input_gradient(y, W, None, [1] * len(K), p, d, G, y.shape[2:]), s, X)  # 0.6
+        # 64 to 128 channels at 28 x 28: 0.6 of the time of a transposed convolution.
+        return between_zeros(input_gradient(y, W, None, [1] * len(K), p, d, G, y.shape[2:]), s, X)
     reversed_p = [d * (k - 1) - p for k, p, d in zip(K, p, d, strict=True)]
     if any(step != 1 for step in s) or min(reversed_p) < 0 or not untraced(y, W):
         return transposed_convolution(y, W, b, s, p, d, G, X)
@@ -87,14 +88,12 @@ def input_gradient(y: Tensor, W: Tensor, b: None, s: Sizes, p: Sizes, d: Sizes, 
 
 def between_zeros(y: Tensor, s: Sizes, X: Sizes) -> Tensor:
     """x[s q] = y[q], for the q with s q < X, and 0 elsewhere; in the layout of y."""
-    x = torch.zeros((*y.shape[:2], *X), dtype=y.dtype, device=y.device)
-    x = x.contiguous(memory_format=memory_format(y))
-    inside = [slice(-(-n // step)) for n, step in zip(X, s, strict=True)]
-    places: tuple[Any, ...] = (
-        ...,
-        *[slice(0, step * q, step) for q, step in zip(y.shape[2:], s, strict=True)],
-    )
-    x[places] = y[(..., *inside)]
+    x = torch.empty(
+        (*y.shape[:2], *X), dtype=y.dtype, device=y.device, memory_format=memory_format(y)
+    ).zero_()
+    of_x: tuple[Any, ...] = (..., *[slice(0, step * q, step) for q, step in zip(y.shape[2:], s, strict=True)])
+    of_y: tuple[Any, ...] = (..., *[slice(-(-n // step)) for n, step in zip(X, s, strict=True)])
+    x[of_x] = y[of_y]
     return x
 
 

@@ -276,6 +276,20 @@ def test_a_program_runs_the_rules(interpreted: list[_scan.Scan], monkeypatch: py
     assert _programs._path(interpreted[0].step) != _programs._path(interpreted[1].step), "another program"
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_products_in_another_way_are_the_same(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    kernels = threads == 1
+    for n, inner, m, other in ((1, 5, 3, True), (4, 1, 3, True), (20, 5, 3, True), (20, 5, 17, kernels)):
+        a, b, c = torch.randn(inner, n).t(), torch.randn(inner, m), torch.randn(m)
+        found, total = _graph.product(a, b), _graph.product_and_sum(c, a, b, beta=2, alpha=3)
+        assert (found is not NotImplemented) is (total is not NotImplemented) is other
+        if other:
+            torch.testing.assert_close(found, a @ b)
+            torch.testing.assert_close(total, 2 * c + 3 * (a @ b))
+    assert _graph.product(torch.randn(20, 5).double(), torch.randn(5, 17).double()) is NotImplemented
+
+
 def test_the_quick_tanh_is_as_accurate() -> None:
     x = torch.cat(
         [torch.linspace(-12, 12, 400_001), torch.logspace(-38, 0, 10_001), torch.tensor([-0.0, 1e9])]
@@ -556,6 +570,26 @@ def test_compiled(row: Row, store: Path) -> None:
     again, _ = pair(row)
     again.epoch(x, t, updates[:1])  # one update alone, from disk
     torch.testing.assert_close(again.epoch(x, t, updates[1:]).losses, ours.losses[1:], rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_micro_kernels(store: Path) -> None:
+    row = Row(
+        "",
+        lambda: [
+            *(nn.Linear(FEATURES, 40), nn.Tanh(), nn.Residual(nn.Linear(40, 40), nn.GELU())),
+            *(nn.BatchNorm1d(40), nn.Linear(40, CLASSES)),
+        ],
+        rows=240,
+    )
+    x, t = examples(row, torch.float32)
+    plan = descent.MiniBatch(learning_rate=0.05, momentum=0.9)
+    ours, by_steps = (
+        Backprop(twins(row, torch.float32)[0], row.loss(), plan, compile=how) for how in ("epoch", False)
+    )
+    torch.testing.assert_close(ours.epoch(x, t, order(240, 30)), by_steps.epoch(x, t, order(240, 30)))
+    assert distance(ours.model, by_steps.model) <= 1e-5
+    assert any(b"micro_gemm" in package.read_bytes() for package in _programs.packages())
 
 
 TWO = """

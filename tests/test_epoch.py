@@ -417,6 +417,19 @@ def test_a_large_network_goes_by_steps(interpreted: list[_scan.Scan]) -> None:
     assert not interpreted
 
 
+def test_micro_kernels_run_larger_networks(
+    interpreted: list[_scan.Scan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = Row("", lambda: [nn.Linear(FEATURES, 12000), nn.Tanh(), nn.Linear(12000, CLASSES)])
+    for size, threads, programs in ((8, 1, 1), (1, 1, 0), (8, 2, 0)):
+        monkeypatch.setattr(torch, "get_num_threads", functools.partial(int, threads))
+        plan = descent.MiniBatch(learning_rate=0.05)
+        step = Backprop(twins(row, torch.float32)[0], row.loss(), plan, compile="epoch")
+        step.epoch(*examples(row, torch.float32), order(16, size))
+        assert len(interpreted) == programs
+        interpreted.clear()
+
+
 def test_an_epoch_without_updates() -> None:
     step, _ = pair(ROWS[0])
     losses, outputs = step.epoch(*examples(ROWS[0]), [])

@@ -202,7 +202,12 @@ def tensors_as_inputs(graph: GraphModule) -> list[Tensor]:
 # ----- what compiled code spells in another way -----
 
 NARROW = 16  # columns: the numbers in a vector of the processor
-SMALL = 2**26  # multiplications of a product up to which micro-kernels are faster
+PRODUCT = 2**26  # multiplications of a product up to which micro-kernels are faster
+
+
+def has_micro_kernels(dtype: torch.dtype) -> bool:
+    """Whether the compiler makes products itself.  Several threads would wait for each other at each of them."""
+    return dtype == torch.float32 and torch.get_num_threads() == 1
 
 
 def product(a: Tensor, b: Tensor) -> Any:
@@ -219,7 +224,7 @@ def product(a: Tensor, b: Tensor) -> Any:
         return a * b  # (O, 1) (1, I) -> (O, I)
     if a.is_cpu and m < min(n, NARROW):
         return torch.mm(b.t(), a.t()).t()
-    if a.is_cpu and a.dtype == torch.float32 and torch.get_num_threads() == 1 and n * inner * m <= SMALL:
+    if a.is_cpu and has_micro_kernels(a.dtype) and n * inner * m <= PRODUCT:
         return torch.bmm(a.contiguous().unsqueeze(0), b.unsqueeze(0)).squeeze(0)
     return NotImplemented
 

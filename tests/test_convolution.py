@@ -34,6 +34,7 @@ GEOMETRIES = {
     "x is longer": (2, 1, 2, 1, (6,), (3,), (2,), (1,), (0,), (2,)),
     "one position": (2, 3, 2, 1, (3, 2), (3, 2), (1, 1), (1, 1), (0, 0), (1, 1)),
     "one position, strides": (2, 3, 2, 1, (5, 4), (3, 2), (1, 1), (2, 2), (0, 0), (1, 1)),
+    "only padding": (2, 2, 1, 1, (1,), (1,), (2,), (7,), (3,), (1,)),
     "one position, padded": (1, 2, 2, 1, (2,), (4,), (1,), (1,), (1,), (1,)),
 }
 
@@ -85,6 +86,10 @@ def test_the_three_maps_are_the_sums_of_the_derivation(name: str) -> None:
         (_correlation.correlate(y, x, s, p, d, G, K), dW),
         (_correlation.by_columns(y, x, s, p, d, G, K), dW),
     ]
+    if G == 1:
+        found += [
+            (form(y, x, s, p, d, G, K), dW) for form in (_correlation.by_examples, _correlation.by_rows)
+        ]
     for mine, exact in found:
         torch.testing.assert_close(mine, exact, rtol=1e-13, atol=1e-13)
 
@@ -112,9 +117,14 @@ def test_the_fast_correlation_is_the_plain_one(
         for layout in (torch.contiguous_format, torch.channels_last):
             if layout is torch.channels_last and x.dim() == 4:
                 x, y = (t.contiguous(memory_format=layout) for t in (x, y))
-            found = _correlation.correlate(y, x, s, p, d, G, K)
-            assert found.dtype == dtype and found.is_contiguous()
-            torch.testing.assert_close(found.to(wide), exact, **within)
+            found = [_correlation.correlate(y, x, s, p, d, G, K)]
+            if G == 1 and dtype == torch.float32:
+                found += [
+                    form(y, x, s, p, d, G, K) for form in (_correlation.by_rows, _correlation.by_columns)
+                ]
+            for W in found:
+                assert W.dtype == dtype and W.is_contiguous()
+                torch.testing.assert_close(W.to(wide), exact, **within)
 
 
 # ----- every order is ours -----
@@ -200,15 +210,15 @@ def test_the_operation_of_compiled_code_is_the_eager_one() -> None:
 
 
 def test_the_first_layer_computes_no_dx() -> None:
-    layer = manualprop.swap(torch.nn.Conv2d(2, 3, 3)).model
+    layer = manualprop.swap(torch.nn.Conv2d(2, 3, 3).double()).model  # in float64 dW is always a product
     found = []
     for needed in (False, True):
-        x = torch.randn(2, 2, 5, 5, requires_grad=needed)
+        x = torch.randn(2, 2, 5, 5, dtype=torch.float64, requires_grad=needed)
         y = layer(x)
         with Counted() as counted:
             y.sum().backward()
         found.append(counted.of("aten.convolution."))
-    assert found == [0, 1]  # the transposed convolution; dW is a product here
+    assert found == [0, 1]  # the transposed convolution
 
 
 # ----- as torch's -----
@@ -240,6 +250,24 @@ def test_channels_last_goes_through(name: str, dtype: torch.dtype) -> None:
     for ours, torchs in list(zip(*found, strict=True))[:2]:  # autograd copies dW into the weight's layout
         assert ours.stride() == torchs.stride()
     torch.testing.assert_close(*found)
+
+
+def test_an_output_without_positions_gives_zeros() -> None:
+    """Half precision has such transposed convolutions; torch's convolution, their gradient, refuses them."""
+    y, W = real(2, 3, 2).bfloat16(), real(3, 2, 1).bfloat16()
+    x = F.conv_transpose1d(y, W, stride=3, padding=2)
+    assert x.shape == (2, 2, 0)
+    assert not any(d.any() for d in torch.autograd.grad(x.sum(), (y, W)))
+
+
+@pytest.mark.parametrize("name", ["conv2d", "conv_transpose2d"])
+def test_an_axis_of_length_1_may_have_any_stride(name: str) -> None:
+    """Of a grouped kernel in channels-last: oneDNN misreads it, torch's own function too (2.13)."""
+    x, W = real(2, 4, 4, 5, grad=False).float(), real(4, 2, 3, 1, grad=False).float()
+    x = x.contiguous(memory_format=torch.channels_last)
+    odd = torch.empty_strided(W.shape, (6, 1, 2, 1)).copy_(W)
+    f = getattr(F, name)
+    torch.testing.assert_close(f(x, odd, groups=2), f(x, W, groups=2))
 
 
 @pytest.mark.parametrize("axes", [1, 2, 3])
@@ -301,6 +329,8 @@ MISUSES: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
     ("conv_transpose1d", (X1, V1), {"output_padding": -1}, "output_padding must not be negative. Got -1"),
     ("conv_transpose1d", (X1, V1), {"output_padding": 1}, "output padding must be smaller"),
     ("conv_transpose1d", (X1, V1), {"stride": "2"}, "str"),
+    ("conv_transpose1d", (X1, V1), {"padding": "same"}, "padding must be numbers, not a str. Got 'same'"),
+    ("conv1d", (X1, None), {}, "conv1d: weight must be a Tensor"),
 ]  # fmt: skip
 
 

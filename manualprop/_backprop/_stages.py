@@ -18,7 +18,7 @@ from torch.nn import Module, Parameter
 
 from manualprop import functions as rules
 from manualprop import nn
-from manualprop._backprop._context import Application, applications
+from manualprop._backprop._context import Application, Context, applications
 from manualprop._backprop._destinations import Destinations
 from manualprop.functions import Elementwise
 from manualprop.functions._execution import LARGE, Runner
@@ -29,7 +29,7 @@ from manualprop.functions._execution._products import (
     multiply_and_add_into,
 )
 from manualprop.functions.linear import rows
-from manualprop.nn.fusing import runs
+from manualprop.nn.fusing import KEPT_ANYWAY, activation_name, match, runs
 
 Forward = Callable[[Tensor], Tensor]
 Backward = Callable[[Tensor], "Tensor | None"]
@@ -222,13 +222,20 @@ class Activation(Stage):
         return forward, backward
 
 
+# Rules whose layers pass x first, and then the same arguments for every input of one shape.
+STEADY = (rules.Convolution, rules.TransposedConvolution, rules.MaxPool)
+
+
 class Applied(Stage):
     """Any other layer whose forward is one application of one rule: norms, softmax, PReLU, dropout ..."""
+
+    steady: tuple[type[rules.Rule], tuple[Any, ...]] | None = None  # a rule of STEADY, its arguments behind x
 
     def forward(self, x: Tensor) -> Tensor:
         y, found = applications(self.layer.forward, x)
         # Dropout in evaluation returns its input itself.
-        self.application = None if y is x else the_one(found, x, y, self.path, self.layer)
+        self.application = a = None if y is x else the_one(found, x, y, self.path, self.layer)
+        self.steady = (a.rule, a.arguments[1:]) if a is not None and a.rule in STEADY else None
         return y
 
     def backward(self, g: Tensor) -> Tensor | None:
@@ -256,6 +263,37 @@ class Applied(Stage):
             )
         )
 
+    def repeated(self) -> tuple[Forward, Backward]:
+        """The rule without its layer: 0.95 of the time of a step of a small convolutional network."""
+        if self.steady is None:
+            return self.forward, self.backward
+        rule, behind = self.steady
+        taken = [
+            (i, self.to[a]) for i, a in enumerate(behind, 1) if isinstance(a, Parameter) and a in self.to
+        ]
+        places = {i for i, _ in taken}
+        context = Context((self.needs_dx, *[i in places for i in range(1, 1 + len(behind))]))
+        application: Any = None
+
+        def forward(x: Tensor) -> Tensor:
+            nonlocal application
+            output = rule.forward(x, *behind)
+            rule.setup_context(context, (x, *behind), output)
+            application = Application(rule, (x, *behind), output, context)
+            y: Tensor = output[0] if isinstance(output, tuple) else output
+            return y
+
+        def backward(g: Tensor) -> Tensor | None:
+            nonlocal application
+            found = application.backward(g)
+            application, context.saved_tensors = None, ()
+            for i, destination in taken:
+                destination.take(found[i])
+            dx: Tensor | None = found[0]
+            return dx
+
+        return forward, backward
+
 
 def the_one(found: list[Application], x: Tensor, y: Tensor, path: str, layer: Module) -> Application:
     """The single application that leads from x to y; raises for anything else."""
@@ -263,6 +301,11 @@ def the_one(found: list[Application], x: Tensor, y: Tensor, path: str, layer: Mo
         first = found[0].output[0] if isinstance(found[0].output, tuple) else found[0].output
         if first is y and sum(a is x for a in found[0].arguments) == 1:
             return found[0]
+    mode = getattr(layer, "padding_mode", "zeros")
+    if mode != "zeros":
+        names = {"reflect": "ReflectionPad", "replicate": "ReplicationPad", "circular": "CircularPad"}
+        way_out = f"Give it padding=0, and put the nn.{names[mode]} of manualprop.nn before it"
+        raise TypeError(refusal(path, layer, f"it pads by {mode!r}, which is a layer of its own", way_out))
     raise TypeError(refusal(path, layer, "its forward is more than one application of one rule"))
 
 
@@ -440,11 +483,33 @@ def _fused_within(layer: torch.nn.Sequential, path: str) -> list[Stage]:
         if name not in following:
             within.append(build(children[name], inner))
             continue
-        run = [children[name], *(children[next(names)] for _ in following[name])]
-        for part in run:
+        run = {n: children[n] for n in (name, *(next(names) for _ in following[name]))}
+        for part in run.values():
             _refuse_hooks(part, inner)
-        within.append(Applied(inner, nn.FusedSequential(*run)))
+        within += _run_within(run, path)
     return within
+
+
+def _run_within(run: Mapping[str, Module], path: str) -> list[Stage]:
+    """The stages of layers that run as one: a linear layer of its own, if the activation is kept for it anyway."""
+    *before, last = run
+    first = next(iter(run))
+    inner = f"{path}.{first}" if path else first
+    if activation_name(run[first]) not in KEPT_ANYWAY or last == first:
+        return [Applied(inner, FusedLayers(*run.values()))]
+    if match([run[name] for name in before]):
+        head: list[Stage] = [Applied(inner, FusedLayers(*(run[name] for name in before)))]
+    else:
+        head = [build(run[name], f"{path}.{name}" if path else name) for name in before]
+    return [*head, build(run[last], f"{path}.{last}" if path else last)]
+
+
+class FusedLayers(nn.FusedSequential):
+    """Layers that run as one, also if the first would write over its input: that is new here."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        found = match(list(self))
+        return super().forward(input) if found is None else found.call(input)
 
 
 def _refuse_hooks(layer: Module, path: str) -> None:

@@ -89,6 +89,7 @@ class Subject:
         self._flat = not case.kwargs and all(a is b for a, b in zip_longest(case.args, self._leaves))
         self._relative_noise = 0.0  # of the outputs, inherited by other sizes
         self._largest = 0.0  # output, inherited by other sizes
+        self._multiples: list[float] = []  # known factors of wrong gradients, which sizes takes out
         self._not_leaf = False  # pass non-leaf tensors, for a function that writes into its input
         self._through: torch.dtype | None = None  # what is not differentiated is first rounded to it
         self._unique: frozenset[int] = frozenset()  # leaves found to hold no integer twice

@@ -63,6 +63,9 @@ from torch._C._functorch import is_legacy_batchedtensor as is_legacy_batchedtens
 # The tensor itself, where its transform has ended.  2.11 to 2.14
 from torch._C._functorch import unwrap_if_dead as unwrap_if_dead
 
+# torch.autograd.grad without its checks of the arguments, which take as long as a small backward.  2.11 to 2.14
+from torch.autograd.graph import _engine_run_backward as run_backward
+
 # Forward mode on within a Function's jvp, where torch turns it off.  2.11 to 2.14
 from torch.autograd.forward_ad import _set_fwd_grad_enabled as forward_mode
 
@@ -98,9 +101,6 @@ unpack_dual: Callable[..., Any] = torch._VF._unpack_dual
 # What torch.nn.functional.cross_entropy and nll_loss call; their stubs name other types.  2.11 to 2.14
 cross_entropy_loss: Callable[..., Any] = torch._C._nn.cross_entropy_loss
 nll_loss: Callable[..., Any] = torch._C._nn.nll_loss_nd
-
-# The sizes of an output of torch.nn.functional's unpools, with its errors.  2.11 to 2.14
-unpool_output_size: Callable[..., Any] = vars(torch.nn.functional)["_unpool_output_size"]
 
 # Batch norm, with the statistics that its backward needs.  2.11 to 2.14
 batch_norm_with_statistics: Callable[..., Any] = torch._batch_norm_impl_index

@@ -65,6 +65,15 @@ def convnet() -> list[torch.nn.Module]:
     ]
 
 
+def perceptron() -> torch.nn.Sequential:
+    """Every activation begins layers that run as one; some write over their input, and some are kept anyway."""
+    return torch.nn.Sequential(
+        *(nn.Linear(FEATURES, 8), nn.ReLU(inplace=True), nn.Dropout(0.2)),
+        *(nn.Linear(8, 8), nn.SiLU(inplace=True)),
+        *(nn.Linear(8, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, CLASSES)),
+    )
+
+
 def fused(layers: list[torch.nn.Module]) -> list[torch.nn.Module]:
     """The layers as ``swap(fuse=True)`` leaves them."""
     model = torch.nn.Sequential(*layers)
@@ -219,6 +228,7 @@ ROWS = [
     ),
     Row("convnet", lambda: convnet(), steps=50, within=1e-9),  # the norms, as above
     Row("convnet-fused", lambda: fused(convnet()), steps=50, within=1e-9),
+    Row("dropout-fused", lambda: fused([perceptron()]), steps=20),
     Row("PReLU", lambda: mlp(nn.PReLU()), steps=50),
     Row("GLU", lambda: [nn.Linear(FEATURES, 8), nn.GLU(), nn.Linear(4, CLASSES)], steps=50),
     Row("Softmax", lambda: [nn.Linear(FEATURES, 8), nn.Softmax(-1), nn.Linear(8, CLASSES)], steps=50),
@@ -229,6 +239,18 @@ ROWS = [
     ),
     Row("loss-MultiMargin", loss=nn.MultiMarginLoss, steps=50),
     Row("loss-MultiMargin-squares-sum", loss=lambda: nn.MultiMarginLoss(p=2, reduction="sum"), steps=5),
+    Row(
+        "loss-BCE-weighted",
+        lambda: [*mlp(nn.Tanh()), nn.Sigmoid()],
+        loss=lambda: nn.BCELoss(torch.linspace(0.5, 2, CLASSES, dtype=torch.float64)),
+        steps=5,
+    ),
+    Row("loss-MultiLabelSoftMargin", loss=lambda: nn.MultiLabelSoftMarginLoss(reduction="sum"), steps=5),
+    Row(
+        "loss-MultiLabelSoftMargin-weighted",
+        loss=lambda: nn.MultiLabelSoftMarginLoss(torch.linspace(0.5, 2, CLASSES, dtype=torch.float64)),
+        steps=5,
+    ),
     Row("loss-NLL", lambda: [*mlp(nn.Tanh()), nn.LogSoftmax(-1)], loss=nn.NLLLoss, steps=50),
     Row(
         "loss-KLDiv",
@@ -255,7 +277,8 @@ def examples(row: Row, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tens
     of_classes = torch.nn.CrossEntropyLoss | torch.nn.NLLLoss | torch.nn.MultiMarginLoss
     if not isinstance(row.loss(), of_classes):
         target = torch.randn(row.rows, CLASSES, generator=generator, dtype=dtype)
-        probabilities = isinstance(row.loss(), torch.nn.BCEWithLogitsLoss | torch.nn.KLDivLoss)
+        of_probabilities = torch.nn.BCELoss | torch.nn.BCEWithLogitsLoss | torch.nn.KLDivLoss
+        probabilities = isinstance(row.loss(), of_probabilities)
         return x, target.softmax(-1) if probabilities else target
     return x, torch.randint(CLASSES, (row.rows,), generator=generator)
 

@@ -159,7 +159,7 @@ ATTEMPTS = [
         "is each mean over as many as in forward",
     ),
     wrong("batch_norm", "dW = (g * z).mean(0)", "mean for sum"),
-    wrong("batch_norm", "u = g", "x enters z in three ways|this is the gradient at W = 1"),
+    wrong("batch_norm", "u = g", "x enters z in three ways|this is the right gradient for W = 1"),
     wrong("batch_norm", "db = g.sum(1)", "shape|exchanged"),
     wrong("batch_norm", "dx = r * (u - u.sum(0) - z * (u * z).sum(0))", "x enters z in three ways"),
     wrong("batch_norm", ".add(ctx.eps) -> ", "with its eps"),

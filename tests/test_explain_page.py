@@ -516,7 +516,7 @@ def test_other_layers_and_tokens_have_a_page(browser: Any, tmp_path: Path) -> No
     e.save(path)
     page = Page(browser, e, path)
     page.look(360)
-    assert "is neither linear nor an activation" in page.element("nudge").text
+    assert "is not a layer that the page computes" in page.element("nudge").text
     assert "not by hand" in page.element("story").text
     found = page.cell("y:2", 9, 4)  # the third token of the second example
     assert found["terms"] == 7 and found["sum"] == pytest.approx(e.numbers["y:2"][1, 2, 4].item(), rel=1e-5)

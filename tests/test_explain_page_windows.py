@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from explained_pages import HAS_BROWSER, Page, browser
 from test_explain_windows import convnet, explained, images
+from torch import Tensor
+from torch import nn as torch_nn
 
 import manualprop
 from manualprop import nn
@@ -142,3 +146,155 @@ def test_a_large_image_is_shown_whole_for_fewer_examples(browser: Any, tmp_path:
     found = page.cell("d:0.weight", 0, 0)
     assert not found["whole"] and "not on this page" in found["text"]
     assert browser.get_log("browser") == []
+
+
+@pytest.mark.slow
+def test_a_transposed_convolution_shows_its_sums_in_the_letters_of_its_rule(
+    browser: Any, tmp_path: Any
+) -> None:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 4, 1), nn.ConvTranspose2d(4, 6, (3, 2), 2, (1, 0), (1, 0), 2, dilation=(1, 2))
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(6 * 56, 3)).double()
+    page = opened(browser, explained(model, (5, 1, 4, 3)), tmp_path / "transposed.html")
+    kinds = {
+        "transposed": "x",
+        "transposed_input": "dL/dy",
+        "transposed_weight": "dW",
+        "convolution_bias": "db",
+    }
+    for key, kind, symbol in page.run(
+        "return DATA.grids.map(({ key, made, symbol }) => [key, made.kind, symbol])"
+    ):
+        if kinds.get(kind) != symbol or key in ("d:0.bias",):
+            continue
+        whole = as_table(key, page.explanation.numbers[key])
+        for flat in {0, whole.numel() // 3, whole.numel() - 1}:
+            row, col = divmod(flat, whole.shape[1])
+            found = page.cell(key, row, col, kind)
+            assert found["whole"], (key, kind)
+            assert found["sum"] == pytest.approx(whole[row, col].item(), rel=1e-4, abs=1e-6), (key, kind)
+        kinds.pop(kind)
+    assert kinds == {}
+    page.cell("y:1", 2, 5 * 56)
+    assert "x[2,5,0,0] = Σ y[2,2+o,q] W[2+o,2,k] + b[5], over 2 channels and 1 place" in page.run(
+        "return document.querySelector('#sum-body .total').innerText"
+    )
+
+
+def test_pictures_keep_their_place_before_they_are_drawn(page: Page) -> None:
+    """Or a jump to a step would end elsewhere; and a number in a tall picture scrolls into sight."""
+    page.look(360)
+    heights = "return GRIDS.map((g) => g.element.offsetHeight)"
+    before = page.run(heights)
+    page.run("GRIDS.forEach((g) => g.draw())")
+    assert page.run(heights) == before
+    g = page.run(
+        """const g = GRIDS.find((g) => g.grid.key === 'y:0'); g.go(g.numbers.rows - 1, g.numbers.cols - 1, true);
+        const [, y] = g.place(g.row, g.col); return [y, g.body.scrollTop, g.body.clientHeight]"""
+    )
+    assert g[1] <= g[0] < g[1] + g[2]
+    page.look(1440)
+
+
+# ----- the nudge -----
+
+
+class Masked(torch_nn.Module):
+    """Dropout that draws what it drew on the page."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.mask = mask.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.mask
+
+
+def normed(classes: int = 3) -> torch_nn.Module:
+    """Every layer of a convnet that the page computes anew, as an encoder and a decoder, with groups and strides."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Unflatten(1, (2, 7, 6)),
+        nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2, bias=False),
+        nn.BatchNorm2d(4),
+        nn.SiLU(),
+        nn.MaxPool2d(2, 1, padding=1),
+        nn.ConvTranspose2d(4, 6, (3, 2), stride=2, padding=(1, 0), output_padding=(1, 0), groups=2, dilation=(1, 2)),
+        nn.BatchNorm2d(6, affine=False, track_running_stats=False),
+        nn.ReLU(),
+        nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False, padding=1),
+        nn.AdaptiveAvgPool2d((3, 2)),
+        nn.Flatten(),
+        nn.Dropout(0.3),
+        nn.Linear(36, classes),
+    )  # fmt: skip
+
+
+def of_one_axis() -> torch_nn.Module:
+    torch.manual_seed(0)
+    layers = (
+        nn.Conv1d(2, 3, 3, padding="same"),
+        nn.BatchNorm1d(3),
+        nn.Tanh(),
+        nn.AdaptiveMaxPool1d(4),
+        nn.Flatten(),
+    )
+    model = nn.Sequential(*layers, torch_nn.Dropout(0.4), nn.Linear(12, 3))
+    model(torch.randn(8, 2, 9))  # running statistics of its own
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "is_training"),
+    [
+        (normed, (6, 84), True),
+        pytest.param(of_one_axis, (5, 2, 9), True, marks=pytest.mark.slow),
+        pytest.param(of_one_axis, (5, 2, 9), False, marks=pytest.mark.slow),
+    ],
+)
+def test_a_nudge_of_any_weight_moves_the_loss_as_in_torch(
+    model: Any, shape: tuple[int, ...], is_training: bool, browser: Any, tmp_path: Any
+) -> None:
+    built = model().train(is_training)
+    torch.manual_seed(1)
+    x, target = torch.randn(shape), torch.randint(3, (shape[0],))
+    e = manualprop.explain(built, nn.CrossEntropyLoss(), x, target, Batch(learning_rate=0.1), updates=0)
+    page = opened(browser, e, tmp_path / "nudged.html")
+    again = copy.deepcopy(built).double()
+    for i, layer in enumerate(built):
+        if isinstance(layer, torch_nn.Dropout) and is_training:
+            again[i] = Masked(e.numbers[f"m:{i}"])
+    x, target = e.numbers["x"].double(), e.numbers["target"]
+    weights = [w.name for w in e.observation.weights() if w.name.endswith("weight")]
+    assert page.run("return DATA.nudged.map((i) => DATA.layers[i].W)") == [f"p:{name}" for name in weights]
+    for name in weights:
+        W = dict(again.named_parameters())[name]
+        rows = W.reshape(1, -1) if W.dim() == 1 else W.reshape(len(W), -1)
+        row, col = len(rows) - 1, rows.shape[1] // 2
+        page.run("nudgeThis(...arguments)", f"p:{name}", row, col)
+        got = {
+            n: float(page.run("return document.getElementById(arguments[0]).value", n))
+            for n in ("predicted", "recomputed")
+        }
+        delta = 0.4 * page.run("return nudgeScale(arguments[0])", f"p:{name}")
+        with torch.no_grad():
+            before = F.cross_entropy(again(x), target)
+            rows[row, col] += delta
+            after = F.cross_entropy(again(x), target)
+            rows[row, col] -= delta
+        assert got["recomputed"] == pytest.approx((after - before).item(), rel=1e-4, abs=1e-7), name
+        gradient = e.numbers[f"d:{name}"].reshape(rows.shape)[row, col].item()
+        assert got["predicted"] == pytest.approx(delta * gradient, rel=1e-5, abs=1e-9)
+    assert page.browser.get_log("browser") == []
+
+
+@pytest.mark.slow
+def test_what_the_page_does_not_compute_is_told(browser: Any, tmp_path: Any) -> None:
+    x, target = images(4, 1, 5, 5)
+    for layer in (nn.LPPool2d(2, 2), nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular")):
+        model = nn.Sequential(nn.Conv2d(1, 1, 1), layer, nn.Flatten(), nn.LazyLinear(3)).double()
+        model(x)
+        e = manualprop.explain(model, nn.CrossEntropyLoss(), x, target, updates=0)
+        page = opened(browser, e, tmp_path / "refused.html")
+        text = f"1 ({type(layer).__name__}) is not a layer that the page computes."
+        assert text in page.element("nudge").text

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 import manualprop
 from manualprop import functional as F
@@ -148,6 +148,34 @@ class ResNet(nn.Module):
         return y
 
 
+class ConvNeXt(nn.Module):
+    """Its norm and MLP see the channels last; a parameter of its own scales what they add."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(5, 5, 3, padding=1, groups=5), nn.LayerNorm(5)
+        self.up, self.act, self.down = nn.Linear(5, 10), nn.GELU(), nn.Linear(10, 5)
+        self.scale = nn.Parameter(torch.linspace(-1, 1, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.down(self.act(self.up(self.norm(self.conv(x).permute(0, 2, 1)))))
+        return x + (self.scale * y).permute(0, 2, 1)
+
+
+class Pooled(nn.Module):
+    """Functions of pooling, padding and interpolation, after which the neighbours come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm1d(5), nn.Conv1d(5, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = torch.nn.functional.pad(x, (1, 1))
+        h = torch.relu(self.norm(torch.nn.functional.max_pool1d(fine, 2)))
+        coarse = self.conv(h).reshape(h.shape)
+        return fine + torch.nn.functional.interpolate(coarse, size=fine.size()[-1:])
+
+
 def layer(kind: type[nn.Module], **options: Any) -> nn.Module:
     module = kind(6, 2, 16, batch_first=True, **options)
     return module
@@ -190,6 +218,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "shortcut from an activation": (PreActivation, ["bn1+conv1, bn2+conv2"]),
     "inverted residual": (InvertedResidual, ["conv.0.1+conv.0.2+conv.1.0, conv.1.1+conv.1.2+conv.2"]),
     "dense": (Dense, ["norm1+relu+conv1, norm2+relu+conv2"]),
+    "convnext": (ConvNeXt, ["norm+up, act+down"]),
+    "functions between": (Pooled, ["norm+conv"]),
     "mlp": (lambda: MLP(nn.GELU()), ["act+drop+fc2"]),
     "mlp, function": (lambda: MLP(torch.nn.functional.silu), ["drop+fc2"]),
     "gated": (Gated, ["act_fn+down_proj"]),
@@ -455,8 +485,9 @@ LESS = "its parts would keep no less as one"
         (lambda self, n, h: (setattr(self, "last", h), self.conv(h))[1], "its forward changes last"),
         (lambda self, n, h: (self.seen.append(h), self.conv(h))[1], "its forward changes seen"),
         (lambda self, n, h: (self.count.add_(1), self.conv(h))[1], "its forward changes count"),
-        (lambda self, n, h: self.conv(h + self.count), "its forward calls owner.count"),
+        (lambda self, n, h: self.conv(h + torch.ones(())), "its forward makes a tensor"),
         (lambda self, n, h: self.conv(h[0]), "its forward calls getitem"),
+        (lambda self, n, h: self.conv(h.to(self.conv.weight.dtype)), "its forward reads .dtype"),
     ],
 )
 def test_a_value_that_others_keep_or_an_effect_is_in_the_way(of: Any, reason: str) -> None:
@@ -485,6 +516,51 @@ def test_values_are_freed_as_in_forward() -> None:
     with torch.no_grad():
         model(torch.randn(1, 3, 8, 8))
     assert len(alive) == 3
+
+
+def test_a_parameter_of_the_forward_is_read_at_each_call() -> None:
+    """Also after it was replaced, or parametrized; its gradient arrives."""
+    torch.manual_seed(0)
+    theirs, x = ConvNeXt().double(), torch.randn(2, 5, 6, dtype=torch.float64)
+    ours = manualprop.swap(copy.deepcopy(theirs), fuse=True).model
+    for change in (
+        lambda model: None,
+        lambda model: setattr(model, "scale", nn.Parameter(torch.full((5,), 0.3, dtype=torch.float64))),
+        lambda model: parametrize.register_parametrization(model, "scale", nn.Tanh()),
+    ):
+        found = []
+        for model in (theirs, ours):
+            change(model)
+            y = model(x)
+            found.append([y, *torch.autograd.grad(y.square().sum(), [*model.parameters()])])
+        torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("layers", "reason"),
+    [
+        ((nn.GroupNorm(1, 5), nn.SiLU(), nn.Conv1d(5, 5, 1)), "a GroupNorm comes before the activation, where a BatchNorm must"),
+        ((nn.BatchNorm1d(5), nn.ReLU(), nn.ConvTranspose1d(5, 5, 1)), "a ConvTranspose1d follows the activation, where a convolution must"),
+        ((nn.Conv1d(5, 5, 1), nn.ReLU(), nn.Conv1d(5, 5, 1)), None),
+    ],
+)  # fmt: skip
+def test_a_container_of_other_layers_says_which_is_in_the_way(
+    layers: tuple[nn.Module, ...], reason: str | None
+) -> None:
+    class InOrder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = copy.deepcopy(layers)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.third(self.second(self.first(x)))
+
+    for model in (nn.Sequential(*copy.deepcopy(layers)), InOrder()):
+        told = [row.reason for row in manualprop.swap(model, fuse=True).left]
+        if reason is None:
+            assert all("BatchNorm" not in why for why in told)
+        else:
+            assert told == [f"not fused: {reason}"]
 
 
 class Convolved(MLP):

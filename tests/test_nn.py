@@ -168,6 +168,20 @@ def torch_model() -> nn.Sequential:
     ("misuse", "kind", "text"),
     [
         (lambda F: F.relu(3.0), TypeError, "must be Tensor"),
+        *(
+            (misuse, TypeError, "[Tt]ensor|conv2d")
+            for misuse in (
+                lambda F: F.conv2d(None, torch.ones(1, 1, 1, 1)),
+                lambda F: F.conv_transpose1d([1.0], torch.ones(1, 1, 1)),
+                lambda F: F.max_pool2d([1.0], 2),
+                lambda F: F.layer_norm([1.0], (1,)),
+                lambda F: F.rms_norm(None, (1,)),
+                lambda F: F.dropout([1.0]),
+            )
+        ),
+        (lambda F: F.adaptive_avg_pool2d(torch.ones(3, 4), 2), RuntimeError, r"[Gg]ot \[3, 4\]"),
+        (lambda F: F.adaptive_avg_pool3d(torch.ones(3, 4), 2), RuntimeError, r"[Gg]ot \[3, 4\]"),
+        (lambda F: F.adaptive_avg_pool2d(torch.ones(3, 4), (2, 2)), ValueError, "at least 3"),
         (lambda F: F.linear(torch.ones(2, 3), torch.ones(4, 5)), RuntimeError, "cannot be multiplied"),
         (lambda F: F.linear(torch.ones(2, 3), torch.ones(4, 3, dtype=torch.float64)), RuntimeError, "dtype"),
         (lambda F: F.gelu(torch.ones(2), approximate="sigmoid"), RuntimeError, "approximate"),

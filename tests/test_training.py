@@ -9,8 +9,6 @@ import functools
 import logging
 import math
 import re
-import subprocess
-import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
@@ -28,13 +25,11 @@ from manualprop.descent import Batch, Descent, MiniBatch, Stochastic, gradient
 from manualprop.training import (
     ConvolutionalNetwork,
     DescentModule,
-    DigitsDataModule,
     LinearRegressionDataModule,
     MultilayerPerceptron,
     NonFiniteLossError,
     TensorDataModule,
     UserError,
-    plots,
 )
 from manualprop.training._engine import obstacle
 from manualprop.training.callbacks import History, checkpoint_callbacks
@@ -568,136 +563,3 @@ def test_bad_input(make: Any, error: type[Exception], text: str) -> None:
 
 def module_for(descent: Descent, **loss: Any) -> DescentModule:
     return DescentModule(network(), nn.CrossEntropyLoss(**loss), descent)
-
-
-# --- data and networks ----------------------------------------------------------------------------------------------
-
-
-def test_digits_split() -> None:
-    data = DigitsDataModule()
-    parts = [data.train, data.val, data.test]
-    assert all(part is not None for part in parts)
-    assert [len(part[0]) for part in parts if part] == [1297, 200, 300]
-    rows = torch.cat([torch.cat([part[0], part[1][:, None]], dim=1) for part in parts if part])
-    assert len(rows.unique(dim=0)) == 1797  # no image twice, so none in two parts
-    for part in parts:
-        shares = torch.bincount(part[1], minlength=10) / len(part[1])  # type: ignore[index]
-        assert (shares - 0.1).abs().max() < 0.01
-    assert (float(data.train[0].min()), float(data.train[0].max())) == (0.0, 1.0)
-    assert torch.equal(data.train[0], DigitsDataModule().train[0])
-
-
-def test_digits_standardised_by_the_training_set() -> None:
-    x = DigitsDataModule(standardise=True).train[0]
-    assert (x.mean().abs() < 1e-5, abs(x.std() - 1) < 1e-5) == (True, True)
-
-
-def test_network_is_made_of_hand_derived_layers() -> None:
-    model = MultilayerPerceptron([4, 8, 8, 2], activation="GELU", dropout=0.5)
-    names = [type(layer).__module__.split(".")[0] for layer in model if not isinstance(layer, nn.Dropout)]
-    assert set(names) == {"manualprop"}
-    assert [name for name, _ in model.named_children()][:3] == ["linear1", "activation1", "dropout1"]
-    assert isinstance(MultilayerPerceptron([2, 2, 2], activation="torch.nn.Tanh")[1], nn.Tanh)
-
-
-def test_convolutional_network_is_made_of_hand_derived_layers() -> None:
-    model = ConvolutionalNetwork([2, 4, 8], classes=3, image=(9, 4), activation="Tanh", dropout=0.5)
-    assert {type(layer).__module__.split(".")[0] for layer in model} == {"manualprop"}
-    assert [name for name, _ in model.named_children()][:5] == [
-        "image", "convolution1", "norm1", "activation1", "pool1"
-    ]  # fmt: skip
-    assert [name for name, _ in model.named_children()][-3:] == ["flatten", "dropout", "linear"]
-    assert model(torch.randn(5, 2 * 9 * 4)).shape == (5, 3)
-    assert model.linear.in_features == 8 * 2 * 1
-    assert isinstance(ConvolutionalNetwork(activation="torch.nn.Tanh").activation1, nn.Tanh)
-
-
-def test_linear_regression_arrives_at_the_normal_equation() -> None:
-    data = LinearRegressionDataModule(examples=64, features=3)
-    module = DescentModule(
-        manualprop.nn.Linear(3, 1), manualprop.nn.MSELoss(), Batch(learning_rate=0.3)
-    ).double()
-    data.train = (data.train[0].double(), data.train[1].double())
-    trainer(max_epochs=150).fit(module, TensorDataModule(data.train))
-    x = torch.cat([data.train[0], torch.ones(64, 1)], dim=1)
-    solution = torch.linalg.solve(x.T @ x, x.T @ data.train[1])
-    found = torch.cat([module.model.weight.T, module.model.bias[:, None]])  # type: ignore[union-attr,operator]
-    torch.testing.assert_close(found.detach(), solution, rtol=0, atol=1e-10)
-
-
-def test_accuracy_of_100_percent_has_a_place_in_the_plot(tmp_path: Path) -> None:
-    figure = Figure()
-    ax = figure.subplots()
-    plots._curve(
-        ax, [{"update": 1, "val_accuracy": 0.5}, {"update": 2, "val_accuracy": 1.0}], "update", "val_accuracy"
-    )
-    plots._label(ax, "updates", "accuracy")
-    low, high = ax.get_ylim()
-    assert low < 0.5 < 0.999 < high < 1
-    plots.plot_history(
-        [{"update": 1, "train_loss": 1.0}, {"update": 2, "train_loss": 0.5}], tmp_path / "a.png", "a"
-    )
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-
-
-# --- several devices ------------------------------------------------------------------------------------------------
-
-DDP = """
-import sys, torch
-from lightning.pytorch import Trainer
-from torch import nn
-from manualprop.descent import Batch, MiniBatch, Stochastic
-from manualprop.training import DescentModule, MultilayerPerceptron, TensorDataModule
-from manualprop.training.cli import quieten
-
-quieten()
-kind, devices, path = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-descent = {
-    "batch": Batch(learning_rate=0.5, micro_batch_size=5),
-    "minibatch": MiniBatch(learning_rate=0.5, batch_size=4),
-    "stochastic": Stochastic(learning_rate=0.5),
-}[kind]
-torch.manual_seed(0)
-x, y = torch.randn(13, 4, dtype=torch.float64), torch.randint(0, 3, (13,))
-y[::5] = -100
-loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0, 0.2], dtype=torch.float64))
-if kind == "stochastic":
-    loss = nn.CrossEntropyLoss()
-module = DescentModule(MultilayerPerceptron([4, 3, 3]), loss, descent).double()
-trainer = Trainer(
-    accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=3, logger=False,
-    enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-)
-trainer.fit(module, TensorDataModule((x, y), (x, y)))
-if trainer.is_global_zero:
-    values = {k: float(v) for k, v in trainer.callback_metrics.items()}
-    torch.save([module.state_dict(), trainer.global_step, values], path)
-"""
-
-
-def ddp(kind: str, devices: int, tmp_path: Path) -> subprocess.CompletedProcess[str]:
-    script = tmp_path / "script.py"
-    script.write_text(DDP)
-    words = [sys.executable, str(script), kind, str(devices), str(tmp_path / f"{devices}.pt")]
-    return subprocess.run(words, capture_output=True, text=True, timeout=200)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["batch", "minibatch"])
-def test_two_processes_are_exact(kind: str, tmp_path: Path) -> None:
-    for devices in (1, 2):
-        result = ddp(kind, devices, tmp_path)
-        assert result.returncode == 0, result.stderr
-    (one, steps, values), (two, steps_two, values_two) = (torch.load(tmp_path / f"{d}.pt") for d in (1, 2))
-    assert steps == steps_two
-    assert values == pytest.approx(values_two, rel=1e-5)
-    for name in one:
-        if name.startswith("model."):
-            torch.testing.assert_close(two[name], one[name], rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.slow
-def test_stochastic_on_two_processes_is_refused(tmp_path: Path) -> None:
-    result = ddp("stochastic", 2, tmp_path)
-    assert result.returncode != 0
-    assert "an update sees one example, so one device trains. Got 2 devices" in result.stderr

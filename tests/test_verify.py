@@ -69,7 +69,7 @@ WRONG: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], str]] = {
     "missing sum": (by_hand(torch.add, lambda x, b, g: (g, g[0])), (ROWS, VECTOR), "missing sum over dim 0 of output 0"),
     "mean for sum": (by_hand(torch.add, lambda x, b, g: (g, g.mean(0))), (ROWS, VECTOR), "1/5: mean for sum over a broadcast"),
     "grad_output ignored": (by_hand(torch.sin, lambda x, g: x.cos()), (X,), "grad_output is ignored"),
-    "overwritten": (by_hand(torch.tanh, lambda x, g: g * (1 - x.tanh().tanh() ** 2)), (X,), "overwritten or stale .* = output 0"),
+    "overwritten": (by_hand(torch.tanh, lambda x, g: g * (1 - x.tanh().tanh() ** 2)), (X,), "^this is the right gradient for .* = output 0$"),
     "sum term of softmax": (by_hand(softmax, lambda x, g: g * softmax(x)), (X,), "one path of a sum is wrong"),
     "residual path": (by_hand(lambda x: x + x.sin(), lambda x, g: g * x.cos()), (X,), "one path .* residual connection.*: it is missing"),
     "block beside it": (by_hand(lambda x: x + x.sin(), lambda x, g: g + 2 * g * x.cos()), (X,), "the block beside a residual.* constant factor 2"),

@@ -21,6 +21,9 @@ from manualprop.functions._execution import HALF, LARGE
 from manualprop.functions._execution._classes import REDUCTIONS, counting, divisor, log_softmax, where_counted
 from manualprop.functions.cross_entropy import gradient_of_all, gradient_of_log
 
+# The losses that weigh, or average over classes, what their rule returns.
+WEIGHING = (nn.BCELoss, nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)
+
 # (loss, gradient), from (output, target)
 Evaluated = Callable[[Tensor, Tensor], tuple[float, Tensor]]
 # (loss, its divisor, gradient), from (output, target, whether to divide)
@@ -118,9 +121,10 @@ class Criterion:
         """For a loss that pairs output and target element by element."""
         if x.shape != t.shape or x.dtype != t.dtype or not _divides_by_shape(self.loss):
             return self.evaluate
-        _, application = self._apply(x, t)
+        losses, application = self._apply(x, t)
         rule, (output, target, *p) = application.rule, application.arguments
         plain = output is x and target is t and not any(isinstance(a, Tensor) for a in p)
+        plain = plain and losses.shape == x.shape and getattr(self.loss, "weight", None) is None
         if not (plain and issubclass(rule, ElementwiseLoss) and rule.partials[0] == "output_gradient"):
             return self.evaluate
         f, gradient, shape, dtype, general = rule.f, rule.output_gradient, t.shape, t.dtype, self.evaluate  # type: ignore[attr-defined]
@@ -140,9 +144,18 @@ class Criterion:
         divisor = 1.0 if self.is_sum else self._divisor(output, target, losses)
         application.context.needs_input_grad = (True, *[False] * (len(application.arguments) - 1))
         scale = (1 / divisor if self.traced or divisor else math.nan) if divide else 1.0
-        dx = application.backward(torch.ones_like(application.output) * scale)[0]
+        dx = application.backward(self._slope(losses, application.output) * scale)[0]
         assert dx is not None
         return losses.sum() * scale, divisor, dx.to(output.dtype)
+
+    def _slope(self, losses: Tensor, made: Tensor) -> Tensor:
+        """The gradient of the sum of the losses with respect to what the rule made."""
+        slope = torch.ones_like(made)
+        if not isinstance(self.loss, WEIGHING):
+            return slope
+        if self.loss.weight is not None:
+            slope = (slope * self.loss.weight).to(made.dtype)
+        return slope if losses.shape == made.shape else slope / made.shape[-1]
 
     def _apply(self, output: Tensor, target: Tensor) -> tuple[Tensor, Application]:
         """The losses of the elements, and the application of a rule that made them."""

@@ -42,11 +42,60 @@ def portions(order: Iterable[Pieces], size: int) -> Iterator[list[Pieces]]:
     Args:
         order: the rows of each update, in pieces.
         size: the number of elements of one example.
+
+    Raises:
+        TypeError: for an update that is no tuple of tensors.
     """
-    for sizes, group in itertools.groupby(order, key=lambda pieces: tuple(map(len, pieces))):
+    for sizes, group in itertools.groupby(order, key=_sizes):
         most = max(1, min(UPDATES, ELEMENTS // max(1, sum(sizes) * size)))
         while part := list(itertools.islice(group, most)):
             yield part
+
+
+def _sizes(pieces: Pieces) -> tuple[int, ...]:
+    try:
+        return tuple(map(len, pieces))
+    except TypeError:  # not asked before: this is called for every update
+        raise TypeError(_no_rows(f"{type(pieces).__name__} {pieces!r}")) from None
+
+
+def rows_of(updates: Sequence[Pieces], n: int) -> Tensor:
+    """The rows of updates of equal sizes, a row of the result for each.
+
+    Args:
+        updates: the numbers of the rows, in pieces; negative ones count from the end.
+        n: the number of examples.
+
+    Raises:
+        TypeError: for what is no tensor of integers.
+        ValueError: for an update without examples.
+        IndexError: for a row that does not exist.
+    """
+    if not any(map(len, updates[0])):
+        raise ValueError(
+            "Backprop: an update must have an example. Got one without; leave it out of the order."
+        )
+    try:
+        rows = torch.stack([pieces[0] if len(pieces) == 1 else torch.cat(pieces) for pieces in updates])
+    except TypeError:
+        raise TypeError(
+            _no_rows(f"a {type(updates[0]).__name__} of {type(updates[0][0]).__name__}")
+        ) from None
+    if rows.dim() != 2 or rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
+        raise TypeError(_no_rows(f"shape {tuple(rows.shape[1:])} and {rows.dtype}"))
+    rows = rows.long()
+    first, last = (int(end) for end in rows.aminmax())
+    if first < -n or last >= n:
+        wrong = first if first < -n else last
+        raise IndexError(f"Backprop: a row of an update must be one of the {n} examples. Got row {wrong}.")
+    return rows if first >= 0 else rows % n
+
+
+def _no_rows(found: str) -> str:
+    return (
+        "Backprop: an update must be a tuple of tensors with the numbers of its rows, as descent.updates(n) yields it. "
+        f"Got {found}; write (rows,) for the rows in one piece."
+    )
 
 
 def taken(x: Tensor, rows: Tensor) -> Tensor:
@@ -55,7 +104,7 @@ def taken(x: Tensor, rows: Tensor) -> Tensor:
     if n and torch.equal(rows.flatten(), torch.arange(n, device=rows.device).add_(first)):
         start = int(first)
         return x[start : start + n].view(*rows.shape, *x.shape[1:])
-    return x[rows]
+    return x.index_select(0, rows.flatten()).view(*rows.shape, *x.shape[1:])  # x[rows] is five times as slow
 
 
 class Schedule:
@@ -109,56 +158,68 @@ class Epochs:
         self._rows = 0  # of an update of the latest program
 
     def __call__(self, x: Tensor, target: Tensor, order: Iterable[Pieces]) -> Epoch:
+        if len(x) != len(target):
+            raise ValueError(
+                f"Backprop: each example must have a target. Got {len(x)} examples and {len(target)} targets."
+            )
         losses = [torch.empty(0, dtype=torch.float64)]
         outputs: list[Tensor] = []
-        for updates in self._groups(x, order):
-            made = self._in_one(x, target, updates)
+        for rows, whole in self._groups(x, target, order):
+            made = self._in_one(x, target, rows) if whole else None
             if made is None:
-                made = self._by_steps(x, target, updates, before=sum(map(len, losses)))
+                made = self._by_steps(x, target, rows, before=sum(map(len, losses)))
             losses.append(made.losses)
             outputs.append(made.outputs)
         return Epoch(torch.cat(losses), torch.cat(outputs) if outputs else x.new_empty(0))
 
-    def _groups(self, x: Tensor, order: Iterable[Pieces]) -> Iterator[list[Pieces]]:
-        for updates in portions(order, x[0].numel()):
-            if self.scanned is None or self.plan.has_buffers():
-                yield updates
-                continue
-            yield updates[:1]  # a step, which makes the momentum buffers
-            if updates[1:]:
-                yield updates[1:]
+    def _groups(self, x: Tensor, target: Tensor, order: Iterable[Pieces]) -> Iterator[tuple[Tensor, bool]]:
+        """The rows of updates that follow each other, and whether they may be one program."""
+        for updates in portions(order, x.shape[1:].numel()):
+            rows = rows_of(updates, len(x)).to(x.device)
+            whole = len(updates[0]) == 1 and self._suits(rows)
+            if whole and not self.plan.has_buffers():
+                if len(rows) > 1:  # what refuses a program does so before the first update
+                    self.prepare(x[rows[0]], target[rows[0]])
+                yield rows[:1], False  # a step, which makes the momentum buffers
+                rows = rows[1:]
+            if len(rows):
+                yield rows, whole
 
-    def _in_one(self, x: Tensor, target: Tensor, updates: list[Pieces]) -> Epoch | None:
+    def prepare(self, x: Tensor, target: Tensor) -> None:
+        """Load or compile the program for updates on inputs of this shape."""
+        if self.scanned is not None and self.plan.is_small:
+            self.scanned.program(x, target, form_of(self.plan.groups))
+
+    def _in_one(self, x: Tensor, target: Tensor, rows: Tensor) -> Epoch | None:
         """The updates as one program; None, and nothing has changed, if steps must make them."""
-        if self.scanned is None or not self._suits(updates):
-            return None
+        assert self.scanned is not None
         self.plan.optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers check this
-        rows = torch.stack([row for (row,) in updates]).to(x.device)
-        schedule = Schedule(self.plan, self.scheduler)
-        numbers = schedule.of(len(updates))
-        found = None
-        if numbers is not None:
-            found = self.scanned(taken(x, rows), taken(target, rows), *numbers)
+        schedule, found = Schedule(self.plan, self.scheduler), None
+        try:
+            numbers = schedule.of(len(rows))
+            if numbers is not None:
+                found = self.scanned(taken(x, rows), taken(target, rows), *numbers)
+        finally:
+            if found is None:
+                schedule.take_back()
         if found is None:
-            schedule.take_back()
             return None
         losses, outputs = found
         self._rows, self.output = rows.shape[1], outputs[-1]
         return Epoch(losses.double(), outputs.flatten(0, 1))
 
-    def _suits(self, updates: list[Pieces]) -> bool:
+    def _suits(self, rows: Tensor) -> bool:
         """Whether a program can make the updates, and is worth it."""
-        plan, rows = self.plan, len(updates[0][0])
-        if len(updates[0]) > 1 or not (plan.is_small and plan.has_buffers()):
+        updates, examples = rows.shape
+        if self.scanned is None or not self.plan.is_small:
             return False
-        if isinstance(plan.descent, Stochastic) and rows != 1:  # the step says what is wrong
+        if isinstance(self.plan.descent, Stochastic) and examples != 1:  # the step says what is wrong
             return False
-        return len(updates) > 1 or rows >= self._rows  # no program for the last, smaller batch of an epoch
+        return updates > 1 or examples >= self._rows  # no program for the last, smaller batch of an epoch
 
-    def _by_steps(self, x: Tensor, target: Tensor, updates: list[Pieces], before: int) -> Epoch:
+    def _by_steps(self, x: Tensor, target: Tensor, rows: Tensor, before: int) -> Epoch:
         losses: list[float] = []
         outputs = []
-        rows = torch.stack([torch.cat(pieces) for pieces in updates]).to(x.device)
         for one, its_target in zip(taken(x, rows), taken(target, rows), strict=True):
             try:
                 loss, output = self.step(one, its_target)
@@ -174,19 +235,24 @@ class Epochs:
 class Scanned(Graphed):
     """Many updates as one program, which repeats the step.
 
+    Args:
+        plan: the plan of the steps.
+
     Raises:
         ValueError: for updates that cannot be one program.
     """
 
+    updates_too = True
+
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan, Graphs(compile=True, capture=False))
-        self._scans: dict[Any, Scan] = {}
+        self._scans: dict[Any, tuple[Scan, list[int]]] = {}
         self._programs: dict[Any, Program] = {}
         if not plan.folds:
             raise ValueError(
                 _refused(
                     "the update must be plain or momentum gradient descent, without clipping, and without hooks of "
-                    f"the optimizer. Got {type(plan.optimizer).__name__}"
+                    f"the optimizer. Got {plan.unfolded()}"
                 )
             )
         devices = sorted({p.device.type for p in plan.parameters})
@@ -208,10 +274,10 @@ class Scanned(Graphed):
 
         None if a loss is not finite, or if the program refuses a target: then nothing has changed.
         """
-        scan = self._scan(x[0], target[0], form)
-        run = self._program(x[0], target[0], form, scan)
+        x, target = x.contiguous(), target.contiguous()
+        scan, run = self._scan(x[0], target[0], form), self.program(x[0], target[0], form)
         try:
-            found = run([*scan.carried, x.contiguous(), target.contiguous(), *numbers, *scan.fixed])
+            found = run([*scan.carried, x, target, *numbers, *scan.fixed])
         except (RuntimeError, IndexError):  # a class that does not exist; the step says which
             return None
         new, (losses, outputs) = found[: len(scan.carried)], found[len(scan.carried) :]
@@ -223,31 +289,39 @@ class Scanned(Graphed):
         torch.autograd.graph.increment_version(self.plan.learning)  # autograd does not see these writes
         return losses, outputs
 
-    def _key(self, x: Tensor, target: Tensor, form: Form) -> Any:
-        modes = tuple(module.training for module in self.modules)
-        return form, modes, x.shape, x.dtype, target.shape, target.dtype
-
-    def _scan(self, x: Tensor, target: Tensor, form: Form) -> Scan:
-        key = self._key(x, target, form)
-        if key not in self._scans:
-            numbers = [torch.zeros((), dtype=torch.float64) for _ in effective(self.plan.groups)]
-            criterion = self.plan.criterion
-            criterion.traced = True
-            try:
-                with undone(self.changed()):
-                    self._scans[key] = scanned(self._step, [x, target, *numbers])
-            except RandomGraphError as error:
-                why = f"the model must draw no random numbers. It does, by {error}"
-                raise TypeError(_refused(why)) from None
-            finally:
-                criterion.traced = False
-        return self._scans[key]
-
-    def _program(self, x: Tensor, target: Tensor, form: Form, scan: Scan) -> Program:
+    def program(self, x: Tensor, target: Tensor, form: Form) -> Program:
+        """The program for updates on inputs of this shape, loaded or compiled."""
         key = self._key(x, target, form)
         if key not in self._programs:
-            self._programs[key] = scan.program()
+            self._programs[key] = self._scan(x, target, form).program()
         return self._programs[key]
+
+    def _key(self, x: Tensor, target: Tensor, form: Form) -> Any:
+        return form, self.settings(), x.shape, x.dtype, target.shape, target.dtype
+
+    def _scan(self, x: Tensor, target: Tensor, form: Form) -> Scan:
+        key, held = self._key(x, target, form), self.held()
+        scan, its = self._scans.get(key, (None, None))
+        if scan is None or its != held:
+            scan = self._traced(x, target)
+            self._scans[key] = scan, held
+        return scan
+
+    def _traced(self, x: Tensor, target: Tensor) -> Scan:
+        x, target = x.contiguous(), target.contiguous()  # the layout is part of a program
+        plan, criterion = self.plan, self.plan.criterion
+        numbers = [torch.zeros((), dtype=torch.float64) for _ in effective(plan.groups)]
+        lacking = [p for p, d in plan.descend.items() if d.group["momentum"] and d.buffer is None]
+        self.stand_ins = {p: torch.zeros_like(p) for p in lacking}
+        criterion.traced = True
+        try:
+            with undone(self.changed()):
+                return scanned(self._step, [x, target, *numbers])
+        except RandomGraphError as error:
+            why = f"the model must draw no random numbers. It does, by {error}"
+            raise TypeError(_refused(why)) from None
+        finally:
+            criterion.traced, self.stand_ins = False, {}
 
     def _step(self, x: Tensor, target: Tensor, *numbers: Tensor) -> tuple[Tensor, ...]:
         loss, output, updates = self.updates(x, target, numbers)

@@ -40,17 +40,23 @@ class Graphs:
                 "torch.cuda.is_available() is False. Use compile=True, or neither."
             )
         self.compile, self.capture = compile, capture
-        self._made: dict[Any, Body] = {}
+        self._made: dict[Any, tuple[Body, list[int]]] = {}
 
     def run(
-        self, body: Body, key: Any, inputs: list[Tensor], changed: Callable[[], list[Tensor]]
+        self,
+        body: Body,
+        key: Any,
+        inputs: list[Tensor],
+        changed: Callable[[], list[Tensor]],
+        held: list[int],
     ) -> tuple[Tensor, ...]:
-        """``body(*inputs)``, run by its own graph; the first call makes it."""
+        """``body(*inputs)``, run by its own graph; the first call makes it, and any other call with other ``held``."""
         key = (key, *[(i.shape, i.stride(), i.dtype, i.device) for i in inputs])
-        graph = self._made.get(key)
+        graph, its = self._made.get(key, (None, None))
         with torch.no_grad():
-            if graph is None:
-                graph = self._made[key] = self._make(body, inputs, changed())
+            if graph is None or its != held:
+                graph = self._make(body, inputs, changed())
+                self._made[key] = graph, held
             return graph(*inputs)
 
     def _make(self, body: Body, inputs: list[Tensor], changed: list[Tensor]) -> Body:

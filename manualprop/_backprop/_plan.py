@@ -60,8 +60,8 @@ class Plan:
         uses = Counter(p for leaf in self.leaves for p in leaf.parameters())
         self.learning, self.ties = list(uses), len(uses) < uses.total()
         groups = self._groups()
-        clips = descent.clip_gradient_norm is not None or descent.clip_gradient_value is not None
-        self.folds = type(optimizer) is SGD and not clips and not hooks
+        self.clips = descent.clip_gradient_norm is not None or descent.clip_gradient_value is not None
+        self.folds = type(optimizer) is SGD and not self.clips and not hooks
         self.descend = {p: Descend(p, groups[p], optimizer.state) for p in self.learning if self.folds}
         self.micro = descent.micro_batch_size if isinstance(descent, Batch) else None
         affine = [leaf for leaf in self.leaves if isinstance(leaf, Affine)]
@@ -79,6 +79,15 @@ class Plan:
             self.optimizer.add_param_group({"params": missing})
             groups |= dict.fromkeys(missing, self.groups[-1])
         return groups
+
+    def unfolded(self) -> str:
+        """Why the update is not folded."""
+        name = type(self.optimizer).__name__
+        return (
+            name
+            if type(self.optimizer) is not SGD
+            else f"{name} with {'clipping' if self.clips else 'hooks'}"
+        )
 
     @property
     def is_small(self) -> bool:

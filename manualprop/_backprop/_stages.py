@@ -29,7 +29,7 @@ from manualprop.functions._execution._products import (
     multiply_and_add_into,
 )
 from manualprop.functions.linear import rows
-from manualprop.nn.fusing import runs
+from manualprop.nn.fusing import KEPT_ANYWAY, activation_name, match, runs
 
 Forward = Callable[[Tensor], Tensor]
 Backward = Callable[[Tensor], "Tensor | None"]
@@ -301,6 +301,11 @@ def the_one(found: list[Application], x: Tensor, y: Tensor, path: str, layer: Mo
         first = found[0].output[0] if isinstance(found[0].output, tuple) else found[0].output
         if first is y and sum(a is x for a in found[0].arguments) == 1:
             return found[0]
+    mode = getattr(layer, "padding_mode", "zeros")
+    if mode != "zeros":
+        names = {"reflect": "ReflectionPad", "replicate": "ReplicationPad", "circular": "CircularPad"}
+        way_out = f"Give it padding=0, and put the nn.{names[mode]} of manualprop.nn before it"
+        raise TypeError(refusal(path, layer, f"it pads by {mode!r}, which is a layer of its own", way_out))
     raise TypeError(refusal(path, layer, "its forward is more than one application of one rule"))
 
 
@@ -478,11 +483,33 @@ def _fused_within(layer: torch.nn.Sequential, path: str) -> list[Stage]:
         if name not in following:
             within.append(build(children[name], inner))
             continue
-        run = [children[name], *(children[next(names)] for _ in following[name])]
-        for part in run:
+        run = {n: children[n] for n in (name, *(next(names) for _ in following[name]))}
+        for part in run.values():
             _refuse_hooks(part, inner)
-        within.append(Applied(inner, nn.FusedSequential(*run)))
+        within += _run_within(run, path)
     return within
+
+
+def _run_within(run: Mapping[str, Module], path: str) -> list[Stage]:
+    """The stages of layers that run as one: a linear layer of its own, if the activation is kept for it anyway."""
+    *before, last = run
+    first = next(iter(run))
+    inner = f"{path}.{first}" if path else first
+    if activation_name(run[first]) not in KEPT_ANYWAY or last == first:
+        return [Applied(inner, FusedLayers(*run.values()))]
+    if match([run[name] for name in before]):
+        head: list[Stage] = [Applied(inner, FusedLayers(*(run[name] for name in before)))]
+    else:
+        head = [build(run[name], f"{path}.{name}" if path else name) for name in before]
+    return [*head, build(run[last], f"{path}.{last}" if path else last)]
+
+
+class FusedLayers(nn.FusedSequential):
+    """Layers that run as one, also if the first would write over its input: that is new here."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        found = match(list(self))
+        return super().forward(input) if found is None else found.call(input)
 
 
 def _refuse_hooks(layer: Module, path: str) -> None:

@@ -128,7 +128,12 @@ class Backprop:
         self._plan = plan = Plan(
             self.model, self.stage, self.criterion, self.descent, self.optimizer, self._hooks
         )
-        self._seen = [(p, p.requires_grad, p.data_ptr()) for p in plan.parameters]
+        self._seen = [
+            (module._parameters, name, p, p.requires_grad, p.data_ptr())
+            for module in self.model.modules()
+            for name, p in module._parameters.items()
+            if p is not None
+        ]
         graphs = Graphs(self._compile, self._capture) if self._compile or self._capture else None
         self._plain, self._collected = Plain(plan), Collected(plan, graphs)
         self._compiled = Compiled(plan, graphs) if graphs is not None and self._compile else None
@@ -177,8 +182,12 @@ class Backprop:
 
         Raises:
             FloatingPointError: if a loss is not finite; ``made`` is the number of updates before.
-            ValueError: for more than one example with Stochastic.
-            TypeError: with ``compile="epoch"`` for a model that draws random numbers.
+            ValueError: for more than one example with Stochastic, for an update without an example, and if ``x``
+                and ``target`` have other lengths.
+            IndexError: for a row that does not exist.
+            TypeError: for an ``order`` of anything else, and with ``compile="epoch"`` for a model that draws random
+                numbers.
+            RuntimeError: with ``compile="epoch"`` if the program cannot be compiled.
         """
         self._check()
         made = self._epochs(x, target, order)
@@ -199,6 +208,20 @@ class Backprop:
         self._check()
         scanned = self._epochs.scanned
         return scanned is not None and scanned.is_kept(x, target)
+
+    def prepare_program(self, x: Tensor, target: Tensor) -> None:
+        """Load or compile the program of updates on inputs of this shape, which :meth:`epoch` otherwise does.
+
+        Args:
+            x: the inputs of one update.
+            target: their targets.
+
+        Raises:
+            TypeError: for a model that draws random numbers.
+            RuntimeError: if the program cannot be compiled.
+        """
+        self._check()
+        self._epochs.prepare(x, target)
 
     def _step(self, x: Tensor, target: Tensor) -> tuple[float, Tensor]:
         return self(x, target), self.output
@@ -250,9 +273,13 @@ class Backprop:
         # A resumed optimizer has new groups and states.
         if self._plan.groups is not self.optimizer.param_groups or self._has_hooks() is not self._hooks:
             self._make_plan()
-        for parameter, learns, memory in self._seen:
-            if parameter.requires_grad is not learns or parameter.data_ptr() != memory:
-                # model.double() replaces the data
+        for owned, name, parameter, learns, memory in self._seen:
+            # model.double() replaces the data, load_state_dict(assign=True) the parameter
+            if (
+                owned.get(name) is not parameter
+                or parameter.requires_grad is not learns
+                or parameter.data_ptr() != memory
+            ):
                 return self._make_plan()
 
     def _has_hooks(self) -> bool:

@@ -18,16 +18,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from manualprop._backprop._criterion import Evaluated
 from manualprop._backprop._destinations import FACTORS, Factors, Guarded
 from manualprop._backprop._graph import Body, Graphs, Hyperparameters, with_tensors
 from manualprop._backprop._plan import Collection, Plan
-from manualprop._backprop._stages import Backward, Forward, chain_of
+from manualprop._backprop._stages import Activation, Affine, Backward, Forward, chain_of
 from manualprop._splitting import check_splittable, is_sum
 from manualprop._torch import InferenceMode
 
 Way = Callable[[Tensor, Tensor], tuple[float, Tensor]]
+
+# What a layer's setting may be, such as the eps of a norm.
+SETTING = (bool, int, float, str, tuple, type(None))
 
 # The most elements kept from step to step.  For larger models the cost of making tensors is negligible.
 KEPT = 2**20
@@ -93,23 +97,56 @@ class Repeated:
 class Graphed:
     """Runs the parts of a step as graphs, one for each shape and mode."""
 
+    updates_too = False  # whether a graph makes the update, and so holds the momentum buffers
+
     def __init__(self, plan: Plan, graphs: Graphs) -> None:
         self.plan, self.graphs, self.modules = plan, graphs, list(plan.model.modules())
+        others = [leaf.layer for leaf in plan.leaves if not isinstance(leaf, Affine | Activation)]
+        self._set = [module for layer in others for module in layer.modules()]
+        self.stand_ins: dict[Any, Tensor] = {}  # for momentum buffers that do not exist yet
 
     def graph(self, body: Body, form: Any, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         """``body(*inputs)``, run as a graph; ``form`` is part of the graph's key."""
         criterion = self.plan.criterion
-        key = (body.__name__, form, *[module.training for module in self.modules])
+        key = (body.__name__, form, self.settings())
         criterion.traced = True
         try:
-            return self.graphs.run(body, key, inputs, self.changed)
+            return self.graphs.run(body, key, inputs, self.changed, self.held())
         finally:
             criterion.traced = False
 
+    def settings(self) -> Any:
+        """What a graph has as constants: the modes of all modules, and the settings of the layers that may change."""
+        constants = [tuple(v for v in vars(m).values() if isinstance(v, SETTING)) for m in self._set]
+        return *[module.training for module in self.modules], *constants
+
+    def held(self) -> list[int]:
+        """The memory of the tensors that a graph holds.  With other tensors it must be made again."""
+        owners = [*self.modules, self.plan.criterion.loss]
+        tensors = [b for owner in owners for b in owner._buffers.values() if b is not None]
+        if self.updates_too:
+            tensors += [b for b in self._momentum().values() if b is not None]
+        return [tensor.data_ptr() for tensor in tensors]
+
+    def _momentum(self) -> dict[Any, Tensor | None]:
+        """The momentum buffers of the parameters that learn; None, or what stands in, for one that does not exist."""
+        return {
+            p: d.buffer if d.buffer is not None else self.stand_ins.get(p)
+            for p, d in self.plan.descend.items()
+        }
+
     def changed(self) -> list[Tensor]:
-        """The tensors that a step changes in place."""
+        """The tensors that a step changes in place.
+
+        Raises:
+            TypeError: for a batch norm whose statistics are those of all batches: a graph cannot read their number.
+        """
         plan = self.plan
-        buffers = [destination.buffer for destination in plan.descend.values()]
+        for leaf in plan.leaves:
+            for layer in leaf.layer.modules():
+                if layer.training and getattr(layer, "momentum", 0) is None and layer.track_running_stats:
+                    raise TypeError(_refused(leaf.path, layer))
+        buffers = self._momentum().values()
         return [*plan.parameters, *plan.model.buffers(), *(b for b in buffers if b is not None)]
 
     def gradients(self, x: Tensor, target: Tensor, divide: bool = True) -> tuple[Tensor, ...]:
@@ -133,15 +170,24 @@ class Graphed:
         plan = self.plan
         groups = dict(zip(map(id, plan.groups), with_tensors(plan.groups, numbers), strict=True))
         loss, _, output, *gradients = self.gradients(x, target)
-        updates = []
+        updates, momentum = [], self._momentum()
         for (p, destination), gradient in zip(plan.descend.items(), gradients, strict=True):
-            updates.append(Guarded(p, groups[id(destination.group)], destination.buffer))
+            updates.append(Guarded(p, groups[id(destination.group)], momentum[p]))
             updates[-1].take(gradient)
         return loss, output, updates
 
 
+def _refused(path: str, layer: Module) -> str:
+    return (
+        f"Backprop: layer {path or 'model'!r} ({type(layer).__name__}) must have a momentum to be part of a graph. Got "
+        "momentum=None, where each batch has a weight of its own. Use compile=False and capture=False."
+    )
+
+
 class WholeStep(Graphed):
     """One graph of forward pass, backward pass and update: compiled for small networks, or captured on a GPU."""
+
+    updates_too = True
 
     def __init__(self, plan: Plan, graphs: Graphs) -> None:
         super().__init__(plan, graphs)

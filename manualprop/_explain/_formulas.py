@@ -30,6 +30,11 @@ FUNCTIONS = ("cosh", "sinh", "tanh", "exp", "log", "max", "min")
 NAMED = ("sign", "softmax", "onehot", "erf", "erfc", "expm1", "clamp")
 
 
+def without_roles(text: str) -> str:
+    """A line of a docstring without the marks that only the documentation's builder reads."""
+    return re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"\1", text)
+
+
 def derived(rule: Any, left: str) -> str:
     """What the derivation finds for ``left`` such as "dL/dW": the left side and the end of the chain of equations.
 

@@ -6,6 +6,7 @@ Keys
     g:0          dL/dy of layer 0                loss:l       losses of the examples
     x:0, dx:0    input of layer 0, and dL/dx, where these are not the output of another layer and its gradient
     i:2          places of the maxima that layer 2 chose, counted along the flattened axes of positions
+    m:3          what dropout, layer 3, multiplied each number of its input by
     p:NAME       a parameter                     d:NAME       its gradient        u:NAME     what the update adds to it
 """
 
@@ -71,6 +72,8 @@ def numbers(seen: Observation, linked: Links) -> dict[str, Tensor]:
             found[f"g:{i}"] = layer.g
         if linked.returns[i] and layer.dx is not None:
             found.setdefault(linked.returns[i], layer.dx)
+        if layer.mask is not None:
+            found[f"m:{i}"] = layer.mask
         places = chosen_places(layer)
         if places is not None:
             found[f"i:{i}"] = places
@@ -169,11 +172,6 @@ def saturated(layer: Layer) -> float | None:
         return None
     steepest = 0.25 if name == "Sigmoid" else 1 / 6 if name == "Hardsigmoid" else 1.0
     return (slope < steepest / 50).double().mean().item()
-
-
-def affine_of(layers: list[Layer]) -> list[int]:
-    """The places of the linear layers."""
-    return [i for i, layer in enumerate(layers) if layer.kind == AFFINE]
 
 
 Numbers = Mapping[str, Tensor]

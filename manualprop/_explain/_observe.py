@@ -20,7 +20,7 @@ from torch.nn import Module, Parameter
 from manualprop import functions as rules
 from manualprop import nn
 from manualprop._backprop import Backprop
-from manualprop._backprop._stages import Activation, Affine, Applied, Stage, build
+from manualprop._backprop._stages import Activation, Affine, Applied, Dropped, Stage, build
 from manualprop._backprop._trace import rule_named_as
 from manualprop._splitting import compares_elements, denominator, gradient
 from manualprop.descent import Descent
@@ -58,6 +58,7 @@ class Layer:
         g: gradient of the loss with respect to y; None where nothing before it learns.
         dx: with respect to x; None likewise.
         weights: its parameters.
+        mask: what dropout multiplied each number of x by, if it drew.
     """
 
     path: str
@@ -71,6 +72,7 @@ class Layer:
     g: Tensor | None = None
     dx: Tensor | None = None
     weights: list[Weight] = field(default_factory=list)
+    mask: Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -287,7 +289,7 @@ class Trainee:
                 assert made is not None
                 kind, rule, p = described(stage)
                 layers[id(stage)] = Layer(
-                    stage.path, stage.layer, kind, rule, p, True, given[0], made.clone()
+                    stage.path, stage.layer, kind, rule, p, True, given[0], made.clone(), mask=_mask(stage)
                 )
             else:
                 layer = layers[id(stage)]
@@ -376,6 +378,17 @@ def described(stage: Stage) -> tuple[str, type[Rule] | None, tuple[Any, ...]]:
         application = getattr(stage, "application", None)
         return OTHER, _by_name(stage.layer) if application is None else application.rule, ()
     return OTHER, _by_name(stage.layer), ()
+
+
+def _mask(stage: Stage) -> Tensor | None:
+    """What a stage of dropout has just multiplied its input by."""
+    if isinstance(stage, Dropped):
+        return stage.scale
+    application = getattr(stage, "application", None)
+    if application is None or application.rule is not rules.Dropout:
+        return None
+    x, *drawn = application.arguments
+    return rules.Dropout.forward(torch.ones_like(x), *drawn)
 
 
 def _by_name(layer: Module) -> type[Rule] | None:

@@ -13,15 +13,16 @@ from latex2mathml.converter import convert
 from torch import nn
 
 from manualprop._explain import _formulas as formulas
+from manualprop._explain._anew import anew, multiplications, nudged
 from manualprop._explain._explained import Explained
-from manualprop._explain._numbers import Numbers, affine_of, numbers, passes_on
+from manualprop._explain._numbers import Numbers, numbers, passes_on
 from manualprop._explain._steps import Block, rule_of, steps
 from manualprop._explain._tables import Functions, cropped, functions, tables, whole_tables
 from manualprop._explain._training import Slice
 from manualprop._explain._worked import worked
 
 FOLDER = Path(__file__).parent / "page"
-SCRIPTS = ("numbers.js", "sums.js", "windows.js", "grid.js", "network.js", "play.js")
+SCRIPTS = ("numbers.js", "sums.js", "windows.js", "grid.js", "network.js", "anew.js", "nudge.js", "play.js")
 NO_NETWORK = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
@@ -231,10 +232,12 @@ def _data(
                 "dx": e.links.returns[i],
                 "W": f"p:{layer.weights[0].name}" if layer.weights else "",
                 "b": f"p:{layer.weights[1].name}" if len(layer.weights) > 1 else "",
+                "anew": anew(i, layer) or {},
             }
             for i, layer in enumerate(seen.layers)
         ],
-        "linear": affine_of(seen.layers),
+        "nudged": nudged(seen),
+        "multiplications": multiplications(seen),
         "history": [dict(row) for row in e.history],
     }
     if isinstance(e.descents, Slice):

@@ -133,6 +133,8 @@ TITLES: dict[int, tuple[str, str, str]] = {
 FORWARD_WHY: dict[Any, str] = {
     rules.Convolution: "Each number of $y$ is the sum of one window of $x$, with the weights of its channel; the windows of "
     "all positions have the same weights.",
+    rules.TransposedConvolution: "Each number of $y$ is spread over a window of $x$, with the weights of its channel; the windows "
+    "of all positions have the same weights. A convolution goes from $x$ to $y$, and this one back: hence the letters.",
 }
 _OF_MAXIMA = (
     "The place that was chosen has the slope 1, and the others of its window 0. So each $g$ goes to one place as it is, and "
@@ -197,20 +199,21 @@ class _Writer:
         return [_initial(i, layer.path, layer.name, layer.weights)] if layer.weights else []
 
     def _forward(self, i: int, layer: Layer) -> Block:
-        title = headline(layer.rule)
+        title = formulas.without_roles(headline(layer.rule))
         source = "the layer's own forward" if layer.rule is None else f"functions.{layer.rule.__name__}"
         if layer.rule is not None:
             source += ".f" if hasattr(layer.rule, "f") else ".forward"
         elif passes_on(layer):
             title = "$y = x$" if layer.x.shape == layer.y.shape else "$y = x$, in another shape"
-        shown = [Shown(f"y:{i}", "y", f"output of {layer.path}", self._made(i, layer))]
+        of_x, of_y = _letters(layer)
+        shown = [Shown(f"y:{i}", of_y, f"output of {layer.path}", self._made(i, layer))]
         if layer.rule in windows.MAXIMA and windows.window_options(layer):
             shown.append(
                 Shown(f"i:{i}", "i", f"places of the maxima in the input of {layer.path}", {"kind": "place"})
             )
         x = self.linked.inputs[i]
         if x.startswith("x"):
-            shown.append(Shown(x, "x", f"input of {layer.path}", {"kind": "input"}))
+            shown.append(Shown(x, of_x, f"input of {layer.path}", {"kind": "input"}))
         return Block(
             layer.path, layer.name, i, title, formulas.plain(title), source,
             derivation(layer.rule), tuple(shown), remarks=(*_told(layer), *_health(layer)),
@@ -346,13 +349,14 @@ class _Writer:
         ]  # fmt: skip
 
     def _input_gradient(self, i: int, layer: Layer) -> list[Block]:
-        if layer.dx is None or not layer.weights:
+        if layer.g is None or layer.dx is None or not layer.weights:  # without g, other layers made dx
             return []
-        line = formulas.derived(layer.rule, "dL/dx")
+        left = f"dL/d{_letters(layer)[0]}"
+        line = formulas.derived(layer.rule, left)
         made = self._handed_back(i, layer)
         if layer.kind == AFFINE and layer.x.dim() <= 3:
             made = {"kind": "input_gradient", "g": f"g:{i}", "W": f"p:{layer.weights[0].name}"}
-            own = rules.Linear.input_gradient(layer.g, layer.weights[0].value)  # type: ignore[arg-type]
+            own = rules.Linear.input_gradient(layer.g, layer.weights[0].value)
             # Autograd adds up what all users of a tensor hand back: the page tells what comes from others.
             made["shared"] = not _alike(own, layer.dx)
         name = "" if layer.rule is None else f"functions.{layer.rule.__name__}"
@@ -361,7 +365,7 @@ class _Writer:
             Block(
                 layer.path, layer.name, i, _typeset(line), line, source if layer.by_hand else "torch's autograd",
                 derivation(layer.rule),
-                (Shown(self.linked.returns[i], "dL/dx", f"gradient of the input of {layer.path}", made),),
+                (Shown(self.linked.returns[i], left, f"gradient of the input of {layer.path}", made),),
                 layer.by_hand, _flow(layer),
             )
         ]  # fmt: skip
@@ -432,6 +436,11 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal but for rounding; what is not finite counts as equal."""
     difference = rms(a.reshape(b.shape) - b)
     return not difference > 1e-3 * rms(a)
+
+
+def _letters(layer: Layer) -> tuple[str, str]:
+    """Of the input and the output: in the family of convolutions a transposed one goes from y to x."""
+    return ("y", "x") if layer.rule in windows.TRANSPOSED else ("x", "y")
 
 
 def _letter(weight: Weight) -> str:

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn import Module
 
 from manualprop._explain import _javascript as javascript
+from manualprop._explain._anew import not_computed
 from manualprop._explain._explained import Explained
-from manualprop._explain._numbers import Links, as_table, numbers, passes_on, same, statistics
-from manualprop._explain._observe import ACTIVATION, AFFINE, Layer, Observation
+from manualprop._explain._numbers import as_table, numbers, statistics
+from manualprop._explain._observe import ACTIVATION, Layer, Observation
 
 ROOM = 230_000  # numbers that a page holds; at 16 characters for 3 of them, 1.2 MB
 FRAME = 100_000  # of one recorded update
@@ -89,6 +90,7 @@ def _keys(e: Explained) -> Iterator[str]:
             for shown in block.shown:
                 yield shown.key
                 yield from (v for v in shown.made.values() if isinstance(v, str) and v in e.numbers)
+    yield from (key for key in e.numbers if key.startswith("m:"))
 
 
 def _evenly(length: int, count: int) -> list[int]:
@@ -154,7 +156,7 @@ def functions(e: Explained, packed_tables: Mapping[str, Any]) -> Functions:
     """Print what the page needs to compute the loss anew."""
     seen = e.observation
     activations: dict[int, tuple[str, str, str]] = {}
-    refused = _unlinked(seen, e.links)
+    refused = not_computed(seen, e.links)
     for i, layer in enumerate(seen.layers):
         if layer.kind == ACTIVATION:
             try:
@@ -186,7 +188,7 @@ def whole_tables(e: Explained) -> dict[str, Any]:
 
 
 def _needed(e: Explained) -> list[str]:
-    return ["x", "target", *(key for key in e.numbers if key.startswith("p:"))]
+    return ["x", "target", *(key for key in e.numbers if key.startswith(("p:", "m:")))]
 
 
 def _activation(layer: Layer) -> tuple[str, str, str]:
@@ -208,15 +210,3 @@ def loss_of_each(loss: Module) -> Module:
     single = copy.copy(loss)
     single.reduction = "none"  # type: ignore[assignment]
     return single
-
-
-def _unlinked(seen: Observation, linked: Links) -> str:
-    """Why the layers are no chain of linear layers and activations; "" where they are."""
-    for i, layer in enumerate(seen.layers):
-        if layer.kind not in (AFFINE, ACTIVATION) and not passes_on(layer):
-            return f"{layer.path} ({layer.name}) is neither linear nor an activation."
-        if linked.inputs[i] != (f"y:{i - 1}" if i else "x") or (layer.x.dim() > 2 and not passes_on(layer)):
-            return f"{layer.path} ({layer.name}) does not take the output of the layer before it, row by row."
-    if not seen.layers or not same(seen.layers[-1].y, seen.output):
-        return "The output is not that of the last layer."
-    return ""

@@ -25,7 +25,7 @@ EXAMPLES, STEPS, POINTS = (
     512,
     120,
     41,
-)  # on the slice: the examples of the loss, the updates, and those that are drawn
+)  # of the slice: examples of the loss, updates, and those that are drawn
 WEIGHTS = 4 * 10**7  # numbers held for it, at most
 GRID = 25  # points of the slice along each side
 FAR = 2.5  # times the reach of the middle path, from where on a path leaves the picture

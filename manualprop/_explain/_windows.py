@@ -3,7 +3,7 @@
 Symbols
     n   example      c   channel of the input      i   place in the input      k   place in the window
                      o   channel of the output     q   place in the output
-    Places have one number for each axis.
+    Places have one number for each axis.  A transposed convolution goes the other way: from q and o to i and c.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from manualprop.functions._execution._axes import Like
 from manualprop.functions.pooling import of_each_axis
 
 Options = dict[str, Any]
-CONVOLUTION, MAXIMA, MEANS = (
+CONVOLUTION, TRANSPOSED, MAXIMA, MEANS = (
     (rules.Convolution,),
+    (rules.TransposedConvolution,),
     (rules.MaxPool, rules.AdaptiveMaxPool),
     (rules.AvgPool, rules.AdaptiveAvgPool),
 )
@@ -29,7 +30,11 @@ CONVOLUTION, MAXIMA, MEANS = (
 def window_options(layer: Layer) -> Options | None:
     """What decides the windows of a layer, one number for each axis; None for a layer without windows."""
     axes = re.search(r"([123])d$", layer.name)
-    if layer.rule not in (*CONVOLUTION, *MAXIMA, *MEANS) or not axes or layer.x.dim() != int(axes[1]) + 2:
+    if (
+        layer.rule not in (*CONVOLUTION, *TRANSPOSED, *MAXIMA, *MEANS)
+        or not axes
+        or layer.x.dim() != int(axes[1]) + 2
+    ):
         return None
     module: Any = layer.module
     if layer.rule in (rules.AdaptiveMaxPool, rules.AdaptiveAvgPool):
@@ -51,7 +56,7 @@ def window_options(layer: Layer) -> Options | None:
         "padding": padding,
         "dilation": list(dilation),
     }
-    if layer.rule is rules.Convolution:
+    if layer.rule in (*CONVOLUTION, *TRANSPOSED):
         found["groups"] = module.groups
     if layer.rule is rules.AvgPool:
         found |= {"include": module.count_include_pad, "divisor": getattr(module, "divisor_override", None)}
@@ -136,9 +141,10 @@ def of_output(i: int, layer: Layer, x: str) -> Options | None:
     options = window_options(layer)
     if options is None:
         return None
-    if layer.rule in CONVOLUTION:
+    if layer.rule in (*CONVOLUTION, *TRANSPOSED):
+        kind = "convolution" if layer.rule in CONVOLUTION else "transposed"
         weight, *bias = [f"p:{w.name}" for w in layer.weights]
-        return {"kind": "convolution", "x": x, "W": weight, "b": bias[0] if bias else "", **options}
+        return {"kind": kind, "x": x, "W": weight, "b": bias[0] if bias else "", **options}
     if layer.rule in MAXIMA:
         return {"kind": "maximum", "x": x, "i": f"i:{i}", **options}
     return {"kind": "mean", "x": x, **options}
@@ -149,8 +155,9 @@ def of_input_gradient(i: int, layer: Layer, x: str) -> Options | None:
     options = window_options(layer)
     if options is None:
         return None
-    if layer.rule in CONVOLUTION:
-        made = {"kind": "convolution_input", "g": f"g:{i}", "W": f"p:{layer.weights[0].name}"}
+    if layer.rule in (*CONVOLUTION, *TRANSPOSED):
+        kind = "convolution_input" if layer.rule in CONVOLUTION else "transposed_input"
+        made = {"kind": kind, "g": f"g:{i}", "W": f"p:{layer.weights[0].name}"}
     elif layer.rule in MAXIMA:
         made = {"kind": "chosen", "g": f"g:{i}", "i": f"i:{i}"}
     else:
@@ -161,11 +168,12 @@ def of_input_gradient(i: int, layer: Layer, x: str) -> Options | None:
 def of_weight_gradient(i: int, layer: Layer, x: str, is_bias: bool) -> Options | None:
     """How a gradient of the weights or biases of layer i was made; None for a layer without windows."""
     options = window_options(layer)
-    if options is None or layer.rule not in CONVOLUTION:
+    if options is None or layer.rule not in (*CONVOLUTION, *TRANSPOSED):
         return None
     if is_bias:
         return {"kind": "convolution_bias", "g": f"g:{i}"}
-    return {"kind": "convolution_weight", "g": f"g:{i}", "x": x, **options}
+    kind = "convolution_weight" if layer.rule in CONVOLUTION else "transposed_weight"
+    return {"kind": kind, "g": f"g:{i}", "x": x, **options}
 
 
 def own_input_gradient(layer: Layer) -> Tensor | None:
@@ -174,9 +182,11 @@ def own_input_gradient(layer: Layer) -> Tensor | None:
     if options is None or layer.g is None:
         return None
     size = tuple(layer.x.shape[2:])
-    if layer.rule in CONVOLUTION:
+    if layer.rule in (*CONVOLUTION, *TRANSPOSED):
         s, p, d = (tuple(options[name]) for name in ("stride", "padding", "dilation"))
         W = layer.weights[0].value
+        if layer.rule in TRANSPOSED:
+            return rules.Convolution.forward(layer.g, W, None, s, p, d, options["groups"], size)
         return rules.TransposedConvolution.forward(layer.g, W, None, s, p, d, options["groups"], size)
     places = chosen_places(layer)
     if places is not None:

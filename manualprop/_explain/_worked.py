@@ -79,51 +79,95 @@ def worked(shown: Shown, numbers: Numbers, example: int = 0) -> Worked | None:
 
 def _output(shown: Shown, numbers: Numbers, n: int) -> Worked:
     made, y = shown.made, numbers[shown.key]
-    x, W = numbers[made["x"]], numbers[made["W"]]
     q, o = _middle(y), 0
-    pairs = [window(made, a, q[a], x.shape[2 + a], y.shape[2 + a]) for a in range(len(q))]
-    terms = [
-        _product(("W", (o, c, *(k for k, _ in at))), W, ("x", (n, c, *(i for _, i in at))), x)
-        for c in range(W.shape[1])  # of the first group
-        for at in itertools.product(*pairs)
-    ]
-    value, over = y[(n, o, *q)].item(), f"over {_many(len(terms), 'number')}"
-    if not made["b"]:
-        return _told(f"y{_index((n, o, *q))}", f"Σ W[{o},c,k] x[{n},c,i]", value, over, terms)
-    b = numbers[made["b"]][o].item()
-    rule = f"b[{o}] + Σ W[{o},c,k] x[{n},c,i]"
-    return _told(f"y{_index((n, o, *q))}", rule, value, over, terms, (Term(f"b[{o}]", (b,), b),))
+    terms = _gathered(made, numbers, "x", (n, o, *q), y)
+    rule, over = f"Σ W[{o},c,k] x[{n},c,i]", f"over {_many(len(terms), 'number')}"
+    return _with_bias(f"y{_index((n, o, *q))}", rule, y[(n, o, *q)].item(), over, terms, numbers, made, o)
+
+
+def _transposed(shown: Shown, numbers: Numbers, n: int) -> Worked:
+    made, x = shown.made, numbers[shown.key]
+    i, c = _middle(x), 0
+    terms, over = _spread(made, numbers, "x", "y", (n, c, *i), x)
+    rule = f"Σ y[{n},o,q] W[o,{c},k]"
+    return _with_bias(f"x{_index((n, c, *i))}", rule, x[(n, c, *i)].item(), over, terms, numbers, made, c)
 
 
 def _input_gradient(shown: Shown, numbers: Numbers, n: int) -> Worked:
     made, dx = shown.made, numbers[shown.key]
-    g, W = numbers[made["g"]], numbers[made["W"]]
     i, c = _middle(dx), 0
+    terms, over = _spread(made, numbers, "g", "g", (n, c, *i), dx)
+    entry, rule = f"dL/dx{_index((n, c, *i))}", f"Σ g[{n},o,q] W[o,{c},k]"
+    return _told(entry, rule, dx[(n, c, *i)].item(), over, terms, shared=made["shared"])
+
+
+def _transposed_input(shown: Shown, numbers: Numbers, n: int) -> Worked:
+    made, dy = shown.made, numbers[shown.key]
+    q, o = _middle(dy), 0
+    terms = _gathered(made, numbers, "g", (n, o, *q), dy)
+    entry, rule = f"dL/dy{_index((n, o, *q))}", f"Σ W[{o},c,k] g[{n},c,i]"
+    over = f"over {_many(len(terms), 'number')}"
+    return _told(entry, rule, dy[(n, o, *q)].item(), over, terms, shared=made["shared"])
+
+
+def _gathered(made: Options, numbers: Numbers, letter: str, at: Place, y: Tensor) -> list[Term]:
+    """The terms of a sum over a window: W[o,c,k] x[n,c,i], or g in the place of x; ``at`` is (n, o, q), o in group 0."""
+    x, W, (n, o, *q) = numbers[made[letter]], numbers[made["W"]], at
+    pairs = [window(made, a, q[a], x.shape[2 + a], y.shape[2 + a]) for a in range(len(q))]
+    return [
+        _product(("W", (o, c, *(k for k, _ in met))), W, (letter, (n, c, *(i for _, i in met))), x)
+        for c in range(W.shape[1])
+        for met in itertools.product(*pairs)
+    ]
+
+
+def _spread(
+    made: Options, numbers: Numbers, key: str, letter: str, at: Place, x: Tensor
+) -> tuple[list[Term], str]:
+    """The terms g[n,o,q] W[o,c,k], or y in the place of g, and what they go over; ``at`` is (n, c, i), c in group 0."""
+    g, W, (n, c, *i) = numbers[made[key]], numbers[made["W"]], at
     pairs = [
-        [(q, k) for q in range(g.shape[2 + a]) for k, j in window(made, a, q, dx.shape[2 + a], g.shape[2 + a]) if j == i[a]]
+        [(q, k) for q in range(g.shape[2 + a]) for k, j in window(made, a, q, x.shape[2 + a], g.shape[2 + a]) if j == i[a]]
         for a in range(len(i))
     ]  # fmt: skip
     terms = [
-        _product(("g", (n, o, *(q for q, _ in at))), g, ("W", (o, c, *(k for _, k in at))), W)
-        for o in range(len(W) // made["groups"])  # the first group
-        for at in itertools.product(*pairs)
+        _product((letter, (n, o, *(q for q, _ in met))), g, ("W", (o, c, *(k for _, k in met))), W)
+        for o in range(len(W) // made["groups"])
+        for met in itertools.product(*pairs)
     ]
     places = math.prod(map(len, pairs))
-    over = f"over {_many(len(terms) // max(1, places), 'channel')}, {_many(places, 'place')}"
-    return _told(
-        f"dL/dx{_index((n, c, *i))}",
-        f"Σ g[{n},o,q] W[o,{c},k]",
-        dx[(n, c, *i)].item(),
-        over,
-        terms,
-        shared=made["shared"],
-    )
+    return terms, f"over {_many(len(terms) // max(1, places), 'channel')}, {_many(places, 'place')}"
+
+
+def _with_bias(
+    entry: str,
+    rule: str,
+    value: float,
+    over: str,
+    terms: list[Term],
+    numbers: Numbers,
+    made: Options,
+    at: int,
+) -> Worked:
+    if not made["b"]:
+        return _told(entry, rule, value, over, terms)
+    b = numbers[made["b"]][at].item()
+    return _told(entry, f"b[{at}] + {rule}", value, over, terms, (Term(f"b[{at}]", (b,), b),))
 
 
 def _weight_gradient(shown: Shown, numbers: Numbers, _: int) -> Worked:
     made, dW = shown.made, numbers[shown.key]
-    g, x = numbers[made["g"]], numbers[made["x"]]
-    k = _middle(dW)
+    return _correlated(made, ("g", numbers[made["g"]]), ("x", numbers[made["x"]]), dW)
+
+
+def _transposed_weight(shown: Shown, numbers: Numbers, _: int) -> Worked:
+    made, dW = shown.made, numbers[shown.key]
+    return _correlated(made, ("y", numbers[made["x"]]), ("g", numbers[made["g"]]), dW)
+
+
+def _correlated(made: Options, of_o: tuple[str, Tensor], of_c: tuple[str, Tensor], dW: Tensor) -> Worked:
+    """Of all examples and places, g[n,o,q] x[n,c,i], or y and g in their places."""
+    (first, g), (second, x), k = of_o, of_c, _middle(dW)
     pairs = [
         [(q, i) for q in range(g.shape[2 + a]) for j, i in window(made, a, q, x.shape[2 + a], g.shape[2 + a]) if j == k[a]]
         for a in range(len(k))
@@ -136,14 +180,15 @@ def _weight_gradient(shown: Shown, numbers: Numbers, _: int) -> Worked:
     products = (of_g * of_x).reshape(len(g), -1)
     largest = products.reshape(-1).abs().topk(min(TOLD, products.numel())).indices.tolist()
     terms = [
-        _product(("g", (n, 0, *(q for q, _ in at[p]))), g, ("x", (n, 0, *(i for _, i in at[p]))), x)
+        _product((first, (n, 0, *(q for q, _ in at[p]))), g, (second, (n, 0, *(i for _, i in at[p]))), x)
         for n, p in (divmod(flat, len(at)) for flat in largest)
     ]
     over = f"over {_many(len(g), 'example')}, {_many(len(at), 'place')}"
     left = products.numel() - len(terms)
     rest = products.sum().item() - sum(term.value for term in terms)
     value, rest = dW[(0, 0, *k)].item(), rest if left else 0.0
-    return Worked(f"dW{_index((0, 0, *k))}", "Σ g[n,0,q] x[n,0,i]", value, over, tuple(terms), left, rest)
+    rule = f"Σ {first}[n,0,q] {second}[n,0,i]"
+    return Worked(f"dW{_index((0, 0, *k))}", rule, value, over, tuple(terms), left, rest)
 
 
 # ----- pools -----
@@ -221,6 +266,9 @@ MAKERS: Mapping[str, Callable[[Shown, Numbers, int], Worked]] = {
     "convolution": _output,
     "convolution_input": _input_gradient,
     "convolution_weight": _weight_gradient,
+    "transposed": _transposed,
+    "transposed_input": _transposed_input,
+    "transposed_weight": _transposed_weight,
     "maximum": _maximum,
     "chosen": _chosen,
     "mean": _mean,

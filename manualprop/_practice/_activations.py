@@ -234,6 +234,6 @@ class Tanh(torch.autograd.Function):
     ("Tanh",),
     elementwise(torch.tanh, keeps=("outputs",)),
     advice={
-        "overwritten or stale saved tensor": "Is what you unpack in backward what forward has saved?",
+        "right gradient for x = ": "Is what you unpack in backward what forward has saved?",
     },
 )

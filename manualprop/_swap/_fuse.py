@@ -16,11 +16,12 @@ from manualprop._swap._method import (
     MethodStep,
     Through,
     Unfusable,
+    attribute,
     filled,
     steps_of,
 )
 from manualprop._swap._twins import CONTAINERS
-from manualprop.nn import norm
+from manualprop.nn import convolution, norm
 from manualprop.nn._heard import has_hooks, is_heard
 from manualprop.nn.container import Residual
 from manualprop.nn.fused import BATCH_NORMS, CONVOLUTIONS
@@ -44,6 +45,9 @@ METHODS = (
     "_ff_block",
     "forward",
 )
+# In the place of a batch norm, or of the convolution after it, these have no block.
+OTHER_NORMS = (norm.GroupNorm, norm.InstanceNorm1d, norm.InstanceNorm2d, norm.InstanceNorm3d)
+OTHER_CONVOLUTIONS = tuple(getattr(convolution, f"ConvTranspose{axes}d") for axes in (1, 2, 3))
 CHAINS: dict[type[nn.Module], type[nn.Module]] = {nn.Sequential: FusedSequential, Residual: FusedResidual}
 LISTED = 3  # neighbours that a row of the report names
 PROGRAM = "_manualprop_program"
@@ -77,7 +81,11 @@ def fusion(module: nn.Module, kept: Container[nn.Module] = ()) -> Fusion | str |
         return "already fused"
     if isinstance(module, nn.Sequential) and type(module) in CHAINS:
         found = runs(module)
-        return Fusion(CHAINS[type(module)], {}, _listed(found)) if found else None
+        if found:
+            return Fusion(CHAINS[type(module)], {}, _listed(found))
+        parts = list(module)
+        reasons = (_without_block(parts[at : at + 3]) for at in range(len(parts)))
+        return next((f"not fused: {reason}" for reason in reasons if reason), None)
     method = next((name for name in METHODS if _is_candidate(module, name)), None)
     if method is None:
         return None
@@ -126,13 +134,25 @@ def _is_mlp(module: nn.Module) -> bool:
 
 def _is_convnet(module: nn.Module) -> bool:
     kinds = {type(part) for part in module.modules()}
-    return not kinds.isdisjoint(BATCH_NORMS) and not kinds.isdisjoint(CONVOLUTIONS)
+    convolutions = (*CONVOLUTIONS, *OTHER_CONVOLUTIONS)
+    return not kinds.isdisjoint((*BATCH_NORMS, *OTHER_NORMS)) and not kinds.isdisjoint(convolutions)
 
 
 def _holds_neighbours(module: nn.Module) -> bool:
     """Whether a reader of the report expects ``module`` itself, not only modules inside it, to be fused."""
     own = {type(child) for child in module.children()}
-    return _is_mlp(module) or not own.isdisjoint(BATCH_NORMS) or not _is_convnet(module)
+    return _is_mlp(module) or not own.isdisjoint((*BATCH_NORMS, *OTHER_NORMS)) or not _is_convnet(module)
+
+
+def _without_block(parts: Sequence[Part]) -> str:
+    """Why norm, activation and convolution do not run as one, if one of them is of another kind; else ""."""
+    if len(parts) != 3 or activation_name(parts[1]) is None:
+        return ""
+    if is_plain(parts[0], *OTHER_NORMS) and is_plain(parts[2], *CONVOLUTIONS, *OTHER_CONVOLUTIONS):
+        return f"a {type(parts[0]).__name__} comes before the activation, where a BatchNorm must"
+    if is_plain(parts[0], *BATCH_NORMS) and is_plain(parts[2], *OTHER_CONVOLUTIONS):
+        return f"a {type(parts[2]).__name__} follows the activation, where a convolution must"
+    return ""
 
 
 # --------------------------------------------------------------------------------------------- reading a method
@@ -171,9 +191,7 @@ def _sites(module: nn.Module, steps: Sequence[MethodStep]) -> tuple[tuple[int, .
     for first, step in enumerate(steps):
         if first in taken:
             continue
-        chain = [first]
-        while chain[-1] in following and len(chain) < 3:
-            chain.append(following[chain[-1]])
+        chain = _chain(first, following)
         part = _part(module, step)
         if is_plain(part, *BATCH_NORMS):
             sites = _with_skip(module, steps, users, chain)
@@ -193,8 +211,18 @@ def _sites(module: nn.Module, steps: Sequence[MethodStep]) -> tuple[tuple[int, .
     if not found:
         of_mlp = conv not in ("", "Linear") and not _is_convnet(module)
         wanted = f"a {conv} follows the activation, where a Linear must" if of_mlp else ""
-        raise Unfusable(wanted or "its parts would keep no less as one")
+        chains = (_chain(first, following) for first in range(len(steps)))
+        others = (_without_block([_part(module, steps[n]) for n in chain]) for chain in chains)
+        raise Unfusable(next(filter(None, others), wanted) or "its parts would keep no less as one")
     return tuple(found)
+
+
+def _chain(first: int, following: Mapping[int, int]) -> list[int]:
+    """Up to three steps, each the only user of the value before it."""
+    chain = [first]
+    while chain[-1] in following and len(chain) < 3:
+        chain.append(following[chain[-1]])
+    return chain
 
 
 Users = Mapping[int, Sequence[int]]
@@ -210,7 +238,7 @@ def _with_skip(
     value = activation + 1
     convs = [n for n in users.get(value, ()) if is_plain(_part(module, steps[n]), *CONVOLUTIONS)]
     others = [steps[n] for n in users.get(value, ()) if n not in convs]
-    if len(convs) != 1 or any(step.function not in KEEP_NOTHING for step in others):
+    if len(convs) != 1 or any(step.function not in (*KEEP_NOTHING, Tensor.size) for step in others):
         return []
     return [(norm, activation, convs[0])]
 
@@ -337,6 +365,8 @@ def _does_as_steps(part: nn.Module, within: nn.Module) -> bool:
 
 
 def _single(module: nn.Module, step: MethodStep) -> Callable[..., Tensor]:
+    if step.function is attribute:
+        return functools.partial(attribute, module)
     return step.function if step.function is not None else module.get_submodule(step.path)
 
 

@@ -13,14 +13,40 @@ from torch import Tensor, fx, nn
 from manualprop.functional.fused import ACTIVATIONS, _activate
 from manualprop.nn.fusing import FUNCTIONS
 
+
+class Pool(NamedTuple):
+    """A pooling function of torch, by name: some of these functions cannot be pickled."""
+
+    name: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = getattr(torch_F, self.name)(*args, **kwargs)
+        return y
+
+
+KINDS = ("max", "avg", "adaptive_max", "adaptive_avg")
+POOLS = {
+    getattr(torch_F, name): Pool(name)
+    for name in (f"{kind}_pool{axes}d" for kind in KINDS for axes in (1, 2, 3))
+}
 # What a method may call: all these do the same at each call.
 KEEP_NOTHING = {operator.add, operator.iadd, torch.add, torch.cat}  # not even their inputs, for backward
 CALLED = {
-    *(*FUNCTIONS, *KEEP_NOTHING, operator.mul, torch.mul, torch.flatten, torch.mean),
-    *(torch_F.adaptive_avg_pool2d, torch_F.avg_pool2d),
+    *(*FUNCTIONS, *KEEP_NOTHING, *POOLS, operator.mul, torch.mul, torch.flatten, torch.mean),
+    *(torch.permute, torch.transpose, torch_F.interpolate, torch_F.pad),
 }
 PURE = {*CALLED, getattr, operator.getitem} - {operator.iadd}
-METHODS_CALLED = ("flatten", "mean", "reshape", "size", "view")
+METHODS_CALLED = (
+    "contiguous",
+    "flatten",
+    "mean",
+    "permute",
+    "reshape",
+    "size",
+    "transpose",
+    "unsqueeze",
+    "view",
+)
 FOREIGN = "transformers.activations"  # its own classes for the same functions
 
 
@@ -49,6 +75,11 @@ class MethodStep(NamedTuple):
 
 class Unfusable(Exception):
     """The reason why a candidate is not fused."""
+
+
+def attribute(module: nn.Module, path: str) -> Any:
+    """The parameter or buffer that a method itself uses, as it is now."""
+    return operator.attrgetter(path)(module)
 
 
 class _Method(nn.Module):
@@ -197,11 +228,34 @@ def _step(module: nn.Module, node: fx.Node, values: Mapping[fx.Node, Value], met
         path = str(node.target).removeprefix("owner.")
         return MethodStep(path, None, arguments, keywords, _foreign_name(module.get_submodule(path)))
     function: Any = node.target
+    if node.op == "get_attr":
+        owner, _, path = function.partition(".")
+        if owner != "owner":  # the trace keeps it, but the method makes it anew
+            raise Unfusable(f"its {method} makes a tensor")
+        return MethodStep("", attribute, (path,), (), None)
+    if function is getattr and node.args[1] == "shape":
+        return MethodStep("", Tensor.size, arguments[:1], (), None)
+    if function is getattr:
+        raise Unfusable(f"its {method} reads .{node.args[1]}")
     if node.op == "call_method" and function in METHODS_CALLED:
         function = getattr(Tensor, function)
+    elif function is operator.getitem and _is_part_of_a_shape(node):
+        pass
     elif node.op != "call_function" or function not in CALLED:
         raise Unfusable(f"its {method} calls {getattr(function, '__name__', function)}")
-    return MethodStep("", function, arguments, keywords, None)
+    return MethodStep("", POOLS.get(function, function), arguments, keywords, None)
+
+
+def _is_part_of_a_shape(node: fx.Node) -> bool:
+    """Whether a step takes a number, or several, out of the shape of a value."""
+    whole, index = node.args
+    bounds = (index.start, index.stop, index.step) if isinstance(index, slice) else (index,)
+    is_constant = all(bound is None or isinstance(bound, int) for bound in bounds)
+    is_shape = isinstance(whole, fx.Node) and (
+        (whole.target is getattr and whole.args[1] == "shape")
+        or (whole.target == "size" and len(whole.args) == 1 and not whole.kwargs)
+    )
+    return is_shape and is_constant
 
 
 def _values_in(arguments: Any) -> Iterator[int]:

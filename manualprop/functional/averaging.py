@@ -32,6 +32,13 @@ def avg_pool1d(
 ) -> Tensor:
     """Like :func:`torch.nn.functional.avg_pool1d`, by :class:`manualprop.functions.AvgPool`.
 
+    Args:
+        kernel_size: numbers of a window along each axis.
+        stride: distance of the windows; None: ``kernel_size``.
+        padding: zeros added at both ends of each axis, at most half of ``kernel_size``.
+        ceil_mode: whether the last window may reach beyond the padded input.
+        count_include_pad: whether the divisor counts the padding.
+
     Shape:
         ``input`` (N, C, L) or (C, L) -> the same, with fewer elements along the last axis
     """
@@ -48,6 +55,10 @@ def avg_pool2d(
     divisor_override: int | None = None,
 ) -> Tensor:
     """Like :func:`torch.nn.functional.avg_pool2d`, by :class:`manualprop.functions.AvgPool`.
+
+    Args:
+        kernel_size, stride, padding, ceil_mode, count_include_pad: as in :func:`avg_pool1d`.
+        divisor_override: what the sum of a window is divided by; None: the numbers of the window.
 
     Shape:
         ``input`` (N, C, H, W) or (C, H, W) -> the same, with fewer elements along the last two axes
@@ -66,7 +77,7 @@ def avg_pool3d(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Tensor:
-    """Like :func:`torch.nn.functional.avg_pool3d`, by :class:`manualprop.functions.AvgPool`.
+    """Like :func:`torch.nn.functional.avg_pool3d`; :func:`avg_pool2d` with three spatial axes.
 
     Shape:
         ``input`` (N, C, D, H, W) or (C, D, H, W) -> the same, with fewer elements along the last three axes
@@ -78,6 +89,9 @@ def avg_pool3d(
 
 def adaptive_avg_pool1d(input: Tensor, output_size: Sizes) -> Tensor:
     """Like :func:`torch.nn.functional.adaptive_avg_pool1d`, by :class:`manualprop.functions.AdaptiveAvgPool`.
+
+    Args:
+        output_size: number of windows along each axis.
 
     Shape:
         ``input`` (N, C, L) or (C, L) -> (N, C, ``output_size``) or (C, ``output_size``)
@@ -124,6 +138,14 @@ def _average(
 
 
 def _adaptive(name: str, axes: int, input: Tensor, output_size: int | Sequence[int | None] | None) -> Tensor:
+    if isinstance(output_size, tuple | list) and input.dim() <= len(output_size):
+        raise ValueError(
+            f"{name}: input must have more than {len(output_size)} axes. Got {list(input.shape)}."
+        )
+    if isinstance(output_size, int) and isinstance(input, Tensor) and input.dim() <= axes:
+        raise RuntimeError(
+            f"{name}: input must have {axes + 1} axes (unbatched) or {axes + 2} (batched). Got {list(input.shape)}."
+        )
     size = repeated_size(name, "output_size", output_size, axes)
     if None in size:
         size = tuple(n if o is None else o for o, n in zip(size, input.shape[-axes:], strict=True))
@@ -136,7 +158,7 @@ def repeated_size(
     """One size for each axis, from one size for all or a sequence of sizes."""
     if isinstance(value, int | torch.SymInt):
         return (value,) * axes
-    if not isinstance(value, Sequence):
+    if not isinstance(value, Sequence) or isinstance(value, str):
         raise TypeError(f"{name}: {what} must be {NUMBERS[axes]}. Got {value!r}.")
     if what == "output_size" and len(value) != axes:
         raise RuntimeError(

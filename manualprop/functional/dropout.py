@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from manualprop import functions as rules
+from manualprop.functional._checks import check_tensor
 from manualprop.functional._offer import OFFERING
 from manualprop.functions._execution._in_place import write_over
 from manualprop.functions._rule import Rule, transforms_active
@@ -85,6 +86,7 @@ def _dropout(
 ) -> Tensor:
     """Drop elements or whole ``channels``: set them to 0, or for ``alpha`` to SELU's saturation value."""
     _check_probability(p)
+    check_tensor("dropout", input)
     if not training or p == 0 or input.numel() == 0:
         return input
     if input.is_complex() and p != 1:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from manualprop import functions as rules
-from manualprop.functional._checks import refuse_complex
+from manualprop.functional._checks import check_tensor, refuse_complex
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
@@ -20,6 +20,7 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """Like :func:`torch.nn.functional.layer_norm`, by :class:`manualprop.functions.LayerNorm`."""
+    check_tensor("layer_norm", input)
     shape = tuple(normalized_shape)
     _check_normalized_shape("layer_norm", input, shape)
     output: Tensor = rules.LayerNorm.apply(input, weight, bias, len(shape), eps)[0]
@@ -34,6 +35,7 @@ def rms_norm(
     Args:
         eps: added under the root; None for the machine epsilon of the precision of the computation.
     """
+    check_tensor("rms_norm", input)
     refuse_complex("rms_norm", input)
     shape = tuple(normalized_shape)
     if shape and input.dim() < len(shape):

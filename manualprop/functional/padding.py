@@ -34,8 +34,21 @@ def pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float 
         RuntimeError: if ``pad`` does not fit the input, or ``value`` not the mode.
     """
     widths = tuple(pad)
+    if mode == "circular":
+        _refuse_more_than_a_circle(input, widths)
     if mode == "constant":
         return mapped(rules.ConstantPad, input, widths, value)
     if mode not in MODES or value not in (None, 0):
         return torch_F.pad(input, list(pad), mode, value)  # which raises
     return mapped(MODES[mode], input, widths)
+
+
+def _refuse_more_than_a_circle(input: Tensor, pad: tuple[int, ...]) -> None:
+    """Raise where an axis is cut to fewer elements than are added: torch's output then has elements that nothing wrote."""
+    for n, a, b in zip(reversed(input.shape), pad[::2], pad[1::2], strict=False):
+        left = n + min(a, 0) + min(b, 0)
+        if min(a, b) < 0 <= left < max(a, b):
+            raise RuntimeError(
+                f"pad: circular padding must add at most the elements that are left after the cut. Got {(a, b)} "
+                f"for {n} elements. Cut first, then pad by less."
+            )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from manualprop import functions as rules
-from manualprop._torch import unpool_output_size
+from manualprop.functional._checks import check_tensor
 from manualprop.functions._rule import Rule
 from manualprop.functions.pooling import of_each_axis
 
@@ -69,16 +69,7 @@ def max_pool2d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Pooled:
-    """Like :func:`torch.nn.functional.max_pool2d`, by :class:`manualprop.functions.MaxPool`.
-
-    Args:
-        kernel_size: numbers of a window along each axis.
-        stride: distance of the windows; None: ``kernel_size``.
-        padding: -inf added at both ends of each axis, at most half of ``kernel_size``.
-        dilation: distance of the numbers of a window.
-        ceil_mode: whether the last window may reach beyond the padded input.
-        return_indices: whether to return the places of the maxima too, counted along the flattened spatial axes.
-    """
+    """Like :func:`torch.nn.functional.max_pool2d`; :func:`max_pool1d` with two spatial axes."""
     options = kernel_size, stride, padding, dilation, ceil_mode
     return _largest(rules.MaxPool, input, 2, *options, return_indices=return_indices)
 
@@ -92,16 +83,7 @@ def max_pool3d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Pooled:
-    """Like :func:`torch.nn.functional.max_pool3d`, by :class:`manualprop.functions.MaxPool`.
-
-    Args:
-        kernel_size: numbers of a window along each axis.
-        stride: distance of the windows; None: ``kernel_size``.
-        padding: -inf added at both ends of each axis, at most half of ``kernel_size``.
-        dilation: distance of the numbers of a window.
-        ceil_mode: whether the last window may reach beyond the padded input.
-        return_indices: whether to return the places of the maxima too, counted along the flattened spatial axes.
-    """
+    """Like :func:`torch.nn.functional.max_pool3d`; :func:`max_pool1d` with three spatial axes."""
     options = kernel_size, stride, padding, dilation, ceil_mode
     return _largest(rules.MaxPool, input, 3, *options, return_indices=return_indices)
 
@@ -123,29 +105,12 @@ def adaptive_max_pool2d(input: Tensor, output_size: Any, return_indices: bool = 
         output_size: number of windows along each axis; None: as many as the input has numbers.
         return_indices: whether to return the places of the maxima too, counted along the flattened spatial axes.
     """
-    return _largest(
-        rules.AdaptiveMaxPool,
-        input,
-        2,
-        output_size,
-        return_indices=return_indices,
-    )
+    return _largest(rules.AdaptiveMaxPool, input, 2, output_size, return_indices=return_indices)
 
 
 def adaptive_max_pool3d(input: Tensor, output_size: Any, return_indices: bool = False) -> Pooled:
-    """Like :func:`torch.nn.functional.adaptive_max_pool3d`, by :class:`manualprop.functions.AdaptiveMaxPool`.
-
-    Args:
-        output_size: number of windows along each axis; None: as many as the input has numbers.
-        return_indices: whether to return the places of the maxima too, counted along the flattened spatial axes.
-    """
-    return _largest(
-        rules.AdaptiveMaxPool,
-        input,
-        3,
-        output_size,
-        return_indices=return_indices,
-    )
+    """Like :func:`torch.nn.functional.adaptive_max_pool3d`; :func:`adaptive_max_pool2d` with three spatial axes."""
+    return _largest(rules.AdaptiveMaxPool, input, 3, output_size, return_indices=return_indices)
 
 
 def fractional_max_pool2d(
@@ -183,18 +148,7 @@ def fractional_max_pool3d(
     return_indices: bool = False,
     _random_samples: Tensor | None = None,
 ) -> Pooled:
-    """Like :func:`torch.nn.functional.fractional_max_pool3d`, by :class:`manualprop.functions.FractionalMaxPool`.
-
-    Args:
-        kernel_size: numbers of a window along each axis.
-        output_size: number of windows along each axis.
-        output_ratio: instead, a fraction of the input's size, in (0, 1).
-        return_indices: whether to return the places of the maxima too, counted along the flattened spatial axes.
-        _random_samples: the random numbers (N, C, 3) in [0, 1); None: they are drawn as in torch.
-
-    Raises:
-        ValueError: without a size and a ratio.
-    """
+    """Like :func:`torch.nn.functional.fractional_max_pool3d`; :func:`fractional_max_pool2d` with three spatial axes."""
     size = _fractional_size("fractional_max_pool3d", input, 3, output_size, output_ratio)
     drawn = _drawn(input, 3) if _random_samples is None else _random_samples
     return _largest(
@@ -228,13 +182,7 @@ def max_unpool2d(
     padding: Sizes = 0,
     output_size: Sequence[int] | None = None,
 ) -> Tensor:
-    """Like :func:`torch.nn.functional.max_unpool2d`, by :class:`manualprop.functions.MaxUnpool`.
-
-    Args:
-        indices: the places of ``input``, as ``max_pool2d(..., return_indices=True)`` returns them.
-        kernel_size: of the pool that is undone, and so ``stride`` and ``padding``.
-        output_size: sizes of the spatial axes, where several are possible.
-    """
+    """Like :func:`torch.nn.functional.max_unpool2d`; :func:`max_unpool1d` with two spatial axes."""
     return _unpooled(input, indices, 2, kernel_size, stride, padding, output_size)
 
 
@@ -246,13 +194,7 @@ def max_unpool3d(
     padding: Sizes = 0,
     output_size: Sequence[int] | None = None,
 ) -> Tensor:
-    """Like :func:`torch.nn.functional.max_unpool3d`, by :class:`manualprop.functions.MaxUnpool`.
-
-    Args:
-        indices: the places of ``input``, as ``max_pool3d(..., return_indices=True)`` returns them.
-        kernel_size: of the pool that is undone, and so ``stride`` and ``padding``.
-        output_size: sizes of the spatial axes, where several are possible.
-    """
+    """Like :func:`torch.nn.functional.max_unpool3d`; :func:`max_unpool1d` with three spatial axes."""
     return _unpooled(input, indices, 3, kernel_size, stride, padding, output_size)
 
 
@@ -281,14 +223,7 @@ def lp_pool2d(
     stride: Sizes | None = None,
     ceil_mode: bool = False,
 ) -> Tensor:
-    """Like :func:`torch.nn.functional.lp_pool2d`, by :class:`manualprop.functions.LPPool`.
-
-    Args:
-        norm_type: the p of the norm, not 0; may be infinite.
-        kernel_size: numbers of a window along each axis.
-        stride: distance of the windows; None: ``kernel_size``.
-        ceil_mode: whether the last window may reach beyond the input.
-    """
+    """Like :func:`torch.nn.functional.lp_pool2d`; :func:`lp_pool1d` with two spatial axes."""
     return _norm_of_windows(input, norm_type, 2, kernel_size, stride, ceil_mode)
 
 
@@ -299,18 +234,12 @@ def lp_pool3d(
     stride: Sizes | None = None,
     ceil_mode: bool = False,
 ) -> Tensor:
-    """Like :func:`torch.nn.functional.lp_pool3d`, by :class:`manualprop.functions.LPPool`.
-
-    Args:
-        norm_type: the p of the norm, not 0; may be infinite.
-        kernel_size: numbers of a window along each axis.
-        stride: distance of the windows; None: ``kernel_size``.
-        ceil_mode: whether the last window may reach beyond the input.
-    """
+    """Like :func:`torch.nn.functional.lp_pool3d`; :func:`lp_pool1d` with three spatial axes."""
     return _norm_of_windows(input, norm_type, 3, kernel_size, stride, ceil_mode)
 
 
 def _largest(rule: type[Rule], input: Tensor, axes: int, *options: Any, return_indices: bool) -> Pooled:
+    check_tensor(f"{rule.__name__}{axes}d", input)
     y, i, _ = rule.apply(input, axes, *options)
     return (y, i) if return_indices else y
 
@@ -336,17 +265,39 @@ def _unpooled(
     input: Tensor, indices: Tensor, axes: int, kernel_size: Any, stride: Any, padding: Any, size: Any
 ) -> Tensor:
     kernel, pad = of_each_axis(kernel_size, axes), of_each_axis(padding, axes)
-    step = of_each_axis(stride, axes) or kernel
-    size = tuple(unpool_output_size(input, kernel, step, pad, size))
+    step = kernel if stride is None else of_each_axis(stride, axes)
+    size = _unpool_size(input, kernel, step, pad, size)
     x: Tensor = rules.MaxUnpool.apply(input, indices, axes, kernel, step, pad, size)
     return x
+
+
+def _unpool_size(input: Tensor, kernel: Any, step: Any, pad: Any, size: Any) -> tuple[int, ...]:
+    """The sizes of the spatial axes, with torch's errors; torch's own function has checks that the compiler cannot trace."""
+    axes = len(kernel)
+    usual = [(input.shape[d - axes] - 1) * step[d] + kernel[d] - 2 * pad[d] for d in range(axes)]
+    given = usual if size is None else size[2:] if len(size) == axes + 2 else size
+    if len(given) != axes:
+        raise ValueError(
+            f"output_size should be a sequence containing {axes} or {axes + 2} elements, but it has a length of "
+            f"'{len(given)}'"
+        )
+    for d, n in enumerate(given):
+        least, most = usual[d] - step[d], usual[d] + step[d]
+        if size is not None and not least < n < most:
+            raise ValueError(f'invalid output_size "{given}" (dim {d} must be between {least} and {most})')
+        if n < 0:
+            raise ValueError(
+                "max_unpooling: output_size must contain non-negative spatial dimensions, but got "
+                f"output_size[{d}]={n}"
+            )
+    return tuple(given)
 
 
 def _norm_of_windows(
     input: Tensor, p: int | float, axes: int, kernel_size: Any, stride: Any, ceil_mode: bool
 ) -> Tensor:
     y: Tensor
-    if not math.isinf(p):
+    if abs(p) != math.inf:  # not math.isinf, which the compiler cannot trace for a p that varies
         y = rules.LPPool.apply(input, p, axes, kernel_size, stride, ceil_mode)
         return y
     size: Tensor = rules.Abs.apply(input)

@@ -182,9 +182,8 @@ class Correlation(Rule):
             return y.new_zeros(y.shape[1], C, *K)  # a sum without terms
         x = x.reshape(N, G, C, *X).movedim(2, 0).transpose(1, 2).reshape(C, G * N, *X)
         y = y.transpose(0, 1)  # (O, N, Q)
-        return run.convolution(x, y, None, d, p, s, G, K).transpose(
-            0, 1
-        )  # (C, G N, X), (O, N, Q) -> (C, O, K)
+        W = run.convolution(x, y, None, d, p, s, G, K)  # (C, G N, X), (O, N, Q) -> (C, O, K)
+        return W.transpose(0, 1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -16,6 +16,7 @@ An empty output
     graph: the second derivative is then zeros, as in torch, instead of the error that x was not used.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,9 +60,8 @@ FRACTIONAL: dict[int, Callable[..., Any]] = {
 }
 UNPOOL: dict[int, Callable[..., Tensor]] = {1: F.max_unpool1d, 2: F.max_unpool2d, 3: F.max_unpool3d}
 POWER: dict[int, Callable[..., Tensor]] = {1: F.lp_pool1d, 2: F.lp_pool2d, 3: F.lp_pool3d}
-AverageTransposed = (
-    AvgPool.adjoint
-)  # A^T; looked up here, since compiled autograd can not read it from a rule
+# A^T, looked up here: compiled autograd cannot read an attribute of a rule.
+AverageTransposed = AvgPool.adjoint
 
 
 # ----- the two maps -----
@@ -317,7 +317,7 @@ class MaxUnpool(Rule):
 def written_at(y: Tensor, i: Tensor, size: Sequence[int]) -> Tensor:
     """x_i(o) = y_o, and 0 elsewhere."""
     axes, lead = len(size), y.shape[: y.dim() - len(size)]
-    zeros = y.new_zeros(*lead, torch.Size(size).numel())
+    zeros = y.new_zeros(*lead, math.prod(size))
     return zeros.scatter(-1, in_line(i, axes), in_line(y, axes)).reshape(*lead, *size)
 
 
@@ -338,7 +338,7 @@ class LPPool(Rule):
         dy_o = c_o y_o^(1 - p) sum_j x_j^(p - 1) dx_j              forward mode, over the window
              = K y_o^(1 - p) (A (x^(p - 1) dx))_o
     Kinks
-        dy_o/dx = 0 where y_o = 0, as PyTorch documents.
+        dy_o/dx = 0 where the sum of x^p is 0, as PyTorch documents.
     Second order
         By autograd through these formulas: both x and y are differentiable in them.
     Shape
@@ -351,13 +351,14 @@ class LPPool(Rule):
 
     @staticmethod
     def forward(x: Tensor, p: float, axes: int, kernel_size: Any, stride: Any, ceil_mode: bool) -> Tensor:
-        return POWER[axes](full(x), p, kernel_size, stride, ceil_mode).to(x.dtype)
+        y = POWER[axes](full(x), p, kernel_size, stride, ceil_mode)
+        return y.to(x.dtype) if x.is_floating_point() else y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, ctx.p, axes, kernel_size, stride, ceil_mode = inputs
         kernel = of_each_axis(kernel_size, axes)
-        ctx.like, ctx.K = Like.of(x), torch.Size(kernel).numel()
+        ctx.like, ctx.K = Like.of(x), math.prod(kernel)
         ctx.windows = kernel, of_each_axis(stride, axes) or kernel, (0,) * axes, ceil_mode, True, None
         ctx.save_for_backward(x, output)
         ctx.save_for_forward(x, output)
@@ -376,16 +377,16 @@ class LPPool(Rule):
         return weighted_by_norm(sums, y, ctx.p).to(dx.dtype)
 
 
-def of_each_axis(option: Any, axes: int) -> tuple[int, ...]:
+def of_each_axis(option: Any, axes: int) -> tuple[Any, ...]:
     """One number for each axis; nothing for None."""
     if option is None:
         return ()
-    return (option,) * axes if isinstance(option, int) else tuple(option)
+    return (option,) * axes if isinstance(option, int | torch.SymInt) else tuple(option)
 
 
 def weighted_by_norm(h: Tensor, y: Tensor, p: float) -> Tensor:
-    """h y^(1 - p), and 0 where y = 0."""
-    zero = y == 0
+    """h y^(1 - p), and 0 where the sum of x^p is 0."""
+    zero = y == 0 if p > 0 else y.isinf()
     return h.masked_fill(zero, 0) * y.masked_fill(zero, 1).pow(1 - p)
 
 

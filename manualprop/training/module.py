@@ -29,7 +29,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from manualprop._backprop import data_at_fault, not_finite
 from manualprop._splitting import check_splittable, finish_gradient, is_sum, sum_and_denominator
 from manualprop.descent import Batch, Descent, MiniBatch, Stochastic
-from manualprop.training import _objects, _resume
+from manualprop.training import _objects, _resume, _trainer_checks
 from manualprop.training._checks import (
     Fit,
     attempt,
@@ -428,43 +428,6 @@ class DescentModule(Trainable):
     def _fit(self) -> Fit:
         return Fit(self.model, self.loss, self.descent, features(self.model))
 
-    def _check_trainer(self) -> None:
-        """Refuse settings that would silently train wrong: on several devices, or with scaled gradients."""
-        clips = self.descent.clip_gradient_norm or self.descent.clip_gradient_value
-        if clips and getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            raise InputValueError(
-                f"DescentModule: a limit on the gradient needs gradients in their own scale. Got precision="
-                f"{self.trainer.precision!r}, which scales them, and clipping by {clips}; use precision='bf16-mixed'."
-            )
-        self._check_devices(self.trainer.world_size)
-
-    def _check_monitors(self) -> None:
-        """Refuse a callback that monitors a value which is never logged, if everything that logs is known."""
-        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        homes = [type(self).__module__, *(type(callback).__module__ for callback in callbacks)]
-        if not all(home.startswith(("lightning.", "manualprop.")) for home in homes):
-            return
-        stages = ["train_", *(["val_"] if sum(self.trainer.num_val_batches) else [])]
-        names = ["loss", *(["accuracy"] if self.classifies else [])]
-        known = [stage + name for stage in stages for name in names]
-        for callback in callbacks:
-            name, value = type(callback).__name__, getattr(callback, "monitor", None)
-            if value is not None and value not in known:
-                raise InputValueError(
-                    f"{name} must watch a value that is logged in every epoch. Got monitor={value!r}; choose one of "
-                    f"{', '.join(sorted(known))}."
-                )
-
-    def _check_devices(self, devices: int) -> None:
-        if devices == 1:
-            return
-        if isinstance(self.descent, Stochastic):
-            raise InputValueError(
-                f"Stochastic: an update sees one example, so one device trains. Got {devices} devices; set "
-                "Trainer(devices=1), or use MiniBatch."
-            )
-        check_splittable(self.loss, self.model)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the settings, the position in the epoch, the module's description, and the random states."""
         checkpoint["random_state"] = {"torch": torch.get_rng_state(), "python": random.getstate()}
@@ -511,8 +474,8 @@ class DescentModule(Trainable):
             if isinstance(metric, Metric):
                 metric.reset()  # Trainer.validate leaves inference tensors, which training cannot change
         self._searching = searches_rate(self.trainer)
-        self._check_trainer()
-        self._check_monitors()
+        _trainer_checks.check_trainer(self.trainer, self.descent, self.loss, self.model)
+        _trainer_checks.check_monitors(self.trainer, type(self), self.classifies)
         self._choose_engine()
         self._check_due, self._left_at, self._description = True, 0, {}
         per_update = self.descent.lr_scheduler is not None and self.descent.lr_scheduler_interval == "update"

@@ -35,12 +35,13 @@ def budget(s: Subject) -> float:
 def work(s: Subject) -> float:
     """The cost of one forward and one backward, in units.  A backward with loops may cost much more than its forward."""
     if "work" not in s._shared:
-        with _Counting() as counted:
+        with _Counting() as forward:
             leaves = s.at()
             outputs = s(*leaves)
-            with contextlib.suppress(Exception):  # whatever the checked code raises: another probe's business
-                s.pull_back(outputs, leaves, s.cotangents_for(outputs))
-        s._shared["work"] = max(1.0, counted.units)
+        v = s.cotangents_for(outputs)  # drawn or remembered: that must not count
+        with _Counting() as backward, contextlib.suppress(Exception):  # another probe's business
+            s.pull_back(outputs, leaves, v)
+        s._shared["work"] = max(1.0, forward.units + backward.units)
     found: float = s._shared["work"]
     return found
 

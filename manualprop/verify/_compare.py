@@ -45,6 +45,12 @@ class Comparison(NamedTuple):
         return _is_basis(self.cotangents, of_ones=False) and _is_basis(self.directions)
 
 
+def ratio_of(found: Tensor, expected: Tensor) -> float | None:
+    """The c for which found - c expected is smallest; None if expected is zero."""
+    norm = (expected * expected).sum().item()
+    return (found * expected).sum().item() / norm if norm else None
+
+
 def _is_basis(rows: Tensor, of_ones: bool = True) -> bool:
     """Whether the rows are all unit vectors, in order.  Without ``of_ones`` some rows may be zero."""
     n, m = rows.shape
@@ -329,7 +335,7 @@ class Gradient(Derived):
         return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(found, x, strict=True))
 
     def follow(self, kinks: Tensor) -> Tensor:
-        """The entries of the gradients that the outputs at a kink contribute to, close by."""
+        """The entries of the gradients to which outputs at a kink contribute, at points close by."""
         if not bool(kinks.any()):
             return super().follow(kinks)
         base = self.base

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from manualprop.verify._case import Around, Case
+from manualprop.verify._explanations import MISSING
 from manualprop.verify._probe import PROBES, Probe
 from manualprop.verify._report import Outcome, apart
 from manualprop.verify._subject import is_float
@@ -107,11 +108,7 @@ def _in_reach(cause: str, outcome: Outcome) -> bool:
     if cause == "random_state" and "raises" in outcome.evidence:
         return False  # the call that draws may be the one that raises
     # Backward writes into the copies too, and autograd may have saved them.  Only a missing graph has another cause.
-    return (
-        cause != "mutation"
-        or name != "second_order"
-        or outcome.diagnosis.startswith("zero: no gradient at all")
-    )
+    return cause != "mutation" or name != "second_order" or outcome.diagnosis.startswith(MISSING)
 
 
 def _cured(case: Case, cause: str) -> Case:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -75,8 +76,13 @@ def sizes(tensors: Sequence[Tensor | None]) -> list[float]:
 
 
 def _largest(t: Tensor) -> float:
-    t = t.detach()[torch.isfinite(t)]
-    return float(t.abs().max()) if t.numel() else 0.0
+    if not t.numel():
+        return 0.0
+    largest = float(t.detach().abs().max())
+    if math.isfinite(largest):  # the usual case, kept quick
+        return largest
+    finite = t.detach()[torch.isfinite(t)]
+    return float(finite.abs().max()) if finite.numel() else 0.0
 
 
 def listed(words: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """Usual mistakes: each explanation says what the Jacobian by hand would be.
 
 H is the Jacobian by hand, N the numerical one.  Rows are cotangents, columns directions.  The first explanation that
-fits to rounding is reported; the simplest come first.
+fits to rounding is reported, and the simplest come first.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from manualprop.verify import _numeric
-from manualprop.verify._compare import Comparison, _only, compare
+from manualprop.verify._compare import Comparison, _only, compare, ratio_of
 from manualprop.verify._random import generator, normal
 from manualprop.verify._subject import Subject
 
+MISSING = "zero: no gradient at all"
 FIT = 2e-6  # of the largest entry: how closely an explanation must fit
 
 
@@ -59,9 +60,7 @@ def _zero(w: Wrong) -> str:
     if w.hand.abs().max() > 0:
         return ""
     given = w.s.gradients()[w.c.point]
-    return (
-        "zero: no gradient at all (None is returned, or nothing requires grad)" if given is None else "zero"
-    )
+    return f"{MISSING} (None is returned, or nothing requires grad)" if given is None else "zero"
 
 
 def _exchanged(w: Wrong) -> str:
@@ -76,16 +75,10 @@ def _exchanged(w: Wrong) -> str:
 
 
 def _constant(w: Wrong) -> str:
-    c = _ratio(w.hand, w.numeric)
+    c = ratio_of(w.hand, w.numeric)
     if c is None or not w.fits(w.hand, c * w.numeric):
         return ""
     return f"constant factor {_number(c)}{_meaning(c, w)} (in all paths)"
-
-
-def _ratio(hand: Tensor, numeric: Tensor) -> float | None:
-    """The c for which hand - c numeric is smallest."""
-    norm = (numeric * numeric).sum().item()
-    return (hand * numeric).sum().item() / norm if norm else None
 
 
 def _number(c: float) -> str:
@@ -193,7 +186,7 @@ def _reversed(w: Wrong) -> str:
 def _factor_in_order(w: Wrong, order: Tensor) -> float | None:
     """The c for which H = c N, with the entries of the input in another order; None if there is none."""
     explained = w.numeric[:, order.reshape(-1)]
-    c = _ratio(w.hand, explained)
+    c = ratio_of(w.hand, explained)
     return c if c is not None and w.fits(w.hand, c * explained) else None
 
 
@@ -237,7 +230,7 @@ def _one_output(w: Wrong) -> str:
     if not hit or len(hit) == len(w.s.outputs):
         return ""
     rows = torch.cat([torch.full((y.numel(),), k in hit) for k, y in enumerate(w.s.outputs)])
-    c = _ratio(w.hand[rows], w.numeric[rows])
+    c = ratio_of(w.hand[rows], w.numeric[rows])
     inner = w.numeric * rows.unsqueeze(1)
     zero = not bool(w.hand[rows].abs().max() > 0)
     factor = ""
@@ -249,12 +242,16 @@ def _one_output(w: Wrong) -> str:
 
 
 def _elsewhere(w: Wrong) -> str:
-    """H is the derivative at another point: a saved tensor was overwritten, or comes from another call."""
+    """H is the derivative at another point.
+
+    The numbers do not tell why: a forgotten factor W and a saved W overwritten by ones give the same gradient.  So the
+    sentence names the two values only.
+    """
     if not w.c.whole or getattr(w.s, "base", None) is not None:
         return ""
     direction = normal((w.c.directions.shape[1],), generator("elsewhere"))
     by_hand = w.hand @ direction
-    for what, points in _other_points(w.s):
+    for name, other, points in _other_points(w.s):
         try:
             there = _numeric.derivative(
                 _only(w.s.with_points(points), w.c.point, direction), w.s.noise, w.point.dtype
@@ -266,25 +263,28 @@ def _elsewhere(w: Wrong) -> str:
         explained = w.c.cotangents @ there.value
         close = FIT * by_hand.abs().max() + 4 * there.error.max() + w.c.tolerance.max()
         if bool(((by_hand - explained).abs() <= close).all()):
-            return f"overwritten or stale saved tensor: this is the gradient at {what}"
+            forgotten = f", as if {name} were forgotten" if other == "1" else ""
+            return f"this is the right gradient for {name} = {other}{forgotten}"
     return ""
 
 
-def _other_points(s: Subject) -> Iterator[tuple[str, list[Tensor]]]:
+def _other_points(s: Subject) -> Iterator[tuple[str, str, list[Tensor]]]:
+    """(the name of a point, what replaces it, all points with this in its place)"""
+
     def replaced(i: int, value: Tensor) -> list[Tensor]:
         return [value.clone() if j == i else p for j, p in enumerate(s.points)]
 
     for i, (name, p) in enumerate(zip(s.names, s.points, strict=True)):
         for k, y in enumerate(s.outputs):
             if y.shape == p.shape:
-                yield f"{name} = {s.output_names[k]}", replaced(i, y)
+                yield name, s.output_names[k], replaced(i, y)
         for j, q in enumerate(s.points):
             if j != i and q.shape == p.shape:
-                yield f"{name} = {s.names[j]}", replaced(i, q)
-        yield f"{name} = 0", replaced(i, torch.zeros_like(p))
-        yield f"{name} = 1", replaced(i, torch.ones_like(p))
-        yield f"{name} = |{name}|", replaced(i, p.abs())
-        yield f"{name} = 2 {name}", replaced(i, 2 * p)
+                yield name, s.names[j], replaced(i, q)
+        yield name, "0", replaced(i, torch.zeros_like(p))
+        yield name, "1", replaced(i, torch.ones_like(p))
+        yield name, f"|{name}|", replaced(i, p.abs())
+        yield name, f"2 {name}", replaced(i, 2 * p)
 
 
 def _part(w: Wrong) -> str:
@@ -297,7 +297,7 @@ def _part(w: Wrong) -> str:
         return ""
     x = _numeric.flat([w.point])
     where = _where(bad, x, w.point.shape)
-    c = _ratio(w.hand[:, bad], w.numeric[:, bad])
+    c = ratio_of(w.hand[:, bad], w.numeric[:, bad])
     explained = w.numeric.clone()
     how = ""
     if not bool(w.hand[:, bad].abs().max() > 0):
@@ -345,7 +345,7 @@ def _handed_on(w: Wrong) -> str:
         return "grad_output is handed on as it is: the mask and the scale that forward draws are missing"
     return (
         "grad_output is handed on as it is: the function's own slope is missing "
-        "(of a residual connection, that of the block beside it)"
+        "(in a residual connection: the slope of the block)"
     )
 
 
@@ -363,7 +363,7 @@ def _one_path(w: Wrong) -> str:
             ("the direct one, of each output to its own input", direct),
             ("the coupling between entries (through a sum, a mean or a norm)", coupling),
         ):
-            c = _ratio(d, path)
+            c = ratio_of(d, path)
             if c is not None and abs(c) > 1e-6 and w.fits(d, c * path):
                 return f"one path of a sum is wrong, {what}: {_path_factor(c)}; the rest is right"
     rank, full = _rank(d, w), max(_rank(n, w), _rank(w.hand, w))
@@ -404,7 +404,7 @@ def _own_factors(w: Wrong) -> str:
             if extra.numel() != factors.numel():
                 continue
             for text, value in ((f"{name}", extra), (f"1 / {name}", 1 / extra), (f"{name}^2", extra * extra)):
-                c = _ratio(factors.reshape(-1), value) if bool(torch.isfinite(value).all()) else None
+                c = ratio_of(factors.reshape(-1), value) if bool(torch.isfinite(value).all()) else None
                 if c is not None and bool(
                     ((factors.reshape(-1) - c * value).abs() <= 1e-4 * factors.abs().max()).all()
                 ):

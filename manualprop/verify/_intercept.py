@@ -57,6 +57,7 @@ class Interceptor:
         self.waiting: list[Case] = []
         self.reports: list[Report] = []
         self.errors: list[str] = []
+        self._verifying = False
         self._wrapped: set[type] = set()
         self._wrap(Function)
 
@@ -87,6 +88,8 @@ class Interceptor:
 
     def note(self, cls: type[Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the arguments, if the Function is in one of the packages and this kind of call is new."""
+        if self._verifying or len(self.met.get(cls, ())) >= MOST_INPUTS:
+            return  # a probe's own call, or nothing more to learn
         if not any(cls.__module__ == p or cls.__module__.startswith(f"{p}.") for p in self.packages):
             return
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
@@ -98,7 +101,7 @@ class Interceptor:
             return
         met = self.met.setdefault(cls, set())
         signature = tuple((t.dim(), t.dtype, t.requires_grad) for t in tensors)
-        if signature in met or len(met) >= MOST_INPUTS:
+        if signature in met:
             return
         met.add(signature)
         args, kwargs = tree_map(_kept, (args, kwargs))
@@ -108,7 +111,11 @@ class Interceptor:
     def verify(self) -> list[Report]:
         """Verify the calls noted since the last time, and return the reports with findings."""
         cases, self.waiting = self.waiting, []
-        new = [report for report in map(self._verified, cases) if report is not None]
+        self._verifying = True
+        try:
+            new = [report for report in map(self._verified, cases) if report is not None]
+        finally:
+            self._verifying = False
         self.reports += new
         return [] if self.update else [report for report in new if not report.passed]
 

@@ -87,6 +87,8 @@ def outcomes(
 def _warm(probes: Sequence[Probe], quick: bool) -> None:
     families = {p.family for p in probes if not (quick and p.level == "quick")}
     needed = [n for family, names in _WARM_FOR.items() if family in families for n in names]
+    if "numpy" in sys.modules:
+        needed.append("numpy.random")  # numpy imports it when its state is asked for
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own
         for name in (*_WARM, *needed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 
@@ -23,3 +24,13 @@ def normal(shape: Sequence[int], source: torch.Generator) -> Tensor:
     uniform = torch.rand(tuple(shape), generator=source, dtype=torch.float64)
     drawn: Tensor = torch.special.ndtri(uniform.clamp(1e-12, 1 - 1e-12))
     return drawn
+
+
+def normals(shapes: Sequence[Sequence[int]], key: tuple[int | str, ...]) -> list[Tensor]:
+    """Standard normal numbers in several shapes, the same for the same shapes and key."""
+    source = generator(*key)
+    return [normal(shape, source) for shape in shapes]
+
+
+# The same numbers are asked for hundreds of times: only read them.
+normals_again = functools.lru_cache(maxsize=256)(normals)

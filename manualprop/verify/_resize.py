@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -68,7 +68,30 @@ def resized(s: Subject, axis: Axis, n: int, seed: int = 0) -> Subject:
         t = others[i].index_select(d, first)
         is_index = t.dim() == 1 and not t.is_floating_point() and bool((others[i].diff() >= 0).all())
         others[i] = t.sort().values if is_index else t  # offsets ascend
-    changed = {i: others[i] for i, _ in axis.others}
+    return _with_axis(s, axis, n, points, {i: others[i] for i, _ in axis.others})
+
+
+def repeated_rows(s: Subject, axis: Axis, n: int) -> tuple[Subject, Tensor]:
+    """The function with its own slices along ``axis``, in order and repeated up to length ``n``; and which they are.
+
+    Raises:
+        OutsideDomain: as :func:`resized`, and where the case's ``inputs`` makes the values.
+    """
+    if axis.size or any(never_repeats(s, i, s.others()[i]) for i, _ in axis.others):
+        raise OutsideDomain("its rows cannot be repeated")
+    place = torch.arange(n) % axis.length
+    points, others = list(s.points), s.others()
+    for i, d in axis.points:
+        points[i] = points[i].index_select(d, place)
+    for i, d in axis.others:
+        others[i] = others[i].index_select(d, place)
+    return _with_axis(s, axis, n, points, {i: others[i] for i, _ in axis.others}), place
+
+
+def _with_axis(
+    s: Subject, axis: Axis, n: int, points: Sequence[Tensor], changed: dict[int, Tensor]
+) -> Subject:
+    """The function with these values, of length ``n`` along ``axis``."""
     result = s.with_points(points, others=changed)
     if axis.numbers:
         result._leaves = [n if i in axis.numbers else leaf for i, leaf in enumerate(result._leaves)]
@@ -82,7 +105,7 @@ def _made(s: Subject, axis: Axis, n: int, seed: int) -> Subject:
     """The function at inputs of that size, made by the case."""
     case = dataclasses.replace(s.case, seed=s.case.seed + seed)
     other = Subject(dataclasses.replace(case, args=case.made(**{axis.size: n})), s.dtype)
-    other._not_leaf, other._relative_noise = s._not_leaf, s._relative_noise
+    other._not_leaf, other._relative_noise, other._multiples = s._not_leaf, s._relative_noise, s._multiples
     other.allowed(other.points)
     return other
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from manualprop._torch import run_backward
 from manualprop.verify._case import Case
 from manualprop.verify._module import exchange
 from manualprop.verify._numeric import Evaluate, flat, noise
-from manualprop.verify._random import generator, normal
+from manualprop.verify._random import normals, normals_again
 
 
 class BadUse(Exception):
@@ -39,6 +40,22 @@ class Point(NamedTuple):
     slot: int | str  # position among the leaves of (args, kwargs), or name of a parameter
     tensor: Tensor  # real, detached, in the working dtype
     complex: bool  # whether the function sees it as a complex tensor
+
+
+V = TypeVar("V")
+
+
+class remembered(Generic[V]):
+    """A cached property that a subject and its fresh copies share: computed once, whichever probe asks first."""
+
+    def __init__(self, make: Callable[[Any], V]) -> None:
+        self.make, self.name, self.__doc__ = make, make.__name__, make.__doc__
+
+    def __get__(self, subject: Subject, owner: type[Subject]) -> V:
+        if self.name not in subject._shared:
+            subject._shared[self.name] = self.make(subject)
+        found: V = subject._shared[self.name]
+        return found
 
 
 class Subject:
@@ -72,6 +89,7 @@ class Subject:
         self._flat = not case.kwargs and all(a is b for a, b in zip_longest(case.args, self._leaves))
         self._relative_noise = 0.0  # of the outputs, inherited by other sizes
         self._largest = 0.0  # output, inherited by other sizes
+        self._multiples: list[float] = []  # known factors of wrong gradients, which sizes takes out
         self._not_leaf = False  # pass non-leaf tensors, for a function that writes into its input
         self._through: torch.dtype | None = None  # what is not differentiated is first rounded to it
         self._unique: frozenset[int] = frozenset()  # leaves found to hold no integer twice
@@ -172,10 +190,9 @@ class Subject:
 
     def arguments(self, *points: Tensor) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Tensor]]:
         """Positional and keyword arguments, and the parameters and buffers of a module, with ``points`` in place."""
-        leaves = [
-            self._cast(t.detach()).clone() if isinstance(t, Tensor) and i not in self._as_is else t
-            for i, t in enumerate(self._leaves)
-        ]
+        leaves = list(self._leaves)
+        for i in self._fixed:
+            leaves[i] = self._cast(leaves[i].detach()).clone()
         own = self._exchange.own if self._exchange is not None else {}
         state = {name: self._cast(t.detach()).clone() for name, t in own.items()}
         for p, value in zip(self._points, points, strict=True):
@@ -190,6 +207,13 @@ class Subject:
             return tuple(leaves), {}, state
         args, kwargs = tree_unflatten(leaves, self._spec)
         return args, kwargs, state
+
+    @functools.cached_property
+    def _fixed(self) -> list[int]:
+        """The tensor arguments that are not differentiated, and that each call gets a copy of."""
+        points = {p.slot for p in self._points}
+        tensors = [i for i, t in enumerate(self._leaves) if isinstance(t, Tensor)]
+        return [i for i in tensors if i not in points and i not in self._as_is]
 
     def named(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], state: dict[str, Tensor]
@@ -215,8 +239,9 @@ class Subject:
         """The vector-Jacobian product by the function's own backward: one gradient for each point, or None."""
         leaves = self.at(points, subset)
         outputs = self(*leaves)
-        v = self.cotangents_for(outputs) if cotangents is None else cotangents
-        return self.pull_back(outputs, leaves, [copied(c) for c in v])
+        if cotangents is None:
+            return self.pull_back(outputs, leaves, self.cotangents_for(outputs))
+        return self.pull_back(outputs, leaves, [copied(c) for c in cotangents])
 
     @property
     def nonlinear(self) -> bool:
@@ -242,7 +267,9 @@ class Subject:
         outputs: Sequence[Tensor],
         leaves: Sequence[Tensor],
         cotangents: Sequence[Tensor | None],
-        **options: Any,
+        *,
+        create_graph: bool = False,
+        retain_graph: bool | None = None,
     ) -> list[Tensor | None]:
         """``torch.autograd.grad`` of the outputs that require grad and have a cotangent."""
         pairs = [
@@ -253,11 +280,21 @@ class Subject:
             self._exchange.recall(outputs)
         if not pairs:
             return [None] * len(leaves)
-        found = iter(
-            torch.autograd.grad(
-                [y for y, _ in pairs], wanted, [v for _, v in pairs], allow_unused=True, **options
+        plain = all(type(y) is type(v) is Tensor and y.shape == v.shape for y, v in pairs)
+        if plain and wanted:
+            ys, vs = zip(*pairs, strict=True)
+            keep = create_graph if retain_graph is None else retain_graph
+            grads = run_backward(ys, vs, keep, create_graph, tuple(wanted), True, accumulate_grad=False)
+        else:  # torch says what is wrong
+            grads = torch.autograd.grad(
+                [y for y, _ in pairs],
+                wanted,
+                [v for _, v in pairs],
+                retain_graph,
+                create_graph,
+                allow_unused=True,
             )
-        )
+        found = iter(grads)
         return [next(found) if leaf.requires_grad else None for leaf in leaves]
 
     def cotangents_for(self, outputs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
@@ -266,8 +303,10 @@ class Subject:
 
     def random_like(self, tensors: Sequence[Tensor], seed: int) -> list[Tensor]:
         """Standard normal numbers in the shapes of ``tensors``, without touching the global generator."""
-        source = generator("like", self.case.seed, seed)
-        return [normal(t.shape, source).to(t.device, t.dtype) for t in tensors]
+        shapes, key = tuple(t.shape for t in tensors), ("like", self.case.seed, seed)
+        small = sum(t.numel() for t in tensors) <= 4096
+        drawn = normals_again(shapes, key) if small else normals(shapes, key)
+        return [d.to(t.device, t.dtype, copy=small) for d, t in zip(drawn, tensors, strict=True)]
 
     # ----- the domain -----
 
@@ -359,7 +398,7 @@ class Subject:
     def _drawn(self) -> list[Tensor]:
         return self.cotangents_for(self.outputs)
 
-    @functools.cached_property
+    @remembered
     def recorded(self) -> list[bool]:
         """Which outputs require grad in the plain run.  Others may be marked as not differentiable."""
         return [y.requires_grad for y in self(*self.at())]
@@ -371,19 +410,13 @@ class Subject:
             self._shared["plain"] = self.gradients()
         return [None if g is None else g.clone() for g in self._shared["plain"]]
 
-    @property
+    @remembered
     def roughness(self) -> list[float]:
         """The absolute rounding error of each plain gradient, measured.
 
         Backward is linear: three times the grad_output gives three times the gradient, to rounding.  The rounding of
         terms that cancel shows too.
         """
-        if "roughness" not in self._shared:
-            self._shared["roughness"] = self._roughness()
-        found: list[float] = self._shared["roughness"]
-        return found
-
-    def _roughness(self) -> list[float]:
         v = self.cotangents
         largest = max((c.abs().max().item() for c in v if c.numel()), default=0.0)
         worst = [8 * torch.finfo(p.dtype).eps * largest for p in self.points]
@@ -400,7 +433,7 @@ class Subject:
                     worst[i] = max(worst[i], min(off, max(1e-6 * scale, 1e-12 * largest)))
         return worst
 
-    @functools.cached_property
+    @remembered
     def noise(self) -> float:
         """The absolute rounding error of the outputs, in any dtype that the function uses inside."""
         found = []
@@ -414,7 +447,7 @@ class Subject:
                 found.append(noise(self.along(self.random_like(self.points, seed + 10))))
         return sorted(found)[1]
 
-    @functools.cached_property
+    @remembered
     def precision(self) -> float:
         """The relative accuracy of the function's own arithmetic: about 1e-9 for float64."""
         scale = max(
@@ -422,7 +455,7 @@ class Subject:
         )
         return max(1e-9, 100 * self.noise / scale) if scale else 1e-9
 
-    @functools.cached_property
+    @remembered
     def random(self) -> bool:
         state = torch.get_rng_state()
         self.reseed()
@@ -432,7 +465,7 @@ class Subject:
         torch.set_rng_state(state)  # callers have set the generator: leave it as they did
         return drawn
 
-    @functools.cached_property
+    @remembered
     def functions(self) -> list[type[torch.autograd.Function]]:
         """The custom Functions in the graph of the plain run."""
         return list(dict.fromkeys(node._forward_cls for node in self.nodes(self(*self.at()))))
@@ -470,7 +503,7 @@ class Subject:
             through: a dtype to which this is rounded first.
         """
         other = object.__new__(Subject)
-        forgotten = ("outputs", "_drawn", "noise", "precision", "recorded")
+        forgotten = ("outputs", "_drawn", "_fixed")
         other.__dict__.update({k: v for k, v in self.__dict__.items() if k not in forgotten})
         other._shared = {}
         other.points = list(points)
@@ -485,9 +518,6 @@ class Subject:
     def fresh(self) -> Subject:
         """A copy that shares no tensor with this one: one probe cannot disturb the next."""
         other = self.with_points([p.clone() for p in self.points])
-        for name in ("noise", "precision", "recorded", "random", "functions"):
-            if name in self.__dict__:
-                other.__dict__[name] = self.__dict__[name]
         other._shared = self._shared
         return other
 

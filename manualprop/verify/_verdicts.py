@@ -78,6 +78,10 @@ def linked(outcomes: Sequence[Outcome]) -> list[Outcome]:
     if subsets and subsets.verdict == "finding" and subsets.diagnosis == VALUE_DEPENDS:
         for name in _NUMBERS:  # without requires_grad, differences are those of another function
             explained.setdefault(name, "requires_grad_subsets")
+    grad_modes = by_name.get("grad_modes")
+    if grad_modes and grad_modes.verdict == "finding" and grad_modes.diagnosis.startswith("stale"):
+        for name in _KEPT:
+            explained.setdefault(name, "grad_modes")
     for cause, consequences in CONSEQUENCES.items():
         if cause not in by_name or by_name[cause].verdict != "finding" or cause in explained:
             continue

@@ -1,4 +1,4 @@
-"""See what a Function's backward takes and returns, before the engine casts, sums and checks it."""
+"""Wrap a Function's backward: see what it takes and returns, before the engine casts, sums and checks it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,28 @@ from typing import Any
 
 import torch
 
-Seen = Callable[[Callable[..., Any], tuple[Any, ...], tuple[Any, ...]], None]
+Backward = Callable[..., Any]
+Seen = Callable[[Backward, tuple[Any, ...], tuple[Any, ...]], None]
+
+
+def watched(
+    functions: Sequence[type[torch.autograd.Function]], see: Seen
+) -> contextlib.AbstractContextManager[None]:
+    """Call ``see(backward, arguments, results)`` for each backward of ``functions`` that runs inside the block."""
+    return wrapped(functions, lambda backward: _seeing(backward, see))
 
 
 @contextlib.contextmanager
-def watched(functions: Sequence[type[torch.autograd.Function]], see: Seen) -> Iterator[None]:
-    """Call ``see(backward, arguments, results)`` for each backward of ``functions`` that runs inside the block."""
+def wrapped(
+    functions: Sequence[type[torch.autograd.Function]], wrapper: Callable[[Backward], Backward]
+) -> Iterator[None]:
+    """Inside the block each of ``functions`` has ``wrapper(backward)`` as its backward."""
     changed = []
     for cls in functions:
         name = "vjp" if cls.vjp is not torch.autograd.Function.vjp else "backward"
         own = cls.__dict__.get(name)
         changed.append((cls, name, own))
-        setattr(cls, name, staticmethod(_seeing(getattr(cls, name), see)))
+        setattr(cls, name, staticmethod(wrapper(getattr(cls, name))))
     try:
         yield
     finally:
@@ -30,7 +40,7 @@ def watched(functions: Sequence[type[torch.autograd.Function]], see: Seen) -> It
                 setattr(cls, name, own)
 
 
-def _seeing(backward: Callable[..., Any], see: Seen) -> Callable[..., Any]:
+def _seeing(backward: Backward, see: Seen) -> Backward:
     def run(ctx: Any, *grads: Any) -> Any:
         results = backward(ctx, *grads)
         flat = results if isinstance(results, tuple | list) else (results,)

@@ -50,7 +50,6 @@ def differs_for_input(call: Call, x: Tensor) -> bool:
 
 @defect(
     "grad_output_layout",
-    also=("second_order",),
     args=lambda r: (r(4, 5),),
     says="only for",
     truth=torch.tanh,
@@ -64,6 +63,7 @@ class TanhReadsGradOutputAsContiguous(Function):
         return y
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         (y,) = ctx.saved_tensors
         return as_contiguous(g) * (1 - y * y)
@@ -71,7 +71,6 @@ class TanhReadsGradOutputAsContiguous(Function):
 
 @defect(
     "grad_output_layout",
-    also=("second_order",),
     args=lambda r: (r(4, 6), r(6)),
     says="only for",
     truth=lambda x, w: F.rms_norm(x, (6,), w, 1e-6),
@@ -87,6 +86,7 @@ class RmsNormTakesExpandedGradOutputForDense(Function):
         return x * rstd * weight
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         x, rstd, weight = ctx.saved_tensors
         g = as_contiguous(g) if 0 in g.stride() else g
@@ -161,7 +161,6 @@ class ChannelScaleReadsChannelsLastAsContiguous(Function):
 
 @defect(
     "input_layout",
-    also=("second_order",),
     args=lambda r: (r(4, 5),),
     says="only for",
     truth=F.gelu,
@@ -174,6 +173,7 @@ class GeluReadsItsSavedInputAsContiguous(Function):
         return F.gelu(x)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         x = as_contiguous(ctx.saved_tensors[0])
         cdf = (1 + torch.erf(x * 0.5**0.5)) / 2
@@ -274,7 +274,6 @@ class LinearAsksAboutInputForWeight(Function):
 
 @defect(
     "requires_grad_subsets",
-    also=("second_order",),
     args=lambda r: (r(4, 5), r(5), r(5)),
     truth=lambda x, w, b: F.layer_norm(x, (5,), w, b),
     shows=lambda call: raises(lambda: subset(call, 0)),
@@ -289,6 +288,7 @@ class LayerNormNeedsItsWeightTrained(Function):
         return z * weight + bias
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         z, rstd, weight = ctx.saved_tensors
         dz = g * weight

@@ -97,6 +97,54 @@ class DrawsInBackwardAndDetachesItsSlope(_OfX):
         return g * detached(*ctx.saved_tensors)
 
 
+class _Last:
+    x: torch.Tensor
+    slope: torch.Tensor
+
+
+@defect("interleaving", also=("second_order",), args=one, truth=torch.sin, shows=shows)
+class KeepsItsInputOnAClassAndDetachesItsSlope(Function):
+    @staticmethod
+    def forward(ctx, x):
+        _Last.x = x.detach()
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * detached(_Last.x)
+
+
+@defect("interleaving", also=("second_order",), args=one, truth=lambda x: x.sin() ** 2, shows=shows)
+class KeepsACopyOnAClassAndDetachesOneFactor(Function):
+    """A copy, too, is recognised by its values: from ``save_for_backward`` one of the two factors would have a slope."""
+
+    @staticmethod
+    def forward(ctx, x):
+        _Last.x = x.clone()
+        return x.sin() ** 2
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g * _Last.x.sin() * detached(_Last.x)
+
+
+@defect("interleaving", args=one, truth=torch.sin, shows=shows)
+class KeepsItsSlopeOnAClass(Function):
+    """One finding, for it is one cause: the slope is made in forward, where nothing is recorded.
+
+    A ``detach`` in backward besides would change no number and no graph: nobody can tell it from outside.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        _Last.slope = x.cos()
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * _Last.slope
+
+
 @defect("linearity", also=("second_order",), args=one, truth=torch.sin, shows=shows)
 class ClipsAndDetachesItsSlope(_OfX):
     @staticmethod
@@ -109,6 +157,68 @@ class TwiceTooSteepAndDetached(_OfX):
     @staticmethod
     def backward(ctx, g):
         return 2 * g * detached(*ctx.saved_tensors)
+
+
+@defect("first_order", also=("sizes",), args=one, says="constant factor 2", truth=torch.sin)
+class TwiceTooSteepAndForgetsTheLastRows(_OfX):
+    @staticmethod
+    def backward(ctx, g):
+        dx = 2 * g * slope(*ctx.saved_tensors)
+        dx[256:] = 0
+        return dx
+
+
+@defect("first_order", also=("sizes",), args=one, says="constant factor 2", truth=lambda x: x.softmax(-1))
+class SoftmaxTwiceTooSteepAndForgetsTheLastColumns(Function):
+    @staticmethod
+    def forward(ctx, x):
+        y = x.softmax(-1)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        (y,) = ctx.saved_tensors
+        dx = 2 * y * (g - (g * y).sum(-1, keepdim=True))
+        dx[:, 256:] = 0
+        return dx
+
+
+@defect("first_order", also=("sizes",), args=lambda r: (r(4, 3), r(3)), truth=lambda x, w: (x * w).sin())
+class SlopeOfAnArctangentAndForgetsTheLastRows(Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return (x * weight).sin()
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        g = g / (1 + (x * weight) ** 2)
+        dx = g * weight
+        dx[256:] = 0
+        return dx, (g * x).sum(0)
+
+
+@defect("first_order", args=one, truth=lambda x: x.softmax(-1))
+class SoftmaxWithoutItsSumAndForgetsTheLastColumns(Function):
+    """One finding: nobody can say from outside what a wrong gradient should be where columns depend on each other.
+
+    Here all columns lack a term at every size, and beyond 256 another one: the two errors add up to one.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.softmax(-1)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        (y,) = ctx.saved_tensors
+        dx = y * (g - (g * y)[:, :1])
+        dx[:, 256:] = 0
+        return dx
 
 
 @defect("first_order", also=("forward_mode",), args=one, says="wrong sign", truth=torch.sin)

@@ -1,4 +1,4 @@
-// The slider over recorded updates, the nudge, the three descents, the run's history.
+// The slider over recorded updates, the three descents, the run's history.
 
 // ----- a line of numbers, drawn -----
 
@@ -94,127 +94,6 @@ for (const radio of document.querySelectorAll('input[name="direction"]')) {
     state.backward = radio.value === 'backward' && radio.checked;
     changed();
   });
-}
-
-// ----- the nudge -----
-
-// Where the tables hold a part of the network, the whole of it is there as it was before the explained update.
-const WHOLE = Object.fromEntries(Object.entries(DATA.whole).map(([key, t]) => [key, new Numbers(key, t)]));
-const whole = (key) => WHOLE[key] ?? table(key);
-const nudged = () => (WHOLE.x ? 0 : state.frame);
-
-// The output of the network for one example, with `by` added to one number of a weight.
-function outputWith(n, key, row, col, by) {
-  const X = whole('x'),
-    frame = nudged();
-  let v = Array.from({ length: X.cols }, (_, i) => X.at(n, i, frame));
-  DATA.layers.forEach((layer, k) => {
-    if (layer.kind === 'activation') v = v.map(ACTIVATIONS[k].f);
-    if (layer.kind !== 'affine') return;
-    const W = whole(layer.W),
-      w = W.array(frame),
-      b = layer.b ? whole(layer.b).array(frame) : null;
-    v = Array.from({ length: W.rows }, (_, o) => {
-      let z = b ? b[o] : 0;
-      for (let i = 0; i < W.cols; i++) z += w[o * W.cols + i] * v[i];
-      return layer.W === key && o === row ? z + by * v[col] : z;
-    });
-  });
-  return v;
-}
-// The loss of all examples of the update, with `by` added to one number of a weight.
-function lossWith(key, row, col, by) {
-  const T = whole('target'),
-    frame = nudged();
-  let sum = 0;
-  for (let n = 0; n < whole('x').rows; n++) {
-    const v = outputWith(n, key, row, col, by);
-    const one = T.cols === 1 && v.length > 1; // the number of a class
-    sum += total(LOSS(v, one ? T.at(n, 0, frame) : Array.from({ length: T.cols }, (_, c) => T.at(n, c, frame))));
-  }
-  return sum / DATA.divisor;
-}
-function nudgeScale(key) {
-  const values = table(key).array(nudged());
-  return Math.max(0.5, 4 * Math.sqrt(values.reduce((a, v) => a + v * v, 0) / values.length));
-}
-// The loss along the nudge; kept while the slider moves, because it takes 25 evaluations of the loss.
-let along = { name: '', points: [] };
-function curveAlong(key, row, col, reach) {
-  const name = [key, row, col, nudged()].join();
-  if (along.name !== name) {
-    const at = Array.from({ length: 25 }, (_, k) => ((k - 12) / 12) * reach);
-    along = { name, points: at.map((d) => [d, lossWith(key, row, col, d)]) };
-  }
-  return along.points;
-}
-function drawNudge() {
-  const key = $('nudge-layer').value,
-    W = table(key),
-    [row, col] = ['nudge-row', 'nudge-col'].map((id) => Number($(id).value));
-  $('nudge-row').max = W.rows - 1;
-  $('nudge-col').max = W.cols - 1;
-  if (![row, col].every((k) => Number.isInteger(k) && k >= 0) || row >= W.rows || col >= W.cols) return;
-  const reach = nudgeScale(key),
-    by = (Number($('nudge-by').value) / 100) * reach,
-    points = curveAlong(key, row, col, reach),
-    before = points[12][1],
-    slope = table(key.replace('p:', 'd:')).at(row, col, nudged()),
-    real = lossWith(key, row, col, by) - before;
-  tellNudge(`W[${row},${col}]`, W.at(row, col, nudged()), by, { slope, real });
-  drawNudgeCurve(`W[${row},${col}]`, points, slope, by, before + real);
-}
-function tellNudge(name, value, by, { slope, real }) {
-  $('nudge-value').textContent = `${name} = ${shown(value)} ${by < 0 ? '−' : '+'} ${shown(Math.abs(by), 3)}`;
-  const told = { predicted: slope * by, recomputed: real, missed: real - slope * by };
-  for (const [id, v] of Object.entries(told)) {
-    $(id).value = v;
-    $(id).textContent = shown(v);
-  }
-}
-function drawNudgeCurve(name, points, slope, by, loss) {
-  const reach = points.at(-1)[0],
-    straight = points.map(([d]) => [d, points[12][1] + slope * d]);
-  const lines = [
-    { points, kind: 'drawn' },
-    { points: straight, kind: 'straight' },
-  ];
-  $('nudge-curve').innerHTML = chart(lines, [[by, loss, true]], {
-    label:
-      `The loss as ${name} changes, and the straight line that the gradient draws; ` +
-      `at ${shown(by, 3)} the loss is ${shown(loss)}`,
-    left: shown(-reach, 3),
-    right: `+${shown(reach, 3)}`,
-    caption: 'Line: the loss, computed anew. Dashes: what the gradient predicts.',
-    height: 150,
-  });
-}
-function nudgeThis(key, row, col) {
-  $('nudge-layer').value = key;
-  $('nudge-row').value = row;
-  $('nudge-col').value = col;
-  if (Number($('nudge-by').value) === 0) $('nudge-by').value = 40;
-  drawNudge();
-  $('nudge').scrollIntoView();
-  $('nudge-by').focus();
-}
-if (DATA.nudge) {
-  $('nudge-layer').innerHTML = DATA.linear
-    .map((i) => `<option value="${DATA.layers[i].W}">${escaped(DATA.layers[i].path)}</option>`)
-    .join('');
-  const last = DATA.layers[DATA.linear.at(-1)].W,
-    d = table(last.replace('p:', 'd:'));
-  let best = 0;
-  d.array().forEach((v, k, all) => {
-    if (Math.abs(v) > Math.abs(all[best])) best = k;
-  });
-  $('nudge-layer').value = last;
-  $('nudge-row').value = Math.floor(best / d.cols);
-  $('nudge-col').value = best % d.cols;
-  $('nudge-by').value = 40;
-  for (const id of ['nudge-layer', 'nudge-row', 'nudge-col', 'nudge-by'])
-    $(id).addEventListener('input', drawNudge);
-  watchers.push(drawNudge);
 }
 
 // ----- the three descents -----
@@ -333,6 +212,7 @@ let wide = window.innerWidth;
 addEventListener('resize', () => {
   if (window.innerWidth !== wide) {
     wide = window.innerWidth;
+    GRIDS.forEach((grid) => grid.reserve());
     changed();
     drawPaths();
   }

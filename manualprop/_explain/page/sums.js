@@ -147,7 +147,7 @@ const MAKERS = {
   weight(_, o, i, value, grid) {
     const d = table(grid.key.replace('p:', 'd:'));
     const nudge =
-      DATA.nudge && table(grid.key).rows > 1
+      DATA.nudge && DATA.nudged.some((i) => DATA.layers[i].W === grid.key)
         ? ` <button type="button" data-nudge="${grid.key}|${o}|${i}">Nudge it</button>`
         : '';
     return {

@@ -68,61 +68,90 @@ function divisorOf(made, q, x, y) {
   }, 1);
 }
 
+// A sum over a window: Σ W[o,c,k] x[n,c,i], or g in the place of x.
+function gathered(made, row, col, grid, letter) {
+  const Y = table(grid.key),
+    X = table(made[letter]),
+    W = table(made.W),
+    [n, o, ...q] = indexOf(Y, row, col);
+  const each = W.shape[1],
+    group = Math.floor(o / (W.shape[0] / made.groups));
+  const places = choices(meeting(made, X.shape, Y.shape, { q }));
+  const pairs = counts(each).flatMap((c) =>
+    places.map((met) => [
+      [o, c, ...part(met, 'k')],
+      [n, group * each + c, ...part(met, 'i')],
+    ]),
+  );
+  const rule = `Σ W[${o},c,k] ${letter}[${n},${group ? `${group * each}+c` : 'c'},i]`;
+  return { at: [n, o, ...q], rule, over: `over a window of ${many(places.length, 'place')} in ${many(each, 'channel')}`, ...productsOf(pairs, 'W', W, letter, X) };
+}
+// The other way: Σ g[n,o,q] W[o,c,k] over the windows that cover a place, or y in the place of g.
+function spread(made, row, col, grid, key, letter) {
+  const D = table(grid.key),
+    G = table(made[key]),
+    W = table(made.W),
+    [n, c, ...i] = indexOf(D, row, col);
+  const each = W.shape[1],
+    outputs = W.shape[0] / made.groups,
+    group = Math.floor(c / each);
+  const places = choices(meeting(made, D.shape, G.shape, { i }));
+  const pairs = counts(outputs).flatMap((o) =>
+    places.map((met) => [
+      [n, group * outputs + o, ...part(met, 'q')],
+      [group * outputs + o, c % each, ...part(met, 'k')],
+    ]),
+  );
+  const over = `over ${many(outputs, 'channel')} and ${many(places.length, 'place')}`,
+    channel = group ? `${group * outputs}+o` : 'o';
+  return { at: [n, c, ...i], rule: `Σ ${letter}[${n},${channel},q] W[${channel},${c % each},k]`, over, ...productsOf(pairs, letter, G, 'W', W) };
+}
+// Over examples and places: Σ g[n,o,q] x[n,c,i], or y and g in their places.
+function correlated(made, row, col, grid, [first, G], [second, X]) {
+  const D = table(grid.key),
+    [o, c, ...k] = indexOf(D, row, col);
+  const group = Math.floor(o / (D.shape[0] / made.groups)),
+    channel = group * D.shape[1] + c;
+  const places = choices(meeting(made, X.shape, G.shape, { k }));
+  const pairs = counts(G.shape[0]).flatMap((n) =>
+    places.map((met) => [
+      [n, o, ...part(met, 'q')],
+      [n, channel, ...part(met, 'i')],
+    ]),
+  );
+  const head = `dW[${o},${c},${k}] = Σ ${first}[n,${o},q] ${second}[n,${channel},i], over ${many(G.shape[0], 'example')} and ${many(places.length, 'place')}`;
+  return { head, ...productsOf(pairs, first, G, second, X) };
+}
+function withBias(found, name, made, channel) {
+  if (made.b)
+    found.terms.push({ label: `b[${channel}]`, text: 'bias', value: entry(table(made.b), [channel]), keep: true });
+  return { ...found, head: `${named(name, found.at)} = ${found.rule}${made.b ? ` + b[${channel}]` : ''}, ${found.over}` };
+}
+// Of a gradient other layers may have a part.
+const handedBack = (found, made, head) => ({ ...found, head, others: found.whole && made.shared, whole: found.whole && !made.shared });
+
 Object.assign(MAKERS, {
   convolution(made, row, col, value, grid) {
-    const Y = table(grid.key),
-      X = table(made.x),
-      W = table(made.W),
-      [n, o, ...q] = indexOf(Y, row, col);
-    const each = W.shape[1],
-      group = Math.floor(o / (W.shape[0] / made.groups));
-    const places = choices(meeting(made, X.shape, Y.shape, { q }));
-    const pairs = counts(each).flatMap((c) =>
-      places.map((met) => [
-        [o, c, ...part(met, 'k')],
-        [n, group * each + c, ...part(met, 'i')],
-      ]),
-    );
-    const found = productsOf(pairs, 'W', W, 'x', X);
-    if (made.b) found.terms.push({ label: `b[${o}]`, text: 'bias', value: entry(table(made.b), [o]), keep: true });
-    const head = `y[${n},${o},${q}] = Σ W[${o},c,k] x[${n},${group ? `${group * each}+c` : 'c'},i]${made.b ? ` + b[${o}]` : ''}, over a window of ${many(places.length, 'place')} in ${many(each, 'channel')}`;
-    return { head, ...found };
+    const found = gathered(made, row, col, grid, 'x');
+    return withBias(found, 'y', made, found.at[1]);
   },
   convolution_input(made, row, col, value, grid) {
-    const D = table(grid.key),
-      G = table(made.g),
-      W = table(made.W),
-      [n, c, ...i] = indexOf(D, row, col);
-    const each = W.shape[1],
-      outputs = W.shape[0] / made.groups,
-      group = Math.floor(c / each);
-    const places = choices(meeting(made, D.shape, G.shape, { i }));
-    const pairs = counts(outputs).flatMap((o) =>
-      places.map((met) => [
-        [n, group * outputs + o, ...part(met, 'q')],
-        [group * outputs + o, c % each, ...part(met, 'k')],
-      ]),
-    );
-    const found = productsOf(pairs, 'g', G, 'W', W);
-    const head = `dL/dx[${n},${c},${i}] = Σ g[${n},o,q] W[o,${c % each},k], over ${many(outputs, 'channel')} and ${many(places.length, 'place')} q that x[${n},${c},${i}] went to`;
-    return { head, ...found, others: found.whole && made.shared, whole: found.whole && !made.shared };
+    const found = spread(made, row, col, grid, 'g', 'g');
+    return handedBack(found, made, `${named('dL/dx', found.at)} = ${found.rule}, ${found.over} q that ${named('x', found.at)} went to`);
   },
   convolution_weight(made, row, col, value, grid) {
-    const D = table(grid.key),
-      G = table(made.g),
-      X = table(made.x),
-      [o, c, ...k] = indexOf(D, row, col);
-    const group = Math.floor(o / (D.shape[0] / made.groups)),
-      channel = group * D.shape[1] + c;
-    const places = choices(meeting(made, X.shape, G.shape, { k }));
-    const pairs = counts(G.shape[0]).flatMap((n) =>
-      places.map((met) => [
-        [n, o, ...part(met, 'q')],
-        [n, channel, ...part(met, 'i')],
-      ]),
-    );
-    const head = `dW[${o},${c},${k}] = Σ g[n,${o},q] x[n,${channel},i], over ${many(G.shape[0], 'example')} and ${many(places.length, 'place')}`;
-    return { head, ...productsOf(pairs, 'g', G, 'x', X) };
+    return correlated(made, row, col, grid, ['g', table(made.g)], ['x', table(made.x)]);
+  },
+  transposed(made, row, col, value, grid) {
+    const found = spread(made, row, col, grid, 'x', 'y');
+    return withBias(found, 'x', made, found.at[1]);
+  },
+  transposed_input(made, row, col, value, grid) {
+    const found = gathered(made, row, col, grid, 'g');
+    return handedBack(found, made, `${named('dL/dy', found.at)} = ${found.rule}, ${found.over}`);
+  },
+  transposed_weight(made, row, col, value, grid) {
+    return correlated(made, row, col, grid, ['y', table(made.x)], ['g', table(made.g)]);
   },
   convolution_bias({ g }, _, o) {
     const G = table(g),

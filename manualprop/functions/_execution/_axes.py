@@ -5,6 +5,7 @@ regular: entries (i, j), (i + a, j + b), ... of one weight make one slice of g t
 is not, a finite g is multiplied by the whole matrix.  What is traced gathers the terms of each element of dx.
 """
 
+import cmath
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -150,8 +151,10 @@ def taken_out(left: dict[tuple[int, int], float]) -> Run:
 def transposed_along(row: Row, along: Sequence[tuple[Any, ...]], g: Tensor, like: Like) -> Tensor:
     """g x_1 M_1^T x_2 M_2^T ... for the matrices of the last axes."""
     axes = range(-len(along), 0)
+    if len(along) > len(like.shape) - 2:  # the second axis is mapped too, so it is not that of the channels
+        like = Like(like.shape, torch.contiguous_format)
     matrices = [
-        (axis, matrix(row, int(like.shape[axis]), int(g.shape[axis]), options))
+        (axis, matrix(row, int(like.shape[axis]), int(g.shape[axis]), tuple(map(fixed, options))))
         for axis, options in zip(axes, along, strict=True)
     ]
     blocks = [M.block for _, M in matrices]
@@ -163,6 +166,13 @@ def transposed_along(row: Row, along: Sequence[tuple[Any, ...]], g: Tensor, like
     dx = repeated_along([1 if block is None else block[0] for block in blocks], dx, scale, like.format)
     dx = dx.to(g.dtype)
     return g.clone() if dx is g else dx
+
+
+def fixed(option: Any) -> Any:
+    """``option``; the number of one that varies under the compiler, because the matrix depends on it."""
+    if isinstance(option, torch.SymInt):
+        return int(option)
+    return float(option) if isinstance(option, torch.SymFloat) else option
 
 
 def repeated_along(times: Sequence[int], g: Tensor, scale: float, layout: torch.memory_format) -> Tensor:
@@ -215,7 +225,7 @@ def transposed(M: Matrix, g: Tensor, axis: int, layout: torch.memory_format) -> 
             return interleaved(M, runs, step, g, axis)
         return gathered(M, g, axis) if M.most_terms <= MOST_TERMS else added_by_index(M, g, axis)
     is_innermost = axis == -1 and layout is torch.contiguous_format
-    if product_pays(M, runs, is_innermost) and g.is_cpu and math.isfinite(g.sum().item()):
+    if product_pays(M, runs, is_innermost) and g.is_cpu and cmath.isfinite(g.sum().item()):
         return multiplied(M, g, axis, layout)
     return added_by_index(M, g, axis) if runs is None else sliced(M, runs, g, axis, layout)
 

@@ -4,6 +4,7 @@ Convolution and transposed convolution are torch's own forward kernels, for any 
 forms of the correlation.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,8 @@ def framed(x: Tensor, before: Sizes, lengths: Sizes) -> Tensor:
     """x with ``before`` zeros in front of each axis of positions, and zeros behind, or cut, to ``lengths``."""
     ends = [(a, length - a - n) for a, length, n in zip(before, lengths, x.shape[2:], strict=True)]
     pads = [number for end in reversed(ends) for number in end]  # torch's pad starts at the last axis
+    if any(a > length for a, length in zip(before, lengths, strict=True)):  # nothing of x is left
+        return x.new_zeros(*x.shape[:2], *lengths)
     return F.pad(x, pads) if any(pads) else x
 
 
@@ -42,9 +45,18 @@ def convolution(
         spans = reach([1] * len(K), K, s, d)
         sizes = zip(x.shape[2:], p, spans, s, strict=True)
         found = [(n + 2 * before - span) // step + 1 for n, before, span, step in sizes]
-        if found != list(Q):
+        if found != list(Q) or 0 in x.shape[2:]:  # torch's kernels refuse an x without positions
             x, p = framed(x, p, reach(Q, K, s, d)), [0] * len(K)
-    return CONVOLUTIONS[x.dim()](x, W, b, s, p, d, G)
+    return CONVOLUTIONS[x.dim()](x, with_usual_strides(W, G), b, s, p, d, G)
+
+
+def with_usual_strides(W: Tensor, G: int) -> Tensor:
+    """W; oneDNN (torch 2.13) misreads the groups if an axis of length 1 has another stride than in channels-last."""
+    if G == 1 or 1 not in W.shape[2:] or W.is_contiguous():
+        return W
+    C, *K = W.shape[1:]
+    steps = [C * math.prod(K[i + 1 :]) for i in range(len(K))]
+    return W if list(W.stride()[2:]) == steps else W.clone(memory_format=torch.contiguous_format)
 
 
 def transposed_convolution(
@@ -53,7 +65,7 @@ def transposed_convolution(
     """x at X positions."""
     covered = reach(y.shape[2:], W.shape[2:], s, d)
     behind = [max(x - length + 2 * a, 0) for x, length, a in zip(X, covered, p, strict=True)]
-    x = TRANSPOSED[y.dim()](y, W, b, s, p, behind, G, d)
+    x = TRANSPOSED[y.dim()](y, with_usual_strides(W, G), b, s, p, behind, G, d)
     if x.shape[2:] == tuple(X):
         return x
     ends: tuple[Any, ...] = (..., *[slice(n) for n in X])

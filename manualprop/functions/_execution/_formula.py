@@ -28,9 +28,8 @@ from manualprop.functions._execution._program import program as make
 
 HALF = frozenset({torch.float16, torch.bfloat16})
 ORDINARY = frozenset({Tensor, torch.nn.Parameter})
-LARGE = (
-    2**18
-)  # from this many elements a compiled kernel pays: it takes 70 us to start.  Below, programs run whole
+# From this many elements a compiled kernel pays: it takes 70 us to start.  Below, programs run whole.
+LARGE = 2**18
 CHUNK = 2**17  # elements of a chunk for each thread: a chunk and its intermediate results fit a core's cache
 FEWEST = 8  # fewer chunks than this fit the larger caches whole; a chunk takes 10 us of Python
 STEPS = 3  # shorter programs gain nothing from chunks

@@ -86,12 +86,8 @@ class BatchNormActivationConvolution(Rule):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         n, m, r = aten.batch_norm(x, w, c, running_mean, running_var, momentum, eps)
         h = activated(activation, n)
-        return (
-            run.convolution(h.to(W.dtype), W, b, *options),
-            h,
-            m,
-            r,
-        )  # (N, C, X), (O, C / G, K) -> (N, O, Q)
+        y = run.convolution(h.to(W.dtype), W, b, *options)  # (N, C, X), (O, C / G, K) -> (N, O, Q)
+        return y, h, m, r
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

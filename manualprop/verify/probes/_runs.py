@@ -1,4 +1,4 @@
-"""What the probes of state and of routes share: runs whose every tensor stays in hand, and how two runs differ."""
+"""Shared by the probes of state and of routes: calls that keep every tensor, and comparisons of two runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Found = Sequence[Tensor | None]
 
 
 def differentiable(run: Callable[[Subject], Outcome]) -> Callable[[Subject], Outcome]:
-    """A probe that compares with the plain gradients, and has nothing to say where there are none."""
+    """A probe that compares with the plain gradients.  It is skipped where there are none."""
 
     @functools.wraps(run)
     def guarded(s: Subject) -> Outcome:
@@ -36,7 +36,7 @@ def differentiable(run: Callable[[Subject], Outcome]) -> Callable[[Subject], Out
 
 
 def repeatable(run: Callable[[Subject], Outcome]) -> Callable[[Subject], Outcome]:
-    """A probe that compares with the plain run, and means something only while that repeats itself."""
+    """A probe that compares with the plain run.  It means something only if that gives the same each time."""
 
     @functools.wraps(run)
     def guarded(s: Subject) -> Outcome:
@@ -92,7 +92,7 @@ def reference_of(s: Subject) -> Subject | None:
 
 
 class Call:
-    """One forward, whose every tensor stays in hand.
+    """One forward, which keeps every tensor that goes in and comes out.
 
     Args:
         s: the function.

@@ -1,4 +1,4 @@
-"""Who requires grad, who is used, who shares memory with whom."""
+"""Which inputs require grad, which outputs are used, which tensors share memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from manualprop.verify._subject import Subject
 from manualprop.verify._watch import watched
 from manualprop.verify.probes._runs import moved, nothing_requires_grad, recorded_outputs
 
-# ----- who requires grad -----
+# ----- which inputs require grad -----
 
 
 @probe()
@@ -59,7 +59,7 @@ def _how(off: Difference, found: Sequence[Tensor | None], s: Subject, who: str) 
 
 
 def _subsets(n: int) -> Iterator[tuple[bool, ...]]:
-    """Every one for few inputs; else each alone, all but each, and none."""
+    """Every subset of few inputs; of more, each input alone, all but each, and none."""
     if n <= 4:
         yield from itertools.product((False, True), repeat=n)
         return
@@ -88,7 +88,7 @@ def _made_to_require_grad(y: Tensor) -> bool:
     return y.requires_grad
 
 
-# ----- who is used -----
+# ----- which outputs are used -----
 
 
 @probe()
@@ -163,7 +163,10 @@ def _one_for_two(s: Subject, i: int, j: int, who: str) -> Outcome | None:
         outputs = s(*leaves)
         off = difference(outputs, s.outputs, tolerance(s), sizes(s.outputs))
         if off is not None:
-            return finding(f"{who}: output {off.which}: {off}", "overwritten: the value depends on identity")
+            return finding(
+                f"{who}: output {off.which}: {off}",
+                "overwritten: the value is another one if two inputs are the same tensor",
+            )
         found = s.pull_back(outputs, leaves, s.cotangents)[i]
     except Exception as error:  # whatever the checked code raises
         return finding(f"{who}: raises {message(error)}", "raises only for the same tensor twice")
@@ -177,12 +180,12 @@ def _one_for_two(s: Subject, i: int, j: int, who: str) -> Outcome | None:
     return finding(f"{who}: gradient {off}, against copies of it", how)
 
 
-# ----- who shares memory -----
+# ----- which tensors share memory -----
 
 
 @probe()
 def aliasing(s: Subject) -> Outcome:
-    """Shared memory that makes numbers wrong: an output written to, a gradient added to, something else changes."""
+    """Writing into an output, or adding to a gradient, changes no other tensor."""
     for check in (_outputs_share, _gradients_share):
         if (outcome := check(s)) is not None:
             return outcome
@@ -204,7 +207,7 @@ def _outputs_share(s: Subject) -> Outcome | None:
 
 
 def _silently_shared(y: Tensor, other: Tensor) -> bool:
-    """Whether two tensors stand on one storage though autograd takes neither for the other's view."""
+    """Whether two tensors share a storage, and autograd takes neither for a view of the other."""
     if y is other or y._is_view() or other._is_view():
         return False
     return y.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() and y.numel() > 0
@@ -265,7 +268,7 @@ def _shared(s: Subject, leaves: Sequence[Tensor], i: int) -> str:
     return "another tensor"
 
 
-# ----- who depends on whom -----
+# ----- which outputs depend on the inputs -----
 
 
 @probe()

@@ -37,7 +37,7 @@ from manualprop.verify.probes._runs import (
 def retain_graph(s: Subject) -> Outcome:
     """A second backward through the same graph gives the same."""
     call = run(s)
-    s.reseed()  # and before each: what backward draws is random_state's matter
+    s.reseed()  # before each: what backward draws is the business of random_state
     first = call.backward(s.cotangents, retain_graph=True)
     kept = copies(first)
     other = s.random_like(s.outputs, 3)
@@ -60,7 +60,11 @@ def retain_graph(s: Subject) -> Outcome:
         if text:
             return finding(
                 f"{what} {text}",
-                in_words(found, want, "overwritten or stale saved tensor: backward changes what it reads"),
+                in_words(
+                    found,
+                    want,
+                    "backward changes what it reads: a saved tensor is overwritten, or something kept goes stale",
+                ),
             )
     text = differs(first, kept, names, 0.0)
     if text:
@@ -135,7 +139,7 @@ def grad_modes(s: Subject) -> Outcome:
     for what, ask in _MODES.items():
         try:
             found = ask(s)
-        except Exception:  # refused, as a backward that is once_differentiable may: second_order tells
+        except Exception:  # refused, as by once_differentiable: the business of second_order
             continue
         text = differs(found, s.plain, names, exactness(s), s.roughness)
         if text:
@@ -144,7 +148,7 @@ def grad_modes(s: Subject) -> Outcome:
     if text:
         return finding(
             f"after an in-place change of the input, {text}",
-            "stale: something is kept by the identity or the address of the input, which stay",
+            "stale: something is kept by the identity or the address of the input, and a change of its values goes unseen",
         )
     return passed(f"{', '.join(_MODES)}, after an in-place change of the input: the same numbers")
 
@@ -293,7 +297,7 @@ def _interleaved(s: Subject, other: Subject, what: str) -> Outcome | None:
     except Exception as error:  # whatever torch or the checked code refuses with
         return limit(f"backward raises after another forward without gradient: {message(error)}")
     looked.gradients[1] = apart.gradients[1]
-    s(*s.at())  # recorded: whatever the other has left behind is no further probe's matter
+    s(*s.at())  # a recorded call overwrites what the one without gradient has left behind
     return _undisturbed(looked, apart, f"{what} and without gradient")
 
 
@@ -304,8 +308,8 @@ def _undisturbed(both: _Two, apart: _Two, what: str) -> Outcome | None:
         if text:
             return finding(
                 f"with a second call {what} between forward and backward, {text}",
-                "stale or overwritten state: what backward reads is kept outside of the graph, "
-                "where the next call writes",
+                "stale or overwritten: what backward reads is kept outside of the graph, and the next call "
+                "writes there",
             )
     return None
 

@@ -22,10 +22,13 @@ from manualprop.verify._compare import (
     first_order_of,
 )
 from manualprop.verify._diagnosis import explain, of_refused_shape
+from manualprop.verify._explanations import MISSING
 from manualprop.verify._probe import probe
 from manualprop.verify._report import Outcome, apart, finding, limit, message, passed, skipped
 from manualprop.verify._subject import Subject
+from manualprop.verify._verdicts import STATE
 from manualprop.verify._watch import watched
+from manualprop.verify.probes._exchanged import wrong_all_the_same
 
 LOST = "no output requires grad: see output_requires_grad"
 
@@ -116,7 +119,10 @@ def second_order(s: Subject) -> Outcome:
         return refused(s, error)
     outcome = _outcome(gradient, comparisons)
     if outcome.verdict == "finding" and _wrong_by_itself(s, comparisons, outcome):
-        return apart(outcome, "first_order")
+        outcome = apart(outcome, "first_order")
+    if outcome.verdict == "finding" and wrong_all_the_same(s):
+        # Of numbers that are there, what other calls have left behind may be the cause.
+        outcome = apart(outcome, *(STATE if outcome.diagnosis.startswith(MISSING) else ("interleaving",)))
     return outcome
 
 

@@ -1,4 +1,4 @@
-"""What the numbers are made of: the dtypes that go in, those that come out, autocast."""
+"""The dtypes that go in and come out, mixed dtypes, and autocast."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _in_dtype(pair: Lowered, y: Sequence[Tensor], dtype: torch.dtype) -> str:
     if not all(torch.isfinite(a).all() for a in y):
         return ""  # beyond the range of the dtype already in forward: nothing is promised
     forward = max((_relative(a, b) for a, b in zip(y, expected_y, strict=True)), default=0.0)
-    # Random ones, and ones: a sum of many of the same sign stands still where it is rounded at each addition.
+    # Random cotangents, then ones: a long sum of one sign stops growing if it is rounded at each addition.
     for steady in (False, True):
         cotangents = [torch.ones_like(t) for t in expected_y] if steady else high.cotangents_for(expected_y)
         v = [c.to(a.dtype) if a.requires_grad else None for a, c in zip(y, cotangents, strict=True)]
@@ -139,7 +139,7 @@ def _off(pair: Lowered, v: Sequence[Tensor | None], forward: float, dtype: torch
         return f"forward accepts it, backward raises {message(error)}"
     expected = high.gradients(cotangents=exact)
     slack = _allowed(high, exact, expected, eps)
-    # What cancels is as rough as its terms, and these are as large as what arrives.
+    # Terms that cancel leave their rounding errors, and they are as large as what arrives.
     largest = max([*sizes(expected), *sizes(high.plain), *sizes(exact)])
     for name, a, b, moved in zip(low.names, found, expected, slack, strict=True):
         if a is None or b is None or not b.numel() or not torch.isfinite(b).all():
@@ -297,7 +297,7 @@ def autocast(s: Subject) -> Outcome:
     eps = torch.finfo(torch.bfloat16).eps
     slack = _allowed(high, exact, expected, eps)
     forward = max((_relative(a, b) for a, b in zip(y, high.outputs, strict=True)), default=0.0)
-    largest = max([*sizes(expected), *sizes(exact)])  # what cancels is as rough as its terms
+    largest = max([*sizes(expected), *sizes(exact)])  # terms that cancel leave their rounding errors
     for name, a, b, moved in zip(low.names, found, expected, slack, strict=True):
         if (a is None) != (b is None):
             return finding(

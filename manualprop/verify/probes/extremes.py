@@ -174,7 +174,7 @@ def _not_as(s: Subject, found: Sequence[Tensor | None], theirs: Sequence[Tensor 
 
 
 def _in_float32(s: Subject, low: Subject, points: Sequence[Tensor], second: bool) -> str:
-    """What is not finite in float32; far from float64, or so in the ``second`` derivative, if that is asked."""
+    """What is not finite in float32, or far from float64; if ``second``, of the second derivative too."""
     leaves = low.at(points)
     y = low(*leaves)
     if not all(torch.isfinite(t).all() for t in y):
@@ -251,7 +251,7 @@ def _not_finite(t: Tensor) -> str:
 def _has_slope(s: Subject, points: Sequence[Tensor], i: int, g: Tensor) -> bool:
     """Whether differences in float64 find finite slopes, from both sides, where the gradient is not finite.
 
-    At 0 numbers are as dense as one likes: a slope may show only very close, as of x / max(|x|, 1e-12).
+    At 0 a slope may show for tiny steps only, as of x / max(|x|, 1e-12).
     """
     at = int((~torch.isfinite(g)).reshape(-1).to(torch.int8).argmax())
     value = abs(points[i].reshape(-1)[at].item())

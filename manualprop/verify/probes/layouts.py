@@ -87,7 +87,7 @@ def grad_output_layout(s: Subject) -> Outcome:
             evidence = _with_grad_output(s, k, layout.view, s.plain)
             written = (layout.buffer == layout.buffer) & ~layout.own
             if evidence is None and written.any():
-                evidence = f"backward writes {int(written.sum())} entries beside a view that is grad_output"
+                evidence = f"backward writes {int(written.sum())} entries outside of grad_output, into the rest of its memory"
             if evidence is not None:
                 wrong.append((layout.name, evidence))
         for expanded in expansions(s.cotangents[k]):
@@ -118,11 +118,15 @@ def _layout_outcome(wrong: Sequence[tuple[str, str]], seen: Sequence[str], what:
         name, evidence = wrong[0]
         kinds = listed([name for name, _ in wrong])
         return finding(
-            f"a {name} {what}, against a contiguous one of equal values: {evidence}",
-            f"only for a {kinds} {what}",
+            f"{_with_article(name)} {what}, against a contiguous one of equal values: {evidence}",
+            f"only for {_with_article(kinds)} {what}",
             layouts=[name for name, _ in wrong],
         )
-    return passed(f"the same for a {listed(seen)} {what} as for a contiguous one")
+    return passed(f"the same for {_with_article(listed(seen))} {what} as for a contiguous one")
+
+
+def _with_article(words: str) -> str:
+    return f"{'an' if words.startswith('expanded') else 'a'} {words}"
 
 
 # ----- of inputs -----

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import gc
-import inspect
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +16,7 @@ from manualprop.verify._probe import probe
 from manualprop.verify._random import generator, normal
 from manualprop.verify._report import Outcome, apart, finding, limit, message, passed
 from manualprop.verify._subject import Subject
+from manualprop.verify.probes._kept import held_by, storage_of, tensors_in
 from manualprop.verify.probes._runs import (
     Call,
     bits,
@@ -65,7 +63,7 @@ def inplace_edit(s: Subject) -> Outcome:
         elif text:
             return finding(
                 f"an edit of {name} in place, after forward, goes unseen: {text}",
-                f"stale or overwritten saved tensor: {name} is kept past save_for_backward, as .data or on ctx",
+                f"stale or overwritten saved tensor: {name} is kept as .data or on ctx, not by save_for_backward",
                 edited=name,
             )
         else:
@@ -106,35 +104,35 @@ def _edit(t: Tensor) -> None:
 def saved_tensors(s: Subject) -> Outcome:
     """What backward reads goes through save_for_backward: not on ctx, not on the class, not in a global."""
     call = run(s)
-    theirs = {_storage(t) for t in (*call.given.values(), *call.returned)}
-    buffers = {_storage(t) for name, t in call.state.items() if name not in s.names}
+    theirs = {storage_of(t) for t in (*call.given.values(), *call.returned)}
+    buffers = {storage_of(t) for name, t in call.state.items() if name not in s.names}
     notes = []
     other = _kept_elsewhere(s)
     for node in s.nodes(call.outputs):
         cls = node._forward_cls.__name__
-        for path, t in _tensors(vars(node)):
-            whose = "an input or output" if _storage(t) in theirs else f"a tensor of shape {list(t.shape)}"
-            # Made from numbers, whatever the inputs are: nobody can edit it, and it is no memory of the call.
+        for path, t in tensors_in(vars(node)):
+            whose = "an input or output" if storage_of(t) in theirs else f"a tensor of shape {list(t.shape)}"
+            # A constant, the same for all inputs: nobody can edit it, and it remembers nothing of the call.
             constant = (cls, path) in other and same_bits(t, other[cls, path])
             if (
-                ((constant or t.numel() < 2) and _storage(t) not in theirs)
-                or _storage(t) in buffers
+                ((constant or t.numel() < 2) and storage_of(t) not in theirs)
+                or storage_of(t) in buffers
                 or isinstance(t, torch.nn.Parameter)
             ):
                 notes.append(f"{cls} keeps {whose} as ctx{path}")
                 continue
             found = finding(
                 f"{cls} keeps {whose} as ctx{path}, not by save_for_backward",
-                f"ctx{path} is unguarded: edited in place it is stale or overwritten unseen, saved-tensor hooks "
-                "do not see it, and it is freed late",
+                f"ctx{path} is not guarded: an edit in place makes it stale, and nothing says so; saved-tensor hooks "
+                "miss it, and it is freed late",
                 attribute=f"ctx{path}",
             )
-            # A slope made in forward has no second derivative wherever it is kept.
-            return apart(found, "second_order") if _storage(t) in theirs else found
-    before = {where: (t, bits(t)) for where, t in _reachable(s)}
+            # A slope computed in forward has no second derivative, wherever it is kept.
+            return apart(found, "second_order") if storage_of(t) in theirs else found
+    before = {where: (t, bits(t)) for where, t in held_by(s.functions)}
     there = s.with_points(elsewhere(s))
     there(*there.at())
-    for where, t in _reachable(s):
+    for where, t in held_by(s.functions):
         old = before.get(where)
         if old is None or old[0] is not t or not torch.equal(bits(t), old[1]):
             return finding(
@@ -152,87 +150,9 @@ def _kept_elsewhere(s: Subject) -> dict[tuple[str, str], Tensor]:
         leaves = there.at()
         torch.default_generator.manual_seed(s.case.seed + 1)
         nodes = s.nodes(there.function(*leaves))
-        return {(n._forward_cls.__name__, path): bits(t) for n in nodes for path, t in _tensors(vars(n))}
+        return {(n._forward_cls.__name__, path): bits(t) for n in nodes for path, t in tensors_in(vars(n))}
     except Exception:  # whatever the checked code raises: not defined there
         return {}
-
-
-def _storage(t: Tensor) -> int:
-    return t.untyped_storage().data_ptr() if t.layout == torch.strided else id(t)
-
-
-def _tensors(value: Any, path: str = "", depth: int = 3) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in containers, closures and plain objects, with the way to each."""
-    if isinstance(value, Tensor):
-        yield path, value
-        return
-    if depth == 0 or isinstance(value, type | types.ModuleType | torch.nn.Module):
-        return
-    inner: Iterator[tuple[str, Any]]
-    if isinstance(value, dict):
-        inner = (
-            (f".{k}" if not path and isinstance(k, str) else f"[{k!r}]", v) for k, v in list(value.items())
-        )
-    elif isinstance(value, list | tuple | set | frozenset):
-        inner = ((f"[{i}]", v) for i, v in enumerate(list(value)))
-    elif isinstance(value, functools.partial):
-        inner = ((f".args[{i}]", v) for i, v in enumerate((*value.args, *value.keywords.values())))
-    elif isinstance(value, types.FunctionType):
-        inner = ((f".{name}", v) for name, v in inspect.getclosurevars(value).nonlocals.items())
-    elif hasattr(value, "__dict__") and not callable(value):
-        inner = ((f".{name}", v) for name, v in list(vars(value).items()))
-    else:
-        return
-    for step, v in inner:
-        yield from _tensors(v, path + step, depth - 1)
-
-
-def _reachable(s: Subject) -> list[tuple[str, Tensor]]:
-    """Tensors on the custom Functions, and in the globals and closures that their methods name."""
-    found: dict[str, Tensor] = {}
-    for cls in s.functions:
-        own = {
-            k: v
-            for c in cls.__mro__[:-1]
-            if c.__module__ != "torch.autograd.function"
-            for k, v in vars(c).items()
-        }
-        methods = [m for m in map(_plain_function, own.values()) if m is not None]
-        plain = {k: v for k, v in own.items() if not k.startswith("__") and _plain_function(v) is None}
-        found |= {f"{cls.__name__}{path}": t for path, t in _tensors(plain)}
-        for method in methods:
-            for name, value in _named_by(method).items():
-                held = vars(value) if isinstance(value, type) else value
-                if isinstance(held, types.FunctionType):
-                    continue
-                found |= {
-                    f"{name}{path}": t
-                    for path, t in _tensors(dict(held) if isinstance(value, type) else held)
-                }
-    return list(found.items())
-
-
-def _plain_function(member: Any) -> types.FunctionType | None:
-    member = getattr(member, "__func__", member)
-    member = inspect.unwrap(member) if callable(member) else member
-    return member if isinstance(member, types.FunctionType) else None
-
-
-def _named_by(method: types.FunctionType) -> dict[str, Any]:
-    """Globals and closed-over variables of a function, classes and containers among them."""
-    code = method.__code__
-    globals_ = {n: method.__globals__[n] for n in code.co_names if n in method.__globals__}
-    cells = {}
-    for name, cell in zip(code.co_freevars, method.__closure__ or (), strict=True):
-        try:
-            cells[name] = cell.cell_contents
-        except ValueError:  # not filled yet
-            continue
-    return {
-        n: v
-        for n, v in {**globals_, **cells}.items()
-        if isinstance(v, Tensor | dict | list | tuple | set | type) or type(v).__module__ == method.__module__
-    }
 
 
 # ----- kept too long -----
@@ -338,7 +258,7 @@ def saved_bytes(s: Subject) -> Outcome:
     kept: dict[int, int] = {}
 
     def note(t: Tensor) -> Tensor:
-        kept[_storage(t)] = _nbytes(t)
+        kept[storage_of(t)] = _nbytes(t)
         return t
 
     try:
@@ -347,11 +267,11 @@ def saved_bytes(s: Subject) -> Outcome:
     except Exception as error:  # whatever torch or the checked code refuses with
         return limit(f"saved tensors cannot be counted: {message(error)}")
     for node in given.nodes(call.outputs):
-        kept |= {_storage(t): _nbytes(t) for _, t in _tensors(vars(node))}
+        kept |= {storage_of(t): _nbytes(t) for _, t in tensors_in(vars(node))}
     whose = {
-        "inputs": {_storage(t) for n, t in call.given.items() if n not in call.state},
-        "parameters and buffers": {_storage(t) for t in call.state.values()},
-        "outputs": {_storage(t) for t in call.returned},
+        "inputs": {storage_of(t) for n, t in call.given.items() if n not in call.state},
+        "parameters and buffers": {storage_of(t) for t in call.state.values()},
+        "outputs": {storage_of(t) for t in call.returned},
     }
     total, parts, rest = sum(kept.values()), [], dict(kept)
     for name, storages in whose.items():

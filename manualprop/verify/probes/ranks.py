@@ -56,7 +56,7 @@ class _DoesNotApply(Exception):
 
 
 class _Refused(Exception):
-    """Backward raises for what forward has taken: loud, and of a shape that nobody has asked for."""
+    """Backward raises for a shape that forward accepts.  This is loud, so it is a limit."""
 
 
 Group = tuple[list[int], list[int]]  # which points, and which other arguments, have the axis
@@ -96,7 +96,7 @@ def _with_more(s: Subject, group: Group) -> str:
 
 
 def _with_fewer(s: Subject, group: Group) -> str:
-    """The first row and the last alone, held against the whole: the other way round."""
+    """The first row and the last one alone, against the same rows of the whole."""
     tensors = [s.points[i] for i in group[0]]
     if any(p.dim() < 1 or len(p) != len(tensors[0]) for p in tensors) or not len(tensors[0]):
         raise _DoesNotApply
@@ -175,7 +175,7 @@ def _row_of(s: Subject, fewer: Subject, k: int, group: Group) -> str:
     for full, part in zip(v, w, strict=True):
         full[k] = part
     want = s.gradients(cotangents=v)
-    # In the whole, nothing goes to the other rows: else the rows are no rows.
+    # In the whole, the other rows get nothing: otherwise rows depend on each other.
     for i in group[0]:
         g = want[i]
         if g is not None:
@@ -247,7 +247,7 @@ def _variants(s: Subject, name: str, t: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield "repeated", t.flatten()[0].expand(t.shape).clone()
     along = (
         max(range(t.dim()), key=lambda d: t.shape[d]) if t.dim() > 1 else 0
-    )  # what differs in a row still does
+    )  # different integers in a row stay different
     order = torch.randperm(t.shape[along], generator=generator("order", s.case.seed))
     order = order if bool((t.index_select(along, order) != t).any()) else order.flip(0)
     yield "unsorted", t.index_select(along, order)
@@ -271,7 +271,7 @@ def _still_in_order(s: Subject, i: int, kind: str, there: Subject) -> bool:
 
 
 def _with_integers(s: Subject, there: Subject, kind: str) -> str:
-    """What is wrong with other integers: the slope; for negative ones, that they are the same places."""
+    """What is wrong with other integers, or nothing.  Negative ones must give what the positive ones gave."""
     if kind != "negative":
         said = wrong_slope(lambda seed: there, None)
         return said or ""

@@ -145,7 +145,7 @@ def _from_bytes(packed: tuple[list[int], torch.dtype, Any]) -> Tensor:
 
 
 def first_sentence(error: Exception) -> str:
-    """Torch's refusals go on to say where to read more."""
+    """The first sentence of an error.  Torch's refusals go on to say where to read more."""
     return message(error).partition(". ")[0]
 
 

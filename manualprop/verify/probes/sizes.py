@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from manualprop.verify._resize import (
     resized,
 )
 from manualprop.verify._subject import Subject
+from manualprop.verify.probes._apart import multiples, otherwise_than_its_rows
 from manualprop.verify.probes._runs import copies
 
 FIRST = (1, 7, 8, 257, 1025)  # of every axis; of the batch also
@@ -49,7 +51,7 @@ Make = Callable[[int], Subject]  # a seed -> the function to look at
 
 
 def wrong_slope(make: Make, axis: Axis | None) -> str | None:
-    """A direction in which the gradient is wrong, or None.  What is said survives other values and directions."""
+    """A direction in which the gradient is wrong, or None.  It must be wrong for three sets of values and directions."""
     said = None
     for seed in (0, 1, 2):
         try:
@@ -86,6 +88,7 @@ def _wrong_slope(s: Subject, axis: Axis | None, seed: int) -> str | None:
     scatter = 4 * float((weights * values).norm()) * max(torch.finfo(torch.float64).eps, s._relative_noise)
     for i, g in enumerate(found):
         g = torch.zeros_like(s.points[i]) if g is None else g
+        g = g / s._multiples[i] if s._multiples else g
         if not torch.isfinite(g).all():
             return f"gradient of {s.names[i]}: {_first_not_finite(g)}, though the value is finite"
         for where, free in _directions(s, axis, i, seed):
@@ -115,7 +118,7 @@ def _agreeing(
 ) -> float | None:
     """None if differences with some step agree with ``hand`` or none can tell; else the best of them.
 
-    A kink that a large step crosses, a small one does not; and a wrong gradient agrees with no step.  Where the two
+    A large step may cross a kink that a small one does not reach.  A wrong gradient agrees with no step.  Where the two
     smallest steps disagree, the function is a staircase, and its differences say nothing.
     """
     told: list[tuple[float, float, float, float]] = []  # (step, by how much it is off, slope, doubt)
@@ -170,7 +173,9 @@ def _first_not_finite(g: Tensor) -> str:
 def sizes(s: Subject) -> Outcome:
     """First order at 1, at primes, across 2^8, 2^10 and 2^16, and for 0-d inputs."""
     _remember_noise(s)
-    if wrong_in_first_order(s) or wrong_slope(lambda seed: s, None) is not None:
+    if wrong_in_first_order(s):
+        return _of_its_own(s)
+    if wrong_slope(lambda seed: s, None) is not None:
         return skipped("wrong at the sizes given: see first_order")
     s._unique = frozenset(_never_repeating(s))
     tested: list[str] = []
@@ -179,7 +184,7 @@ def sizes(s: Subject) -> Outcome:
     left = [IN_ALL / 4 if s.quick else IN_ALL]
     for k, axis in enumerate(resizable):
         ladder, units = _affordable(s, axis, FIRST if k else (*FIRST, *MORE))
-        ladder, failed = _failing(s, axis, ladder, units, left)
+        ladder, failed = _failing(s, axis, ladder, units, left, _at_size)
         failures += failed
         tested.append(f"{_called(s, axis)}: {', '.join(map(str, ladder))}")
     if not failures:
@@ -194,20 +199,63 @@ def sizes(s: Subject) -> Outcome:
         if not tested:
             return skipped("no size can be changed: forward raises")
         return passed(f"right at sizes {'; '.join(tested)}")
+    found = _found(s, failures)
+    return found if "raises" in failures[0].said else apart(found, "second_order")
+
+
+def _found(s: Subject, failures: Sequence[Failure]) -> Outcome:
     worst = failures[0]
-    found = finding(
+    return finding(
         f"size {worst.size} along {_called(s, worst.axis)}: {worst.said}",
         _words(s, failures),
         sizes=[f.size for f in failures],
     )
-    return found if "raises" in worst.said else apart(found, "second_order")
+
+
+def _of_its_own(s: Subject) -> Outcome:
+    """What else is wrong at other sizes, if the gradient is wrong at those given: only what begins beyond some size."""
+    known, ask = _law(s)
+    left = [IN_ALL / 4 if known.quick else IN_ALL]
+    for k, axis in enumerate(axes(known)):
+        # The length given is no evidence: a factor that follows the size is known there, and wrong elsewhere.
+        wanted = [n for n in (FIRST if k else (*FIRST, *MORE)) if n not in (1, axis.length)]
+        ladder, units = _affordable(known, axis, wanted)
+        _, failures = _failing(known, axis, ladder, units, left, ask)
+        if failures and all(f.beyond for f in failures):
+            found = apart(_found(known, failures), "first_order", "second_order")
+            how = (
+                ", without the factor of first_order"
+                if known._multiples
+                else ", besides what first_order says"
+            )
+            return replace(found, evidence=f"{found.evidence}{how}")
+    return skipped("wrong at the sizes given: see first_order")
+
+
+def _law(s: Subject) -> tuple[Subject, Ask]:
+    """What is known of a wrong gradient at other sizes (see _apart), as a subject and the question to ask of it."""
+    try:
+        found = multiples(s)
+    except Exception:  # whatever the checked code raises: first_order tells
+        return s, lambda s, axis, n: None
+    if found is None:
+        return s, _also_unlike_its_rows
+    known = s.with_points(s.points)
+    known._multiples = found
+    return known, _at_size
+
+
+def _also_unlike_its_rows(s: Subject, axis: Axis, n: int) -> str | None:
+    """What is wrong at a size and is not the error of the rows themselves."""
+    said = otherwise_than_its_rows(s, axis, n)
+    return said if said and _at_size(s, axis, n) is not None else None
 
 
 def _never_repeating(s: Subject) -> Iterator[int]:
     """The integer arguments that hold no value twice, and whose gradient is wrong if they do: see indices."""
     for i, t in s.others().items():
         if is_integer(t) and t.dim() == 1 and t.numel() == 1 and _is_an_index(s, i, t):
-            yield i  # of one alone nothing is known
+            yield i  # one integer cannot show whether repeats are allowed
         elif is_integer(t) and t.numel() > 1 and not has_repeats(t):
             there = s.with_points(s.points, others={i: repeated(t)})
             if _may_be_asked(there) and wrong_slope(lambda seed, there=there: there, None) is not None:  # type: ignore[misc]
@@ -249,6 +297,7 @@ def _remember_noise(s: Subject) -> None:
 
 
 Units = Callable[[int], float]  # a size -> the work of one evaluation
+Ask = Callable[[Subject, Axis, int], str | None]  # what is wrong at a size
 
 
 def _affordable(s: Subject, axis: Axis, wanted: Sequence[int]) -> tuple[list[int], Units]:
@@ -263,7 +312,7 @@ def _affordable(s: Subject, axis: Axis, wanted: Sequence[int]) -> tuple[list[int
     small, large = min(pair, (16, 32))  # enough to count operations, and quicker
     low, high = (cost(resized(s, axis, n)) for n in (small, large))
     power = max(1.0, math.log2(high.bytes / low.bytes)) if low.bytes else 1.0
-    # What does not grow with the size is no matter: an operation on few numbers takes as long as on none.
+    # Only growth counts: an operation on few numbers takes as long as on none.
     more = (high.units - low.units) / (large**power - small**power)
 
     def units(n: int) -> float:
@@ -284,9 +333,9 @@ def _affordable(s: Subject, axis: Axis, wanted: Sequence[int]) -> tuple[list[int
 
 
 def _in_time(s: Subject, axis: Axis, wanted: Sequence[int], small: int, large: int) -> list[int]:
-    """Those sizes that do not take a thousand times what their number of entries says: loops inside an operation.
+    """The sizes that processor time allows: an operation may loop inside, and cost more than its entries say.
 
-    By processor time, and far from any usual time, so that a loaded machine says the same.
+    The limit is far above usual times, so that a loaded machine says the same.
     """
     if not any(n > large for n in wanted):
         return list(wanted)
@@ -305,7 +354,7 @@ def _seconds(s: Subject, axis: Axis, n: int) -> float:
 
 
 def _bytes_of_inputs(s: Subject, axis: Axis, n: int) -> float:
-    """Of all inputs together with length ``n``: a kernel whose every length is the same grows with its fourth power."""
+    """Bytes of all inputs with length ``n``.  A kernel of four dimensions of this length grows with the fourth power."""
     if axis.size or not axis.length:
         return 0.0
     total = 0.0
@@ -317,13 +366,13 @@ def _bytes_of_inputs(s: Subject, axis: Axis, n: int) -> float:
 
 
 def _failing(
-    s: Subject, axis: Axis, wanted: Sequence[int], units: Units, left: list[float]
+    s: Subject, axis: Axis, wanted: Sequence[int], units: Units, left: list[float], ask: Ask
 ) -> tuple[list[int], list[Failure]]:
     """The sizes that were tried, and those that are wrong; the smallest by bisection where all larger ones are."""
     said: dict[int, str | None] = {}
     for n in wanted:
         if n in (*FIRST, 65537) or left[0] > 0:
-            said[n] = _at_size(s, axis, n)
+            said[n] = ask(s, axis, n)
             left[0] -= 12 * len(s.points) * units(n)  # a dozen evaluations for each point
     ladder = sorted(said)
     wrong = [n for n in ladder if said[n] is not None]
@@ -335,7 +384,7 @@ def _failing(
         low, high = max(right), min(wrong)
         while high - low > 1:
             middle = (low + high) // 2
-            at_middle = _at_size(s, axis, middle)
+            at_middle = ask(s, axis, middle)
             if at_middle is None:
                 low = middle
             else:

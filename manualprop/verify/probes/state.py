@@ -28,7 +28,7 @@ from manualprop.verify.probes._runs import (
 @probe()
 @differentiable
 def mutation(s: Subject) -> Outcome:
-    """Neither forward nor backward writes into what it was given, but where autograd is told."""
+    """Neither forward nor backward writes into what it was given, unless autograd is told."""
     call = Call(s)
     before = {name: (bits(t), t._version, t.grad_fn) for name, t in call.given.items()}
     call.forward()
@@ -104,9 +104,7 @@ def random_state(s: Subject) -> Outcome:
     before, others = torch.get_rng_state(), _other_generators()
     call.backward(s.cotangents)
     if not torch.equal(torch.get_rng_state(), before):
-        return finding(
-            "backward draws from the global generator, so that all that is random afterwards depends on it"
-        )
+        return finding("backward draws from the global generator: every random number after it depends on it")
     touched = [name for name, state in _other_generators().items() if state != others[name]]
     if touched:
         return passed(f"backward draws from {' and '.join(touched)}")

@@ -167,7 +167,7 @@ def _beyond(
             continue
         here_v = _dense(s, s.gradients(points, v))
         if _outside(s, here_v, close):
-            # Is it outside of all that there is nearby, or only of what was seen?  Also toward what only moves here.
+            # Look at more points nearby, also toward the entries that move, before it is called outside.
             bad = _outside(s, here_v, [*close, *_around(s, points, v, _moving(s, [*close, here_v]), MANY)])
             if bad:
                 return bad
@@ -220,8 +220,8 @@ def _outside(s: Subject, here: Sequence[Tensor], around: Sequence[Sequence[Tenso
 def _range(near: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of each column the least, the largest, and by how much more a gradient may lie outside of them.
 
-    Where two slopes are all there is, as of a ReLU or a maximum, nothing.  Of more, as where several ties meet,
-    some dozens of points nearby do not show the whole range.
+    Nothing where there are two slopes, as of a ReLU or a maximum.  A quarter of the range where there are more, as where
+    several ties meet: some dozens of points nearby do not show all of it.
     """
     low, high = near.amin(0), near.amax(0)
     scale = near.abs().max().item() + 1e-12

@@ -235,23 +235,25 @@ def _micro_kernels() -> Iterator[None]:
     """
     from torch._inductor import cpp_builder, select_algorithm
 
+    builder: Any = cpp_builder
+
     def first(choices: list[Any]) -> list[Any]:
         library = select_algorithm.ExternKernelCaller
         return [c for c in choices if not isinstance(c, library)][:1] or choices[:1]
 
     def flags(compiler: str, *given: Any, **named: Any) -> tuple[list[str], list[str]]:
         compiling, linking = before(compiler, *given, **named)
-        own = ["fno-tree-loop-distribute-patterns"] if cpp_builder._is_gcc(compiler) else []
+        own = ["fno-tree-loop-distribute-patterns"] if builder._is_gcc(compiler) else []
         return [*compiling, *own], linking
 
-    before = cpp_builder._get_optimization_cflags
+    before = builder._get_optimization_cflags
     chosen = select_algorithm.get_algorithm_selector_cache().preprocessing_fns
     chosen.append(first)
-    cpp_builder._get_optimization_cflags = flags
+    builder._get_optimization_cflags = flags
     try:
         yield
     finally:
-        cpp_builder._get_optimization_cflags = before
+        builder._get_optimization_cflags = before
         chosen.remove(first)
 
 

@@ -291,6 +291,15 @@ def test_products_in_another_way_are_the_same(threads: int, monkeypatch: pytest.
     assert _graph.product(torch.randn(20, 5).double(), torch.randn(5, 17).double()) is NotImplemented
 
 
+def test_a_comparison_replaces_one_of_each_row() -> None:
+    x, index = torch.randn(4, 3), torch.tensor([2, 0, 1, 1])[:, None]
+    for dim in (1, -1):
+        assert torch.equal(_graph.one_of_each_row(x, dim, index, 2.0), x.scatter(dim, index, 2.0))
+    assert torch.equal(_graph.one_of_each_row(x, 0, index[:3].t(), 2.0), x.scatter(0, index[:3].t(), 2.0))
+    for other in (index[:2], index.expand(4, 2)):
+        assert _graph.one_of_each_row(x, 1, other, 2.0) is NotImplemented
+
+
 def test_the_quick_tanh_is_as_accurate() -> None:
     x = torch.cat(
         [torch.linspace(-12, 12, 400_001), torch.logspace(-38, 0, 10_001), torch.tensor([-0.0, 1e9])]

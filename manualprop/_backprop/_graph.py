@@ -201,22 +201,37 @@ def tensors_as_inputs(graph: GraphModule) -> list[Tensor]:
 
 # ----- what compiled code spells in another way -----
 
+NARROW = 16  # columns: the numbers in a vector of the processor
+PRODUCT = 2**26  # multiplications of a product up to which micro-kernels are faster
 
-def product_of_one_row(a: Tensor, b: Tensor) -> Any:
-    """A product that one row makes a matrix and a vector, or two vectors, as elementwise products and a sum.
 
-    The compiler fuses these with what comes before and after: the step of one example is a few loops.
+def has_micro_kernels(dtype: torch.dtype) -> bool:
+    """Whether the compiler makes products itself.  Several threads would wait for each other at each of them."""
+    return dtype == torch.float32 and torch.get_num_threads() == 1
+
+
+def product(a: Tensor, b: Tensor) -> Any:
+    """A product as loops or as a micro-kernel of the compiler's, which fuse with what comes before and after.
+
+    One row makes a matrix and a vector of it, or two vectors: elementwise products and a sum.  The compiler has
+    micro-kernels for batches of products only, and on one thread they are twice as fast as a library for small
+    ones.  A narrow product is stored column by column: its rows would not fill a vector of the processor.
     """
-    if len(a) == 1:
+    (n, inner), m = a.shape, b.shape[1]
+    if n == 1:
         return (a.t() * b).sum(0, keepdim=True)  # (1, I) (I, O) -> (1, O)
-    if a.shape[1] == 1:
+    if inner == 1:
         return a * b  # (O, 1) (1, I) -> (O, I)
+    if a.is_cpu and m < min(n, NARROW):
+        return torch.mm(b.t(), a.t()).t()
+    if a.is_cpu and has_micro_kernels(a.dtype) and n * inner * m <= PRODUCT:
+        return torch.bmm(a.contiguous().unsqueeze(0), b.unsqueeze(0)).squeeze(0)
     return NotImplemented
 
 
 def product_and_sum(c: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Any:
-    """beta c + alpha a b, by :func:`product_of_one_row`."""
-    made = product_of_one_row(a, b)
+    """beta c + alpha a b, by :func:`product`."""
+    made = product(a, b)
     if made is NotImplemented:
         return made
     return (c if beta == 1 else beta * c) + (made if alpha == 1 else alpha * made)
@@ -238,7 +253,7 @@ def quick_tanh(x: Tensor) -> Any:
 
 
 LOWERED: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten.mm.default: product_of_one_row,
+    torch.ops.aten.mm.default: product,
     torch.ops.aten.addmm.default: product_and_sum,
     torch.ops.aten.tanh.default: quick_tanh,
 }

@@ -90,10 +90,10 @@ def by_rows(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Sizes
     r is the pair of the example and the positions q' along the other axes, and k' their kernel position:
     copies[k',(n,q'),i,c] = x[n,c,i,i'].  So it is a convolution along i with r for its channels, and c beside i.
     """
-    (_, O), C, (Q, *others) = y.shape[:2], x.shape[1], y.shape[2:]
+    O, C, others = y.shape[1], x.shape[1], y.shape[3:]
     buffer, W = x.new_empty(0), None
     order = (*range(2, 1 + len(K)), 1, 0, *range(1 + len(K), 2 + 2 * len(K)))
-    for some_y, some_x in parts(y, x, C * math.prod(K[1:]), s, p, d, K):
+    for some_y, some_x in bands(y, x, C * math.prod(K[1:]), s, p, d, K):
         (n, _, q), (i,) = some_y.shape[:3], reach(some_y.shape[2:3], K[:1], s[:1], d[:1])
         # (C, X, K', n, 1, Q') -> (K', X, C, n, 1, Q'), with all i of the first axis in the place of its k
         some = windows(some_x, (1, *s[1:]), (1, *d[1:]), (1, *others), (i, *K[1:])).permute(order)
@@ -112,7 +112,7 @@ def by_columns(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Si
     """W[o,ck] = sum_{n,q} y[o,nq] columns[ck,nq], with columns[ck,nq] = x[n,c,i]."""
     O, rows = y.shape[1], x.shape[1] * math.prod(K)
     buffer, W = x.new_empty(0), None
-    for some_y, some_x in parts(y, x, rows, s, p, d, K):
+    for some_y, some_x in bands(y, x, rows, s, p, d, K):
         some = windows(some_x, s, d, some_y.shape[2:], K)  # (C, K, n, Q)
         if buffer.numel() < some.numel():
             buffer = x.new_empty(some.numel())  # new memory takes longer than the product
@@ -124,12 +124,12 @@ def by_columns(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Si
     return W.contiguous().view(O, x.shape[1] // G, *K)
 
 
-def parts(
+def bands(
     y: Tensor, x: Tensor, rows: int, s: Sizes, p: Sizes, d: Sizes, K: Sizes
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """y and the padded x for some examples, or a band of the first axis of one; ``rows`` entries for each position of y."""
     N, Q = len(y), y.shape[2:]
-    alone = rows * Q.numel() > 2**17  # several together: 1.2 of the time
+    alone = rows * Q.numel() > 10**5  # several together: 1.1 of the time
     few = 1 if alone else size_of_parts(N, rows * Q.numel())
     band = size_of_parts(Q[0], rows * Q[1:].numel())
     for some_y, some_x in zip(y.split(few), x.split(few), strict=True):

@@ -7,9 +7,10 @@ torch's objects that are private too: ``Tensor._base``, ``Tensor._is_view()``, `
 ``_ConvNd._conv_forward``, ``._reversed_padding_repeated_twice`` and ``_ConvTransposeNd._output_padding`` (2.13).
 """
 
+import contextlib
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -213,11 +214,47 @@ def compiled_ahead(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor], 
     from torch._inductor import aot_compile  # seconds to import
     from torch._inductor.package.package import package_aoti
 
-    with warnings.catch_warnings(), torch.no_grad():
+    options = {
+        "aot_inductor.package": True,
+        "max_autotune_gemm": True,
+        "max_autotune_gemm_backends": "ATEN,CPP",
+        "epilogue_fusion": False,  # fails for a product that is read twice
+    }
+    with warnings.catch_warnings(), torch.no_grad(), _micro_kernels():
         warnings.simplefilter("ignore")  # of torch's own use of what it has deprecated
-        parts: Any = aot_compile(graph, tuple(inputs), options={"aot_inductor.package": True})
+        parts: Any = aot_compile(graph, tuple(inputs), options=options)
         package_aoti(str(package), parts)
         return package
+
+
+@contextlib.contextmanager
+def _micro_kernels() -> Iterator[None]:
+    """Inside, inductor takes its own micro-kernel for a product where it has one, without measuring.  2.13 to 2.14
+
+    gcc must not make a call of memset of the loop that clears a micro-kernel's sums: they would live in memory.
+    """
+    from torch._inductor import cpp_builder, select_algorithm
+
+    builder: Any = cpp_builder
+
+    def first(choices: list[Any]) -> list[Any]:
+        library = select_algorithm.ExternKernelCaller
+        return [c for c in choices if not isinstance(c, library)][:1] or choices[:1]
+
+    def flags(compiler: str, *given: Any, **named: Any) -> tuple[list[str], list[str]]:
+        compiling, linking = before(compiler, *given, **named)
+        own = ["fno-tree-loop-distribute-patterns"] if builder._is_gcc(compiler) else []
+        return [*compiling, *own], linking
+
+    before = builder._get_optimization_cflags
+    chosen = select_algorithm.get_algorithm_selector_cache().preprocessing_fns
+    chosen.append(first)
+    builder._get_optimization_cflags = flags
+    try:
+        yield
+    finally:
+        builder._get_optimization_cflags = before
+        chosen.remove(first)
 
 
 def load_program(package: Path) -> Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]:

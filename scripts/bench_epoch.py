@@ -321,7 +321,7 @@ def section(threads: int, rows: list[list[str]], made: float, whole: str, comman
             f"{BEFORE} (before), and against JAX's `lax.scan`; float32, tanh, cross-entropy and plain gradient descent, examples "
             "in a shuffled order. "
             "Processor time of an update; median and quartiles of paired ratios; each candidate in a process of its own, "
-            "in turns. `!` marks a missed target. A network of more than 131,072 weights goes by steps. Making the first "
+            "in turns. `!` marks a missed target. A network of more than 131,072 weights goes by steps with one row. Making the first "
             f"program took {made:.0f} s with all imports, on this machine.",
             f"`{command}`  \n{benchmarking.machine()}",
             benchmarking.markdown_table([*HEADER, "JAX, us", "program / JAX", "target"], rows),

@@ -236,7 +236,8 @@ def test_rows_may_count_from_the_end(compile: Any, interpreted: list[_scan.Scan]
         ([(torch.arange(4.0),)], TypeError, r"a tuple of tensors .* Got shape \(4,\) and torch.float32"),
         ([(torch.arange(16) < 4,)], TypeError, r"Got shape \(16,\) and torch.bool"),
         ([(torch.arange(4).view(2, 2),)], TypeError, r"Got shape \(2, 2\) and torch.int64"),
-        ([([0, 1],)], TypeError, r"Got a tuple of list"),
+        ([([0, 1],)], TypeError, r"Got tuple \(\[0, 1\],\)"),
+        ([(torch.arange(4).numpy(),)], TypeError, r"Got a tuple of ndarray"),
         ([torch.arange(4)], TypeError, r"Got Tensor tensor\(\[0, 1, 2, 3\]\); write \(rows,\)"),
         ([(torch.arange(0),)], ValueError, r"must have an example. Got one without"),
         ([()], ValueError, r"must have an example. Got one without"),
@@ -275,6 +276,29 @@ def test_a_program_runs_the_rules(interpreted: list[_scan.Scan], monkeypatch: py
     agree(wrong, by_steps)
     assert distance(wrong.model, right.model) > 1e-3
     assert _programs._path(interpreted[0].step) != _programs._path(interpreted[1].step), "another program"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_products_in_another_way_are_the_same(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    kernels = threads == 1
+    for n, inner, m, other in ((1, 5, 3, True), (4, 1, 3, True), (20, 5, 3, True), (20, 5, 17, kernels)):
+        a, b, c = torch.randn(inner, n).t(), torch.randn(inner, m), torch.randn(m)
+        found, total = _graph.product(a, b), _graph.product_and_sum(c, a, b, beta=2, alpha=3)
+        assert (found is not NotImplemented) is (total is not NotImplemented) is other
+        if other:
+            torch.testing.assert_close(found, a @ b)
+            torch.testing.assert_close(total, 2 * c + 3 * (a @ b))
+    assert _graph.product(torch.randn(20, 5).double(), torch.randn(5, 17).double()) is NotImplemented
+
+
+def test_a_comparison_replaces_one_of_each_row() -> None:
+    x, index = torch.randn(4, 3), torch.tensor([2, 0, 1, 1])[:, None]
+    for dim in (1, -1):
+        assert torch.equal(_graph.one_of_each_row(x, dim, index, 2.0), x.scatter(dim, index, 2.0))
+    assert torch.equal(_graph.one_of_each_row(x, 0, index[:3].t(), 2.0), x.scatter(0, index[:3].t(), 2.0))
+    for other in (index[:2], index.expand(4, 2)):
+        assert _graph.one_of_each_row(x, 1, other, 2.0) is NotImplemented
 
 
 def test_the_quick_tanh_is_as_accurate() -> None:
@@ -403,6 +427,19 @@ def test_a_large_network_goes_by_steps(interpreted: list[_scan.Scan]) -> None:
     step, _ = pair(row)
     step.epoch(*examples(row), order(16, 8))
     assert not interpreted
+
+
+def test_micro_kernels_run_larger_networks(
+    interpreted: list[_scan.Scan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = Row("", lambda: [nn.Linear(FEATURES, 12000), nn.Tanh(), nn.Linear(12000, CLASSES)])
+    for size, threads, programs in ((8, 1, 1), (1, 1, 0), (8, 2, 0)):
+        monkeypatch.setattr(torch, "get_num_threads", functools.partial(int, threads))
+        plan = descent.MiniBatch(learning_rate=0.05)
+        step = Backprop(twins(row, torch.float32)[0], row.loss(), plan, compile="epoch")
+        step.epoch(*examples(row, torch.float32), order(16, size))
+        assert len(interpreted) == programs
+        interpreted.clear()
 
 
 def test_an_epoch_without_updates() -> None:
@@ -642,6 +679,26 @@ def test_the_layout_of_the_examples(store: Path, compilations: list[str]) -> Non
         assert all(i.is_contiguous() for i in scan.inputs), "a program runs on contiguous examples"
         paths.add(_programs._path(scan.step))
     assert len(paths) == 1
+
+
+@pytest.mark.slow
+def test_micro_kernels(store: Path) -> None:
+    row = Row(
+        "",
+        lambda: [
+            *(nn.Linear(FEATURES, 40), nn.Tanh(), nn.Residual(nn.Linear(40, 40), nn.GELU())),
+            *(nn.BatchNorm1d(40), nn.Linear(40, CLASSES)),
+        ],
+        rows=240,
+    )
+    x, t = examples(row, torch.float32)
+    plan = descent.MiniBatch(learning_rate=0.05, momentum=0.9)
+    ours, by_steps = (
+        Backprop(twins(row, torch.float32)[0], row.loss(), plan, compile=how) for how in ("epoch", False)
+    )
+    torch.testing.assert_close(ours.epoch(x, t, order(240, 30)), by_steps.epoch(x, t, order(240, 30)))
+    assert distance(ours.model, by_steps.model) <= 1e-5
+    assert any(b"micro_gemm" in package.read_bytes() for package in _programs.packages())
 
 
 TWO = """

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from manualprop._backprop._advice import NotFinite
-from manualprop._backprop._graph import Form, Graphs, effective, form_of, undone
+from manualprop._backprop._graph import Form, Graphs, effective, form_of, has_micro_kernels, undone
 from manualprop._backprop._plan import Plan
 from manualprop._backprop._programs import Program
 from manualprop._backprop._scan import RandomGraphError, Scan, scanned
@@ -23,6 +23,9 @@ Pieces = tuple[Tensor, ...]  # the rows of one update, in pieces
 # The most updates in one call of a program, and the most elements that it reads.  Ctrl-C, a loss that is not
 # finite and a progress bar wait for the end of a call, which is well under a second.
 UPDATES, ELEMENTS = 1024, 2**22
+
+# The most elements of all weights together, with which a program of micro-kernels is faster than steps.
+LARGEST = 2**20
 
 
 class Epoch(NamedTuple):
@@ -54,8 +57,8 @@ def portions(order: Iterable[Pieces], size: int) -> Iterator[list[Pieces]]:
 
 def _sizes(pieces: Pieces) -> tuple[int, ...]:
     try:
-        return tuple(map(len, pieces))
-    except TypeError:  # not asked before: this is called for every update
+        return tuple([piece.shape[0] for piece in pieces])  # len() of a tensor takes four times as long
+    except (AttributeError, IndexError, TypeError):  # not asked before: this is called for every update
         raise TypeError(_no_rows(f"{type(pieces).__name__} {pieces!r}")) from None
 
 
@@ -211,7 +214,7 @@ class Epochs:
     def _suits(self, rows: Tensor) -> bool:
         """Whether a program can make the updates, and is worth it."""
         updates, examples = rows.shape
-        if self.scanned is None or not self.plan.is_small:
+        if self.scanned is None or not self.scanned.pays(examples):
             return False
         if isinstance(self.plan.descent, Stochastic) and examples != 1:  # the step says what is wrong
             return False
@@ -259,13 +262,19 @@ class Scanned(Graphed):
         if devices != ["cpu"]:
             raise ValueError(_refused(f"the model must be on the CPU. Got one on {', '.join(devices)}"))
 
+    def pays(self, examples: int) -> bool:
+        """Whether a program of updates on so many examples is faster than steps, for a network of this size."""
+        plan = self.plan
+        kernels = examples > 1 and has_micro_kernels(plan.parameters[0].dtype)
+        return plan.is_small or (kernels and plan.weights <= LARGEST)
+
     def is_kept(self, x: Tensor, target: Tensor) -> bool:
         """Whether the program for the updates on inputs of this shape is on disk.
 
         Raises:
             TypeError: for a model that draws random numbers.
         """
-        return self.plan.is_small and self._scan(x, target, form_of(self.plan.groups)).is_kept()
+        return self.pays(len(x)) and self._scan(x, target, form_of(self.plan.groups)).is_kept()
 
     def __call__(
         self, x: Tensor, target: Tensor, form: Form, numbers: Sequence[Tensor]

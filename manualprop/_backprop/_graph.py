@@ -201,25 +201,53 @@ def tensors_as_inputs(graph: GraphModule) -> list[Tensor]:
 
 # ----- what compiled code spells in another way -----
 
+NARROW = 16  # columns: the numbers in a vector of the processor
+PRODUCT = 2**26  # multiplications of a product up to which micro-kernels are faster
 
-def product_of_one_row(a: Tensor, b: Tensor) -> Any:
-    """A product that one row makes a matrix and a vector, or two vectors, as elementwise products and a sum.
 
-    The compiler fuses these with what comes before and after: the step of one example is a few loops.
+def has_micro_kernels(dtype: torch.dtype) -> bool:
+    """Whether the compiler makes products itself.  Several threads would wait for each other at each of them."""
+    return dtype == torch.float32 and torch.get_num_threads() == 1
+
+
+def product(a: Tensor, b: Tensor) -> Any:
+    """A product as loops or as a micro-kernel of the compiler's, which fuse with what comes before and after.
+
+    One row makes a matrix and a vector of it, or two vectors: elementwise products and a sum.  The compiler has
+    micro-kernels for batches of products only, and on one thread they are twice as fast as a library for small
+    ones.  A narrow product is stored column by column: its rows would not fill a vector of the processor.
     """
-    if len(a) == 1:
+    (n, inner), m = a.shape, b.shape[1]
+    if n == 1:
         return (a.t() * b).sum(0, keepdim=True)  # (1, I) (I, O) -> (1, O)
-    if a.shape[1] == 1:
+    if inner == 1:
         return a * b  # (O, 1) (1, I) -> (O, I)
+    if a.is_cpu and m < min(n, NARROW):
+        return torch.mm(b.t(), a.t()).t()
+    if a.is_cpu and has_micro_kernels(a.dtype) and n * inner * m <= PRODUCT:
+        return torch.bmm(a.contiguous().unsqueeze(0), b.unsqueeze(0)).squeeze(0)
     return NotImplemented
 
 
 def product_and_sum(c: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Any:
-    """beta c + alpha a b, by :func:`product_of_one_row`."""
-    made = product_of_one_row(a, b)
+    """beta c + alpha a b, by :func:`product`."""
+    made = product(a, b)
     if made is NotImplemented:
         return made
     return (c if beta == 1 else beta * c) + (made if alpha == 1 else alpha * made)
+
+
+def one_of_each_row(x: Tensor, dim: int, index: Tensor, value: float) -> Any:
+    """x with one number of each row replaced, as a comparison, which the compiler fuses; scattering is a pass of its own.
+
+    It takes any index.  A loss reads the chosen class as well, and that refuses one that does not exist.
+    """
+    places = [1] * x.dim()
+    places[dim] = x.shape[dim]
+    if [k * n for k, n in zip(places, index.shape, strict=True)] != [*x.shape] or index.shape[dim] != 1:
+        return NotImplemented
+    at = torch.arange(x.shape[dim], device=x.device).view(places)
+    return torch.where(at == index, x.new_full((), value), x)
 
 
 def quick_tanh(x: Tensor) -> Any:
@@ -238,8 +266,9 @@ def quick_tanh(x: Tensor) -> Any:
 
 
 LOWERED: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten.mm.default: product_of_one_row,
+    torch.ops.aten.mm.default: product,
     torch.ops.aten.addmm.default: product_and_sum,
+    torch.ops.aten.scatter.value: one_of_each_row,
     torch.ops.aten.tanh.default: quick_tanh,
 }
 

@@ -92,7 +92,12 @@ class Plan:
     @property
     def is_small(self) -> bool:
         """Whether a graph makes the update as well: it returns new weights, which costs a copy."""
-        return sum(p.numel() for p in self.learning) <= SMALL
+        return self.weights <= SMALL
+
+    @property
+    def weights(self) -> int:
+        """The elements of all weights together."""
+        return sum(p.numel() for p in self.learning)
 
     @property
     def is_plain(self) -> bool:

@@ -24,14 +24,19 @@ def main(arguments: Sequence[str]) -> int:
         arguments: the arguments, beginning with the subcommand.
 
     Returns:
-        The exit status: 0, or 2 for a mistake in the command, which is then reported in one line.
+        The exit status: 0, 1 if the folder cannot be read or changed, or 2 for a mistake in the command. One line
+        says what is wrong.
     """
     try:
         options = _parser().parse_args(list(arguments)[1:])
     except Mistake as mistake:
         print(f"manualprop: programs: {mistake}", file=sys.stderr)
         return 2
-    print(_cleared() if options.clear else _listed())
+    try:
+        print(_cleared() if options.clear else _listed())
+    except (RuntimeError, OSError) as error:  # no folder, or another user's
+        print(f"manualprop: programs: {str(error).removeprefix('Backprop: ')}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -50,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 def _cleared() -> str:
     from manualprop._backprop._programs import clear, folder  # imports torch, which --help does not need
 
-    return f"{clear()} programs deleted from {folder()}"
+    return f"{counted_programs(clear())} deleted from {folder()}"
 
 
 def _listed() -> str:
@@ -58,8 +63,16 @@ def _listed() -> str:
 
     lines, size = [], 0
     for package in packages():
-        known = package.stat()
+        try:
+            known = package.stat()
+        except FileNotFoundError:  # another process has just removed it
+            continue
         size += known.st_size
         used = datetime.fromtimestamp(known.st_mtime)
         lines.append(f"{package.stem}  {known.st_size / 1e6:4.1f} MB  last used {used:%Y-%m-%d %H:%M}")
-    return "\n".join([*lines, f"{len(lines)} programs, {size / 1e6:.1f} MB in {folder()}"])
+    return "\n".join([*lines, f"{counted_programs(len(lines))}, {size / 1e6:.1f} MB in {folder()}"])
+
+
+def counted_programs(number: int) -> str:
+    """The number of programs in words: 1 program, 2 programs."""
+    return f"{number} program{'s' * (number != 1)}"

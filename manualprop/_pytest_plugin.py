@@ -5,6 +5,7 @@ It is loaded in every pytest run of an environment, so it imports pytest alone; 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,10 @@ class _Intercepting:
     def __init__(self, options: Any) -> None:
         from manualprop.verify._intercept import Interceptor
 
+        self.left: list[Report] = []  # with findings, and of no test
+        self.told: list[str] = []  # by the processes of xdist
+        if options.manualprop_update_baseline and getattr(options, "numprocesses", None):
+            raise pytest.UsageError("--manualprop-update-baseline writes from one process: add -n 0")
         only, baseline = options.manualprop_only, options.manualprop_baseline
         try:
             self.interceptor = Interceptor(
@@ -74,20 +79,40 @@ class _Intercepting:
         self.interceptor.watch_overriding()
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_pyfunc_call(self) -> Generator[None, object, object]:
-        result = yield
-        wrong = self.interceptor.verify()
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
+        options = " ".join(f"--manualprop-intercept={name}" for name in self.interceptor.packages)
+        again = f"pytest {shlex.quote(item.nodeid)} {options} --manualprop-only="
+        try:
+            result = yield
+        except (Exception, pytest.fail.Exception):  # it fails already; the next test is not to blame
+            for report in self.interceptor.verify(again):
+                item.add_report_section("call", "gradients", str(report))
+            raise
+        wrong = self.interceptor.verify(again)
         if wrong:
             pytest.fail("\n\n".join(map(str, wrong)), pytrace=False)
         return result
 
-    def pytest_sessionfinish(self) -> None:
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        self.left = self.interceptor.verify()  # what fixtures called after the last test
+        if self.left:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        if hasattr(session.config, "workeroutput"):  # a process of xdist: the first one prints
+            session.config.workeroutput["manualprop"] = self.lines()
         self.interceptor.finish()
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        self.told += getattr(node, "workeroutput", {}).get("manualprop", [])
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("gradients verified")
-        for line in self.interceptor.summary():
+        for line in self.told or self.lines():
             terminalreporter.write_line(line)
+
+    def lines(self) -> list[str]:
+        """The summary, after what no test could report."""
+        return [*map(str, self.left), *self.interceptor.summary()]
 
 
 @pytest.fixture

@@ -103,9 +103,6 @@ unpack_dual: Callable[..., Any] = torch._VF._unpack_dual
 cross_entropy_loss: Callable[..., Any] = torch._C._nn.cross_entropy_loss
 nll_loss: Callable[..., Any] = torch._C._nn.nll_loss_nd
 
-# The sizes of an output of torch.nn.functional's unpools, with its errors.  2.11 to 2.14
-unpool_output_size: Callable[..., Any] = vars(torch.nn.functional)["_unpool_output_size"]
-
 # Batch norm, with the statistics that its backward needs.  2.11 to 2.14
 batch_norm_with_statistics: Callable[..., Any] = torch._batch_norm_impl_index
 

@@ -25,6 +25,7 @@ from manualprop.verify._settings import (
     Settings,
     known_findings,
     project_settings,
+    qualified_name,
     read_baseline,
     write_baseline,
 )
@@ -48,7 +49,7 @@ examples:
   manualprop verify mypackage.ops:Swish --only second_order --seed 3
   manualprop verify path/to/ops.py --junit verify.xml --html verify.html
 
-exit status: 0 nothing found, 1 a finding or a Function without inputs, 2 a mistake in the command
+exit status: 0 nothing found, 1 a finding or something that cannot be verified, 2 a mistake in the command
 """
 
 
@@ -143,25 +144,56 @@ def _run(options: argparse.Namespace) -> int:
     if plan.accept and len(found) != 1:
         raise _Mistake(f"--accept speaks of one target. There are {len(found)}: use pyproject.toml")
     out = sys.stderr if options.json == Path("-") else sys.stdout
-    reports, unverified = [], [f.target for f in found if f.case is None]
-    for f, report in _all_verified([f for f in found if f.case is not None], plan):
-        reports.append(report)
-        made_up = f"inputs made up: {f.guessed}\n" if f.guessed else ""
-        print(f"\n{made_up}{report.table() if options.verbose else report}", file=out, flush=True)
+    reports, unverified = [], [(f.target, _why_not(f)) for f in found if f.case is None]
+    cases = [f for f in found if f.case is not None]
+    try:
+        for f, result in _all_verified(cases, plan):
+            if isinstance(result, str):
+                unverified.append((f.target, result))
+                continue
+            reports.append(result)
+            made_up = f"inputs made up: {f.guessed}\n" if f.guessed else ""
+            print(f"\n{made_up}{result.table() if options.verbose else result}", file=out, flush=True)
+    except KeyboardInterrupt:
+        _write(options, reports)
+        print(f"\ninterrupted: {len(reports)} of {len(cases)} verified", file=out)
+        raise
     _write(options, reports)
-    for target in unverified:
+    for target, why in unverified:
+        print(f"\n{target}: NOT VERIFIED: {why}", file=out)
+    gone = _gone(plan.settings, options.targets, found)
+    for name in gone:
         print(
-            f"\n{target}: NOT VERIFIED, since no inputs were found that it accepts. Put a case beside it:",
+            f"\n{name}: pyproject.toml accepts findings of it, and there is no such name: take it out",
             file=out,
         )
-        print(f"    CASE = manualprop.verify.Case({target.partition(':')[2]}.apply, (inputs, ...))", file=out)
     bad = [r for r in reports if not r.passed]
     print(f"\n{len(reports)} verified, {len(bad)} with findings, {len(unverified)} not verified", file=out)
     if plan.update is not None:
         count = write_baseline(plan.update, [(r.name, r) for r in reports])
         print(f"{plan.update}: {count} known finding{'s' * (count != 1)}", file=out)
         return 0
-    return 1 if bad or unverified else 0
+    return 1 if bad or unverified or gone else 0
+
+
+def _why_not(found: Found) -> str:
+    if found.broken:
+        return found.broken
+    name = found.target.partition(":")[2]
+    return (
+        "no inputs were found that it accepts. Put a case beside it:\n"
+        f"    CASE = manualprop.verify.Case({name}.apply, (inputs, ...))"
+    )
+
+
+def _gone(settings: Settings, targets: Sequence[str], found: Sequence[Found]) -> list[str]:
+    """The names in the table ``accept`` that nothing has, in the modules that are verified whole."""
+    modules = {f.target.partition(":")[0] for f in found if ":" in f.target}
+    modules -= {target.partition(":")[0] for target in targets if ":" in target}
+    names = {f.target.replace(":", ".") for f in found}
+    for case in (f.case for f in found if f.case is not None):
+        names |= {case.name, qualified_name(case.fn)}
+    return [name for name in settings.accept if name.rpartition(".")[0] in modules and name not in names]
 
 
 def _refuse_mistakes(options: argparse.Namespace) -> None:
@@ -214,8 +246,8 @@ def _planned(options: argparse.Namespace) -> _Plan:
     return _Plan(level, only, options.seed, options.time_limit, options.jobs, accept, settings, known, update)
 
 
-def _all_verified(found: Sequence[Found], plan: _Plan) -> Iterator[tuple[Found, Report]]:
-    """Each with its report, in order; several at a time, in processes of their own, if that is asked."""
+def _all_verified(found: Sequence[Found], plan: _Plan) -> Iterator[tuple[Found, Report | str]]:
+    """Each with its report, or why it cannot be verified, in order; several at a time, in processes of their own, if that is asked."""
     if plan.jobs == 1 or len(found) < 2 or not can_fork():
         for f in found:
             with _progress(f.target, len(chosen(plan.level, plan.only))) as step:
@@ -235,11 +267,11 @@ def _all_verified(found: Sequence[Found], plan: _Plan) -> Iterator[tuple[Found, 
 _WORK: list[tuple[Found, _Plan]] = []
 
 
-def _verified_at(place: int) -> Report:
+def _verified_at(place: int) -> Report | str:
     return _verified(*_WORK[place], None)
 
 
-def _verified(found: Found, plan: _Plan, step: Callable[[Outcome], None] | None) -> Report:
+def _verified(found: Found, plan: _Plan, step: Callable[[Outcome], None] | None) -> Report | str:
     case = found.case
     assert case is not None
     names = [p.name for p in chosen(plan.level, plan.only)]
@@ -256,10 +288,13 @@ def _verified(found: Found, plan: _Plan, step: Callable[[Outcome], None] | None)
             time_limit=plan.time_limit,
             progress=step,
         )
-    except ValueError as error:
-        raise _Mistake(str(error)) from None
-    again = f"manualprop verify {found.target} --seed {plan.seed} --only"
-    outcomes = (dataclasses.replace(o, reproduction=f"{again} {o.probe}") for o in report.outcomes)
+    except (ValueError, TypeError) as error:  # nothing can be shown at these inputs
+        return str(error).removeprefix("check: ")
+    again = f"manualprop verify {found.target} --seed {plan.seed}"
+    outcomes = (
+        dataclasses.replace(o, reproduction=f"{again} --only {o.probe}" if o.probe in load() else again)
+        for o in report.outcomes
+    )
     return dataclasses.replace(report, name=found.target, outcomes=tuple(outcomes))
 
 

@@ -34,6 +34,7 @@ GEOMETRIES = {
     "x is longer": (2, 1, 2, 1, (6,), (3,), (2,), (1,), (0,), (2,)),
     "one position": (2, 3, 2, 1, (3, 2), (3, 2), (1, 1), (1, 1), (0, 0), (1, 1)),
     "one position, strides": (2, 3, 2, 1, (5, 4), (3, 2), (1, 1), (2, 2), (0, 0), (1, 1)),
+    "only padding": (2, 2, 1, 1, (1,), (1,), (2,), (7,), (3,), (1,)),
     "one position, padded": (1, 2, 2, 1, (2,), (4,), (1,), (1,), (1,), (1,)),
 }
 
@@ -124,6 +125,45 @@ def test_the_fast_correlation_is_the_plain_one(
             for W in found:
                 assert W.dtype == dtype and W.is_contiguous()
                 torch.testing.assert_close(W.to(wide), exact, **within)
+
+
+# x, channels of y, options of conv2d or conv3d with a kernel of three
+FORMS: list[tuple[str, tuple[int, ...], int, dict[str, Any]]] = [
+    ("by_examples", (2, 3, 4, 4), 5, {"padding": 1}),
+    ("by_examples", (2, 32, 4, 4), 8, {"padding": 1, "stride": 2}),
+    ("by_examples", (2, 3, 4, 2, 2), 4, {"padding": 1}),
+    ("by_rows", (3, 8, 11, 14), 6, {"padding": (2, 1), "stride": (2, 1), "dilation": (1, 2)}),
+    ("by_rows", (2, 8, 6, 9, 10), 4, {"padding": 1}),
+    ("by_columns", (2, 4, 11, 10), 6, {"padding": 1}),
+    ("by_columns", (2, 8, 12, 30), 6, {"stride": 3}),
+    ("by_channels", (2, 1, 11, 10), 3, {}),
+]
+
+
+@pytest.mark.parametrize("columns", [2**20, 2**9])
+@pytest.mark.parametrize(("form", "shape", "O", "options"), FORMS)
+def test_each_layer_has_its_form(
+    form: str,
+    shape: tuple[int, ...],
+    O: int,
+    options: dict[str, Any],
+    columns: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """dW in float32, whole and band by band, against torch's in float64."""
+    monkeypatch.setattr(_correlation, "COLUMNS", columns)
+    chosen: list[Any] = []
+    choose = _correlation.form_for
+    monkeypatch.setattr(_correlation, "form_for", lambda *args: chosen.append(choose(*args)) or chosen[-1])
+    name, K = f"conv{len(shape) - 2}d", [3] * (len(shape) - 2)
+    x, W = real(*shape, grad=False), real(O, shape[1], *K, seed=1)
+    y = getattr(torch.nn.functional, name)(x, W, **options)
+    g = upstream(y)
+    (exact,) = torch.autograd.grad(y, W, g)
+    W = W.detach().float().requires_grad_()
+    (found,) = torch.autograd.grad(getattr(F, name)(x.float(), W, **options), W, g.float())
+    assert [f.__name__ for f in chosen] == [form]
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6 * exact.abs().max().item())
 
 
 # ----- every order is ours -----
@@ -251,6 +291,24 @@ def test_channels_last_goes_through(name: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(*found)
 
 
+def test_an_output_without_positions_gives_zeros() -> None:
+    """Half precision has such transposed convolutions; torch's convolution, their gradient, refuses them."""
+    y, W = real(2, 3, 2).bfloat16(), real(3, 2, 1).bfloat16()
+    x = F.conv_transpose1d(y, W, stride=3, padding=2)
+    assert x.shape == (2, 2, 0)
+    assert not any(d.any() for d in torch.autograd.grad(x.sum(), (y, W)))
+
+
+@pytest.mark.parametrize("name", ["conv2d", "conv_transpose2d"])
+def test_an_axis_of_length_1_may_have_any_stride(name: str) -> None:
+    """Of a grouped kernel in channels-last: oneDNN misreads it, torch's own function too (2.13)."""
+    x, W = real(2, 4, 4, 5, grad=False).float(), real(4, 2, 3, 1, grad=False).float()
+    x = x.contiguous(memory_format=torch.channels_last)
+    odd = torch.empty_strided(W.shape, (6, 1, 2, 1)).copy_(W)
+    f = getattr(F, name)
+    torch.testing.assert_close(f(x, odd, groups=2), f(x, W, groups=2))
+
+
 @pytest.mark.parametrize("axes", [1, 2, 3])
 def test_output_size(axes: int) -> None:
     found = []
@@ -310,6 +368,8 @@ MISUSES: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
     ("conv_transpose1d", (X1, V1), {"output_padding": -1}, "output_padding must not be negative. Got -1"),
     ("conv_transpose1d", (X1, V1), {"output_padding": 1}, "output padding must be smaller"),
     ("conv_transpose1d", (X1, V1), {"stride": "2"}, "str"),
+    ("conv_transpose1d", (X1, V1), {"padding": "same"}, "padding must be numbers, not a str. Got 'same'"),
+    ("conv1d", (X1, None), {}, "conv1d: weight must be a Tensor"),
 ]  # fmt: skip
 
 

@@ -148,6 +148,54 @@ def test_a_large_image_is_shown_whole_for_fewer_examples(browser: Any, tmp_path:
     assert browser.get_log("browser") == []
 
 
+@pytest.mark.slow
+def test_a_transposed_convolution_shows_its_sums_in_the_letters_of_its_rule(
+    browser: Any, tmp_path: Any
+) -> None:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 4, 1), nn.ConvTranspose2d(4, 6, (3, 2), 2, (1, 0), (1, 0), 2, dilation=(1, 2))
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(6 * 56, 3)).double()
+    page = opened(browser, explained(model, (5, 1, 4, 3)), tmp_path / "transposed.html")
+    kinds = {
+        "transposed": "x",
+        "transposed_input": "dL/dy",
+        "transposed_weight": "dW",
+        "convolution_bias": "db",
+    }
+    for key, kind, symbol in page.run(
+        "return DATA.grids.map(({ key, made, symbol }) => [key, made.kind, symbol])"
+    ):
+        if kinds.get(kind) != symbol or key in ("d:0.bias",):
+            continue
+        whole = as_table(key, page.explanation.numbers[key])
+        for flat in {0, whole.numel() // 3, whole.numel() - 1}:
+            row, col = divmod(flat, whole.shape[1])
+            found = page.cell(key, row, col, kind)
+            assert found["whole"], (key, kind)
+            assert found["sum"] == pytest.approx(whole[row, col].item(), rel=1e-4, abs=1e-6), (key, kind)
+        kinds.pop(kind)
+    assert kinds == {}
+    page.cell("y:1", 2, 5 * 56)
+    assert "x[2,5,0,0] = Σ y[2,2+o,q] W[2+o,2,k] + b[5], over 2 channels and 1 place" in page.run(
+        "return document.querySelector('#sum-body .total').innerText"
+    )
+
+
+def test_pictures_keep_their_place_before_they_are_drawn(page: Page) -> None:
+    """Or a jump to a step would end elsewhere; and a number in a tall picture scrolls into sight."""
+    page.look(360)
+    heights = "return GRIDS.map((g) => g.element.offsetHeight)"
+    before = page.run(heights)
+    page.run("GRIDS.forEach((g) => g.draw())")
+    assert page.run(heights) == before
+    g = page.run(
+        """const g = GRIDS.find((g) => g.grid.key === 'y:0'); g.go(g.numbers.rows - 1, g.numbers.cols - 1, true);
+        const [, y] = g.place(g.row, g.col); return [y, g.body.scrollTop, g.body.clientHeight]"""
+    )
+    assert g[1] <= g[0] < g[1] + g[2]
+    page.look(1440)
+
+
 # ----- the nudge -----
 
 
@@ -198,7 +246,11 @@ def of_one_axis() -> torch_nn.Module:
 
 @pytest.mark.parametrize(
     ("model", "shape", "is_training"),
-    [(normed, (6, 84), True), (of_one_axis, (5, 2, 9), True), (of_one_axis, (5, 2, 9), False)],
+    [
+        (normed, (6, 84), True),
+        pytest.param(of_one_axis, (5, 2, 9), True, marks=pytest.mark.slow),
+        pytest.param(of_one_axis, (5, 2, 9), False, marks=pytest.mark.slow),
+    ],
 )
 def test_a_nudge_of_any_weight_moves_the_loss_as_in_torch(
     model: Any, shape: tuple[int, ...], is_training: bool, browser: Any, tmp_path: Any
@@ -236,6 +288,7 @@ def test_a_nudge_of_any_weight_moves_the_loss_as_in_torch(
     assert page.browser.get_log("browser") == []
 
 
+@pytest.mark.slow
 def test_what_the_page_does_not_compute_is_told(browser: Any, tmp_path: Any) -> None:
     x, target = images(4, 1, 5, 5)
     for layer in (nn.LPPool2d(2, 2), nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular")):

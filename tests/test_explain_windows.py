@@ -112,6 +112,10 @@ TORCHS = torch_nn.Sequential(
     torch_nn.Conv2d(1, 2, 3), torch_nn.ReLU(), torch_nn.MaxPool2d(2), torch_nn.AdaptiveAvgPool2d(2), torch_nn.Flatten(),
     torch_nn.Linear(8, 3),
 )  # fmt: skip
+DECODER = nn.Sequential(
+    nn.ConvTranspose2d(1, 4, 2), nn.Tanh(), nn.ConvTranspose2d(4, 6, (3, 2), 2, (1, 0), (1, 0), 2, dilation=(1, 2)), nn.AvgPool2d(3),
+    nn.Flatten(), nn.LazyLinear(3),
+)  # fmt: skip
 KINDS = {"convolution", "convolution_input", "convolution_weight", "maximum", "chosen", "mean", "mean_input"}
 
 
@@ -121,6 +125,12 @@ KINDS = {"convolution", "convolution_input", "convolution_weight", "maximum", "c
         pytest.param(convnet(), (6, 2, 9, 10), KINDS, id="two axes"),
         pytest.param(ONE_AXIS, (5, 2, 9), KINDS - {"convolution_input"}, id="one axis"),
         pytest.param(THREE_AXES, (4, 1, 4, 5, 4), KINDS, id="three axes"),
+        pytest.param(
+            DECODER,
+            (4, 1, 4, 3),
+            {"transposed", "transposed_input", "transposed_weight", "mean", "mean_input"},
+            id="transposed",
+        ),
         pytest.param(TORCHS, (4, 1, 7, 7), KINDS - {"convolution_input"}, id="torch's"),
     ],
 )
@@ -135,7 +145,7 @@ def test_the_terms_are_the_tensors_numbers_and_add_up(
             made = shown.made
             seen.add(made["kind"])
             assert one.value == e.numbers[shown.key][entry(one.entry)].item()
-            if made["kind"] != "convolution_weight":
+            if made["kind"] not in ("convolution_weight", "transposed_weight"):
                 assert entry(one.entry)[0] == example
             if made["kind"] == "maximum":
                 assert one.value == one.terms[0].value == max(term.value for term in one.terms)
@@ -144,8 +154,10 @@ def test_the_terms_are_the_tensors_numbers_and_add_up(
                 assert total == pytest.approx(one.value, rel=1e-9, abs=1e-12), (shown.key, one)
             for term in one.terms:
                 assert term.value == pytest.approx(math.prod(term.factors), rel=1e-12)
-                for letter, index in re.findall(r"([Wxgb])\[([\d,]+)\]", term.label):
-                    number = e.numbers[made[letter]][tuple(map(int, index.split(",")))].item()
+                for letter, index in re.findall(r"([Wxygb])\[([\d,]+)\]", term.label):
+                    number = e.numbers[made[letter.replace("y", "x")]][
+                        tuple(map(int, index.split(",")))
+                    ].item()
                     over = int((re.search(r"/ (\d+)", term.label) or [0, 1])[1])
                     assert any(number / over == pytest.approx(factor) for factor in term.factors)
     assert seen == kinds
@@ -177,9 +189,26 @@ def test_what_other_layers_add_is_told() -> None:
         assert sum(term.value for term in one.terms) + one.rest == pytest.approx(one.value)
 
 
+def test_a_layer_whose_output_nobody_uses_hands_nothing_back() -> None:
+    class Unused(torch_nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+            self.linear, self.conv = nn.Linear(4, 4), nn.Conv1d(1, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            self.linear(y), self.conv(y.unsqueeze(1))
+            return self.last(y)
+
+    e = explained(Unused().double(), (5, 4))
+    assert [block.layer for block in e.steps[8].blocks] == ["last"]
+    assert "Chain rule" in str(e)
+    assert not e.numbers["d:conv.weight"].any()
+
+
 OTHERS = {
     "padding in circles": nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular"),
-    "transposed": nn.ConvTranspose2d(1, 2, 3),
     "norms": nn.LPPool2d(2, 2),
     "at random": nn.FractionalMaxPool2d(2, output_size=2),
 }

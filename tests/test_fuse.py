@@ -171,8 +171,9 @@ class Pooled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         fine = torch.nn.functional.pad(x, (1, 1))
-        coarse = self.conv(torch.relu(self.norm(torch.nn.functional.max_pool1d(fine, 2))))
-        return fine + torch.nn.functional.interpolate(coarse, scale_factor=2)
+        h = torch.relu(self.norm(torch.nn.functional.max_pool1d(fine, 2)))
+        coarse = self.conv(h).reshape(h.shape)
+        return fine + torch.nn.functional.interpolate(coarse, size=fine.size()[-1:])
 
 
 def layer(kind: type[nn.Module], **options: Any) -> nn.Module:
@@ -486,6 +487,7 @@ LESS = "its parts would keep no less as one"
         (lambda self, n, h: (self.count.add_(1), self.conv(h))[1], "its forward changes count"),
         (lambda self, n, h: self.conv(h + torch.ones(())), "its forward makes a tensor"),
         (lambda self, n, h: self.conv(h[0]), "its forward calls getitem"),
+        (lambda self, n, h: self.conv(h.to(self.conv.weight.dtype)), "its forward reads .dtype"),
     ],
 )
 def test_a_value_that_others_keep_or_an_effect_is_in_the_way(of: Any, reason: str) -> None:

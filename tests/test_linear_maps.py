@@ -44,6 +44,7 @@ CHANNELS_LAST = {
     "constant": lambda f, x: f.pad(x, (1, 2, 2, 1)),
     "average": lambda f, x: f.avg_pool2d(x, 3, 2, 1),
     "adaptive": lambda f, x: f.adaptive_avg_pool2d(x, (3, 2)),
+    "average of three axes, unbatched": lambda f, x: f.avg_pool3d(x, 2, 1),
 }
 
 
@@ -161,3 +162,50 @@ def test_an_empty_batch_has_an_empty_gradient_of_its_shape() -> None:
     x = torch.ones(0, 4, 2, 2, requires_grad=True)
     for y in (F.pixel_shuffle(x, 2), F.avg_pool2d(x, 2), F.interpolate(x, size=5, mode="bilinear")):
         assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+
+
+def test_complex_numbers_are_reflected() -> None:
+    x = torch.randn(2, 3, dtype=torch.complex128, requires_grad=True)
+    ours, torchs = (
+        gradients(lambda z, f=f: f.pad(z, (2, 1), "reflect"), (x,)) for f in (F, torch.nn.functional)
+    )
+    torch.testing.assert_close(ours, torchs)
+
+
+def test_a_circle_is_not_padded_by_more_than_the_cut_left() -> None:
+    """torch's output then has elements that nothing wrote."""
+    with pytest.raises(
+        RuntimeError, match=r"pad: circular padding must add at most .* Got \(2, -1\) for 2 elements"
+    ):
+        F.pad(torch.ones(2, 2), (2, -1), "circular")
+
+
+MISUSES: dict[str, tuple[Any, ...]] = {
+    "as many sizes as axes": ((2, 4, 5, 5), (1, 2, 3, 4)),
+    "more sizes than pooled axes": ((2, 4, 5, 5), (1, 2, 3)),
+    "text": ((2, 4, 5, 5), "3"),
+    "no channels": ((5, 5), 2),
+}
+
+
+@pytest.mark.parametrize("name", MISUSES)
+def test_misuse_of_adaptive_averages_is_torchs(name: str) -> None:
+    shape, size = MISUSES[name]
+    with pytest.raises(Exception) as torchs:
+        torch.nn.functional.adaptive_avg_pool2d(torch.ones(shape), size)
+    with pytest.raises(torchs.type):
+        F.adaptive_avg_pool2d(torch.ones(shape), size)
+
+
+@pytest.mark.slow
+def test_one_program_for_sizes_and_options_that_vary() -> None:
+    def f(x: Tensor, k: int, p: int) -> Tensor:
+        y, places = F.max_pool2d(x, k, return_indices=True)
+        y = F.interpolate(F.max_unpool2d(y, places, k), scale_factor=2.0)
+        return F.lp_pool2d(F.avg_pool2d(y, k), p, k)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=True)
+    x = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
+    found = [gradients(lambda z, g=g: g(z, 2, 2), (x,)) for g in (f, compiled)]
+    torch.testing.assert_close(*found)

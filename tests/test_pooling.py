@@ -169,6 +169,18 @@ def test_a_norm_of_zeros_has_the_gradient_zero(p: float) -> None:
     assert torch.autograd.grad(second.sum(), x)[0].isfinite().all() or p < 2
 
 
+def test_a_negative_power_of_infinities_has_the_gradient_zero() -> None:
+    """There the sum of x^p is 0 too."""
+    x = torch.tensor([[torch.inf, torch.inf, 1, 2]], dtype=D, requires_grad=True)
+    torch.testing.assert_close(*(gradients(f, (x,)) for f in both("lp_pool1d", -2.0, 2)))
+
+
+def test_a_norm_of_whole_numbers_is_no_whole_number() -> None:
+    x = torch.tensor([[1, 2, 3, 4]])
+    ours, torchs = both("lp_pool1d", 2.0, 2)
+    torch.testing.assert_close(ours(x), torchs(x))
+
+
 @pytest.mark.parametrize("p", [torch.inf, -torch.inf])
 def test_an_infinite_norm(p: float) -> None:
     x = torch.linspace(-3.1, 2.9, 24, dtype=D).reshape(2, 12).requires_grad_()

@@ -3,13 +3,18 @@
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
+from manualprop import _verify_command
 from manualprop._command import main
+from manualprop.verify import Outcome, Report
 from manualprop.verify._discover import NotFound, discover
+from manualprop.verify._formats import html
 
 OPS = """
 import torch
@@ -80,6 +85,28 @@ class Picky(torch.autograd.Function):
 SCALES = {"three": Case(Scale.apply, (torch.randn(2, requires_grad=True), 3.0))}
 """
 
+REFUSED = """
+import torch
+from manualprop.verify import Case
+
+class Text(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return "text"
+
+class Cuda(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        raise RuntimeError("needs a GPU")
+
+CASES = [
+    Case(torch.sin, (torch.ones(2),)),
+    Case(Text.apply, (torch.ones(2, requires_grad=True),)),
+    Case(Cuda.apply, (torch.ones(2, requires_grad=True),)),
+    Case(torch.sin, (torch.ones(2, requires_grad=True),)),
+]
+"""
+
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -123,7 +150,7 @@ def test_of_a_file_and_of_one_name(module: str) -> None:
     [
         ("no_such_module", "there is no module 'no_such_module'"),
         ("{0}:Liner", "has no 'Liner'. There are: Linear, Root, Pick, Scale, Quantize, Picky, SCALES"),
-        ("missing.py", "there is no file missing.py"),
+        ("missing.py", "^there is no file missing.py"),
         ("json", "json holds no autograd.Function and no manualprop.verify.Case"),
     ],
 )
@@ -160,6 +187,55 @@ def test_the_command(module: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "NOT VERIFIED" in capsys.readouterr().out
 
 
+def test_what_cannot_be_verified_hides_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "kit").mkdir()
+    for name, text in {"__init__": "", "a_broken": "import no_such_package", "refused": REFUSED}.items():
+        (tmp_path / "kit" / f"{name}.py").write_text(text)
+    gone = '[tool.manualprop.verify.accept."kit.refused.Gone"]\nvmap = "why"\n'
+    (tmp_path / "pyproject.toml").write_text(gone)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    assert main(["verify", "kit", "--only", "first_order", "--json", "out.json"]) == 1
+    out = capsys.readouterr().out
+    for line in (
+        "kit.a_broken: NOT VERIFIED: kit.a_broken cannot be imported: No module named 'no_such_package'",
+        "kit.refused:CASES.0: NOT VERIFIED: ",
+        "no input requires a gradient",
+        "kit.refused:CASES.1: NOT VERIFIED: Text must return a floating tensor",
+        "FINDING  call: the plain call raises RuntimeError: needs a GPU",
+        "again:     manualprop verify kit.refused:CASES.2 --seed 0\n",
+        "kit.refused:CASES.3: no finding",
+        "kit.refused.Gone: pyproject.toml accepts findings of it, and there is no such name",
+        "2 verified, 1 with findings, 3 not verified",
+    ):
+        assert line in out
+    assert [r["passed"] for r in json.loads(Path("out.json").read_text())] == [False, True]
+
+
+def test_ctrl_c_keeps_what_is_done(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(found: Any, plan: Any) -> Iterator[tuple[Any, Report]]:
+        yield found[0], Report("first", ())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_verify_command, "_all_verified", interrupted)
+    assert main(["verify", f"{module}:SCALES.three", f"{module}:SCALES.three", "--json", "out.json"]) == 130
+    assert "interrupted: 1 of 2 verified" in capsys.readouterr().out
+    assert [r["name"] for r in json.loads(Path("out.json").read_text())] == ["first"]
+
+
+def test_the_page_shows_findings_first() -> None:
+    wrong = Report("ops.b_wrong", (Outcome("vmap", "finding", "off by <2>"),))
+    page = html([Report("ops.a_right", (Outcome("vmap", "passed"),)), wrong])
+    assert (
+        page.index("b_<wbr>wrong</h3>") < page.index("<h2>Without findings") < page.index("a_<wbr>right</h3>")
+    )
+    assert '<a href="#r0">' in page and '<details id="r0" open>' in page and "off by &lt;2&gt;" in page
+
+
 def test_every_row_with_v(module: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", f"{module}:SCALES.three", "-v", "--only", "first_order"]) == 0
     assert "first_order  ok        largest error" in capsys.readouterr().out
@@ -183,11 +259,11 @@ def test_a_library_may_start_with_findings(module: str, capsys: pytest.CaptureFi
     assert main(["verify", f"{module}:Linear", f"{module}:Root", *known]) == 0
     assert "accepted first_order: known: it stands in the baseline" in capsys.readouterr().out
     path = Path("known.json")
-    path.write_text(path.read_text().replace(f"{module}:Linear", f"{module}:Root"))
+    path.write_text(path.read_text().replace(f"{module}.Linear", f"{module}.Root"))
     assert main(["verify", f"{module}:Linear", f"{module}:Root", *known]) == 1
     out = capsys.readouterr().out
     assert "2 verified, 2 with findings" in out, "one is new, and one is gone"
-    assert "accepted because of 'known: it stands in the baseline', but it passes" in out
+    assert "known in the baseline, but it passes: --update-baseline takes it out" in out
     path.write_text("[]")
     assert main(["verify", f"{module}:Linear", *known]) == 2
     assert "known.json is not a baseline" in capsys.readouterr().err
@@ -206,6 +282,11 @@ def test_what_is_accepted_stands_in_pyproject_or_in_the_command(
     Path("pyproject.toml").write_text(f'{table}first_order = ""\n')
     assert main(linear) == 2
     assert "must give a reason for each probe" in capsys.readouterr().err
+    Path("pyproject.toml").write_text(f'{table}frist_order = "means are meant"\n')
+    assert main(linear) == 2
+    assert (
+        ".Linear' must name probes. Got 'frist_order'. Did you mean 'first_order'" in capsys.readouterr().err
+    )
     Path("pyproject.toml").write_text("[tool.manualprop.verify]\naccpet = {}\n")
     assert main(linear) == 2
     assert "has accept, baseline and level. Got accpet." in capsys.readouterr().err

@@ -158,6 +158,7 @@ def test_wrong(verify_gradients):
 
 
 SUITE = """
+import unittest
 def test_right():
     ops.sine(torch.randn(3, requires_grad=True)).sum().backward()
 
@@ -172,6 +173,17 @@ def test_no_gradient():
 
 def test_own_apply():
     ops.OwnApply.apply(torch.randn(3, requires_grad=True))
+
+class TestOldStyle(unittest.TestCase):
+    def test_by_unittest(self):
+        ops.steep(torch.randn(5, requires_grad=True))
+
+def test_fails_by_itself():
+    ops.steep(torch.randn(2, 3, 4, requires_grad=True))
+    assert False
+
+def test_innocent():
+    pass
 
 def test_traced():
     torch.func.vmap(ops.Sine.forward, in_dims=(None, 0))
@@ -188,20 +200,28 @@ def test_interception_fails_the_test_that_meets_a_wrong_function(pytester: pytes
             "*test_wrong_once_more PASSED*",
             "*test_no_gradient PASSED*",
             "*test_own_apply FAILED*",
+            "*test_by_unittest FAILED*",
+            "*test_fails_by_itself FAILED*",
+            "*test_innocent PASSED*",
             "*test_traced PASSED*",
+            "called with float32[[]3, 2[]] that requires grad",
             "*constant factor 2: doubled*",
+            "*again: *pytest test_ops.py::test_wrong --manualprop-intercept=ops --manualprop-only=first_order",
+            "*Captured gradients call*",
             "*gradients verified*",
             "ops.Sine: no finding*",
             "ops.Steep: * finding*",
         ]
     )
-    result.assert_outcomes(passed=4, failed=2)
+    result.assert_outcomes(passed=5, failed=4)
 
 
 def test_interception_of_a_package_that_no_test_uses_says_so(pytester: pytest.Pytester) -> None:
     result = run(pytester, SUITE, "--manualprop-intercept=other")
-    result.assert_outcomes(passed=6)
-    result.stdout.fnmatch_lines(["no torch.autograd.Function of other was called*"])
+    result.assert_outcomes(passed=8, failed=1)
+    result.stdout.fnmatch_lines(
+        ["no torch.autograd.Function of other was called*", "other was never imported: is that its name?"]
+    )
 
 
 def test_the_plugin_loads_neither_torch_nor_the_package() -> None:

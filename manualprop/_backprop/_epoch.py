@@ -189,8 +189,8 @@ class Epochs:
                 yield rows, whole
 
     def prepare(self, x: Tensor, target: Tensor) -> None:
-        """Load or compile the program of further updates like this one; nothing changes."""
-        if self.scanned is not None:
+        """Load or compile the program for updates on inputs of this shape."""
+        if self.scanned is not None and self.plan.is_small:
             self.scanned.program(x, target, form_of(self.plan.groups))
 
     def _in_one(self, x: Tensor, target: Tensor, rows: Tensor) -> Epoch | None:
@@ -283,9 +283,10 @@ class Scanned(Graphed):
 
         None if a loss is not finite, or if the program refuses a target: then nothing has changed.
         """
+        x, target = x.contiguous(), target.contiguous()
         scan, run = self._scan(x[0], target[0], form), self.program(x[0], target[0], form)
         try:
-            found = run([*scan.carried, x.contiguous(), target.contiguous(), *numbers, *scan.fixed])
+            found = run([*scan.carried, x, target, *numbers, *scan.fixed])
         except (RuntimeError, IndexError):  # a class that does not exist; the step says which
             return None
         new, (losses, outputs) = found[: len(scan.carried)], found[len(scan.carried) :]
@@ -316,6 +317,7 @@ class Scanned(Graphed):
         return scan
 
     def _traced(self, x: Tensor, target: Tensor) -> Scan:
+        x, target = x.contiguous(), target.contiguous()  # the layout is part of a program
         plan, criterion = self.plan, self.plan.criterion
         numbers = [torch.zeros((), dtype=torch.float64) for _ in effective(plan.groups)]
         lacking = [p for p, d in plan.descend.items() if d.group["momentum"] and d.buffer is None]

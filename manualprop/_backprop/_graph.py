@@ -7,6 +7,7 @@ no second implementation.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,8 @@ from manualprop._torch import inductor
 Body = Callable[..., tuple[Tensor, ...]]
 Groups = list[dict[str, Any]]  # of an optimizer
 Form = tuple[tuple[Any, ...], ...]
+
+OFTEN = 8  # steps of further inputs, after which a graph of their own is worth about ten seconds
 
 
 class Graphs:
@@ -41,6 +44,7 @@ class Graphs:
             )
         self.compile, self.capture = compile, capture
         self._made: dict[Any, tuple[Body, list[int]]] = {}
+        self._come: Counter[Any] = Counter()  # how often inputs came before they have a graph
 
     def run(
         self,
@@ -50,10 +54,17 @@ class Graphs:
         changed: Callable[[], list[Tensor]],
         held: list[int],
     ) -> tuple[Tensor, ...]:
-        """``body(*inputs)``, run by its own graph; the first call makes it, and any other call with other ``held``."""
+        """``body(*inputs)``, run by its own graph, which is made anew for other ``held``.
+
+        The first inputs of all have a graph at once, others when they come again and again: the last, smaller
+        batch of an epoch does not wait for the compiler.
+        """
         key = (key, *[(i.shape, i.stride(), i.dtype, i.device) for i in inputs])
         graph, its = self._made.get(key, (None, None))
         with torch.no_grad():
+            if graph is None and self._made and self.compile and not self.capture and self._come[key] < OFTEN:
+                self._come[key] += 1
+                return body(*inputs)
             if graph is None or its != held:
                 graph = self._make(body, inputs, changed())
                 self._made[key] = graph, held

@@ -7,13 +7,16 @@ versions, the processor.  So a package is never out of date: whatever changes gi
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
 import platform
 import shutil
 import tempfile
+import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,27 +33,43 @@ Whole = Callable[[GraphModule, Sequence[Tensor]], tuple[GraphModule, Sequence[Te
 MOST = 64  # packages kept, of about 2 MB each; the least recently used goes first
 FOLDER = "MANUALPROP_PROGRAMS"  # the environment variable that names another folder
 SUFFIX = ".pt2"
+PART = ".part"  # of a package that is being written, or was when its process was killed
+HOUR = 3600.0
 
 
 def folder() -> Path:
-    """Where packages are kept."""
+    """Where packages are kept.
+
+    Raises:
+        RuntimeError: for a user without a home.
+    """
     given = os.environ.get(FOLDER)
     if given:
         return Path(given)
     cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "manualprop" / "programs"
+    try:
+        return (Path(cache) if cache else Path.home() / ".cache") / "manualprop" / "programs"
+    except RuntimeError:
+        raise RuntimeError(
+            "Backprop: a program is kept in a folder, by default in the user's home. Got no home; name a folder in the "
+            f"environment variable {FOLDER}."
+        ) from None
 
 
 def packages() -> list[Path]:
     """The packages on disk, the most recently used first."""
-    return sorted(folder().glob(f"*{SUFFIX}"), key=_last_used, reverse=True)
+    return sorted(folder().glob(f"*{SUFFIX}"), key=last_used, reverse=True)
 
 
 def clear() -> int:
-    """Delete all packages; return how many there were."""
+    """Delete all packages, and what killed processes left; return how many packages there were.
+
+    Raises:
+        OSError: for a folder that cannot be written.
+    """
     found = packages()
-    for package in found:
-        package.unlink(missing_ok=True)
+    for path in [*found, *folder().glob(f".*{PART}")]:
+        path.unlink(missing_ok=True)
     return len(found)
 
 
@@ -62,7 +81,7 @@ def has_compiler() -> bool:
 
 def is_kept(graph: GraphModule) -> bool:
     """Whether the package made from a graph is on disk."""
-    return _path(graph).exists()
+    return os.path.exists(_path(graph))  # False for a folder that cannot be read
 
 
 def compiled_program(graph: GraphModule, inputs: Sequence[Tensor], whole: Whole | None = None) -> Program:
@@ -74,7 +93,7 @@ def compiled_program(graph: GraphModule, inputs: Sequence[Tensor], whole: Whole 
         whole: makes from these the graph that is compiled, and its inputs; by default they are compiled as they are.
 
     Raises:
-        RuntimeError: without a C++ compiler.
+        RuntimeError: without a C++ compiler, or if it fails.
     """
     path = _path(graph)
     found = _load(path)
@@ -84,14 +103,23 @@ def compiled_program(graph: GraphModule, inputs: Sequence[Tensor], whole: Whole 
 
 
 def _load(path: Path) -> Program | None:
-    if not path.exists():
+    if not os.path.exists(path):
         return None
     try:
+        with zipfile.ZipFile(path) as package:
+            if package.testzip() is not None:  # torch would run damaged code
+                raise zipfile.BadZipFile
         found = load_program(path)
-    except (RuntimeError, OSError):  # a damaged file, or one that another process has just removed
-        path.unlink(missing_ok=True)
+    except (
+        RuntimeError,
+        OSError,
+        zipfile.BadZipFile,
+    ):  # a damaged file, or one that another process has just removed
+        with contextlib.suppress(OSError):  # another user's: it stays
+            path.unlink()
         return None
-    os.utime(path)
+    with contextlib.suppress(OSError):
+        os.utime(path)
     return found
 
 
@@ -102,19 +130,35 @@ def _compile(graph: GraphModule, inputs: Sequence[Tensor], path: Path) -> Progra
             "clang++, name one in the environment variable CXX, or use compile=False."
         )
     with tempfile.TemporaryDirectory(prefix="manualprop-") as own:
-        made = compiled_ahead(graph, inputs, Path(own) / f"program{SUFFIX}")
+        try:
+            made = compiled_ahead(graph, inputs, Path(own) / f"program{SUFFIX}")
+        except Exception as error:  # of a compiler, and of torch's: whatever it raises
+            raise RuntimeError(
+                f"Backprop: the C++ compiler must be able to compile the program. It failed: {_first_line(error)} "
+                "Name another in the environment variable CXX, or use compile=False."
+            ) from error
         _keep(made, path)
         return load_program(made)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".") + "."
 
 
 def _keep(made: Path, path: Path) -> None:
     """Copy a package into the folder.  Another process sees all of it or nothing."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as whole:
-            whole.write(made.read_bytes())
-        os.replace(whole.name, path)
-        for old in packages()[MOST:]:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=PART, delete=False) as whole:
+            part = Path(whole.name)
+            try:
+                whole.write(made.read_bytes())
+                whole.flush()
+                os.replace(part, path)
+            finally:
+                part.unlink(missing_ok=True)
+        left = [part for part in path.parent.glob(f".*{PART}") if time.time() - last_used(part) > HOUR]
+        for old in [*packages()[MOST:], *left]:
             old.unlink(missing_ok=True)
     except OSError as error:
         warnings.warn(
@@ -124,7 +168,8 @@ def _keep(made: Path, path: Path) -> None:
         )
 
 
-def _last_used(package: Path) -> float:
+def last_used(package: Path) -> float:
+    """When a package was last used, in seconds since 1970."""
     try:
         return package.stat().st_mtime
     except OSError:  # another process has just removed it
@@ -159,7 +204,8 @@ def _shape(value: Any) -> str:
 def _surroundings() -> list[str]:
     """What else decides the code of a program."""
     versions = torch.__version__, str(torch.version.git_version)
-    return [*versions, str(torch.get_num_threads()), *_machine(), *_makers()]
+    settings = sorted(f"{k}={v}" for k, v in os.environ.items() if k.startswith("TORCHINDUCTOR_"))
+    return [*versions, *settings, str(torch.get_num_threads()), *_machine(), *_makers()]
 
 
 @functools.cache

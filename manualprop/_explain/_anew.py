@@ -53,7 +53,7 @@ def not_computed(seen: Observation, linked: Links) -> str:
         return "The output is not that of the last layer."
     if not nudged(seen):
         return "No layer has a weight that the page can change."
-    count = sum(map(_multiplications, seen.layers))
+    count = multiplications(seen)
     if count > MULTIPLICATIONS:
         return f"The loss takes {count:,} multiplications, and a page makes up to {MULTIPLICATIONS:,}."
     return ""
@@ -66,10 +66,15 @@ def nudged(seen: Observation) -> list[int]:
     return [i for i, kind in enumerate(kinds) if kind in WEIGHTED and learning[i]]
 
 
-def _multiplications(layer: Layer) -> int:
-    """Of all examples: each output of a layer takes one for each weight of its unit; transposed, each input."""
+def multiplications(seen: Observation) -> int:
+    """How many the loss of all examples takes, about."""
+    return sum(map(_of_layer, seen.layers))
+
+
+def _of_layer(layer: Layer) -> int:
+    """Each output of a layer takes one for each weight of its unit; transposed, each input."""
     if not layer.weights or layer.weights[0].value.dim() < 2:
         return layer.y.numel()
     W = layer.weights[0].value
-    ends = layer.x if W.shape[0] == layer.x.shape[1] and layer.name.startswith("ConvTranspose") else layer.y
+    ends = layer.x if layer.name.startswith("ConvTranspose") else layer.y
     return ends.numel() * math.prod(W.shape[1:])

@@ -13,7 +13,7 @@ from latex2mathml.converter import convert
 from torch import nn
 
 from manualprop._explain import _formulas as formulas
-from manualprop._explain._anew import anew, nudged
+from manualprop._explain._anew import anew, multiplications, nudged
 from manualprop._explain._explained import Explained
 from manualprop._explain._numbers import Numbers, numbers, passes_on
 from manualprop._explain._steps import Block, rule_of, steps
@@ -237,6 +237,7 @@ def _data(
             for i, layer in enumerate(seen.layers)
         ],
         "nudged": nudged(seen),
+        "multiplications": multiplications(seen),
         "history": [dict(row) for row in e.history],
     }
     if isinstance(e.descents, Slice):

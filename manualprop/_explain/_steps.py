@@ -349,14 +349,14 @@ class _Writer:
         ]  # fmt: skip
 
     def _input_gradient(self, i: int, layer: Layer) -> list[Block]:
-        if layer.dx is None or not layer.weights:
+        if layer.g is None or layer.dx is None or not layer.weights:  # without g, other layers made dx
             return []
         left = f"dL/d{_letters(layer)[0]}"
         line = formulas.derived(layer.rule, left)
         made = self._handed_back(i, layer)
         if layer.kind == AFFINE and layer.x.dim() <= 3:
             made = {"kind": "input_gradient", "g": f"g:{i}", "W": f"p:{layer.weights[0].name}"}
-            own = rules.Linear.input_gradient(layer.g, layer.weights[0].value)  # type: ignore[arg-type]
+            own = rules.Linear.input_gradient(layer.g, layer.weights[0].value)
             # Autograd adds up what all users of a tensor hand back: the page tells what comes from others.
             made["shared"] = not _alike(own, layer.dx)
         name = "" if layer.rule is None else f"functions.{layer.rule.__name__}"

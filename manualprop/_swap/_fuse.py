@@ -238,7 +238,7 @@ def _with_skip(
     value = activation + 1
     convs = [n for n in users.get(value, ()) if is_plain(_part(module, steps[n]), *CONVOLUTIONS)]
     others = [steps[n] for n in users.get(value, ()) if n not in convs]
-    if len(convs) != 1 or any(step.function not in KEEP_NOTHING for step in others):
+    if len(convs) != 1 or any(step.function not in (*KEEP_NOTHING, Tensor.size) for step in others):
         return []
     return [(norm, activation, convs[0])]
 

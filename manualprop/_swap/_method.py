@@ -233,11 +233,29 @@ def _step(module: nn.Module, node: fx.Node, values: Mapping[fx.Node, Value], met
         if owner != "owner":  # the trace keeps it, but the method makes it anew
             raise Unfusable(f"its {method} makes a tensor")
         return MethodStep("", attribute, (path,), (), None)
+    if function is getattr and node.args[1] == "shape":
+        return MethodStep("", Tensor.size, arguments[:1], (), None)
+    if function is getattr:
+        raise Unfusable(f"its {method} reads .{node.args[1]}")
     if node.op == "call_method" and function in METHODS_CALLED:
         function = getattr(Tensor, function)
+    elif function is operator.getitem and _is_part_of_a_shape(node):
+        pass
     elif node.op != "call_function" or function not in CALLED:
         raise Unfusable(f"its {method} calls {getattr(function, '__name__', function)}")
     return MethodStep("", POOLS.get(function, function), arguments, keywords, None)
+
+
+def _is_part_of_a_shape(node: fx.Node) -> bool:
+    """Whether a step takes a number, or several, out of the shape of a value."""
+    whole, index = node.args
+    bounds = (index.start, index.stop, index.step) if isinstance(index, slice) else (index,)
+    is_constant = all(bound is None or isinstance(bound, int) for bound in bounds)
+    is_shape = isinstance(whole, fx.Node) and (
+        (whole.target is getattr and whole.args[1] == "shape")
+        or (whole.target == "size" and len(whole.args) == 1 and not whole.kwargs)
+    )
+    return is_shape and is_constant
 
 
 def _values_in(arguments: Any) -> Iterator[int]:

@@ -138,6 +138,10 @@ def _average(
 
 
 def _adaptive(name: str, axes: int, input: Tensor, output_size: int | Sequence[int | None] | None) -> Tensor:
+    if isinstance(output_size, tuple | list) and input.dim() <= len(output_size):
+        raise ValueError(
+            f"{name}: input must have more than {len(output_size)} axes. Got {list(input.shape)}."
+        )
     if isinstance(output_size, int) and isinstance(input, Tensor) and input.dim() <= axes:
         raise RuntimeError(
             f"{name}: input must have {axes + 1} axes (unbatched) or {axes + 2} (batched). Got {list(input.shape)}."
@@ -154,7 +158,7 @@ def repeated_size(
     """One size for each axis, from one size for all or a sequence of sizes."""
     if isinstance(value, int | torch.SymInt):
         return (value,) * axes
-    if not isinstance(value, Sequence):
+    if not isinstance(value, Sequence) or isinstance(value, str):
         raise TypeError(f"{name}: {what} must be {NUMBERS[axes]}. Got {value!r}.")
     if what == "output_size" and len(value) != axes:
         raise RuntimeError(

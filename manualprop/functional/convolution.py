@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from manualprop import functions as rules
@@ -179,6 +180,8 @@ def _transposed(
 
 def _is_batched(name: str, axes: int, input: Tensor, weight: Tensor) -> bool:
     check_tensor(name, input)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name}: weight must be a Tensor. Got {type(weight).__name__}.")
     if input.dim() not in (axes + 1, axes + 2):
         raise RuntimeError(
             f"{name}: input must be {axes + 1}D (unbatched) or {axes + 2}D (batched). Got {list(input.shape)}."
@@ -195,8 +198,10 @@ def _is_batched(name: str, axes: int, input: Tensor, weight: Tensor) -> bool:
 
 def _numbers(name: str, what: str, axes: int, value: Numbers) -> Sizes:
     """One number for each axis."""
-    if isinstance(value, int):
+    if isinstance(value, int | torch.SymInt):
         return (value,) * axes
+    if isinstance(value, str):
+        raise TypeError(f"{name}: {what} must be numbers, not a str. Got {value!r}.")
     numbers = tuple(value)
     if len(numbers) not in (1, axes):
         raise RuntimeError(f"{name}: {what} must be one number, or {axes}. Got {list(numbers)}.")

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from manualprop import functions as rules
-from manualprop._torch import unpool_output_size
 from manualprop.functional._checks import check_tensor
 from manualprop.functions._rule import Rule
 from manualprop.functions.pooling import of_each_axis
@@ -266,17 +265,39 @@ def _unpooled(
     input: Tensor, indices: Tensor, axes: int, kernel_size: Any, stride: Any, padding: Any, size: Any
 ) -> Tensor:
     kernel, pad = of_each_axis(kernel_size, axes), of_each_axis(padding, axes)
-    step = of_each_axis(stride, axes) or kernel
-    size = tuple(unpool_output_size(input, kernel, step, pad, size))
+    step = kernel if stride is None else of_each_axis(stride, axes)
+    size = _unpool_size(input, kernel, step, pad, size)
     x: Tensor = rules.MaxUnpool.apply(input, indices, axes, kernel, step, pad, size)
     return x
+
+
+def _unpool_size(input: Tensor, kernel: Any, step: Any, pad: Any, size: Any) -> tuple[int, ...]:
+    """The sizes of the spatial axes, with torch's errors; torch's own function has checks that the compiler cannot trace."""
+    axes = len(kernel)
+    usual = [(input.shape[d - axes] - 1) * step[d] + kernel[d] - 2 * pad[d] for d in range(axes)]
+    given = usual if size is None else size[2:] if len(size) == axes + 2 else size
+    if len(given) != axes:
+        raise ValueError(
+            f"output_size should be a sequence containing {axes} or {axes + 2} elements, but it has a length of "
+            f"'{len(given)}'"
+        )
+    for d, n in enumerate(given):
+        least, most = usual[d] - step[d], usual[d] + step[d]
+        if size is not None and not least < n < most:
+            raise ValueError(f'invalid output_size "{given}" (dim {d} must be between {least} and {most})')
+        if n < 0:
+            raise ValueError(
+                "max_unpooling: output_size must contain non-negative spatial dimensions, but got "
+                f"output_size[{d}]={n}"
+            )
+    return tuple(given)
 
 
 def _norm_of_windows(
     input: Tensor, p: int | float, axes: int, kernel_size: Any, stride: Any, ceil_mode: bool
 ) -> Tensor:
     y: Tensor
-    if not math.isinf(p):
+    if abs(p) != math.inf:  # not math.isinf, which the compiler cannot trace for a p that varies
         y = rules.LPPool.apply(input, p, axes, kernel_size, stride, ceil_mode)
         return y
     size: Tensor = rules.Abs.apply(input)

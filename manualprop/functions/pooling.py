@@ -16,6 +16,7 @@ An empty output
     graph: the second derivative is then zeros, as in torch, instead of the error that x was not used.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -316,7 +317,7 @@ class MaxUnpool(Rule):
 def written_at(y: Tensor, i: Tensor, size: Sequence[int]) -> Tensor:
     """x_i(o) = y_o, and 0 elsewhere."""
     axes, lead = len(size), y.shape[: y.dim() - len(size)]
-    zeros = y.new_zeros(*lead, torch.Size(size).numel())
+    zeros = y.new_zeros(*lead, math.prod(size))
     return zeros.scatter(-1, in_line(i, axes), in_line(y, axes)).reshape(*lead, *size)
 
 
@@ -350,13 +351,14 @@ class LPPool(Rule):
 
     @staticmethod
     def forward(x: Tensor, p: float, axes: int, kernel_size: Any, stride: Any, ceil_mode: bool) -> Tensor:
-        return POWER[axes](full(x), p, kernel_size, stride, ceil_mode).to(x.dtype)
+        y = POWER[axes](full(x), p, kernel_size, stride, ceil_mode)
+        return y.to(x.dtype) if x.is_floating_point() else y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, ctx.p, axes, kernel_size, stride, ceil_mode = inputs
         kernel = of_each_axis(kernel_size, axes)
-        ctx.like, ctx.K = Like.of(x), torch.Size(kernel).numel()
+        ctx.like, ctx.K = Like.of(x), math.prod(kernel)
         ctx.windows = kernel, of_each_axis(stride, axes) or kernel, (0,) * axes, ceil_mode, True, None
         ctx.save_for_backward(x, output)
         ctx.save_for_forward(x, output)
@@ -375,11 +377,11 @@ class LPPool(Rule):
         return weighted_by_norm(sums, y, ctx.p).to(dx.dtype)
 
 
-def of_each_axis(option: Any, axes: int) -> tuple[int, ...]:
+def of_each_axis(option: Any, axes: int) -> tuple[Any, ...]:
     """One number for each axis; nothing for None."""
     if option is None:
         return ()
-    return (option,) * axes if isinstance(option, int) else tuple(option)
+    return (option,) * axes if isinstance(option, int | torch.SymInt) else tuple(option)
 
 
 def weighted_by_norm(h: Tensor, y: Tensor, p: float) -> Tensor:

@@ -137,13 +137,18 @@ class TapeFree(Engine):
         try:
             programs = self._backprop(self.module.loss, compile="epoch")
             kept = programs.has_program(x, target)
-        except (TypeError, ValueError):  # no program can be made of these updates
+        except (TypeError, ValueError, RuntimeError):  # no program can be made of these updates
             return False
         if not kept and not (has_compiler() and (again or saved > COMPILING)):
             return False
-        self._programs = programs
         source = "from disk" if kept else "compiled now, in about ten seconds, and kept on disk"
         rank_zero_info(f"engine: tape-free, the updates of a portion as one program ({source})")
+        try:
+            programs.prepare_program(x, target)
+        except RuntimeError as error:  # a compiler that fails must not end a run that can do without
+            rank_zero_info(f"engine: tape-free, the updates one by one, because {shortened(error)}.")
+            return False
+        self._programs = programs
         return True
 
     def _updates_to_come(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -62,20 +62,22 @@ class _Counting(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        tensors = [*_tensors(args), *_tensors(tuple(kwargs.values()))]
-        made = [t.numel() for t in _tensors(result)]
+        tensors = _tensors((*args, *kwargs.values()))
+        made = [t.numel() for t in _tensors((result,))]
         entries = sum(made) + sum(t.numel() for t in tensors)
         self.units += 1.0 + (entries + _product(func, tensors, max(made, default=0))) / 4000.0
         return result
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(values: Sequence[Any]) -> list[Tensor]:
     """The tensors among what an operation takes or returns: alone or in lists."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found += _tensors(value)
+    return found
 
 
 def _product(func: Any, tensors: Sequence[Tensor], made: int) -> float:

@@ -136,7 +136,8 @@ def chosen(level: Level, only: Sequence[str] | str | None = None) -> list[Probe]
 
 
 def _again(case: Case, outcome: Outcome) -> str:
-    return f"check({case.name}, *inputs, only={outcome.probe!r}, seed={case.seed})"
+    only = f"only={outcome.probe!r}, " if outcome.probe in load() else ""  # the plain call is no probe
+    return f"check({case.name}, *inputs, {only}seed={case.seed})"
 
 
 def _on_accelerator(case: Case) -> bool:

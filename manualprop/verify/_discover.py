@@ -28,13 +28,15 @@ class Found(NamedTuple):
 
     Args:
         target: the name for the command, as in ``mypackage.ops:Swish``.
-        case: how it is called; None if no accepted inputs were found.
+        case: how it is called; None if no accepted inputs were found, or if its module cannot be imported.
         guessed: the inputs that were made up for it, in words; empty for the author's own case.
+        broken: why its module cannot be imported.
     """
 
     target: str
     case: Case | None
     guessed: str = ""
+    broken: str = ""
 
 
 class NotFound(Exception):
@@ -45,7 +47,8 @@ def discover(target: str, seed: int = 0) -> list[Found]:
     """Everything to verify in ``package.module[:Name]`` or ``path/to/file.py[:Name]``.
 
     In a module: every :class:`Case` among its attributes, alone or in a list, tuple or dict, and every
-    ``autograd.Function`` defined there that has no case.  In a package: the same in all its modules.
+    ``autograd.Function`` defined there that has no case.  In a package: the same in all its modules; one of them that
+    cannot be imported hides no other.
 
     Raises:
         NotFound: if there is no such module or name, or it holds nothing to verify.
@@ -54,7 +57,12 @@ def discover(target: str, seed: int = 0) -> list[Found]:
     module = _imported(home)
     if name:
         return [_named(module, home, name, seed)]
-    found = [f for m in _modules(module) for f in _of_module(m, home if m is module else m.__name__, seed)]
+    found = list(_of_module(module, home, seed))
+    for inner in _modules_in(module):
+        try:
+            found += _of_module(_imported(inner), inner, seed)
+        except NotFound as error:
+            found.append(Found(inner, None, broken=str(error)))
     if not found:
         raise NotFound(f"{home} holds no autograd.Function and no manualprop.verify.Case")
     return found
@@ -67,6 +75,8 @@ def _imported(home: str) -> ModuleType:
         if home.endswith(".py"):
             return _from_file(Path(home))
         return importlib.import_module(home)
+    except NotFound:
+        raise
     except ModuleNotFoundError as error:
         if error.name and (home == error.name or home.startswith(f"{error.name}.")):
             raise NotFound(f"there is no module {error.name!r}") from None
@@ -86,11 +96,13 @@ def _from_file(path: Path) -> ModuleType:
     return module
 
 
-def _modules(module: ModuleType) -> Iterator[ModuleType]:
-    yield module
-    for info in pkgutil.walk_packages(getattr(module, "__path__", ()), f"{module.__name__}."):
+def _modules_in(package: ModuleType) -> Iterator[str]:
+    """Their names.  A subpackage that cannot be imported is named, without what is inside."""
+    for info in pkgutil.walk_packages(
+        getattr(package, "__path__", ()), f"{package.__name__}.", onerror=lambda name: None
+    ):
         if not info.name.endswith("__main__"):
-            yield _imported(info.name)
+            yield info.name
 
 
 def _of_module(module: ModuleType, home: str, seed: int) -> Iterator[Found]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -45,45 +46,74 @@ def _clean(text: str) -> str:
 
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #1a1a1a; }
-h1 { font-size: 1.5rem; } ul { columns: 28rem 2; overflow-wrap: anywhere; } details { margin: .4rem 0; } details[open] { margin: 1.5rem 0; }
-summary { cursor: pointer; font-weight: 600; }
-details details summary { font-weight: 400; color: #555; }
-table { border-collapse: collapse; width: 100%; overflow-wrap: anywhere; } td, th { text-align: left; padding: .25rem .7rem; vertical-align: top; }
-tr { border-bottom: 1px solid #e5e5e5; } td:first-child { font-family: monospace; width: 14rem; } td:nth-child(2) { width: 5rem; }
-.finding td:nth-child(2) { color: #b00020; font-weight: 600; } .limit td:nth-child(2) { color: #8a6100; }
-.accepted td:nth-child(2) { color: #5a4fb0; } .passed td:nth-child(2) { color: #12742c; } .skipped { color: #777; }
-code { background: #f4f4f4; padding: .1rem .3rem; } figure { margin: 1rem 0; } figcaption { color: #555; }
-svg { max-width: 100%; height: auto; max-height: 24rem; border: 1px solid #ccc; }
-@media (max-width: 40rem) { th { display: none; } td, td:first-child { display: block; width: auto; padding: .1rem 0; } }
+:root { color-scheme: light dark; --ground: #fff; --ink: #1a1a1a; --quiet: #5c5c5c; --line: #e2e2e2; --code: #f3f3f3;
+  --link: #0b57d0; --finding: #b00020; --limit: #7d5700; --accepted: #5a4fb0; --passed: #12742c; }
+@media (prefers-color-scheme: dark) { :root { --ground: #16181b; --ink: #e6e6e6; --quiet: #a0a4a8; --line: #34383d;
+  --code: #24282c; --link: #8ab4f8; --finding: #ff8a8a; --limit: #e5b95c; --accepted: #b3a8ff; --passed: #7bd08f; } }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem;
+  background: var(--ground); color: var(--ink); overflow-wrap: anywhere; }
+a { color: var(--link); } h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
+h3 { display: inline; font-size: 1rem; } summary span, figcaption, details details summary { color: var(--quiet); }
+details { margin: .4rem 0; } details[open] { margin: 1rem 0 1.5rem; } summary { cursor: pointer; }
+table { border-collapse: collapse; width: 100%; } tr { border-bottom: 1px solid var(--line); }
+td, th { text-align: left; padding: .3rem .7rem; vertical-align: top; }
+.probes td:first-child { font-family: ui-monospace, monospace; width: 13rem; } .probes td:nth-child(2) { width: 7.5rem; }
+.probes b, .probes code { display: block; margin-top: .2rem; } code { background: var(--code); padding: .1rem .4rem; }
+.finding td:nth-child(2) { color: var(--finding); font-weight: 600; } .limit td:nth-child(2) { color: var(--limit); }
+.accepted td:nth-child(2) { color: var(--accepted); } .passed td:nth-child(2) { color: var(--passed); }
+.skipped { color: var(--quiet); } figure { margin: 1rem 0; }
+svg { max-width: 100%; height: auto; border: 1px solid var(--line); }
+@media (max-width: 40rem) { th { display: none; } td, .probes td:first-child, .probes td:nth-child(2) { display: block; width: auto; padding: .1rem 0; } }
 """
+WORDS = {**MARK, "skipped": "not applicable"}
 
 
 def html(reports: Sequence[Report]) -> str:
     """A page without other files: findings first, each with a heat map of |hand - numerical|; the rest is folded."""
-    body = [
-        f"<h1>Gradient verification: {sum(not r.passed for r in reports)} of {len(reports)} with findings</h1>"
-    ]
-    if len(reports) > 1:
-        body.append("<ul>" + "".join(_entry(i, r) for i, r in enumerate(reports) if not r.passed) + "</ul>")
-    for i, report in enumerate(reports):
-        shown = "" if report.passed and len(reports) > 1 else " open"
-        body.append(f'<details id="r{i}"{shown}><summary>{escape(report.summary())}</summary>')
-        body += [f"<p>{escape(note)}</p>" for note in report.notes]
-        body += _table(report.findings + report.accepted)
-        for o in report.findings:
-            body += [_heat_map(o.probe, name, m) for name, m in o.details.get("heat_maps", {}).items()]
-        body += _rest(report)
-        body.append("</details>")
+    wrong, right = ([r for r in reports if r.passed is passed] for passed in (False, True))
+    title = f"Gradient verification: {len(wrong)} of {len(reports)} with findings"
+    body = [f"<h1>{title}</h1>"]
+    if len(reports) > 1 and wrong:
+        rows = [_entry(i, report) for i, report in enumerate(wrong)]
+        body += ["<table><thead><tr><th>with findings<th>found by</thead>", *rows, "</table>"]
+    if wrong:
+        body.append("<h2>Findings</h2>")
+    for i, report in enumerate(wrong):
+        body += _section(report, f' id="r{i}" open')
+    if right:
+        body.append("<h2>Without findings</h2>")
+    for report in right:
+        body += _section(report, " open" if len(reports) == 1 else "")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        "<title>Gradient verification</title>"
-        f"<style>{STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
+        f"<title>{title}</title><style>{STYLE}</style></head><body>\n"
+        + "\n".join(body)
+        + "\n</body></html>\n"
     )
 
 
+def _section(report: Report, attributes: str) -> list[str]:
+    """All about one function, to fold and unfold."""
+    counts = report.summary().removeprefix(f"{report.name}: ")
+    summary = f"<summary><h3>{_name(report.name)}</h3> <span>{escape(counts)}</span></summary>"
+    maps = [(o.probe, *m) for o in report.findings for m in o.details.get("heat_maps", {}).items()]
+    return [
+        f"<details{attributes}>{summary}",
+        *[f"<p>{escape(note)}</p>" for note in report.notes],
+        *_table(report.findings + report.accepted),
+        *[_heat_map(*of_one) for of_one in maps],
+        *_rest(report),
+        "</details>",
+    ]
+
+
+def _name(name: str) -> str:
+    """A name that breaks at its points and underscores first."""
+    return re.sub(r"([._:])", r"\1<wbr>", escape(name))
+
+
 def _table(outcomes: Sequence[Outcome]) -> list[str]:
-    head = "<table><tr><th>probe<th>verdict<th>evidence</tr>"
+    head = '<table class="probes"><thead><tr><th>probe<th>verdict<th>evidence</thead>'
     return [head, *map(_row, outcomes), "</table>"] if outcomes else []
 
 
@@ -97,9 +127,9 @@ def _rest(report: Report) -> list[str]:
 
 
 def _entry(i: int, report: Report) -> str:
-    """A line of the list of those with findings."""
+    """A row of the table of those with findings."""
     probes = ", ".join(o.probe for o in report.findings)
-    return f'<li><a href="#r{i}">{escape(report.name)}</a>: {escape(probes)}</li>'
+    return f'<tr><td><a href="#r{i}">{_name(report.name)}</a><td>{escape(probes)}</tr>'
 
 
 def _row(o: Outcome) -> str:
@@ -108,7 +138,7 @@ def _row(o: Outcome) -> str:
         parts.append(f"<b>{escape(o.diagnosis)}</b>")
     if o.verdict == "finding":
         parts.append(f"<code>{escape(o.reproduction)}</code>")
-    return f'<tr class="{o.verdict}"><td>{o.probe}<td>{MARK[o.verdict]}<td>{"<br>".join(parts)}</tr>'
+    return f'<tr class="{o.verdict}"><td>{escape(o.probe)}<td>{WORDS[o.verdict]}<td>{"".join(parts)}</tr>'
 
 
 def _heat_map(probe: str, name: str, heat: dict[str, Any]) -> str:
@@ -117,6 +147,7 @@ def _heat_map(probe: str, name: str, heat: dict[str, Any]) -> str:
         return ""
     rows, columns = len(error), len(error[0])
     size = max(4, min(24, 900 // max(rows, columns)))
+    shrunk = min(1.0, 384 / (rows * size))
     top = max((e for row in error for e in row if e is not None), default=0.0)
     cells = "".join(
         f'<rect x="{j * size}" y="{i * size}" width="{size}" height="{size}" fill="{_colour(e, top)}">'
@@ -125,8 +156,10 @@ def _heat_map(probe: str, name: str, heat: dict[str, Any]) -> str:
         for j, e in enumerate(row)
     )
     width, height = columns * size, rows * size
+    label = escape(f"error of {probe} for {name}")
     return (
-        f'<figure><svg viewBox="0 0 {width} {height}" width="{width}" height="{height}">{cells}</svg><figcaption>'
+        f'<figure><svg role="img" aria-label="{label}" shape-rendering="crispEdges" viewBox="0 0 {width} {height}" '
+        f'width="{width * shrunk:.0f}" height="{height * shrunk:.0f}">{cells}</svg><figcaption>'
         f"{probe}: |by hand - numerical| for {escape(name)}; rows: {heat['rows']}, columns: {escape(heat['columns'])}. "
         f"White is 0, dark red {top:.3g}, black not finite; logarithmic.</figcaption></figure>"
     )

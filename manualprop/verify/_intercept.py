@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from manualprop._torch import leave_to_python
 from manualprop.verify._case import Case
 from manualprop.verify._check import check, chosen
 from manualprop.verify._probe import LEVELS, Level
-from manualprop.verify._report import Report
+from manualprop.verify._report import Report, shortened
 from manualprop.verify._settings import known_findings, project_settings, read_baseline, write_baseline
 from manualprop.verify._subject import is_float
 
@@ -108,12 +109,15 @@ class Interceptor:
         # The author need not support every transform and order.  What is unsupported and loud stays a limit.
         self.waiting.append(Case(cls.apply, args, kwargs, name=f"{cls.__module__}.{cls.__qualname__}"))
 
-    def verify(self) -> list[Report]:
-        """Verify the calls noted since the last time, and return the reports with findings."""
+    def verify(self, again: str = "") -> list[Report]:
+        """Verify the calls noted since the last time, and return the reports with findings.
+
+        ``again`` and the name of a probe make a command that runs that probe again.
+        """
         cases, self.waiting = self.waiting, []
         self._verifying = True
         try:
-            new = [report for report in map(self._verified, cases) if report is not None]
+            new = [report for case in cases if (report := self._verified(case, again)) is not None]
         finally:
             self._verifying = False
         self.reports += new
@@ -124,15 +128,23 @@ class Interceptor:
         if self.update and self.baseline is not None:
             write_baseline(self.baseline, [(report.name, report) for report in self.reports])
 
-    def _verified(self, case: Case) -> Report | None:
+    def _verified(self, case: Case, again: str) -> Report | None:
         accept = self.settings.accepted(case.fn, case.name)
         if not self.update:
             accept = {**known_findings(self.known, case.name, self.probes), **accept}
         try:
-            return check(dataclasses.replace(case, accept=accept), level=self.level, only=self.only)
+            report = check(dataclasses.replace(case, accept=accept), level=self.level, only=self.only)
         except (ValueError, TypeError) as error:  # nothing can be shown at these inputs
             self.errors.append(str(error))
             return None
+        given = ", ".join(map(_described, tree_leaves((case.args, dict(case.kwargs)))))
+        outcomes = [dataclasses.replace(o, notes=(f"called with {given}", *o.notes)) for o in report.outcomes]
+        if again:
+            outcomes = [
+                dataclasses.replace(o, reproduction=f"{again}{o.probe}") if o.probe in self.probes else o
+                for o in outcomes
+            ]
+        return dataclasses.replace(report, outcomes=tuple(outcomes))
 
     def summary(self) -> list[str]:
         """A line for each report, and one for each call that could not be verified."""
@@ -140,7 +152,12 @@ class Interceptor:
             f"not verified: {error}" for error in self.errors
         ]
         nothing = f"no torch.autograd.Function of {', '.join(self.packages)} was called with an input that requires grad"
-        return lines or [nothing]
+        absent = [
+            f"{name} was never imported: is that its name?"
+            for name in self.packages
+            if name not in sys.modules
+        ]
+        return (lines or [nothing]) + absent
 
 
 def _level(name: str) -> Level:
@@ -148,6 +165,14 @@ def _level(name: str) -> Level:
     if found is None:
         raise ValueError(f"the level must be one of {', '.join(LEVELS)}. Got {name!r}.")
     return found
+
+
+def _described(value: Any) -> str:
+    """A tensor by its dtype and shape, anything else as it is."""
+    if not isinstance(value, Tensor):
+        return shortened(repr(value), 40)
+    grad = " that requires grad" if value.requires_grad else ""
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}{grad}"
 
 
 def _kept(value: Any) -> Any:

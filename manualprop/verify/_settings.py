@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from manualprop.verify._report import Report
-
-KNOWN = "known: it stands in the baseline"
+from manualprop.verify._verdicts import KNOWN, members
+from manualprop.verify.probes import load
 
 
 class BadSettings(ValueError):
@@ -82,6 +82,10 @@ def _read(file: Path) -> Settings:
                 f"{file}: accept.{name!r} must give a reason for each probe, as in "
                 f'[tool.manualprop.verify.accept."{name}"] second_order = "why". Got {reasons!r}.'
             )
+        try:
+            members(reasons, list(load()), f"accept.{name!r}")
+        except ValueError as error:
+            raise BadSettings(f"{file}: {str(error).removeprefix('check: ')}") from None
     baseline = table.get("baseline")
     return Settings(accept, None if baseline is None else file.parent / baseline, table.get("level"))
 
@@ -89,11 +93,16 @@ def _read(file: Path) -> Settings:
 # ----- the baseline: the findings known at the start -----
 
 
+def _entry(name: str) -> str:
+    """The name in the file: the command writes ``ops:Swish``, the interception ``ops.Swish``; both mean the same."""
+    return name.replace(":", ".")
+
+
 def read_baseline(path: Path) -> dict[str, dict[str, str]]:
     """Name -> probe -> evidence, for each known finding."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {str(name): dict(found) for name, found in content["findings"].items()}
+        return {_entry(name): dict(found) for name, found in content["findings"].items()}
     except FileNotFoundError:
         raise BadSettings(f"there is no baseline {path}: --update-baseline writes it") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -110,9 +119,9 @@ def write_baseline(path: Path, reports: Iterable[tuple[str, Report]]) -> int:
             if o.verdict == "finding" or (o.verdict == "accepted" and o.evidence.startswith(KNOWN))
         }
         seen = {o.probe for o in report}
-        kept = {probe: text for probe, text in known.pop(name, {}).items() if probe not in seen}
+        kept = {probe: text for probe, text in known.pop(_entry(name), {}).items() if probe not in seen}
         if found or kept:
-            known[name] = {**kept, **found}
+            known[_entry(name)] = {**kept, **found}
     content = {"findings": {name: dict(sorted(found.items())) for name, found in sorted(known.items())}}
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return sum(len(found) for found in known.values())
@@ -123,4 +132,4 @@ def known_findings(
 ) -> dict[str, str]:
     """What to accept for a name because the baseline lists it."""
     names = set(probes)
-    return {probe: KNOWN for probe in baseline.get(name, {}) if probe in names}
+    return {probe: KNOWN for probe in baseline.get(_entry(name), {}) if probe in names}

@@ -287,7 +287,12 @@ class Subject:
             grads = run_backward(ys, vs, keep, create_graph, tuple(wanted), True, accumulate_grad=False)
         else:  # torch says what is wrong
             grads = torch.autograd.grad(
-                [y for y, _ in pairs], wanted, [v for _, v in pairs], retain_graph, create_graph, allow_unused=True
+                [y for y, _ in pairs],
+                wanted,
+                [v for _, v in pairs],
+                retain_graph,
+                create_graph,
+                allow_unused=True,
             )
         found = iter(grads)
         return [next(found) if leaf.requires_grad else None for leaf in leaves]

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from manualprop.verify._probe import FEATURES
 from manualprop.verify._report import Outcome
 
+KNOWN = "known: it stands in the baseline"  # the reason of an acceptance
+
 # Cause -> consequences.  A finding of the first may explain findings of the others: they call the same backward, in the
 # same state.  The order counts: the first cause that was found explains.  A finding stays if its probe, or a cure
 # (_cures), shows that it is independent of the cause.
@@ -142,6 +144,8 @@ def _still_needed(outcomes: Sequence[Outcome], name: str, reason: str) -> list[O
     if not ran or not whole or any(o.verdict != "passed" for o in ran):
         return list(outcomes)
     evidence = f"accepted because of {reason!r}, but it passes: take {name!r} out of accept"
+    if reason == KNOWN:
+        evidence = "known in the baseline, but it passes: --update-baseline takes it out"
     return [
         dataclasses.replace(o, verdict="finding", evidence=evidence) if o is ran[0] else o for o in outcomes
     ]

@@ -18,6 +18,7 @@ class Grid {
     this.body = element.querySelector('.scroll');
     if (this.small) this.makeTable();
     else this.makeCanvas();
+    this.reserve();
     this.target.addEventListener('keydown', (event) => this.key(event));
     this.target.addEventListener('focus', () => {
       if (this.target.matches(':focus-visible')) this.go(this.row, this.col, true);
@@ -78,6 +79,20 @@ class Grid {
       });
     }
   }
+  // A small table as it is, and the place of a picture that is not drawn yet, so that what comes after it does not move when it is.
+  reserve() {
+    if (this.small) return this.draw();
+    this.tell();
+    const [width, height] = this.layout();
+    this.canvas.style.width = `${width}px`;
+    this.canvas.style.height = `${height}px`;
+  }
+  // Scroll a tall picture to the number.
+  reveal() {
+    const [, y, , high] = this.place(this.row, this.col),
+      { scrollTop, clientHeight } = this.body;
+    if (y < scrollTop || y + high > scrollTop + clientHeight) this.body.scrollTop = y - clientHeight / 2;
+  }
   layout() {
     const { rows, cols } = this.numbers,
       width = Math.max(200, this.body.clientWidth - 6);
@@ -137,11 +152,14 @@ class Grid {
   get channels() {
     return this.image ? this.numbers.cols / (this.image[0] * this.image[1]) : 1;
   }
-  draw() {
+  tell() {
     const { norm, spread, shape, frames } = this.numbers,
       k = Math.min(state.frame, norm.length - 1);
     const size = this.grid.key.startsWith('i:') ? '' : `, norm ${shown(norm[k], 3)}, spread ${shown(spread[k], 3)}`; // of places there is none
     this.told.textContent = `${shape.join(' × ') || '1'}${size}${this.numbers.whole ? '' : `; here ${this.numbers.rows} × ${this.numbers.cols} of ${this.numbers.of.join(' × ')}`}`;
+  }
+  draw() {
+    this.tell();
     const top = this.numbers.largest();
     if (this.small) return this.drawTable(top);
     const [width, height] = this.layout(),
@@ -216,6 +234,7 @@ class Grid {
     this.col = col;
     showSum(this.grid, row, col, aloud);
     this.draw();
+    if (aloud && !this.small) this.reveal();
     if (before && before.grid !== this.grid) GRIDS[DATA.grids.indexOf(before.grid)].draw();
   }
   key(event) {

@@ -3,12 +3,14 @@ function nudgeScale(key) {
   const values = table(key).array(nudged());
   return Math.max(0.5, 4 * Math.sqrt(values.reduce((a, v) => a + v * v, 0) / values.length));
 }
-// The loss along the nudge; kept while the slider moves, because it takes 25 evaluations of the loss.
+// The loss along the nudge; kept while the slider moves, because it takes many evaluations of the loss.
+const REACH = DATA.multiplications > 2e6 ? 4 : 12, // evaluations to each side
+  ALL = 2 * REACH + 1;
 let along = { name: '', points: [] };
 function curveAlong(key, row, col, reach) {
   const name = [key, row, col, nudged()].join();
   if (along.name !== name) {
-    const at = Array.from({ length: 25 }, (_, k) => ((k - 12) / 12) * reach);
+    const at = Array.from({ length: ALL }, (_, k) => (k / REACH - 1) * reach);
     along = { name, points: at.map((d) => [d, lossWith(key, row, col, d)]) };
   }
   return along.points;
@@ -23,7 +25,7 @@ function drawNudge() {
   const reach = nudgeScale(key),
     by = (Number($('nudge-by').value) / 100) * reach,
     points = curveAlong(key, row, col, reach),
-    before = points[12][1],
+    before = points[REACH][1],
     slope = table(key.replace('p:', 'd:')).at(row, col, nudged()),
     real = lossWith(key, row, col, by) - before;
   const name = W.shape.length === 1 ? `W[${col}]` : `W${numbered({ key }, row, col)}`;
@@ -48,7 +50,7 @@ function tellNudge(name, value, by, { slope, real }) {
 }
 function drawNudgeCurve(name, points, slope, by, loss) {
   const reach = points.at(-1)[0],
-    straight = points.map(([d]) => [d, points[12][1] + slope * d]);
+    straight = points.map(([d]) => [d, points[REACH][1] + slope * d]);
   const lines = [
     { points, kind: 'drawn' },
     { points: straight, kind: 'straight' },

@@ -1,4 +1,4 @@
-// The slider over recorded updates, the nudge, the three descents, the run's history.
+// The slider over recorded updates, the three descents, the run's history.
 
 // ----- a line of numbers, drawn -----
 
@@ -212,6 +212,7 @@ let wide = window.innerWidth;
 addEventListener('resize', () => {
   if (window.innerWidth !== wide) {
     wide = window.innerWidth;
+    GRIDS.forEach((grid) => grid.reserve());
     changed();
     drawPaths();
   }

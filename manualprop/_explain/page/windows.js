@@ -102,8 +102,9 @@ function spread(made, row, col, grid, key, letter) {
       [group * outputs + o, c % each, ...part(met, 'k')],
     ]),
   );
-  const over = `over ${many(outputs, 'channel')} and ${many(places.length, 'place')}`;
-  return { at: [n, c, ...i], rule: `Σ ${letter}[${n},o,q] W[o,${c % each},k]`, over, ...productsOf(pairs, letter, G, 'W', W) };
+  const over = `over ${many(outputs, 'channel')} and ${many(places.length, 'place')}`,
+    channel = group ? `${group * outputs}+o` : 'o';
+  return { at: [n, c, ...i], rule: `Σ ${letter}[${n},${channel},q] W[${channel},${c % each},k]`, over, ...productsOf(pairs, letter, G, 'W', W) };
 }
 // Over examples and places: Σ g[n,o,q] x[n,c,i], or y and g in their places.
 function correlated(made, row, col, grid, [first, G], [second, X]) {

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manualprop._torch import transforms_active
+from manualprop.functions._execution._axes import memory_format
 from manualprop.functions._execution._formula import watched
 
 Sizes = Sequence[int]
@@ -72,12 +73,16 @@ def transposed_convolution(
 
 
 def input_gradient(y: Tensor, W: Tensor, b: None, s: Sizes, p: Sizes, d: Sizes, G: int, X: Sizes) -> Tensor:
-    """:func:`transposed_convolution`; of small kernels at stride 1 as a convolution, which is then faster.
+    """:func:`transposed_convolution`; of small kernels as a convolution, where this is faster.
 
+    With one position and no padding, i = s q: the results at stride 1, and zeros between them.
     At stride 1, q = i + p - d k.  With the kernel reversed, k' = K - 1 - k, this is i + d k' - p', the position of a
     convolution with p' = d (K - 1) - p.
     """
     K = W.shape[2:]
+    if K.numel() == 1 and max(s) > 1 and not any(p) and not torch.compiler.is_compiling() and untraced(y, W):
+        # 64 to 128 channels at 28 x 28: 0.6 of the time of a transposed convolution.
+        return between_zeros(input_gradient(y, W, None, [1] * len(K), p, d, G, y.shape[2:]), s, X)
     reversed_p = [d * (k - 1) - p for k, p, d in zip(K, p, d, strict=True)]
     if any(step != 1 for step in s) or min(reversed_p) < 0 or not untraced(y, W):
         return transposed_convolution(y, W, b, s, p, d, G, X)
@@ -91,6 +96,17 @@ def input_gradient(y: Tensor, W: Tensor, b: None, s: Sizes, p: Sizes, d: Sizes, 
         W = W.unflatten(0, (G, -1)).transpose(1, 2).flatten(0, 1).flip(list(range(2, W.dim())))
         return convolution(y, W.contiguous(), None, s, reversed_p, d, G, X)
     return transposed_convolution(y, W, b, s, p, d, G, X)
+
+
+def between_zeros(y: Tensor, s: Sizes, X: Sizes) -> Tensor:
+    """x[s q] = y[q], for the q with s q < X, and 0 elsewhere; in the layout of y."""
+    x = torch.empty(
+        (*y.shape[:2], *X), dtype=y.dtype, device=y.device, memory_format=memory_format(y)
+    ).zero_()
+    of_x: tuple[Any, ...] = (..., *[slice(0, step * q, step) for q, step in zip(y.shape[2:], s, strict=True)])
+    of_y: tuple[Any, ...] = (..., *[slice(-(-n // step)) for n, step in zip(X, s, strict=True)])
+    x[of_x] = y[of_y]
+    return x
 
 
 def untraced(*tensors: Tensor) -> bool:

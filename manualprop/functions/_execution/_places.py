@@ -4,6 +4,7 @@
 them.  Each function is plain mathematics where something traces it, and has a faster form for eager mode.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -92,4 +93,4 @@ def _is_channels_last(t: Tensor) -> bool:
 
 
 def _count(size: Sequence[int]) -> int:
-    return torch.Size(size).numel()
+    return math.prod(size)

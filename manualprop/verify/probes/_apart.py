@@ -3,8 +3,8 @@
 Its own error must be told from the other one.  Two laws say what it is elsewhere:
 
 - The gradient is a multiple of the right one.  The multiple is taken out, and the rest must be right.
-- Forward treats rows alike.  Then repeated rows must get the gradients of the rows that they repeat, right or wrong.
-  One factor for all is allowed: a mean's divisor changes with the size.
+- Forward treats rows alike.  Then repeated rows must get the gradients of the rows that they repeat, right or
+  wrong.  One factor for all is allowed: a mean's divisor changes with the size.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _Repeated(NamedTuple):
 
 
 def otherwise_than_its_rows(s: Subject, axis: Axis, n: int) -> str | None:
-    """How the gradient of repeated rows is no multiple of the rows' own; None if it is, or if it cannot be asked."""
+    """How the gradient of repeated rows is no multiple of the rows' own, or None."""
     call = _called(s, axis, n)
     if s.nonlinear or call is None:
         return None
@@ -58,7 +58,7 @@ def otherwise_than_its_rows(s: Subject, axis: Axis, n: int) -> str | None:
         found = call.subject.pull_back(call.outputs, call.leaves, repeated)
     except Exception as error:  # whatever the checked code raises
         return f"accepted in forward, then backward raises {message(error)}"
-    # A point without the axis gets a sum over all copies: as if each row's grad_output were multiplied by their count.
+    # A point without the axis gets a sum over all copies: each row's grad_output times their count.
     count = torch.bincount(call.place, minlength=axis.length)
     rows, sums = s.plain, s.gradients(cotangents=[_counted(c, dims, count) for c, dims in v])
     for i, g in enumerate(found):
@@ -80,7 +80,7 @@ def _called(s: Subject, axis: Axis, n: int) -> _Repeated | None:
         outputs = there(*leaves)
     except Exception:  # whatever the checked code raises: refused
         return None
-    grown = [_grown(y, mine) for y, mine in zip(outputs, s.outputs, strict=True)]
+    grown = [_grown(y, mine, axis.length) for y, mine in zip(outputs, s.outputs, strict=True)]
     repeats = [_repeated(y, dims, place) for y, dims in zip(s.outputs, grown, strict=True)]
     if not all(grown) or [y.shape for y in outputs] != [y.shape for y in repeats]:
         return None
@@ -99,9 +99,9 @@ def _no_multiple(g: Tensor | None, want: Tensor, s: Subject, i: int) -> str:
     return "" if off is None else str(off)
 
 
-def _grown(y: Tensor, mine: Tensor) -> list[int]:
-    """The dimensions of an output whose length has changed."""
-    return [d for d, (a, b) in enumerate(zip(y.shape, mine.shape, strict=False)) if a != b]
+def _grown(y: Tensor, mine: Tensor, length: int) -> list[int]:
+    """The dimensions of an output that had ``length``, and have another one."""
+    return [d for d, (a, b) in enumerate(zip(y.shape, mine.shape, strict=False)) if a != b == length]
 
 
 def _repeated(t: Tensor, dims: list[int], place: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """A wrong second derivative: would it be right if backward read what save_for_backward returns?
 
-A Function may keep a detached input or output on its class.  The second derivative is then lost: a consequence.  Here
-backward gets the input or the output itself.  If the second derivative stays wrong, it has a cause of its own.
+A Function may keep a detached input or output on its class.  The second derivative is then lost: a consequence.
+Here backward gets the input or the output itself.  A second derivative that stays wrong has a cause of its own.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ from manualprop.verify.probes._kept import held_by
 def wrong_all_the_same(s: Subject) -> bool:
     """Whether the second derivative is wrong although backward reads the inputs and outputs themselves.
 
-    False where this cannot be told: the class keeps nothing, or backward reads a tensor kept there that is neither an
-    input nor an output.
+    False where this cannot be told: the class keeps nothing, or backward reads a tensor kept there that is neither
+    an input nor an output.
     """
+    s(*s.at())
+    if not held_by(s.functions):
+        return False
     exchange, base = _Exchange(), s.fresh()
 
     def function(*points: Tensor) -> tuple[Tensor, ...]:

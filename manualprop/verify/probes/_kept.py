@@ -1,4 +1,4 @@
-"""Where a Function may keep tensors besides save_for_backward: on ctx, on its class, in globals and closures."""
+"""Where a Function may keep tensors, save_for_backward apart: on ctx, on its class, in globals, in closures."""
 
 from __future__ import annotations
 

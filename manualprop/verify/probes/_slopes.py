@@ -26,8 +26,8 @@ def slope(
 ) -> Slope:
     """Along ``direction`` of point ``i``, of the outputs weighed by ``v``; those at a kink are left out.
 
-    A difference is looked at a second time, with steps as large as the entry itself: far out, or close to 0, other
-    steps may miss the slope.
+    A difference is looked at a second time, with steps as large as the entry itself: far out, or close to 0,
+    other steps may miss the slope.
     """
     direction = s.tangent(i, direction, points)
     if not bool(direction.any()):

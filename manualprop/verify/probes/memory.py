@@ -63,7 +63,7 @@ def inplace_edit(s: Subject) -> Outcome:
         elif text:
             return finding(
                 f"an edit of {name} in place, after forward, goes unseen: {text}",
-                f"stale or overwritten: {name} is not kept by save_for_backward, but as .data or on ctx",
+                f"stale or overwritten saved tensor: {name} is kept as .data or on ctx, not by save_for_backward",
                 edited=name,
             )
         else:

@@ -217,11 +217,18 @@ def _of_its_own(s: Subject) -> Outcome:
     known, ask = _law(s)
     left = [IN_ALL / 4 if known.quick else IN_ALL]
     for k, axis in enumerate(axes(known)):
-        ladder, units = _affordable(known, axis, [n for n in (FIRST if k else (*FIRST, *MORE)) if n > 1])
+        # The length given is no evidence: a factor that follows the size is known there, and wrong elsewhere.
+        wanted = [n for n in (FIRST if k else (*FIRST, *MORE)) if n not in (1, axis.length)]
+        ladder, units = _affordable(known, axis, wanted)
         _, failures = _failing(known, axis, ladder, units, left, ask)
         if failures and all(f.beyond for f in failures):
             found = apart(_found(known, failures), "first_order", "second_order")
-            return replace(found, evidence=f"{found.evidence}, besides what first_order reports")
+            how = (
+                ", without the factor of first_order"
+                if known._multiples
+                else ", besides what first_order says"
+            )
+            return replace(found, evidence=f"{found.evidence}{how}")
     return skipped("wrong at the sizes given: see first_order")
 
 

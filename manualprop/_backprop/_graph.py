@@ -221,7 +221,7 @@ def has_micro_kernels(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and torch.get_num_threads() == 1
 
 
-def product(a: Tensor, b: Tensor) -> Any:
+def quick_product(a: Tensor, b: Tensor) -> Any:
     """A product as loops or as a micro-kernel of the compiler's, which fuse with what comes before and after.
 
     One row makes a matrix and a vector of it, or two vectors: elementwise products and a sum.  The compiler has
@@ -241,8 +241,8 @@ def product(a: Tensor, b: Tensor) -> Any:
 
 
 def product_and_sum(c: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Any:
-    """beta c + alpha a b, by :func:`product`."""
-    made = product(a, b)
+    """beta c + alpha a b, by :func:`quick_product`."""
+    made = quick_product(a, b)
     if made is NotImplemented:
         return made
     return (c if beta == 1 else beta * c) + (made if alpha == 1 else alpha * made)
@@ -277,7 +277,7 @@ def quick_tanh(x: Tensor) -> Any:
 
 
 LOWERED: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten.mm.default: product,
+    torch.ops.aten.mm.default: quick_product,
     torch.ops.aten.addmm.default: product_and_sum,
     torch.ops.aten.scatter.value: one_of_each_row,
     torch.ops.aten.tanh.default: quick_tanh,

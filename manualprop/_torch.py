@@ -229,7 +229,7 @@ def compiled_ahead(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor], 
 
 @contextlib.contextmanager
 def _micro_kernels() -> Iterator[None]:
-    """Inside, inductor takes its own micro-kernel for a product where it has one, without measuring.  2.13 to 2.14
+    """Inside, inductor takes its own micro-kernel for a product where it has one, without measuring.  2.13
 
     gcc must not make a call of memset of the loop that clears a micro-kernel's sums: they would live in memory.
     """

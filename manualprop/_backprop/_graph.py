@@ -222,9 +222,10 @@ def has_micro_kernels(dtype: torch.dtype) -> bool:
 
 
 def quick_product(a: Tensor, b: Tensor) -> Any:
-    """A product as loops or as a micro-kernel of the compiler's, which fuse with what comes before and after.
+    """A product as loops, or as a micro-kernel of the compiler's.
 
-    One row makes a matrix and a vector of it, or two vectors: elementwise products and a sum.  The compiler has
+    One row makes a matrix and a vector of it, or two vectors: elementwise products and a sum, which the compiler fuses
+    with what comes before and after: the step of one example is a few loops.  The compiler has
     micro-kernels for batches of products only, and on one thread they are twice as fast as a library for small
     ones.  A narrow product is stored column by column: its rows would not fill a vector of the processor.
     """

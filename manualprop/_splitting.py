@@ -121,8 +121,8 @@ def denominator(loss: Any, output: Tensor, target: Tensor) -> float:
         return float(math.prod(torch.broadcast_shapes(output.shape, target.shape)))
     if target.is_floating_point():  # class probabilities: the mean ignores the class weights
         return output.numel() / output.shape[min(1, output.dim() - 1)]
-    kept = target[target != loss.ignore_index]
-    return float(kept.numel() if loss.weight is None else loss.weight[kept].sum())
+    kept = target != loss.ignore_index
+    return float(kept.sum() if loss.weight is None else loss.weight[target[kept]].sum())
 
 
 def check_splittable(loss: Loss, model: nn.Module | None = None) -> None:

@@ -229,11 +229,13 @@ def compiled_ahead(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor], 
 
 @contextlib.contextmanager
 def _micro_kernels() -> Iterator[None]:
-    """Inside, inductor takes its own micro-kernel for a product where it has one, without measuring.  2.13 to 2.14
+    """Inside, inductor takes its own micro-kernel for a product where it has one, without measuring.  2.13
 
     gcc must not make a call of memset of the loop that clears a micro-kernel's sums: they would live in memory.
     """
     from torch._inductor import cpp_builder, select_algorithm
+
+    builder: Any = cpp_builder
 
     def first(choices: list[Any]) -> list[Any]:
         library = select_algorithm.ExternKernelCaller
@@ -241,17 +243,17 @@ def _micro_kernels() -> Iterator[None]:
 
     def flags(compiler: str, *given: Any, **named: Any) -> tuple[list[str], list[str]]:
         compiling, linking = before(compiler, *given, **named)
-        own = ["fno-tree-loop-distribute-patterns"] if cpp_builder._is_gcc(compiler) else []
+        own = ["fno-tree-loop-distribute-patterns"] if builder._is_gcc(compiler) else []
         return [*compiling, *own], linking
 
-    before = cpp_builder._get_optimization_cflags
+    before = builder._get_optimization_cflags
     chosen = select_algorithm.get_algorithm_selector_cache().preprocessing_fns
     chosen.append(first)
-    cpp_builder._get_optimization_cflags = flags
+    builder._get_optimization_cflags = flags
     try:
         yield
     finally:
-        cpp_builder._get_optimization_cflags = before
+        builder._get_optimization_cflags = before
         chosen.remove(first)
 
 

@@ -127,6 +127,45 @@ def test_the_fast_correlation_is_the_plain_one(
                 torch.testing.assert_close(W.to(wide), exact, **within)
 
 
+# x, channels of y, options of conv2d or conv3d with a kernel of three
+FORMS: list[tuple[str, tuple[int, ...], int, dict[str, Any]]] = [
+    ("by_examples", (2, 3, 4, 4), 5, {"padding": 1}),
+    ("by_examples", (2, 32, 4, 4), 8, {"padding": 1, "stride": 2}),
+    ("by_examples", (2, 3, 4, 2, 2), 4, {"padding": 1}),
+    ("by_rows", (3, 8, 11, 14), 6, {"padding": (2, 1), "stride": (2, 1), "dilation": (1, 2)}),
+    ("by_rows", (2, 8, 6, 9, 10), 4, {"padding": 1}),
+    ("by_columns", (2, 4, 11, 10), 6, {"padding": 1}),
+    ("by_columns", (2, 8, 12, 30), 6, {"stride": 3}),
+    ("by_channels", (2, 1, 11, 10), 3, {}),
+]
+
+
+@pytest.mark.parametrize("columns", [2**20, 2**9])
+@pytest.mark.parametrize(("form", "shape", "O", "options"), FORMS)
+def test_each_layer_has_its_form(
+    form: str,
+    shape: tuple[int, ...],
+    O: int,
+    options: dict[str, Any],
+    columns: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """dW in float32, whole and band by band, against torch's in float64."""
+    monkeypatch.setattr(_correlation, "COLUMNS", columns)
+    chosen: list[Any] = []
+    choose = _correlation.form_for
+    monkeypatch.setattr(_correlation, "form_for", lambda *args: chosen.append(choose(*args)) or chosen[-1])
+    name, K = f"conv{len(shape) - 2}d", [3] * (len(shape) - 2)
+    x, W = real(*shape, grad=False), real(O, shape[1], *K, seed=1)
+    y = getattr(torch.nn.functional, name)(x, W, **options)
+    g = upstream(y)
+    (exact,) = torch.autograd.grad(y, W, g)
+    W = W.detach().float().requires_grad_()
+    (found,) = torch.autograd.grad(getattr(F, name)(x.float(), W, **options), W, g.float())
+    assert [f.__name__ for f in chosen] == [form]
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6 * exact.abs().max().item())
+
+
 # ----- every order is ours -----
 
 

@@ -448,12 +448,17 @@ def test_resume_with_the_other_engine(descent: Descent, engines: tuple[str, str]
 
 
 @pytest.mark.parametrize(("descent", "cut"), [(DESCENTS[1], 400), (DESCENTS[1], 300), (DESCENTS[2], 7)])
-@pytest.mark.parametrize("engine", ENGINES)
-def test_resume_inside_an_epoch(descent: Descent, cut: int, engine: str) -> None:
+@pytest.mark.parametrize(
+    ("engine", "limit"), [*((engine, None) for engine in ENGINES), (ENGINES[0], "steps")]
+)
+def test_resume_inside_an_epoch(descent: Descent, cut: int, engine: str, limit: str | None) -> None:
     scheduled = dataclasses.replace(descent, lr_scheduler=HALF)
     whole, _ = run("whole", scheduled, engine, max_epochs=4)
     run("parts", scheduled, engine, max_steps=cut, max_epochs=-1)
-    resumed, rows = run("parts", scheduled, engine, resume=True, max_epochs=4)
+    limits: dict[str, int] = (
+        {"max_epochs": 4} if limit is None else {"max_epochs": -1, "max_steps": whole.trainer.global_step}
+    )
+    resumed, rows = run("parts", scheduled, engine, resume=True, **limits)
     assert same(whole, resumed)
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
 

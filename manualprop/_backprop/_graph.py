@@ -7,6 +7,7 @@ no second implementation.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,8 @@ from manualprop._torch import inductor
 Body = Callable[..., tuple[Tensor, ...]]
 Groups = list[dict[str, Any]]  # of an optimizer
 Form = tuple[tuple[Any, ...], ...]
+
+OFTEN = 8  # steps of further inputs, after which a graph of their own is worth about ten seconds
 
 
 class Graphs:
@@ -41,6 +44,7 @@ class Graphs:
             )
         self.compile, self.capture = compile, capture
         self._made: dict[Any, tuple[Body, list[int]]] = {}
+        self._come: Counter[Any] = Counter()  # how often inputs came before they have a graph
 
     def run(
         self,
@@ -50,10 +54,17 @@ class Graphs:
         changed: Callable[[], list[Tensor]],
         held: list[int],
     ) -> tuple[Tensor, ...]:
-        """``body(*inputs)``, run by its own graph; the first call makes it, and any other call with other ``held``."""
+        """``body(*inputs)``, run by its own graph, which is made anew for other ``held``.
+
+        The first inputs of all have a graph at once, others when they come again and again: the last, smaller
+        batch of an epoch does not wait for the compiler.
+        """
         key = (key, *[(i.shape, i.stride(), i.dtype, i.device) for i in inputs])
         graph, its = self._made.get(key, (None, None))
         with torch.no_grad():
+            if graph is None and self._made and self.compile and not self.capture and self._come[key] < OFTEN:
+                self._come[key] += 1
+                return body(*inputs)
             if graph is None or its != held:
                 graph = self._make(body, inputs, changed())
                 self._made[key] = graph, held
@@ -210,10 +221,11 @@ def has_micro_kernels(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and torch.get_num_threads() == 1
 
 
-def product(a: Tensor, b: Tensor) -> Any:
-    """A product as loops or as a micro-kernel of the compiler's, which fuse with what comes before and after.
+def quick_product(a: Tensor, b: Tensor) -> Any:
+    """A product as loops, or as a micro-kernel of the compiler's.
 
-    One row makes a matrix and a vector of it, or two vectors: elementwise products and a sum.  The compiler has
+    One row makes a matrix and a vector of it, or two vectors: elementwise products and a sum, which the compiler fuses
+    with what comes before and after: the step of one example is a few loops.  The compiler has
     micro-kernels for batches of products only, and on one thread they are twice as fast as a library for small
     ones.  A narrow product is stored column by column: its rows would not fill a vector of the processor.
     """
@@ -230,11 +242,24 @@ def product(a: Tensor, b: Tensor) -> Any:
 
 
 def product_and_sum(c: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Any:
-    """beta c + alpha a b, by :func:`product`."""
-    made = product(a, b)
+    """beta c + alpha a b, by :func:`quick_product`."""
+    made = quick_product(a, b)
     if made is NotImplemented:
         return made
     return (c if beta == 1 else beta * c) + (made if alpha == 1 else alpha * made)
+
+
+def one_of_each_row(x: Tensor, dim: int, index: Tensor, value: float) -> Any:
+    """x with one number of each row replaced, as a comparison, which the compiler fuses; scattering is a pass of its own.
+
+    It takes any index.  A loss reads the chosen class as well, and that refuses one that does not exist.
+    """
+    places = [1] * x.dim()
+    places[dim] = x.shape[dim]
+    if [k * n for k, n in zip(places, index.shape, strict=True)] != [*x.shape] or index.shape[dim] != 1:
+        return NotImplemented
+    at = torch.arange(x.shape[dim], device=x.device).view(places)
+    return torch.where(at == index, x.new_full((), value), x)
 
 
 def quick_tanh(x: Tensor) -> Any:
@@ -253,8 +278,9 @@ def quick_tanh(x: Tensor) -> Any:
 
 
 LOWERED: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten.mm.default: product,
+    torch.ops.aten.mm.default: quick_product,
     torch.ops.aten.addmm.default: product_and_sum,
+    torch.ops.aten.scatter.value: one_of_each_row,
     torch.ops.aten.tanh.default: quick_tanh,
 }
 

@@ -204,7 +204,8 @@ def _shape(value: Any) -> str:
 def _surroundings() -> list[str]:
     """What else decides the code of a program."""
     versions = torch.__version__, str(torch.version.git_version)
-    return [*versions, str(torch.get_num_threads()), *_machine(), *_makers()]
+    settings = sorted(f"{k}={v}" for k, v in os.environ.items() if k.startswith("TORCHINDUCTOR_"))
+    return [*versions, *settings, str(torch.get_num_threads()), *_machine(), *_makers()]
 
 
 @functools.cache

@@ -62,8 +62,9 @@ class Backprop:
             micro-batches. The rows of a call are the examples of one update: one with Stochastic, any number
             with MiniBatch and Batch.
         optimizer: the descent's optimizer, if it exists already; otherwise a new one is made.
-        compile: True: run the step as one graph.  torch's inductor compiles it at the first step of each input
-            shape (about ten seconds); on the CPU the program is kept on disk for later processes.  The graph of
+        compile: True: run the step as one graph.  torch's inductor compiles it at the first step (about ten seconds), and for
+            another shape of the input when it has come eight times; on the CPU the program is kept on disk for
+            later processes.  The graph of
             a small network makes the update too; that of a large one returns the factors of the gradients, and
             the update stays folded into their product.  A scheduler causes no new compilation.  An optimizer
             that needs gradients makes its own step after the graph.  Random layers draw other numbers than

@@ -488,10 +488,10 @@ class DescentModule(Trainable):
         loader = self.trainer.train_dataloader
         if isinstance(loader, TrainingRows):
             _resume.check_same_examples(restored["examples"], len(loader.x))
-            if not restored["rows"]:
-                # With a limit on steps, Lightning would continue a complete epoch and count it again.
-                restarting: Any = _Loop.restarting
-                restarting.fset(self.trainer.fit_loop, False)
+            # With a limit on steps, Lightning would continue a complete epoch and count it again, and take of an
+            # unfinished one as many portions less as were made: TrainingRows yields these again, without rows.
+            restarting: Any = _Loop.restarting
+            restarting.fset(self.trainer.fit_loop, False)
         self.rows_before, self.epochs_made = restored["rows"], restored["epochs"]
         self._had_program = restored.get("has_program", False)
         if self.changes and self.trainer.global_step:  # Lightning's Tuner returns to update 0

@@ -47,17 +47,17 @@ def correlation(
 def correlate(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Sizes) -> Tensor:
     """W by the form that fits."""
     y32, x32 = full(y).resolve_conj(), full(x).resolve_conj()
-    return form_for(y32, x32, G, K)(y32, x32, s, p, d, G, K).to(y.dtype)
+    return form_for(y32, x32, s, G, K)(y32, x32, s, p, d, G, K).to(y.dtype)
 
 
-def form_for(y: Tensor, x: Tensor, G: int, K: Sizes) -> Form:
+def form_for(y: Tensor, x: Tensor, s: Sizes, G: int, K: Sizes) -> Form:
     """The numbers are times over those of ``by_columns``, for kernels of 3 x 3 and float32."""
     C, Q = x.shape[1] // G, y.shape[2:]
     if G == 1 and y.is_cpu and y.dtype == torch.float32:
         if Q[-1] <= 8 and Q.numel() <= 64 and C * Q.numel() <= 2**12:
             return by_examples  # 4 x 4: 0.2-0.5, 8 x 8: 0.4-0.8
-        if C >= 8 and len(K) > 1 and math.prod(K) > 1:
-            return by_rows  # 16 x 16: 0.6-0.9, 28 x 28: 0.85, 512 channels: 0.7
+        if C >= 8 and len(K) > 1 and K[0] > s[0] and (y.shape[1] <= 128 or Q[-1] <= 8):
+            return by_rows  # 16 x 16: 0.6-0.9, 28 x 28: 0.9-1, 512 channels at 4 x 4: 0.7
     return by_channels if C == 1 else by_columns
 
 
@@ -91,15 +91,16 @@ def by_rows(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Sizes
     copies[k',(n,q'),i,c] = x[n,c,i,i'].  So it is a convolution along i with r for its channels, and c beside i.
     """
     O, C, others = y.shape[1], x.shape[1], y.shape[3:]
-    buffer, W = x.new_empty(0), None
+    buffer = W = None
     order = (*range(2, 1 + len(K)), 1, 0, *range(1 + len(K), 2 + 2 * len(K)))
-    for some_y, some_x in bands(y, x, C * math.prod(K[1:]), s, p, d, K):
+    # Several large examples together take 1.1 of the time.
+    for some_y, some_x in bands(y, x, C * math.prod(K[1:]), s, p, d, K, alone=10**5):
         (n, _, q), (i,) = some_y.shape[:3], reach(some_y.shape[2:3], K[:1], s[:1], d[:1])
         # (C, X, K', n, 1, Q') -> (K', X, C, n, 1, Q'), with all i of the first axis in the place of its k
         some = windows(some_x, (1, *s[1:]), (1, *d[1:]), (1, *others), (i, *K[1:])).permute(order)
-        if buffer.numel() < some.numel():
-            buffer = x.new_empty(some.numel())  # new memory takes longer than the product
-        copies = buffer[: some.numel()].view(some.shape).copy_(some).view(-1, i, C, n * math.prod(others))
+        copies = copied_into(buffer, some)
+        buffer = copies if buffer is None else buffer
+        copies = copies.view(-1, i, C, n * others.numel())
         kernel = some_y.movedim(0, 2).reshape(O, q, 1, -1)
         # (K', r, X, C), (O, r, Q, 1) -> (K', O, K, C), the channels last in memory
         part = torch.conv2d(copies.movedim(-1, 1), kernel.movedim(-1, 1), None, (d[0], 1), 0, (s[0], 1))
@@ -111,12 +112,11 @@ def by_rows(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Sizes
 def by_columns(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Sizes) -> Tensor:
     """W[o,ck] = sum_{n,q} y[o,nq] columns[ck,nq], with columns[ck,nq] = x[n,c,i]."""
     O, rows = y.shape[1], x.shape[1] * math.prod(K)
-    buffer, W = x.new_empty(0), None
+    buffer = W = None
     for some_y, some_x in bands(y, x, rows, s, p, d, K):
         some = windows(some_x, s, d, some_y.shape[2:], K)  # (C, K, n, Q)
-        if buffer.numel() < some.numel():
-            buffer = x.new_empty(some.numel())  # new memory takes longer than the product
-        columns = buffer[: some.numel()].view(some.shape).copy_(some)
+        columns = copied_into(buffer, some)
+        buffer = columns if buffer is None else buffer
         # (G, O, n Q), (G, C K, n Q) -> (G, O, C K)
         part = products(some_y.transpose(0, 1).reshape(G, O // G, -1), columns.view(G, rows // G, -1))
         W = part if W is None else W.add_(part)
@@ -125,12 +125,14 @@ def by_columns(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Si
 
 
 def bands(
-    y: Tensor, x: Tensor, rows: int, s: Sizes, p: Sizes, d: Sizes, K: Sizes
+    y: Tensor, x: Tensor, rows: int, s: Sizes, p: Sizes, d: Sizes, K: Sizes, alone: int = COLUMNS
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """y and the padded x for some examples, or a band of the first axis of one; ``rows`` entries for each position of y."""
+    """y and the padded x for some examples, or a band of the first axis of one.
+
+    There are ``rows`` entries for each position of y.  An example of more than ``alone`` entries comes by itself.
+    """
     N, Q = len(y), y.shape[2:]
-    alone = rows * Q.numel() > 10**5  # several together: 1.1 of the time
-    few = 1 if alone else size_of_parts(N, rows * Q.numel())
+    few = 1 if rows * Q.numel() > alone else size_of_parts(N, rows * Q.numel())
     band = size_of_parts(Q[0], rows * Q[1:].numel())
     for some_y, some_x in zip(y.split(few), x.split(few), strict=True):
         some_x = framed(some_x, p, reach(Q, K, s, d)).contiguous()
@@ -141,6 +143,13 @@ def bands(
 def size_of_parts(length: int, entries: int) -> int:
     """The length of equal parts of an axis, each with about COLUMNS entries of columns."""
     return math.ceil(length / math.ceil(length / max(COLUMNS // entries, 1)))
+
+
+def copied_into(buffer: Tensor | None, some: Tensor) -> Tensor:
+    """A copy without gaps, in the memory of the first one if it fits: new memory takes longer than the product."""
+    if buffer is None or buffer.numel() < some.numel():
+        return some.clone(memory_format=torch.contiguous_format)
+    return buffer.view(-1)[: some.numel()].view(some.shape).copy_(some)
 
 
 def windows(x: Tensor, s: Sizes, d: Sizes, Q: Sizes, K: Sizes) -> Tensor:

@@ -138,13 +138,12 @@ def _average(
 
 
 def _adaptive(name: str, axes: int, input: Tensor, output_size: int | Sequence[int | None] | None) -> Tensor:
-    if isinstance(output_size, tuple | list) and input.dim() <= len(output_size):
-        raise ValueError(
-            f"{name}: input must have more than {len(output_size)} axes. Got {list(input.shape)}."
-        )
-    if isinstance(output_size, int) and isinstance(input, Tensor) and input.dim() <= axes:
-        raise RuntimeError(
-            f"{name}: input must have {axes + 1} axes (unbatched) or {axes + 2} (batched). Got {list(input.shape)}."
+    sizes = axes if isinstance(output_size, int) else len(output_size or ())
+    if isinstance(input, Tensor) and input.dim() <= sizes:
+        kind = RuntimeError if isinstance(output_size, int) else ValueError
+        raise kind(
+            f"{name}: input must have more axes than output_size has numbers: Input dimension should be at least "
+            f"{sizes + 1}. Got {list(input.shape)}."
         )
     size = repeated_size(name, "output_size", output_size, axes)
     if None in size:

@@ -261,3 +261,16 @@ class Raises(Scale):
 def test_a_backward_that_raises_is_reported_once():
     report = check(Raises.apply, normal(3), normal(3), only=["first_order", *ARGUMENTS], isolate=False)
     assert [o.probe for o in report.findings] == ["first_order"], str(report)
+
+
+def test_a_forward_that_reads_the_memory_is_reported_once() -> None:
+    """A batch along the last axis comes in another layout, too."""
+
+    def as_if_transposed(x: Tensor) -> Tensor:
+        return torch.as_strided(x, (2, 2), (1, 2))
+
+    report = check(
+        as_if_transposed, normal(3, 3), only=("first_order", "input_layout", "vmap"), isolate=False
+    )
+    assert [o.probe for o in report.findings] == ["input_layout"]
+    assert report["vmap"].evidence.startswith("see input_layout")

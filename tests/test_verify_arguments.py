@@ -186,6 +186,7 @@ CONTROLS = {
     "in place": (lambda x: F.relu(x, inplace=True), (normal(4),)),
     "dropout": (nn.Dropout(0.5), (normal(4, 5),)),
     "moments": (lambda x: torch.var_mean(x, 1), (normal(4, 5),)),
+    "deviation": (lambda x: x.std(), (normal(4, 5, 4),)),  # of equal entries: rounding
     "embedding": (F.embedding, (torch.tensor([[0, 2], [1, 1]]), normal(4, 3))),
 }
 

@@ -35,6 +35,10 @@ NO_GRADIENT = Known(
     "returns the statistics of the rows too, which torch marks as not differentiable",
 )
 MEMORY = ("first_order", "input_layout", "grad_output_layout")
+QR = Known(
+    ("extremes", "ties"),
+    "its gradient for a matrix without full rank is rounding, as torch's page of it warns",
+)
 POLYGAMMA = Known(
     ("dtypes", "extremes"),
     "its gradient is infinite in float16, where it is in range; and at a pole, where its value is a finite 7e31 "
@@ -55,7 +59,7 @@ KNOWN: dict[str, Known] = {
     "logaddexp": Known(("extremes",), "its second derivative is NaN in float32 at 90: exp overflows"),
     "logaddexp2": Known(("extremes",), "its second derivative is NaN in float32 at 800: exp2 overflows"),
     "lu": Known(("extremes",), "its gradient is NaN for a singular matrix, where the value is finite"),
-    "qr": Known(("extremes",), "its gradient for a matrix without full rank is rounding"),
+    "qr": QR,
     "nn_functional_prelu": Known(("ties",), "at 0 forward mode takes another slope than backward"),
     "nn_functional_rrelu": Known(
         ("checkpointing", "saved_tensor_hooks"),
@@ -69,6 +73,9 @@ KNOWN: dict[str, Known] = {
     ),
     "nn_functional_softshrink": Known(
         ("extremes", "ties"), "with lambd=0 it is the identity, and its gradient at 0 is 0"
+    ),
+    "nn_functional_soft_margin_loss": Known(
+        ("dtypes",), "in float16 its gradient overflows from a loss of 10.5 on, and is -y / (1 + exp(y x))"
     ),
     "select_scatter": Known(
         ("vmap",), "batched, the gradient of what is written is as many times too large as the axis is long"
@@ -118,7 +125,7 @@ KNOWN: dict[str, Known] = {
         for name in ("linalg_lu", "linalg_lu_factor_ex")
     },
     "linalg_lu_solve": Known(("extremes",), "its gradient in float32 overflows at a pivot of 1e-30"),
-    "linalg_qr": Known(("extremes",), "its gradient for a matrix without full rank is rounding"),
+    "linalg_qr": QR,
     "masked_logaddexp": Known(("extremes",), "its second derivative is NaN in float32 at 90: exp overflows"),
     "masked_median": Known(
         ("input_layout",), "of an expanded input its value is memory that was never written"

@@ -143,6 +143,9 @@ KNOWN: dict[str, Known] = {
     "nn_functional_group_norm": Known(
         ("zero_size",), "of an input that is empty in space the gradient of the weight is NaN"
     ),
+    "nn_functional_max_unpool2d": Known(
+        ("first_order",), "of places that repeat one value is kept and each gets the gradient (pytorch 80204)"
+    ),
     "nn_functional_max_unpool3d": Known(
         ("first_order", "input_layout"),
         "of places that repeat one value is kept and each gets the gradient; backward raises for a strided input",

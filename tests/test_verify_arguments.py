@@ -186,6 +186,7 @@ CONTROLS = {
     "in place": (lambda x: F.relu(x, inplace=True), (normal(4),)),
     "dropout": (nn.Dropout(0.5), (normal(4, 5),)),
     "moments": (lambda x: torch.var_mean(x, 1), (normal(4, 5),)),
+    "deviation": (lambda x: x.std(), (normal(4, 5, 4),)),  # of equal entries: rounding
     "embedding": (F.embedding, (torch.tensor([[0, 2], [1, 1]]), normal(4, 3))),
 }
 
@@ -261,3 +262,16 @@ class Raises(Scale):
 def test_a_backward_that_raises_is_reported_once():
     report = check(Raises.apply, normal(3), normal(3), only=["first_order", *ARGUMENTS], isolate=False)
     assert [o.probe for o in report.findings] == ["first_order"], str(report)
+
+
+def test_a_forward_that_reads_the_memory_is_reported_once() -> None:
+    """A batch along the last axis comes in another layout, too."""
+
+    def as_if_transposed(x: Tensor) -> Tensor:
+        return torch.as_strided(x, (2, 2), (1, 2))
+
+    report = check(
+        as_if_transposed, normal(3, 3), only=("first_order", "input_layout", "vmap"), isolate=False
+    )
+    assert [o.probe for o in report.findings] == ["input_layout"]
+    assert report["vmap"].evidence.startswith("see input_layout")

@@ -29,8 +29,11 @@ class Copies:
 
 
 def _copied(t: Any) -> Any:
-    """A contiguous copy, with a contiguous gradient."""
-    return (t.reshape(-1) * 1).reshape(t.shape) if is_float(t) else t
+    """A contiguous copy, with a contiguous gradient.
+
+    Under vmap, too: there a product keeps the order of the axes in memory, that of the batch among them.
+    """
+    return (t.reshape(-1) * 1).contiguous().reshape(t.shape) if is_float(t) else t
 
 
 class Seeded:

@@ -55,6 +55,14 @@ enter(
     "sizes",
 )
 enter(
+    "torch_nuclear_norm",  # of a matrix with a row of zeros float32 takes another slope than float64
+    lambda x: torch.linalg.matrix_norm(x, "nuc"),
+    lambda r: (r(5, 5),),
+    "extremes",
+    "ties",
+    "dtypes",
+)
+enter(
     "torch_svdvals",
     torch.linalg.svdvals,
     lambda r: (r(4, 3),),

@@ -52,12 +52,14 @@ def correlate(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Siz
 
 def form_for(y: Tensor, x: Tensor, s: Sizes, G: int, K: Sizes) -> Form:
     """The numbers are times over those of ``by_columns``, for kernels of 3 x 3 and float32."""
-    C, Q = x.shape[1] // G, y.shape[2:]
-    if G == 1 and y.is_cpu and y.dtype == torch.float32:
+    C, O, Q = x.shape[1] // G, y.shape[1], y.shape[2:]
+    terms = len(y) * Q.numel()
+    # The first two leave W in another order.  If it is large, putting it right takes longer than the sums.
+    if G == 1 and y.is_cpu and y.dtype == torch.float32 and C * O <= 64 * terms:
         if Q[-1] <= 8 and Q.numel() <= 64 and C * Q.numel() <= 2**12:
-            return by_examples  # 4 x 4: 0.2-0.5, 8 x 8: 0.4-0.8
-        if C >= 8 and len(K) > 1 and K[0] > s[0] and (y.shape[1] <= 128 or Q[-1] <= 8):
-            return by_rows  # 16 x 16: 0.6-0.9, 28 x 28: 0.9-1, 512 channels at 4 x 4: 0.7
+            return by_examples  # 4 x 4: 0.3-0.6, 8 x 8: 0.4-0.9
+        if len(K) > 1 and K[0] > s[0] and 8 <= C <= 64 // s[0]:
+            return by_rows  # 16 x 16: 0.8-1, 28 x 28: 0.9-1.1; three axes: 0.5-0.9
     return by_channels if C == 1 else by_columns
 
 

@@ -110,11 +110,7 @@ def _load(path: Path) -> Program | None:
             if package.testzip() is not None:  # torch would run damaged code
                 raise zipfile.BadZipFile
         found = load_program(path)
-    except (
-        RuntimeError,
-        OSError,
-        zipfile.BadZipFile,
-    ):  # a damaged file, or one that another process has just removed
+    except (RuntimeError, OSError, zipfile.BadZipFile):  # damaged, or just removed by another process
         with contextlib.suppress(OSError):  # another user's: it stays
             path.unlink()
         return None

@@ -100,9 +100,8 @@ def input_gradient(y: Tensor, W: Tensor, b: None, s: Sizes, p: Sizes, d: Sizes, 
 
 def between_zeros(y: Tensor, s: Sizes, X: Sizes) -> Tensor:
     """x[s q] = y[q], for the q with s q < X, and 0 elsewhere; in the layout of y."""
-    x = torch.empty(
-        (*y.shape[:2], *X), dtype=y.dtype, device=y.device, memory_format=memory_format(y)
-    ).zero_()
+    shape = (*y.shape[:2], *X)
+    x = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=memory_format(y)).zero_()
     of_x: tuple[Any, ...] = (..., *[slice(0, step * q, step) for q, step in zip(y.shape[2:], s, strict=True)])
     of_y: tuple[Any, ...] = (..., *[slice(-(-n // step)) for n, step in zip(X, s, strict=True)])
     x[of_x] = y[of_y]

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from manualprop import functions as rules
+from manualprop._torch import transforms_active
 from manualprop.functional._checks import check_tensor
 from manualprop.functional._offer import OFFERING
 from manualprop.functions._execution._in_place import write_over
-from manualprop.functions._rule import Rule, transforms_active
+from manualprop.functions._rule import Rule
 from manualprop.functions.activation import SELU
 
 __all__ = ["alpha_dropout", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout"]

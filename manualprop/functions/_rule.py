@@ -14,75 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from manualprop._torch import (
-    DYNAMO,
-    add_batch_dim,
-    forward_mode,
-    get_unwrapped,
-    is_batchedtensor,
-    maybe_get_bdim,
-    maybe_get_level,
-    unpack_dual,
-    unwrap_if_dead,
-)
-from manualprop._torch import transforms_active as transforms_active
+from manualprop._torch import DYNAMO
 from manualprop.functions._declaration import parameters, require_methods
 from manualprop.functions._execution import recorded
-
-# ----- forward mode -----
-
-
-def at_every_level(jvp: Callable[..., Any]) -> Callable[..., Any]:
-    """Make ``jvp`` differentiable in nested forward mode: ``jacfwd(jacfwd(f))``, jvp of jvp.
-
-    torch switches forward mode off while it calls a Function's jvp.  Outer levels would then silently see its
-    arithmetic as constant.  Here forward mode is on, and the saved tensors come without the tangents of this
-    level: those are the arguments of jvp.
-    """
-
-    @functools.wraps(jvp)
-    def every_level(ctx: Any, *tangents: Any) -> Any:
-        if not transforms_active():
-            return jvp(ctx, *tangents)
-        with forward_mode(True):
-            return jvp(_WithPrimals(ctx), *tangents)
-
-    return every_level
-
-
-class _WithPrimals:
-    """A rule's context, whose saved tensors come without the tangents of the innermost level."""
-
-    def __init__(self, ctx: Any) -> None:
-        self._ctx, self.saved_tensors = ctx, tuple(map(_primal, ctx.saved_tensors))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._ctx, name)
-
-
-def _primal(t: Tensor | None) -> Tensor | None:
-    if t is None:
-        return None
-    if is_batchedtensor(t):  # vmap inside forward mode: the tangents are inside the batched tensor
-        inner: Any = _primal(get_unwrapped(t))
-        batched: Tensor = add_batch_dim(inner, maybe_get_bdim(t), maybe_get_level(t))
-        return batched
-    primal: Tensor = unpack_dual(t, level=0)[0]
-    return primal
-
-
-# ----- what is kept -----
-
-
-def save(ctx: Any, *tensors: tuple[Tensor | None, bool]) -> None:
-    """Save tensors for forward mode, and for backward those that it needs.
-
-    Under vmap both must save the same tensors: torch has one list of their batch axes.
-    """
-    every = transforms_active()
-    ctx.save_for_backward(*[t if needed or every else None for t, needed in tensors])
-    ctx.save_for_forward(*[t for t, _ in tensors])
-
+from manualprop.functions._execution._transforms import applied, at_every_level
 
 # ----- gradients and tangents that do not exist -----
 #
@@ -114,24 +49,6 @@ def of_a_gradient(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # ----- the rule -----
-
-
-class Whole(tuple[Any, ...]):
-    """A tuple that torch.func takes for one argument; it has the attributes of a named tuple.
-
-    torch.func takes other tuples apart into their entries, and under vmap it then finds more arguments than tangents.
-    """
-
-    kind: type
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.kind(*self), name)
-
-
-def _whole(argument: tuple[Any, ...] | list[Any]) -> Whole:
-    whole = argument if isinstance(argument, Whole) else Whole(argument)
-    whole.kind = getattr(argument, "kind", type(argument))
-    return whole
 
 
 class _Local(threading.local):
@@ -174,11 +91,11 @@ class Rule(Function):
 
     generate_vmap_rule = True
     abstract = False  # True in a base class of rules, which is no rule itself
-    _apply: ClassVar[Callable[..., Any]]  # the C++ apply under Function.apply
+    apply_in_cpp: ClassVar[Callable[..., Any]]  # the C++ apply under Function.apply
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls._apply = super(Function, cls).apply  # type: ignore[misc]
+        cls.apply_in_cpp = super(Function, cls).apply  # type: ignore[misc]
         if not vars(cls).get("abstract", False):
             require_methods(cls, "forward", "setup_context", "backward")
             _require_tangents(cls)
@@ -189,16 +106,10 @@ class Rule(Function):
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        """Apply the rule, and record it for differentiation.
-
-        ``Function.apply`` binds the arguments to forward's signature on every call: 12 of its 17 us.  Calls
-        of rules always pass every argument by position, so outside transforms this step is skipped.
-        """
+        """Apply the rule, and record it for differentiation."""
         if _local.recorder is not None:
             return _local.recorder(cls, args)
-        if transforms_active():
-            return super().apply(*[_whole(a) if isinstance(a, tuple | list) else a for a in args])
-        return cls._apply(*[_usable(a, cls) if isinstance(a, Tensor) else a for a in args])
+        return applied(cls, super().apply, args)
 
 
 def _require_tangents(rule: type[Rule]) -> None:
@@ -211,19 +122,6 @@ def _require_tangents(rule: type[Rule]) -> None:
             f"{rule.__name__}: jvp must have ctx and a tangent for each of forward({', '.join(arguments)}). "
             f"Got jvp({', '.join(tangents)})."
         )
-
-
-def _usable(a: Tensor, rule: type[Rule]) -> Tensor:
-    """``a``; the tensor inside if ``a`` is a dead wrapper, which outlived its transform."""
-    if not a.is_nested:
-        return unwrap_if_dead(a)
-    if a.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError(
-            f"{rule.__name__}: the hand-derived gradients are those of ordinary tensors, without ragged axes. Got a "
-            f"nested tensor of layout {a.layout} that requires a gradient. Apply the layer to its values() or to a "
-            "padded tensor (torch.nested.to_padded_tensor), or take torch's layers back by manualprop.unswap(model)."
-        )
-    return unwrap_if_dead(a)
 
 
 # ----- torch.compile -----

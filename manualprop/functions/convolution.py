@@ -33,7 +33,8 @@ from torch import Tensor
 from manualprop.functions._execution import _convolution as run
 from manualprop.functions._execution import _correlation as execution
 from manualprop.functions._execution import recorded
-from manualprop.functions._rule import Rule, save
+from manualprop.functions._execution._transforms import save
+from manualprop.functions._rule import Rule
 
 __all__ = ["Convolution", "Correlation", "TransposedConvolution"]
 

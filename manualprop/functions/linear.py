@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manualprop.functions._execution._products import bilinear, linear
-from manualprop.functions._rule import Rule, save
+from manualprop.functions._execution._transforms import save
+from manualprop.functions._rule import Rule
 
 __all__ = ["Bilinear", "Linear"]
 

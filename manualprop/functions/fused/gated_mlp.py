@@ -18,7 +18,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from manualprop.functions._rule import Rule, save
+from manualprop.functions._execution._transforms import save
+from manualprop.functions._rule import Rule
 from manualprop.functions.fused.mlp import (
     activated,
     activated_and_through,

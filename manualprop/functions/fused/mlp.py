@@ -26,7 +26,8 @@ from manualprop.functions import piecewise
 from manualprop.functions._elementwise import Elementwise
 from manualprop.functions._execution import recorded
 from manualprop.functions._execution._bits import keep_bits, kept_bytes
-from manualprop.functions._rule import Rule, save
+from manualprop.functions._execution._transforms import save
+from manualprop.functions._rule import Rule
 from manualprop.functions.linear import Linear, linear_tangent
 
 __all__ = ["MLP", "ActivationLinear", "LinearActivation"]

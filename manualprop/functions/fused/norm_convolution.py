@@ -23,7 +23,8 @@ from torch import Tensor
 from manualprop.functions._execution import _convolution as run
 from manualprop.functions._execution import _normalisation as aten
 from manualprop.functions._execution import formula, full
-from manualprop.functions._rule import Rule, save
+from manualprop.functions._execution._transforms import save
+from manualprop.functions._rule import Rule
 from manualprop.functions.convolution import (
     Convolution,
     bias_gradient,

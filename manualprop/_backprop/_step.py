@@ -62,13 +62,12 @@ class Backprop:
             micro-batches. The rows of a call are the examples of one update: one with Stochastic, any number
             with MiniBatch and Batch.
         optimizer: the descent's optimizer, if it exists already; otherwise a new one is made.
-        compile: True: run the step as one graph.  torch's inductor compiles it at the first step (about ten seconds), and for
-            another shape of the input when it has come eight times; on the CPU the program is kept on disk for
-            later processes.  The graph of
-            a small network makes the update too; that of a large one returns the factors of the gradients, and
-            the update stays folded into their product.  A scheduler causes no new compilation.  An optimizer
-            that needs gradients makes its own step after the graph.  Random layers draw other numbers than
-            without ``compile``.
+        compile: True: run the step as one graph.  torch's inductor compiles it at the first step (about ten
+            seconds), and for another shape of the input when it has come eight times; on the CPU the program is
+            kept on disk for later processes.  The graph of a small network makes the update too; that of a large
+            one returns the factors of the gradients, and the update stays folded into their product.  A scheduler
+            causes no new compilation.  An optimizer that needs gradients makes its own step after the graph.
+            Random layers draw other numbers than without ``compile``.
             "epoch": run the updates of :meth:`epoch` as one program, on the CPU.  It is compiled once for each
             number of rows (about ten seconds, with a C++ compiler) and kept on disk, too.
         capture: replay the step as a CUDA graph: for small networks on a GPU, where launching the kernels

@@ -8,54 +8,18 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from manualprop import functional
+from manualprop import nn as layers
 from manualprop._swap._functions import own_forward
-from manualprop.nn import (
-    activation,
-    averaging,
-    convolution,
-    dropout,
-    embedding,
-    gated,
-    interpolation,
-    linear,
-    local_response,
-    loss,
-    norm,
-    padding,
-    pooling,
-    shuffle,
-)
 from manualprop.nn.foreign import foreign_original, foreign_twin
 
-FAMILIES = (
-    activation,
-    averaging,
-    convolution,
-    dropout,
-    embedding,
-    gated,
-    interpolation,
-    linear,
-    local_response,
-    loss,
-    norm,
-    padding,
-    pooling,
-    shuffle,
-)
-
-
-def _twins() -> dict[type[nn.Module], type[nn.Module]]:
-    """{torch class: ours}, read from the base classes, so that no table can disagree with them.
-
-    A layer of ours without a twin has ``torch.nn.Module`` as its base.
-    """
-    classes = [c for family in FAMILIES for c in vars(family).values() if isinstance(c, type)]
-    ours = [c for c in classes if issubclass(c, nn.Module) and c.__module__.startswith("manualprop.")]
-    return {c.__bases__[0]: c for c in ours if c.__bases__[0] is not nn.Module}
-
-
-TWINS = _twins()
+# {torch class: ours}: a twin is a subclass with the name of its base, so no table can disagree with the classes.
+TWINS: dict[type[nn.Module], type[nn.Module]] = {
+    ours.__bases__[0]: ours
+    for name, ours in vars(layers).items()
+    if isinstance(ours, type)
+    and ours.__module__.startswith("manualprop.")
+    and ours.__bases__[0].__name__ == name
+}
 TORCHS = {ours: torchs for torchs, ours in TWINS.items()}
 
 

@@ -51,6 +51,34 @@ function pooled(v, made, of) {
     return z;
   });
 }
+// A convolution reads at i and adds at q; a transposed one reads at q and adds at i.  W starts with the channels of q.
+function kernelSums(v, { made, W, b }, read, transposed) {
+  const w = read(W),
+    bias = b ? read(b) : null,
+    [inputs, ...from] = made.from,
+    [outputs, ...to] = made.to,
+    each = whole(W).shape[1],
+    narrow = transposed ? inputs : outputs,
+    joined = transposed ? taps(made, to, from) : taps(made, from, to),
+    [source, target] = transposed ? ['q', 'i'] : ['i', 'q'],
+    size = { from: product(from), to: product(to) };
+  return v.map((one) => {
+    const z = new Float64Array(outputs * size.to);
+    if (bias) bias.forEach((number, c) => z.fill(number, c * size.to, (c + 1) * size.to));
+    for (let o = 0; o < narrow; o++)
+      for (let c = 0; c < each; c++) {
+        const other = Math.floor(o / (narrow / made.groups)) * each + c,
+          [input, output] = transposed ? [o, other] : [other, o];
+        joined.forEach((tap, k) => {
+          const weight = w[(o * each + c) * joined.length + k],
+            [reads, adds] = [tap[source], tap[target]],
+            [start, end] = [input * size.from, output * size.to];
+          for (let j = 0; j < reads.length; j++) z[end + adds[j]] += weight * one[start + reads[j]];
+        });
+      }
+    return z;
+  });
+}
 // v[n] are the numbers of example n in a row; `read` gives those of a parameter.
 const ANEW = {
   same: (v) => v,
@@ -71,56 +99,8 @@ const ANEW = {
       }),
     );
   },
-  convolution(v, { made, W, b }, read) {
-    const w = read(W),
-      bias = b ? read(b) : null,
-      [, ...x] = made.from,
-      [outputs, ...y] = made.to,
-      each = whole(W).shape[1],
-      joined = taps(made, x, y),
-      X = product(x),
-      Q = product(y);
-    return v.map((one) => {
-      const z = new Float64Array(outputs * Q);
-      for (let o = 0; o < outputs; o++) {
-        const to = o * Q,
-          first = Math.floor(o / (outputs / made.groups)) * each;
-        if (bias) z.fill(bias[o], to, to + Q);
-        for (let c = 0; c < each; c++)
-          joined.forEach(({ q, i }, k) => {
-            const weight = w[(o * each + c) * joined.length + k],
-              from = (first + c) * X;
-            for (let j = 0; j < q.length; j++) z[to + q[j]] += weight * one[from + i[j]];
-          });
-      }
-      return z;
-    });
-  },
-  transposed(v, { made, W, b }, read) {
-    const w = read(W),
-      bias = b ? read(b) : null,
-      [inputs, ...y] = made.from,
-      [outputs, ...x] = made.to,
-      each = whole(W).shape[1],
-      joined = taps(made, x, y),
-      X = product(x),
-      Q = product(y);
-    return v.map((one) => {
-      const z = new Float64Array(outputs * X);
-      if (bias) bias.forEach((number, c) => z.fill(number, c * X, (c + 1) * X));
-      for (let o = 0; o < inputs; o++) {
-        const from = o * Q,
-          first = Math.floor(o / (inputs / made.groups)) * each;
-        for (let c = 0; c < each; c++)
-          joined.forEach(({ q, i }, k) => {
-            const weight = w[(o * each + c) * joined.length + k],
-              to = (first + c) * X;
-            for (let j = 0; j < q.length; j++) z[to + i[j]] += weight * one[from + q[j]];
-          });
-      }
-      return z;
-    });
-  },
+  convolution: (v, layer, read) => kernelSums(v, layer, read, false),
+  transposed: (v, layer, read) => kernelSums(v, layer, read, true),
   maximum: (v, { made }) => pooled(v, made, (one, from, { places }) => places.reduce((top, i) => Math.max(top, one[from + i]), -Infinity)),
   mean: (v, { made }) => pooled(v, made, (one, from, { places, divisor }) => places.reduce((sum, i) => sum + one[from + i], 0) / divisor),
   normalised(v, { made, W, b }, read) {

@@ -19,22 +19,11 @@ import manualprop
 from manualprop import functions as rules
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
-LIMIT = 80  # seconds; a run takes 4 to 8
+LIMIT = 300  # seconds, for a crowded machine; a run takes 3
 
 
 def run(kind: str, folder: Path, *rule: str) -> dict[str, Tensor]:
-    """What both processes arrived at.  Their meeting was once seen to hang on a crowded machine: they meet anew."""
-    for attempt in ("first", "second"):
-        (folder / attempt).mkdir()
-        try:
-            return run_once(kind, folder / attempt, *rule)
-        except subprocess.TimeoutExpired:
-            if attempt == "second":
-                raise
-    raise AssertionError
-
-
-def run_once(kind: str, folder: Path, *rule: str) -> dict[str, Tensor]:
+    """What both processes arrived at."""
     store, result = folder / "store", folder / "result.pt"
     paths = [str(Path(manualprop.__file__).parents[1]), str(WORKER.parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}

@@ -26,7 +26,7 @@ ARGUMENTS = (
     "grad_output_layout", "input_layout", "requires_grad_subsets", "partial_outputs", "same_input", "aliasing",
 )  # fmt: skip
 CONSEQUENCES: dict[str, tuple[str, ...]] = {
-    "mutation": (*_NUMBERS, *ARGUMENTS, *STATE, *_TRANSFORMS, "inplace_edit", "random_state", "module_copy"),
+    "mutation": (*_NUMBERS, *ARGUMENTS, *STATE, *_TRANSFORMS, "inplace_edit", "random_state", "module_copy", "leaks"),
     "random_state": (*_NUMBERS, *ARGUMENTS, *STATE, *_TRANSFORMS),
     "grad_modes": ("second_order", "third_order", "forward_over_reverse", "checkpointing", "ranks"),
     "retain_graph": (
@@ -40,7 +40,7 @@ CONSEQUENCES: dict[str, tuple[str, ...]] = {
     "first_order": (*_NUMBERS, *_FORWARD, "reference", "poisoned_backward"),
     "output_requires_grad": ("first_order", *_FORWARD, "second_order", "partial_outputs"),
     "requires_grad_subsets": (*_FORWARD, *_TRANSFORMS),
-    "partial_outputs": ("extremes", "ties", "sizes", *_TRANSFORMS),
+    "partial_outputs": ("second_order", "extremes", "ties", "sizes", *_TRANSFORMS),
     "grad_output_layout": ("second_order", "jacrev", "vmap", "ranks"),
     "input_layout": ("second_order", "vmap", "ranks", "vmap_grad"),
     "aliasing": ("compile",),

@@ -42,6 +42,7 @@ MOST_SECONDS = 0.5  # of processor time in one evaluation
 IN_ALL = 60_000.0  # units for all sizes together, after which larger ones are left out
 STEPS = (1e-4, 1e-5, 1e-3, 1e-6, 1e-2, 1e-7)
 RTOL = 1e-5
+RAISES = "accepted in forward, then backward raises"
 
 
 # ----- the derivative in a few directions -----
@@ -76,7 +77,7 @@ def _wrong_slope(s: Subject, axis: Axis | None, seed: int) -> str | None:
     try:
         found = s.linear_part(v) if s.nonlinear else s.pull_back(outputs, leaves, copies(v))
     except Exception as error:  # whatever the checked code raises
-        return f"accepted in forward, then backward raises {message(error)}"
+        return f"{RAISES} {message(error)}"
     weights = _numeric.flat(
         [w if y.requires_grad else torch.zeros_like(w) for w, y in zip(v, outputs, strict=True)]
     )
@@ -183,12 +184,13 @@ def sizes(s: Subject) -> Outcome:
     resizable = list(axes(s))
     left = [IN_ALL / 4 if s.quick else IN_ALL]
     for k, axis in enumerate(resizable):
-        ladder, units = _affordable(s, axis, FIRST if k else (*FIRST, *MORE))
+        square = [n for n in _lengths_of_others(axis, resizable) if n not in FIRST]
+        ladder, units = _affordable(s, axis, (*FIRST, *square, *(() if k else MORE)))
         ladder, failed = _failing(s, axis, ladder, units, left, _at_size)
         failures += failed
         tested.append(f"{_called(s, axis)}: {', '.join(map(str, ladder))}")
     if not failures:
-        odd = _all_odd(s, resizable)
+        odd = _all_odd(s, [axis for axis in resizable if axis.points or axis.size])
         if odd is not None:
             tested.append(odd[0])
             if odd[1] is not None:
@@ -201,6 +203,11 @@ def sizes(s: Subject) -> Outcome:
         return passed(f"right at sizes {'; '.join(tested)}")
     found = _found(s, failures)
     return found if "raises" in failures[0].said else apart(found, "second_order")
+
+
+def _lengths_of_others(axis: Axis, resizable: Sequence[Axis]) -> dict[int, Axis]:
+    """The short lengths of the other axes: of that length, a formula may take one axis for the other."""
+    return {a.length: a for a in resizable if a is not axis and a.length <= 64 and not axis.size}
 
 
 def _found(s: Subject, failures: Sequence[Failure]) -> Outcome:
@@ -371,7 +378,7 @@ def _failing(
     """The sizes that were tried, and those that are wrong; the smallest by bisection where all larger ones are."""
     said: dict[int, str | None] = {}
     for n in wanted:
-        if n in (*FIRST, 65537) or left[0] > 0:
+        if n not in MORE or n == 65537 or left[0] > 0:
             said[n] = ask(s, axis, n)
             left[0] -= 12 * len(s.points) * units(n)  # a dozen evaluations for each point
     ladder = sorted(said)
@@ -399,7 +406,9 @@ def _failing(
 
 
 def _at_size(s: Subject, axis: Axis, n: int) -> str | None:
-    return wrong_slope(lambda seed: resized(s, axis, n, seed), axis)
+    said = wrong_slope(lambda seed: resized(s, axis, n, seed), axis)
+    # Of an argument that is not differentiated, as a table of indices: loud, and nobody needs it.
+    return None if said and RAISES in said and not axis.points and not axis.size else said
 
 
 def _words(s: Subject, failures: Sequence[Failure]) -> str:
@@ -411,8 +420,18 @@ def _words(s: Subject, failures: Sequence[Failure]) -> str:
             if entries is not None:
                 return f"beyond size {entries} (entries)"
         return " and ".join(f"beyond size {f.beyond} along {_called(s, axis)}" for axis, f in firsts.items())
-    wrong = sorted({f.size for f in failures})
-    return f"only for size{'s' * (len(wrong) > 1)} {', '.join(map(str, wrong))} along {_called(s, failures[0].axis)}"
+    return f"only for {' and '.join(dict.fromkeys(_at_which(s, axis, failures) for axis in firsts))}"
+
+
+def _at_which(s: Subject, axis: Axis, failures: Sequence[Failure]) -> str:
+    """The sizes along one axis that are wrong, where they are no bound."""
+    wrong = sorted({f.size for f in failures if f.axis == axis})
+    other = _lengths_of_others(axis, list(axes(s))).get(wrong[0])
+    if other is not None and len(wrong) == 1:
+        apart_from_it = resized(s, other, wrong[0] + 2)  # of other lengths, all is right
+        if _at_size(apart_from_it, axis, wrong[0]) is None:
+            return f"{' = '.join(sorted(_called(s, a) for a in (axis, other)))}, as if one axis were the other"
+    return f"size{'s' * (len(wrong) > 1)} {', '.join(map(str, wrong))} along {_called(s, axis)}"
 
 
 def _power_between(s: Subject, firsts: Sequence[Failure]) -> int | None:
@@ -465,7 +484,10 @@ def _zero_dimensional(s: Subject) -> str | None:
         [p.flatten()[0].clone() for p in s.points],
         others={i: t.flatten()[0].clone() for i, t in others.items()},
     )
-    return wrong_slope(lambda seed: other.with_points(other.allowed(other.points)), None)
+    said = wrong_slope(lambda seed: other.with_points(other.allowed(other.points)), None)
+    elementwise = all(y.shape == s.points[0].shape for y in s.outputs)
+    # A loss of many rows need not take a single number, if it says so.
+    return None if said and RAISES in said and not elementwise else said
 
 
 # ----- nothing -----
@@ -484,7 +506,8 @@ def zero_size(s: Subject) -> Outcome:
             refused.append(f"{called} = 0: {message(error)}")
             continue
         said = _wrong_for_nothing(resized(s, axis, 0))
-        if said is not None and "raises" in said and not (axis.batch and s.functions):
+        needed = axis.batch and axis.points and s.functions
+        if said is not None and RAISES in said and not needed:
             # Nothing to normalise or to sum over, or torch's own refusal: loud, and nobody needs it.
             refused.append(f"{called} = 0: {said}")
             continue
@@ -506,7 +529,7 @@ def _wrong_for_nothing(s: Subject) -> str | None:
         try:
             found = s.pull_back(outputs, leaves, s.cotangents_for(outputs))
         except Exception as error:  # whatever the checked code raises
-            return f"accepted in forward, then backward raises {message(error)}"
+            return f"{RAISES} {message(error)}"
     if not all(torch.isfinite(y).all() for y in outputs):  # the mean of nothing
         return None
     empty = not any(y.numel() for y in outputs)

@@ -115,7 +115,9 @@ class _Intercepting:
     def _log_unverified(self, config: pytest.Config) -> None:
         """Tell the JUnit file, and other reports, of what was not verified: a skipped test each."""
         terminal = config.pluginmanager.getplugin("terminalreporter")  # its section says it
-        log = config.pluginmanager.subset_hook_caller("pytest_runtest_logreport", [terminal] if terminal else [])
+        log = config.pluginmanager.subset_hook_caller(
+            "pytest_runtest_logreport", [terminal] if terminal else []
+        )
         for name, why in dict.fromkeys(self.unverified):
             log(
                 report=pytest.TestReport(

@@ -369,7 +369,11 @@ class Gradient(Derived):
             used = (y for y, u in zip(self.base.meant(*x), self.base.recorded, strict=True) if u)
             live = [(y, v) for y, v in zip(used, points[count:], strict=True) if y.requires_grad]
             ys, vs = [y for y, _ in live], [v for _, v in live]
-            found = torch.autograd.grad(ys, x, vs, create_graph=True, allow_unused=True) if live else [None] * count
+            found = (
+                torch.autograd.grad(ys, x, vs, create_graph=True, allow_unused=True)
+                if live
+                else [None] * count
+            )
         return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(found, x, strict=True))
 
     def follow(self, kinks: Tensor) -> Tensor:

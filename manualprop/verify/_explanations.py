@@ -244,7 +244,11 @@ def _missing_sum(w: Wrong) -> str:
             gone = lost.all(others) if others else lost
             if bool((kept ^ gone).all()) and bool(kept.any()) and bool(gone.any()):
                 at = kept.nonzero().flatten().tolist()
-                which = f"index {at[0]} of it is" if len(at) == 1 else f"{len(at)} of its {y.shape[d]} indices are"
+                which = (
+                    f"index {at[0]} of it is"
+                    if len(at) == 1
+                    else f"{len(at)} of its {y.shape[d]} indices are"
+                )
                 return f"missing sum over dim {d} of {w.s.output_names[k]}: only {which} counted"
     share = dropped.double().mean().item()
     return f"missing sum: {share:.0%} of the output's entries send nothing back"
@@ -441,7 +445,9 @@ def _own_factors(w: Wrong) -> str:
                     return f"an extra factor {'' if abs(c - 1) < 1e-4 else _number(c) + ' '}{text}"
         low, high = (f"{k.item():.4g}" for k in (used.min(), used.max()))
         if low == high:
-            return f"nearly a constant factor, {low}, but not quite: is a small term, as eps, treated otherwise?"
+            return (
+                f"nearly a constant factor, {low}, but not quite: is a small term, as eps, treated otherwise?"
+            )
         return (
             f"a factor of its own for each entry of the {what}, from {low} to {high}: "
             "one path of a sum inside the formula, or a wrong formula"

@@ -37,7 +37,9 @@ def pushed(fn: Function, points: Sequence[Tensor], directions: Sequence[Tensor |
             return torch.zeros_like(flat(y))
         outputs, weights = zip(*live, strict=True)
         found = torch.autograd.grad(outputs, x, weights, create_graph=True, allow_unused=True)
-        terms = [(g * d).sum() for g, d in zip(found, directions, strict=True) if g is not None and d is not None]
+        terms = [
+            (g * d).sum() for g, d in zip(found, directions, strict=True) if g is not None and d is not None
+        ]
         total = sum(terms, torch.zeros(()))
         if not total.requires_grad:
             return torch.zeros_like(flat(y))

@@ -430,7 +430,9 @@ def _at_which(s: Subject, axis: Axis, failures: Sequence[Failure]) -> str:
     if other is not None and len(wrong) == 1:
         apart_from_it = resized(s, other, wrong[0] + 2)  # of other lengths, all is right
         if _at_size(apart_from_it, axis, wrong[0]) is None:
-            return f"{' = '.join(sorted(_called(s, a) for a in (axis, other)))}, as if one axis were the other"
+            return (
+                f"{' = '.join(sorted(_called(s, a) for a in (axis, other)))}, as if one axis were the other"
+            )
     return f"size{'s' * (len(wrong) > 1)} {', '.join(map(str, wrong))} along {_called(s, axis)}"
 
 

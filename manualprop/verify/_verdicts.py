@@ -37,7 +37,10 @@ CONSEQUENCES: dict[str, tuple[str, ...]] = {
         "poisoned_backward",
     ),
     "repeat": (*_NUMBERS, *ARGUMENTS, "checkpointing", "grad_modes", "vmap"),
-    "first_order": (*_NUMBERS, *_FORWARD, "reference", "grad_modes", "func_grad", "poisoned_backward"),
+    "first_order": (
+        *_NUMBERS, *_FORWARD, "reference", "grad_modes", "func_grad", "grad_output_layout",
+        "poisoned_backward",
+    ),
     "output_requires_grad": ("first_order", *_FORWARD, "second_order", "partial_outputs"),
     "requires_grad_subsets": (*_FORWARD, *_TRANSFORMS),
     "partial_outputs": ("second_order", "extremes", "ties", "sizes", *_TRANSFORMS),

@@ -184,10 +184,9 @@ def sizes(s: Subject) -> Outcome:
     resizable = list(axes(s))
     left = [IN_ALL / 4 if s.quick else IN_ALL]
     for k, axis in enumerate(resizable):
-        square = [n for n in _lengths_of_others(axis, resizable) if n not in FIRST]
-        ladder, units = _affordable(s, axis, (*FIRST, *square, *(() if k else MORE)))
+        ladder, units = _affordable(s, axis, FIRST if k else (*FIRST, *MORE))
         ladder, failed = _failing(s, axis, ladder, units, left, _at_size)
-        failures += failed
+        failures += failed or list(_square(s, axis, resizable))
         tested.append(f"{_called(s, axis)}: {', '.join(map(str, ladder))}")
     if not failures:
         odd = _all_odd(s, [axis for axis in resizable if axis.points or axis.size])
@@ -208,6 +207,15 @@ def sizes(s: Subject) -> Outcome:
 def _lengths_of_others(axis: Axis, resizable: Sequence[Axis]) -> dict[int, Axis]:
     """The short lengths of the other axes: of that length, a formula may take one axis for the other."""
     return {a.length: a for a in resizable if a is not axis and a.length <= 64 and not axis.size}
+
+
+def _square(s: Subject, axis: Axis, resizable: Sequence[Axis]) -> Iterator[Failure]:
+    """What is wrong, and does not say so, where the axis is as long as another one."""
+    wanted = [n for n in _lengths_of_others(axis, resizable) if n not in FIRST]
+    for n in _affordable(s, axis, wanted)[0] if wanted and axis.length > 1 else []:
+        said = _at_size(s, axis, n)
+        if said is not None and RAISES not in said:
+            yield Failure(axis, n, said, None)
 
 
 def _found(s: Subject, failures: Sequence[Failure]) -> Outcome:
@@ -378,7 +386,7 @@ def _failing(
     """The sizes that were tried, and those that are wrong; the smallest by bisection where all larger ones are."""
     said: dict[int, str | None] = {}
     for n in wanted:
-        if n not in MORE or n == 65537 or left[0] > 0:
+        if n in (*FIRST, 65537) or left[0] > 0:
             said[n] = ask(s, axis, n)
             left[0] -= 12 * len(s.points) * units(n)  # a dozen evaluations for each point
     ladder = sorted(said)

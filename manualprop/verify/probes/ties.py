@@ -14,7 +14,7 @@ from manualprop.verify._compare import wrong_in_first_order
 from manualprop.verify._difference import sizes
 from manualprop.verify._probe import probe
 from manualprop.verify._report import Outcome, apart, finding, passed, skipped
-from manualprop.verify._subject import Subject
+from manualprop.verify._subject import OutsideDomain, Subject
 from manualprop.verify.probes._apart import multiples
 from manualprop.verify.probes._runs import reference_of
 from manualprop.verify.probes.dtypes import LOST
@@ -49,6 +49,13 @@ def ties(s: Subject) -> Outcome:
             around = _around(s, points)
             here = s.gradients(points)
             pole = max(sizes([g for near in around for g in near])) > 1e4 * (1 + max(sizes(s.plain)))
+        except OutsideDomain:
+            bad = _at_border(s, tied)
+            if bad:
+                return apart(
+                    finding(f"at {where}: {bad}", "wrong only at the border of the domain"), "reference"
+                )
+            continue
         except Exception:  # not defined there, and it says so
             continue
         if pole:  # as of the inverse of a matrix with two equal rows, which the probe itself has made
@@ -124,12 +131,13 @@ def _around(
     cotangents: Sequence[Tensor | None] | None = None,
     toward: Sequence[tuple[int, int]] = (),
     count: int = 8,
+    border: bool = False,
 ) -> list[list[Tensor]]:
     """Gradients at points close by, in opposite pairs, so that each tie is broken both ways.
 
-    Besides random directions, those in which one entry ``toward`` (of which point, which entry) goes up or down.
+    At the ``border`` of the domain, those that are inside.  Besides random directions, those in which one entry ``toward`` (of which point, which entry) goes up or down.
     """
-    found = []
+    found: list[list[Tensor]] = []
     for k in range(count + len(toward)):
         aside = [(d.abs() + 0.1) * d.sign() for d in s.random_like(points, 41 + k)]
         if k >= count:
@@ -137,9 +145,37 @@ def _around(
             aside = [0.01 * d for d in aside]
             aside[i].view(-1)[entry] = 1.0
         for side in (NEAR, -NEAR):
-            near = s.allowed([p + side * d for p, d in zip(points, aside, strict=True)])
-            found.append(_dense(s, s.gradients(near, cotangents)))
+            near = [p + side * d for p, d in zip(points, aside, strict=True)]
+            try:
+                found.append(_dense(s, s.gradients(s.allowed(near), cotangents)))
+            except OutsideDomain:
+                if not border:
+                    raise
     return found
+
+
+def _at_border(s: Subject, tied: Sequence[Tensor]) -> str:
+    """Which gradient is NaN at a point of the domain with some points nearby outside, or nothing.
+
+    The slopes inside do not bound the gradient there.
+    """
+    try:
+        points = s.allowed(tied)
+        if not all(torch.isfinite(y).all() for y in s(*s.at(points))):
+            return ""
+        bad = _not_finite(s, _dense(s, s.gradients(points)), _around(s, points, border=True))
+        return bad if "NaN" in bad else ""  # infinite it may be, as of a square root at 0
+    except Exception:  # outside of the domain itself, or not defined there
+        return ""
+
+
+def _not_finite(s: Subject, gradients: Sequence[Tensor], around: Sequence[Sequence[Tensor]]) -> str:
+    """Which gradient is not finite where all those nearby are, or nothing."""
+    for i, (name, g) in enumerate(zip(s.names, gradients, strict=True)):
+        near = [grads[i] for grads in around]
+        if near and not torch.isfinite(g).all() and all(torch.isfinite(n).all() for n in near):
+            return f"the gradient of {name} is {'NaN' if bool(g.isnan().any()) else 'infinite'}, nearby it is finite"
+    return ""
 
 
 def _dense(s: Subject, grads: Sequence[Tensor | None]) -> list[Tensor]:
@@ -164,10 +200,9 @@ def _beyond(
 ) -> str:
     """How the gradient at a point lies outside of those nearby, or nothing."""
     gradients = _dense(s, here)
-    for i, (name, g) in enumerate(zip(s.names, gradients, strict=True)):
-        near = [grads[i] for grads in around]
-        if not torch.isfinite(g).all() and all(torch.isfinite(n).all() for n in near):
-            return f"the gradient of {name} is {'NaN' if bool(g.isnan().any()) else 'infinite'}, nearby it is finite"
+    bad = _not_finite(s, gradients, around)
+    if bad:
+        return bad
     if not kinked:
         return _outside(s, gradients, around)
     # Each output breaks its ties for itself: only one by one must a gradient lie between those nearby.

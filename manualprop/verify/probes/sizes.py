@@ -28,6 +28,7 @@ from manualprop.verify._resize import (
     refusal,
     repeated,
     resized,
+    runs,
 )
 from manualprop.verify._subject import Subject
 from manualprop.verify.probes._apart import multiples, otherwise_than_its_rows
@@ -172,7 +173,7 @@ def _first_not_finite(g: Tensor) -> str:
 
 @probe()
 def sizes(s: Subject) -> Outcome:
-    """First order at 1, at primes, across 2^8, 2^10 and 2^16, and for 0-d inputs."""
+    """First order at 1, at primes, across 2^8, 2^10 and 2^16, where two axes are equally long, and for 0-d inputs."""
     _remember_noise(s)
     if wrong_in_first_order(s):
         return _of_its_own(s)
@@ -435,12 +436,11 @@ def _at_which(s: Subject, axis: Axis, failures: Sequence[Failure]) -> str:
     """The sizes along one axis that are wrong, where they are no bound."""
     wrong = sorted({f.size for f in failures if f.axis == axis})
     other = _lengths_of_others(axis, list(axes(s))).get(wrong[0])
-    if other is not None and len(wrong) == 1:
+    if other is not None and len(wrong) == 1 and runs(s, other, wrong[0] + 2):
         apart_from_it = resized(s, other, wrong[0] + 2)  # of other lengths, all is right
         if _at_size(apart_from_it, axis, wrong[0]) is None:
-            return (
-                f"{' = '.join(sorted(_called(s, a) for a in (axis, other)))}, as if one axis were the other"
-            )
+            names = sorted(_called(s, a) for a in (axis, other))
+            return f"{' = '.join(names)}, as if one axis were the other"
     return f"size{'s' * (len(wrong) > 1)} {', '.join(map(str, wrong))} along {_called(s, axis)}"
 
 

@@ -135,7 +135,8 @@ def _around(
 ) -> list[list[Tensor]]:
     """Gradients at points close by, in opposite pairs, so that each tie is broken both ways.
 
-    At the ``border`` of the domain, those that are inside.  Besides random directions, those in which one entry ``toward`` (of which point, which entry) goes up or down.
+    At the ``border`` of the domain, those that are inside.  Besides random directions, those in which one entry
+    ``toward`` (of which point, which entry) goes up or down.
     """
     found: list[list[Tensor]] = []
     for k in range(count + len(toward)):

@@ -39,8 +39,8 @@ def ready(case: Case) -> Subject:
     _refuse_outside(subject)
     _refuse_chance(subject)
     _refuse_surrogate(subject)
-    if _surrogate_detaches(subject):
-        subject.case = dataclasses.replace(subject.case, surrogate=Detaching(subject.case.surrogate))
+    if case.surrogate is not None and _surrogate_detaches(subject):
+        subject.case = dataclasses.replace(subject.case, surrogate=Detaching(case.surrogate))
     return subject
 
 
@@ -128,8 +128,6 @@ def _refuse_surrogate(subject: Subject) -> None:
 
 def _surrogate_detaches(subject: Subject) -> bool:
     """Whether autograd and differences tell different derivatives of the surrogate."""
-    if subject.case.surrogate is None:
-        return False
     direction = subject.random_like(subject.points, 7)
     try:
         found = pushed(subject.meant, subject.points, direction)

@@ -212,7 +212,8 @@ def _lengths_of_others(axis: Axis, resizable: Sequence[Axis]) -> dict[int, Axis]
 
 def _square(s: Subject, axis: Axis, resizable: Sequence[Axis]) -> Iterator[Failure]:
     """What is wrong, and does not say so, where the axis is as long as another one."""
-    wanted = [n for n in _lengths_of_others(axis, resizable) if n not in FIRST]
+    least = axis.length if any(map(is_integer, s.others().values())) else 0  # an index may count along it
+    wanted = [n for n in _lengths_of_others(axis, resizable) if n not in FIRST and n > least]
     for n in _affordable(s, axis, wanted)[0] if wanted and axis.length > 1 else []:
         said = _at_size(s, axis, n)
         if said is not None and RAISES not in said:

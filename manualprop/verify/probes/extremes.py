@@ -23,6 +23,9 @@ from manualprop.verify.probes.dtypes import LOST, lowered, short
 EXTREMES = (0.0, -0.0, 1e-30, -1e-30, 20.0, -20.0, 90.0, -90.0, 800.0, -800.0, 1e4, -1e4, 1e30, -1e30)
 
 
+ROW = "[0] = 0"
+
+
 class Extreme(NamedTuple):
     """The points, with one entry or one row of one input at an extreme value."""
 
@@ -44,6 +47,9 @@ def extremes(s: Subject) -> Outcome:
     seen, measured = 0, dict.fromkeys(s.names, 0)
     everywhere = list(_with_extremes(s))
     visited = affordable(s, everywhere, evaluations=40)
+    rows = [at for at in everywhere if at.where.endswith(ROW)]
+    if rows and not any(at.where.endswith(ROW) for at in visited):
+        visited = [*visited, rows[0]]  # a row of zeros is the point where most goes wrong
     low = lowered(s, torch.float32).low if s.dtype == torch.float64 else None
     for at in visited:
         try:
@@ -94,16 +100,16 @@ def _with_extremes(s: Subject) -> Iterator[Extreme]:
     for i, p in enumerate(s.points):
         if not p.numel():
             continue
-        if p.dim():  # first: where few points are visited, this is one of them
-            row = p.clone()
-            row[0] = 0.0
-            points = [row if j == i else q for j, q in enumerate(s.points)]
-            yield Extreme(f"{s.names[i]}[0] = 0", i, 0, 0.0, points)
         for value in EXTREMES:
             one, entry = p.clone(), p.numel() // 2
             one.view(-1)[entry] = value
             points = [one if j == i else q for j, q in enumerate(s.points)]
             yield Extreme(f"{s.names[i]} with an entry {value:g}", i, entry, value, points)
+        if p.dim():
+            row = p.clone()
+            row[0] = 0.0
+            points = [row if j == i else q for j, q in enumerate(s.points)]
+            yield Extreme(f"{s.names[i]}{ROW}", i, 0, 0.0, points)
 
 
 def _weights(s: Subject, y: Sequence[Tensor]) -> list[Tensor | None]:

@@ -251,6 +251,31 @@ ROWS = [
         loss=lambda: nn.MultiLabelSoftMarginLoss(torch.linspace(0.5, 2, CLASSES, dtype=torch.float64)),
         steps=5,
     ),
+    Row(
+        "loss-weighted-smoothed",
+        loss=lambda: nn.CrossEntropyLoss(
+            torch.linspace(0.5, 2, CLASSES, dtype=torch.float64), label_smoothing=0.1
+        ),
+        steps=5,
+    ),
+    Row(
+        "loss-MultiMargin-weighted",
+        loss=lambda: nn.MultiMarginLoss(weight=torch.linspace(0.5, 2, CLASSES, dtype=torch.float64)),
+        steps=5,
+    ),
+    Row(
+        "loss-BCEWithLogits-weighted",
+        loss=lambda: nn.BCEWithLogitsLoss(
+            torch.linspace(0.5, 2, CLASSES, dtype=torch.float64), pos_weight=torch.ones(CLASSES).double() / 3
+        ),
+        steps=5,
+    ),
+    Row(
+        "loss-NLL-weighted",
+        lambda: [*mlp(nn.Tanh()), nn.LogSoftmax(-1)],
+        loss=lambda: nn.NLLLoss(torch.linspace(0.5, 2, CLASSES, dtype=torch.float64)),
+        steps=5,
+    ),
     Row("loss-NLL", lambda: [*mlp(nn.Tanh()), nn.LogSoftmax(-1)], loss=nn.NLLLoss, steps=50),
     Row(
         "loss-KLDiv",

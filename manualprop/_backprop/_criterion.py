@@ -21,9 +21,6 @@ from manualprop.functions._execution import HALF, LARGE
 from manualprop.functions._execution._classes import REDUCTIONS, counting, divisor, log_softmax, where_counted
 from manualprop.functions.cross_entropy import gradient_of_all, gradient_of_log
 
-# The losses that weigh, or average over classes, what their rule returns.
-WEIGHING = (nn.BCELoss, nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)
-
 # (loss, gradient), from (output, target)
 Evaluated = Callable[[Tensor, Tensor], tuple[float, Tensor]]
 # (loss, its divisor, gradient), from (output, target, whether to divide)
@@ -144,18 +141,21 @@ class Criterion:
         divisor = 1.0 if self.is_sum else self._divisor(output, target, losses)
         application.context.needs_input_grad = (True, *[False] * (len(application.arguments) - 1))
         scale = (1 / divisor if self.traced or divisor else math.nan) if divide else 1.0
-        dx = application.backward(self._slope(losses, application.output) * scale)[0]
+        dx = application.backward(self._slope(losses, application) * scale)[0]
         assert dx is not None
         return losses.sum() * scale, divisor, dx.to(output.dtype)
 
-    def _slope(self, losses: Tensor, made: Tensor) -> Tensor:
+    def _slope(self, losses: Tensor, application: Application) -> Tensor:
         """The gradient of the sum of the losses with respect to what the rule made."""
+        made, weight = application.output, getattr(self.loss, "weight", None)
         slope = torch.ones_like(made)
-        if not isinstance(self.loss, WEIGHING):
-            return slope
-        if self.loss.weight is not None:
-            slope = (slope * self.loss.weight).to(made.dtype)
-        return slope if losses.shape == made.shape else slope / made.shape[-1]
+        if weight is not None and not any(
+            a is weight for a in application.arguments
+        ):  # weighed after the rule
+            slope = (slope * weight).to(made.dtype)
+        return (
+            slope if losses.shape == made.shape else slope * (losses.numel() / made.numel())
+        )  # means over classes
 
     def _apply(self, output: Tensor, target: Tensor) -> tuple[Tensor, Application]:
         """The losses of the elements, and the application of a rule that made them."""

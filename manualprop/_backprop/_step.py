@@ -20,7 +20,7 @@ from manualprop._backprop._criterion import Criterion
 from manualprop._backprop._epoch import Epoch, Epochs, Pieces, Scanned
 from manualprop._backprop._graph import Graphs
 from manualprop._backprop._plan import Plan
-from manualprop._backprop._stages import build
+from manualprop._backprop._stages import build, hooks_of, read_once
 from manualprop._backprop._trace import Note, Record, headline, noted, record, recorder, rule_named_as
 from manualprop._backprop._ways import Collected, Compiled, Plain, Repeated, Way, WholeStep, repeated
 from manualprop._torch import any_autocast, optimizer_post_hooks, optimizer_pre_hooks
@@ -106,13 +106,12 @@ class Backprop:
                 f"compile={compile!r} and capture={capture}."
             )
         self.model, self.descent = model, descent
-        self.criterion = Criterion(loss)
-        self.stage = build(model)
+        self._loss = loss
         self._compile, self._capture, self._by_epoch = compile is True, capture, compile == "epoch"
         self.optimizer = descent.make_optimizer(self._trained()) if optimizer is None else optimizer
         self.lr_scheduler = descent.make_lr_scheduler(self.optimizer) if optimizer is None else None
         self.output = torch.empty(0)
-        self._make_plan()
+        self._make()
 
     def _trained(self) -> list[Parameter]:
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -122,8 +121,9 @@ class Backprop:
             )
         return trained
 
-    def _make_plan(self) -> None:
-        """Find the parameters that learn and where their gradients go; make the ways of running a step."""
+    def _make(self) -> None:
+        """Make the stages, find the parameters that learn and where their gradients go; make the ways of a step."""
+        self.stage, self.criterion = build(self.model), Criterion(self._loss)
         self._hooks = self._has_hooks()
         self._plan = plan = Plan(
             self.model, self.stage, self.criterion, self.descent, self.optimizer, self._hooks
@@ -134,6 +134,9 @@ class Backprop:
             for name, p in module._parameters.items()
             if p is not None
         ]
+        self._read, self._no_hooks = read_once(plan.leaves), hooks_of(self.model.modules())
+        read = [vars(self._loss), *[m._modules for m in self.model.modules() if m._modules]]
+        self._read += [(present, dict(present)) for present in read]
         graphs = Graphs(self._compile, self._capture) if self._compile or self._capture else None
         self._plain, self._collected = Plain(plan), Collected(plan, graphs)
         self._compiled = Compiled(plan, graphs) if graphs is not None and self._compile else None
@@ -272,7 +275,7 @@ class Backprop:
             )
         # A resumed optimizer has new groups and states.
         if self._plan.groups is not self.optimizer.param_groups or self._has_hooks() is not self._hooks:
-            self._make_plan()
+            return self._make()
         for owned, name, parameter, learns, memory in self._seen:
             # model.double() replaces the data, load_state_dict(assign=True) the parameter
             if (
@@ -280,7 +283,12 @@ class Backprop:
                 or parameter.requires_grad is not learns
                 or parameter.data_ptr() != memory
             ):
-                return self._make_plan()
+                return self._make()
+        for present, read in self._read:
+            if present != read:
+                return self._make()
+        if any(self._no_hooks):
+            self._make()  # and refuse them
 
     def _has_hooks(self) -> bool:
         """Whether the optimizer's step has hooks: it is then called, with the gradients in ``.grad``."""

@@ -1,7 +1,7 @@
 """Every private name of torch that this package uses, a line each, and one warning for a version that is not tested.
 
 Beside each name: what it is for, and the versions it was seen in.  A private name may change with any version.  What differs between versions is settled here, and nowhere else.  Attributes of
-torch's objects that are private too: ``Tensor._base``, ``Tensor._is_view()``, ``UntypedStorage._cdata`` (2.11 to 2.14);
+torch's objects that are private too: ``Tensor._base``, ``._is_view()``, ``._backward_hooks`` and ``._post_accumulate_grad_hooks``, ``UntypedStorage._cdata`` (2.11 to 2.14);
 ``Optimizer._optimizer_step_pre_hooks``, ``._optimizer_step_post_hooks`` and ``._opt_called`` (2.11 to 2.14);
 ``Module._forward_hooks``, ``._forward_pre_hooks``, ``._backward_hooks`` and ``._backward_pre_hooks`` (2.11 to 2.14);
 ``_ConvNd._conv_forward``, ``._reversed_padding_repeated_twice`` and ``_ConvTransposeNd._output_padding`` (2.13).

@@ -187,3 +187,24 @@ def test_hooks_that_come_later_are_refused() -> None:
         step(x, t)
     handle.remove()
     step(x, t)
+
+
+def test_parameters_that_replace_others_take_their_place_in_the_optimizer() -> None:
+    """With their momentum, and with the learning rate that the schedule has reached."""
+    row = Row(
+        "",
+        descent={
+            "momentum": 0.9,
+            "lr_scheduler": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.8),
+            "lr_scheduler_interval": "update",
+        },
+    )
+    (ours, other), (x, t) = (twins(row)[0], twins(row)[0]), examples(row)
+    steps = [Backprop(model, nn.CrossEntropyLoss(), made_descent(row)) for model in (ours, other)]
+    for k in range(6):
+        if k == 3:
+            kept = {name: value * 0.5 for name, value in ours.state_dict().items()}
+            ours.load_state_dict(kept, assign=True)
+            other.load_state_dict(kept)
+        assert steps[0](x, t) == steps[1](x, t)
+    assert distance(ours, other) == 0 and len(steps[0].optimizer.state) == 6

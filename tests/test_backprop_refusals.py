@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from backprop_rows import CLASSES, FEATURES, ROWS, examples, twins
 from torch import Tensor
 
 from manualprop import Backprop, descent, nn
+from manualprop._backprop import _graph
 
 
 def test_a_loss_that_is_not_finite_changes_no_weight() -> None:
@@ -99,6 +101,50 @@ def test_other_misuse_is_refused() -> None:
         step(torch.ones(1, 2), torch.ones(1, 2))
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         step(torch.ones(1, 3), torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("compile", [False, True, "epoch"])
+def test_what_is_no_example_is_refused(
+    compile: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In words of its own or of torch's layers, and without the trace that torch's tracing would print."""
+    monkeypatch.setattr(_graph, "make", lambda graph, inputs: graph)
+    plan = descent.MiniBatch(learning_rate=0.1)
+    x, t = torch.ones(4, 2), torch.tensor([0, 1, 1, 0])
+    step = Backprop(nn.Sequential(nn.Linear(2, 2)), nn.CrossEntropyLoss(), plan, compile=compile)
+    for given, target, error, text in (
+        (x.tolist(), t, TypeError, "inputs must be a tensor. Got list; convert it with torch.as_tensor"),
+        (x, t.numpy(), TypeError, "targets must be a tensor. Got ndarray"),
+        (x.double(), t, RuntimeError, "must have the same dtype"),
+        (x, t.int(), RuntimeError, "expected target dtype to be Long or Byte"),
+        (x, t + 1, IndexError, "Target 2 is out of bounds"),
+    ):
+        with pytest.raises(error, match=text):
+            step(given, target)  # type: ignore[arg-type]
+        with pytest.raises(error, match=text):
+            step.epoch(given, target, [(torch.arange(4),)] * 2)  # type: ignore[arg-type]
+    with pytest.raises(FloatingPointError, match="The update has no example: leave it out"):
+        step(x[:0], t[:0])
+    assert capfd.readouterr().err == ""
+
+
+def test_an_optimizer_without_a_parameter_is_refused() -> None:
+    """Autograd would not train what the optimizer does not hold."""
+    model, plan = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), descent.MiniBatch(learning_rate=0.1)
+    optimizer = torch.optim.SGD(model[1].parameters(), 0.1)
+    text = r"optimizer must hold every parameter that requires a gradient\. Got one without 0\.weight, 0\.bias; call"
+    with pytest.raises(ValueError, match=text):
+        Backprop(model, nn.MSELoss(), plan, optimizer=optimizer)
+    model[0].requires_grad_(False)
+    Backprop(model, nn.MSELoss(), plan, optimizer=optimizer)(torch.ones(1, 2), torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_of_parameters_are_refused(register: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    getattr(model[0].weight, register)(lambda gradient: None)
+    with pytest.raises(TypeError, match=r"layer '0' \(Linear\) .*: its weight has hooks, which would not"):
+        Backprop(model, nn.MSELoss(), descent.MiniBatch(learning_rate=0.1))
 
 
 class OwnForward(torch.nn.Module):

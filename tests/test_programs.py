@@ -227,7 +227,7 @@ COMPILED = [
     [pytest.param(row, marks=[pytest.mark.slow] * (row.name != "one-row")) for row in COMPILED],
     ids=str,
 )
-def test_compiled(row: Row, store: Path) -> None:
+def test_compiled(row: Row, store: Path, capfd: pytest.CaptureFixture[str]) -> None:
     x, t = examples(row)
     steps = pair(row)
     updates = order(len(x), max(1, len(x) // 8)) * 2
@@ -238,6 +238,10 @@ def test_compiled(row: Row, store: Path) -> None:
     again, _ = pair(row)
     again.epoch(x, t, updates[:1])  # one update alone, from disk
     torch.testing.assert_close(again.epoch(x, t, updates[1:]).losses, ours.losses[1:], rtol=0, atol=0)
+    if not t.is_floating_point():  # refused without a trace of the program's C++ code
+        with pytest.raises(IndexError, match=f"Target {CLASSES} is out of bounds"):
+            again.epoch(x, t + 1, updates)
+        assert capfd.readouterr().err == ""
 
 
 def test_the_layout_of_the_examples(store: Path, compilations: list[str]) -> None:

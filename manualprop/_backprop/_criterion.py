@@ -21,6 +21,8 @@ from manualprop.functions._execution import HALF, LARGE
 from manualprop.functions._execution._classes import REDUCTIONS, counting, divisor, log_softmax, where_counted
 from manualprop.functions.cross_entropy import gradient_of_all, gradient_of_log
 
+OF_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)  # their targets may be numbers of classes
+
 # (loss, gradient), from (output, target)
 Evaluated = Callable[[Tensor, Tensor], tuple[float, Tensor]]
 # (loss, its divisor, gradient), from (output, target, whether to divide)
@@ -49,7 +51,12 @@ class Criterion:
     def __call__(
         self, output: Tensor, target: Tensor, divide: bool = True
     ) -> tuple[Tensor, Tensor | float, Tensor]:
-        return self._evaluate(output, target, divide and not self.is_sum)
+        if not (self.traced and isinstance(self.loss, OF_CLASSES) and not target.is_floating_point()):
+            return self._evaluate(output, target, divide and not self.is_sum)
+        exist = (target >= 0) & (target < output.shape[min(1, output.dim() - 1)])
+        exist |= target == getattr(self.loss, "ignore_index", -1)
+        loss, divisor, g = self._evaluate(output, target.where(exist, 0), divide and not self.is_sum)
+        return loss.where(exist.all(), math.nan), divisor, g  # a graph cannot raise
 
     def repeated(self, x: Tensor, t: Tensor) -> Evaluated:
         """A function that returns loss and gradient of further outputs and targets of these shapes."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from manualprop._backprop._advice import NotFinite
-from manualprop._backprop._graph import Form, Graphs, effective, form_of, has_micro_kernels, undone
+from manualprop._backprop._graph import Form, Graphs, effective, form_of, has_micro_kernels, rehearse, undone
 from manualprop._backprop._plan import Plan
 from manualprop._backprop._programs import Program
 from manualprop._backprop._scan import RandomGraphError, Scan, scanned
@@ -322,9 +322,10 @@ class Scanned(Graphed):
         numbers = [torch.zeros((), dtype=torch.float64) for _ in effective(plan.groups)]
         lacking = [p for p, d in plan.descend.items() if d.group["momentum"] and d.buffer is None]
         self.stand_ins = {p: torch.zeros_like(p) for p in lacking}
-        criterion.traced = True
         try:
             with undone(self.changed()):
+                rehearse(self._step, [x, target, *numbers])
+                criterion.traced = True
                 return scanned(self._step, [x, target, *numbers])
         except RandomGraphError as error:
             why = f"the model must draw no random numbers. It does, by {error}"

@@ -72,6 +72,7 @@ class Graphs:
 
     def _make(self, body: Body, inputs: list[Tensor], changed: list[Tensor]) -> Body:
         with undone(changed):
+            rehearse(body, inputs)
             graph = compiled_graph(body, inputs) if self.compile else body
             return captured(graph, inputs) if self.capture else graph
 
@@ -86,6 +87,12 @@ def undone(changed: Sequence[Tensor]) -> Iterator[None]:
         with torch.no_grad():
             for c, b in zip(changed, before, strict=True):
                 c.copy_(b)
+
+
+def rehearse(body: Body, inputs: Sequence[Tensor]) -> None:
+    """Run a body without tracing it: it raises for inputs that do not fit; under tracing torch logs a trace as well."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        body(*inputs)
 
 
 class Hyperparameters:

@@ -546,6 +546,9 @@ def read_once(leaves: Sequence[Stage]) -> list[tuple[dict[str, Any], dict[str, A
 def _refuse_hooks(layer: Module, path: str) -> None:
     if any(hooks_of([layer])):
         raise TypeError(refusal(path, layer, "it has hooks, which would not be called"))
+    for name, p in layer.named_parameters(recurse=False):
+        if p._backward_hooks or p._post_accumulate_grad_hooks:
+            raise TypeError(refusal(path, layer, f"its {name} has hooks, which would not be called"))
 
 
 def _activation(layer: Module, path: str) -> Stage | None:

@@ -8,7 +8,7 @@ All formulas come from :mod:`manualprop.functions`.  ``_ways.py`` has the ways o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -108,7 +108,9 @@ class Backprop:
         self.model, self.descent = model, descent
         self._loss = loss
         self._compile, self._capture, self._by_epoch = compile is True, capture, compile == "epoch"
-        self.optimizer = descent.make_optimizer(self._trained()) if optimizer is None else optimizer
+        trained = self._trained()
+        self.optimizer = descent.make_optimizer(trained) if optimizer is None else optimizer
+        self._require_held(trained)
         self.lr_scheduler = descent.make_lr_scheduler(self.optimizer) if optimizer is None else None
         self.output = torch.empty(0)
         self._make()
@@ -120,6 +122,15 @@ class Backprop:
                 "Backprop: the model must have a parameter that requires a gradient. Got none; set requires_grad."
             )
         return trained
+
+    def _require_held(self, trained: Sequence[Parameter]) -> None:
+        held = {p for group in self.optimizer.param_groups for p in group["params"]}
+        missing = [name for name, p in self.model.named_parameters() if p in set(trained) - held]
+        if missing:
+            raise ValueError(
+                "Backprop: the optimizer must hold every parameter that requires a gradient. Got one without "
+                f"{', '.join(missing)}; call requires_grad_(False) on what is not to be trained, or give it to the optimizer."
+            )
 
     def _make(self) -> None:
         """Make the stages, find the parameters that learn and where their gradients go; make the ways of a step."""
@@ -160,10 +171,10 @@ class Backprop:
             ValueError: for more than one example with Stochastic.
         """
         self._check()
-        if x.shape == self._shape and x.dtype is self._dtype:
+        if isinstance(x, Tensor) and x.shape == self._shape and x.dtype is self._dtype:
             loss, self.output = self._repeated(x, target)  # type: ignore[misc]
         else:
-            loss, self.output = self._way(x)(x, target)
+            loss, self.output = self._way(x, target)(x, target)
             self._prepare(x, target)
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers check this
         if self._by_update:
@@ -193,6 +204,7 @@ class Backprop:
             RuntimeError: with ``compile="epoch"`` if the program cannot be compiled.
         """
         self._check()
+        _require_tensors(x, target)
         made = self._epochs(x, target, order)
         if len(made.losses):
             self.output = self._epochs.output
@@ -229,8 +241,9 @@ class Backprop:
     def _step(self, x: Tensor, target: Tensor) -> tuple[float, Tensor]:
         return self(x, target), self.output
 
-    def _way(self, x: Tensor) -> Way:
+    def _way(self, x: Tensor, target: Tensor) -> Way:
         """The way of running a step for these inputs."""
+        _require_tensors(x, target)
         examples = 1 if x.dim() < 2 and x.is_floating_point() else len(x)
         if examples != 1 and isinstance(self.descent, Stochastic):
             raise ValueError(
@@ -283,12 +296,26 @@ class Backprop:
                 or parameter.requires_grad is not learns
                 or parameter.data_ptr() != memory
             ):
+                self._hand_over()
                 return self._make()
         for present, read in self._read:
             if present != read:
                 return self._make()
         if any(self._no_hooks):
             self._make()  # and refuse them
+
+    def _hand_over(self) -> None:
+        """Give a parameter that replaces another, as in load_state_dict(assign=True), its place in the optimizer."""
+        groups, states = self.optimizer.param_groups, self.optimizer.state
+        held = {p for group in groups for p in group["params"]}
+        for owned, name, old, *_ in self._seen:
+            new = owned.get(name)
+            if new is None or new in held or new.shape != old.shape:
+                continue
+            for group in groups:
+                group["params"][:] = [new if p is old else p for p in group["params"]]
+            if old in states:
+                states[new] = states.pop(old)
 
     def _has_hooks(self) -> bool:
         """Whether the optimizer's step has hooks: it is then called, with the gradients in ``.grad``."""
@@ -336,3 +363,11 @@ class Backprop:
         yield record("loss", "loss", loss, headline(rule_named_as(loss)), made.loss)
         yield record("backward", "loss", loss, "dL/dy, the gradient that starts", made.g)
         yield from records[turn:]
+
+
+def _require_tensors(x: object, target: object) -> None:
+    for name, given in (("inputs", x), ("targets", target)):
+        if not isinstance(given, Tensor):
+            raise TypeError(
+                f"Backprop: {name} must be a tensor. Got {type(given).__name__}; convert it with torch.as_tensor."
+            )

@@ -233,6 +233,14 @@ ROWS = [
     Row("GLU", lambda: [nn.Linear(FEATURES, 8), nn.GLU(), nn.Linear(4, CLASSES)], steps=50),
     Row("Softmax", lambda: [nn.Linear(FEATURES, 8), nn.Softmax(-1), nn.Linear(8, CLASSES)], steps=50),
     Row("our-dropout", lambda: [nn.Linear(FEATURES, 8), nn.Dropout(0.3), *head()], steps=50),
+    Row(
+        "dropout-in-place",
+        lambda: [
+            *(nn.Linear(FEATURES, 8), nn.Dropout(0.3, inplace=True), nn.RReLU(inplace=True)),
+            *(nn.Linear(8, 8), torch.nn.Dropout(0.2, inplace=True), *head()),
+        ],
+        steps=20,
+    ),
     *(
         Row(f"loss-{loss.__name__}", loss=loss, steps=50)
         for loss in (nn.L1Loss, nn.HuberLoss, nn.SmoothL1Loss, nn.BCEWithLogitsLoss)

@@ -1,6 +1,7 @@
 """What may change between two steps without a tape: each next step follows it, as autograd would."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -165,7 +166,9 @@ def test_settings_of_the_loss_are_read_in_each_step() -> None:
         Backprop(ours, losses[0], made_descent(row)),
         made_descent(row).make_optimizer(theirs.parameters()),
     )
-    for name, value in {"label_smoothing": 0.1, "ignore_index": 2, "reduction": "sum"}.items():
+    weight = torch.linspace(0.5, 2, CLASSES, dtype=torch.float64)
+    settings = {"weight": weight, "label_smoothing": 0.1, "ignore_index": 2, "reduction": "sum"}
+    for name, value in settings.items():
         for _ in range(3):
             optimizer.zero_grad()
             loss = losses[1](theirs(x), t)
@@ -208,3 +211,16 @@ def test_parameters_that_replace_others_take_their_place_in_the_optimizer() -> N
             other.load_state_dict(kept)
         assert steps[0](x, t) == steps[1](x, t)
     assert distance(ours, other) == 0 and len(steps[0].optimizer.state) == 6
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda step: pickle.loads(pickle.dumps(step))])
+def test_a_copy_goes_on_by_itself(copied: Callable[[Backprop], Backprop]) -> None:
+    row = Row("", descent={"momentum": 0.9})
+    (ours, _), (x, t) = twins(row), examples(row)
+    step = Backprop(ours, nn.CrossEntropyLoss(), made_descent(row))
+    for _ in range(3):
+        step(x, t)
+    other, before = copied(step), copy.deepcopy(ours)
+    losses = [other(x, t) for _ in range(3)]
+    assert distance(ours, before) == 0
+    assert losses == [step(x, t) for _ in range(3)] and distance(ours, other.model) == 0

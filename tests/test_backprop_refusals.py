@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from backprop_rows import CLASSES, FEATURES, ROWS, examples, twins
+from backprop_rows import CLASSES, FEATURES, ROWS, examples, fused, twins
 from torch import Tensor
 
 from manualprop import Backprop, descent, nn
@@ -69,12 +69,39 @@ def hooked() -> torch.nn.Module:
         ),
         (lambda: torch.nn.Conv1d(1, 1, 1), r"layer '1.0' \(Conv1d\)"),
         (hooked, r"layer '1.0' \(Tanh\) .* it has hooks"),
+        (
+            lambda: nn.LazyLinear(2),
+            r"layer '1.0' \(LazyLinear\) .* no parameters yet. Call the model on an input",
+        ),
     ],
 )
 def test_what_it_cannot_run_is_refused_by_name(layer: Callable[[], torch.nn.Module], text: str) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(layer()))
     with pytest.raises(TypeError, match=text):
         Backprop(model, nn.MSELoss(), descent.MiniBatch(learning_rate=0.1))
+
+
+@pytest.mark.parametrize(
+    ("inner", "path"),
+    [
+        (lambda first: nn.Residual(first, nn.Linear(2, 2)), "1.0"),
+        (lambda first: nn.Residual(nn.Flatten(), nn.Identity(), first), "1.2"),
+        (lambda first: nn.Parallel(nn.Linear(2, 2), nn.Sequential(first)), "1.1.0"),
+        (lambda first: fused([nn.Residual(first, nn.Linear(2, 2))])[0], "1.0"),
+    ],
+)
+@pytest.mark.parametrize("first", [nn.ReLU, nn.SiLU, nn.Dropout, torch.nn.Dropout])
+def test_a_branch_that_writes_over_what_others_read_is_refused(
+    inner: Callable[..., torch.nn.Module], path: str, first: Any
+) -> None:
+    """The model would add what was written; without a tape nothing is written."""
+    plan = descent.MiniBatch(learning_rate=0.1)
+    model = nn.Sequential(nn.Linear(2, 2), inner(first(inplace=True)))
+    with pytest.raises(
+        TypeError, match=rf"layer '{path}' .* writes over its input.*\. Give it inplace=False"
+    ):
+        Backprop(model, nn.MSELoss(), plan)
+    Backprop(nn.Sequential(nn.Linear(2, 2), inner(first())), nn.MSELoss(), plan)
 
 
 def test_a_convolution_that_pads_by_other_than_zeros_says_what_to_do() -> None:

@@ -395,6 +395,9 @@ class Added(Stage):
     def __init__(self, path: str, layer: Module, branches: Sequence[Stage], skip: bool) -> None:
         super().__init__(path, layer)
         self.branches, self.skip = branches, skip
+        if skip or len(branches) > 1:
+            for branch in branches:
+                _refuse_writing(branch)
 
     def forward(self, x: Tensor) -> Tensor:
         total = x if self.skip else None
@@ -425,6 +428,17 @@ class Added(Stage):
         return before or self.learns
 
 
+def _refuse_writing(branch: Stage) -> None:
+    """Raise if the branch writes over its input, which others read as well."""
+    for first in chain_of(branch):
+        layer = first.layer[0] if isinstance(first.layer, FusedLayers) else first.layer
+        if getattr(layer, "inplace", False):
+            why = "it writes over its input, which is also read beside its branch"
+            raise TypeError(refusal(first.path, layer, why, "Give it inplace=False"))
+        if not isinstance(first, Reshaped):  # its output is its input, in another shape
+            return
+
+
 def chain_of(stage: Stage) -> list[Stage]:
     """The stages in the order of execution, with nested chains flattened."""
     if isinstance(stage, Chained):
@@ -448,6 +462,8 @@ def build(layer: Module, path: str = "") -> Stage:
     Raises:
         TypeError: for a layer without a stage.
     """
+    if isinstance(layer, torch.nn.modules.lazy.LazyModuleMixin):
+        raise TypeError(refusal(path, layer, "it has no parameters yet", "Call the model on an input first"))
     _refuse_hooks(layer, path)
     kind = type(layer)
     if kind.forward is nn.Sequential.forward:

@@ -132,6 +132,24 @@ class Backprop:
                 f"{', '.join(missing)}; call requires_grad_(False) on what is not to be trained, or give it to the optimizer."
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        given = (
+            "model",
+            "descent",
+            "optimizer",
+            "lr_scheduler",
+            "output",
+            "_loss",
+            "_compile",
+            "_capture",
+            "_by_epoch",
+        )
+        return {name: vars(self)[name] for name in given}  # the rest is made from these
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._make()
+
     def _make(self) -> None:
         """Make the stages, find the parameters that learn and where their gradients go; make the ways of a step."""
         self.stage, self.criterion = build(self.model), Criterion(self._loss)
@@ -147,6 +165,10 @@ class Backprop:
         ]
         self._read, self._no_hooks = read_once(plan.leaves), hooks_of(self.model.modules())
         read = [vars(self._loss), *[m._modules for m in self.model.modules() if m._modules]]
+        if (
+            next(self._loss.buffers(), None) is None
+        ):  # tensors are not compared, and need not be: a step reads them
+            read.append(self._loss._buffers)
         self._read += [(present, dict(present)) for present in read]
         graphs = Graphs(self._compile, self._capture) if self._compile or self._capture else None
         self._plain, self._collected = Plain(plan), Collected(plan, graphs)

@@ -61,7 +61,8 @@ class Backprop:
         descent: a descent of :mod:`manualprop.descent`: the update, and for Batch the size of the
             micro-batches. The rows of a call are the examples of one update: one with Stochastic, any number
             with MiniBatch and Batch.
-        optimizer: the descent's optimizer, if it exists already; otherwise a new one is made.
+        optimizer: the descent's optimizer, if it exists already; otherwise a new one is made.  It must hold every
+            parameter that requires a gradient.
         compile: True: run the step as one graph.  torch's inductor compiles it at the first step (about ten
             seconds), and for another shape of the input when it has come eight times; on the CPU the program is
             kept on disk for later processes.  The graph of a small network makes the update too; that of a large
@@ -81,8 +82,8 @@ class Backprop:
         RuntimeError: for ``capture`` without a GPU.
         TypeError: for a layer or a loss that cannot run without a tape (the text names it and what to do),
             and if ``descent`` is not a descent.
-        ValueError: for a model without a parameter that requires a gradient, for another ``compile``, and for
-            updates that cannot be one program.
+        ValueError: for a model without a parameter that requires a gradient, for an optimizer that does not hold
+            all of them, for another ``compile``, and for updates that cannot be one program.
     """
 
     def __init__(
@@ -153,7 +154,7 @@ class Backprop:
     def _make(self) -> None:
         """Make the stages, find the parameters that learn and where their gradients go; make the ways of a step."""
         self.stage, self.criterion = build(self.model), Criterion(self._loss)
-        self._hooks = self._has_hooks()
+        self._hooks = any(self._watchers())
         self._plan = plan = Plan(
             self.model, self.stage, self.criterion, self.descent, self.optimizer, self._hooks
         )
@@ -163,7 +164,8 @@ class Backprop:
             for name, p in module._parameters.items()
             if p is not None
         ]
-        self._read, self._no_hooks = read_once(plan.leaves), hooks_of(self.model.modules())
+        self._no_hooks = [*hooks_of(self.model.modules()), *([] if self._hooks else self._watchers())]
+        self._read = read_once(plan.leaves)
         read = [vars(self._loss), *[m._modules for m in self.model.modules() if m._modules]]
         if (
             next(self._loss.buffers(), None) is None
@@ -190,6 +192,7 @@ class Backprop:
 
         Raises:
             FloatingPointError: if the loss is not finite; no weight is changed then.
+            TypeError: for what is no tensor, and for a layer that has come and cannot run without a tape.
             ValueError: for more than one example with Stochastic.
         """
         self._check()
@@ -309,7 +312,9 @@ class Backprop:
                 "give the model the precision with model.to(dtype)."
             )
         # A resumed optimizer has new groups and states.
-        if self._plan.groups is not self.optimizer.param_groups or self._has_hooks() is not self._hooks:
+        if self._plan.groups is not self.optimizer.param_groups or (
+            self._hooks and not any(self._watchers())
+        ):
             return self._make()
         for owned, name, parameter, learns, memory in self._seen:
             # model.double() replaces the data, load_state_dict(assign=True) the parameter
@@ -324,7 +329,7 @@ class Backprop:
             if present != read:
                 return self._make()
         if any(self._no_hooks):
-            self._make()  # and refuse them
+            self._make()  # which refuses a layer's
 
     def _hand_over(self) -> None:
         """Give a parameter that replaces another, as in load_state_dict(assign=True), its place in the optimizer."""
@@ -339,15 +344,11 @@ class Backprop:
             if old in states:
                 states[new] = states.pop(old)
 
-    def _has_hooks(self) -> bool:
-        """Whether the optimizer's step has hooks: it is then called, with the gradients in ``.grad``."""
+    def _watchers(self) -> list[Any]:
+        """The hooks of the optimizer's step: with any, it is called, with the gradients in ``.grad``."""
         optimizer: Any = self.optimizer
-        return bool(
-            optimizer._optimizer_step_pre_hooks
-            or optimizer._optimizer_step_post_hooks
-            or optimizer_pre_hooks
-            or optimizer_post_hooks
-        )
+        own = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+        return [*own, optimizer_pre_hooks, optimizer_post_hooks]
 
     # ----- gradients without an update -----
 

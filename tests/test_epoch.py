@@ -443,10 +443,11 @@ def test_threads_build_their_programs_one_after_the_other(interpreted: list[_sca
     """torch traces for one thread: it raised an AssertionError."""
     row, losses = Row("", lambda: [nn.Linear(FEATURES, CLASSES)]), []
     x, t = examples(row)
-    threads = [
-        threading.Thread(target=lambda: losses.append(pair(row)[0].epoch(x, t, order(16, 8)).losses))
-        for _ in range(4)
-    ]
+
+    def train(step: Backprop) -> None:
+        losses.append(step.epoch(x, t, order(16, 8)).losses)
+
+    threads = [threading.Thread(target=train, args=pair(row)[:1]) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

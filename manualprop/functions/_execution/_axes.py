@@ -7,6 +7,7 @@ is not, a finite g is multiplied by the whole matrix.  What is traced gathers th
 
 import cmath
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ MOST_RUNS = 24  # more slices than this cost more than gathering
 MOST_TERMS = 8  # for more terms than this an element is summed by its index
 MOST_PARTS = 8  # slices that the compiler adds in one loop
 FEW_ELEMENTS = 2**12  # below, each step costs its call
+MOST_TIMES = 4  # more repeats than this are one copy
+SHORT = 32  # a copy of runs of fewer elements than this is slow
+CACHED = 2**20  # a result of fewer elements than this stays in the caches
 STEPS = [(a, b) for a in range(5) for b in range(-1, 9) if (a, b) not in ((0, 0), (0, -1))]
 
 
@@ -181,6 +185,9 @@ def repeated_along(times: Sequence[int], g: Tensor, scale: float, layout: torch.
         return g if scale == 1 else g * scale
     last = layout is not torch.contiguous_format
     g, times = (g.movedim(1, -1), [*times, 1]) if last else (g, times)  # in the order of memory
+    if pays_by_parts(times, g):
+        dx = repeated_by_parts(times, g, scale)
+        return dx.movedim(-1, 1) if last else dx
     if scale != 1:
         g = g * scale
     if g.numel() >= FEW_ELEMENTS and not watched((g,)):
@@ -194,6 +201,33 @@ def repeated_along(times: Sequence[int], g: Tensor, scale: float, layout: torch.
     return dx.movedim(-1, 1) if last else dx
 
 
+def pays_by_parts(times: Sequence[int], g: Tensor) -> bool:
+    """Whether ``repeated_by_parts`` is faster: the result stays in the caches, and the copies have long runs."""
+    if not FEW_ELEMENTS <= g.numel() <= CACHED // math.prod(times) or watched((g,)):
+        return False
+    sizes = g.shape[-len(times) :]
+    few = all(k == 1 or (k <= MOST_TIMES and n > 1) for k, n in zip(times, sizes, strict=True))
+    return few and (times[-1] > 1 or sizes[-1] >= SHORT)
+
+
+def repeated_by_parts(times: Sequence[int], g: Tensor, scale: float) -> Tensor:
+    """Writes each element once; then copies what is written to the places that repeat it, the innermost axis first.
+
+    2 x 2 of 14 x 14 elements in 64 channels: 0.6 of the time of one copy in channels-last, 0.75 in contiguous format.
+    """
+    lead, sizes = g.shape[: -len(times)], g.shape[-len(times) :]
+    dx = g.new_empty([*lead, *itertools.chain.from_iterable(zip(sizes, times, strict=True))])
+    first, copied = dx, []
+    for axis in range(1 - 2 * len(times), 0, 2):
+        parts = first.unbind(axis)
+        first, copied = parts[0], [*copied, parts]
+    torch.mul(g, scale, out=first)
+    for done, *parts in reversed(copied):
+        for part in parts:
+            part.copy_(done)
+    return dx.view([*lead, *[n * k for n, k in zip(sizes, times, strict=True)]])
+
+
 def alternating(g: Tensor, times: Sequence[int]) -> tuple[Tensor, list[int]]:
     """g repeated along axes where a copy would have short runs, by slices; the times that are left.
 
@@ -202,7 +236,7 @@ def alternating(g: Tensor, times: Sequence[int]) -> tuple[Tensor, list[int]]:
     left = list(times)
     for axis in range(-1, -1 - len(times), -1):
         k, behind = left[axis], g.dim() + axis + 1
-        if 1 < k <= 4 and g.shape[axis] > 1 and g.shape[behind:].numel() < 32:
+        if 1 < k <= MOST_TIMES and g.shape[axis] > 1 and g.shape[behind:].numel() < SHORT:
             wide = g.new_empty((*g.shape[:behind], k, *g.shape[behind:]))
             for part in wide.unbind(behind):
                 part.copy_(g)

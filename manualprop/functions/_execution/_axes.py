@@ -27,7 +27,7 @@ MOST_TERMS = 8  # for more terms than this an element is summed by its index
 MOST_PARTS = 8  # slices that the compiler adds in one loop
 FEW_ELEMENTS = 2**12  # below, each step costs its call
 MOST_TIMES = 4  # more repeats than this are one copy
-SHORT = 32  # a copy of runs of fewer elements than this is slow
+SHORT, LONG = 2**5, 2**8  # a copy of runs of fewer elements is slow; one of runs of more is fast as it is
 CACHED = 2**20  # a result of fewer elements than this stays in the caches
 STEPS = [(a, b) for a in range(5) for b in range(-1, 9) if (a, b) not in ((0, 0), (0, -1))]
 
@@ -61,7 +61,7 @@ def owned(y: Tensor) -> Tensor:
 
 
 def laid_out(dx: Tensor, like: Like) -> Tensor:
-    """``dx`` in the memory format of the input, unless it is a few numbers repeated."""
+    """``dx``, or dL/dy, in the memory format of the input, unless it is a few numbers repeated."""
     return dx if 0 in dx.stride() else dx.contiguous(memory_format=like.format)
 
 
@@ -157,6 +157,7 @@ def transposed_along(row: Row, along: Sequence[tuple[Any, ...]], g: Tensor, like
     axes = range(-len(along), 0)
     if len(along) > len(like.shape) - 2:  # the second axis is mapped too, so it is not that of the channels
         like = Like(like.shape, torch.contiguous_format)
+    g = laid_out(g, like)
     matrices = [
         (axis, matrix(row, int(like.shape[axis]), int(g.shape[axis]), tuple(map(fixed, options))))
         for axis, options in zip(axes, along, strict=True)
@@ -207,7 +208,7 @@ def pays_by_parts(times: Sequence[int], g: Tensor) -> bool:
         return False
     sizes = g.shape[-len(times) :]
     few = all(k == 1 or (k <= MOST_TIMES and n > 1) for k, n in zip(times, sizes, strict=True))
-    return few and (times[-1] > 1 or sizes[-1] >= SHORT)
+    return few and (times[-1] > 1 or SHORT <= sizes[-1] <= LONG // max(times))
 
 
 def repeated_by_parts(times: Sequence[int], g: Tensor, scale: float) -> Tensor:
@@ -217,14 +218,15 @@ def repeated_by_parts(times: Sequence[int], g: Tensor, scale: float) -> Tensor:
     """
     lead, sizes = g.shape[: -len(times)], g.shape[-len(times) :]
     dx = g.new_empty([*lead, *itertools.chain.from_iterable(zip(sizes, times, strict=True))])
-    first, copied = dx, []
+    repeats: list[tuple[Tensor, ...]] = []
+    first = dx
     for axis in range(1 - 2 * len(times), 0, 2):
-        parts = first.unbind(axis)
-        first, copied = parts[0], [*copied, parts]
+        repeats.append(first.unbind(axis))
+        first = repeats[-1][0]
     torch.mul(g, scale, out=first)
-    for done, *parts in reversed(copied):
-        for part in parts:
-            part.copy_(done)
+    for written, *others in reversed(repeats):
+        for other in others:
+            other.copy_(written)
     return dx.view([*lead, *[n * k for n, k in zip(sizes, times, strict=True)]])
 
 

@@ -290,7 +290,7 @@ def sliced(M: Matrix, runs: Runs, g: Tensor, axis: int, layout: torch.memory_for
         elif run.weight == 1:
             into.copy_(part)
         else:
-            torch.mul(part.expand_as(into), run.weight, out=into)
+            torch.mul(part if run.a else part.expand_as(into), run.weight, out=into)
     return dx
 
 

@@ -23,7 +23,7 @@ class Row:
     loss: Callable[[], torch.nn.Module] = nn.CrossEntropyLoss
     descent: dict[str, Any] = field(default_factory=dict)
     rows: int = 16
-    steps: int = 200  # fewer where only the structure differs, so that the suite stays quick
+    steps: int = 120  # fewer where only the structure differs, so that the suite stays quick
     within: float = 1e-10  # relative; anything else has its reason beside it
 
     def __str__(self) -> str:

@@ -180,6 +180,22 @@ def test_settings_of_the_loss_are_read_in_each_step() -> None:
     assert step(x, t) == pytest.approx(losses[1](theirs(x), t).item(), rel=1e-10)
 
 
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_of_parameters_that_come_later_are_refused(register: str) -> None:
+    ours, _ = twins(ROWS[0])
+    x, t = examples(ROWS[0])
+    step = Backprop(ours, nn.CrossEntropyLoss(), made_descent(ROWS[0]))
+    step(x, t)
+    handle = getattr(ours[0].bias, register)(lambda given: None)
+    before = ours[0].weight.detach().clone()
+    with pytest.raises(TypeError, match="its bias has hooks, which would not be called"):
+        step(x, t)
+    torch.testing.assert_close(ours[0].weight, before, rtol=0, atol=0)
+    handle.remove()
+    step(x, t)
+    assert not torch.equal(ours[0].weight, before)
+
+
 def test_hooks_that_come_later_are_refused() -> None:
     ours, _ = twins(ROWS[0])
     x, t = examples(ROWS[0])

@@ -322,6 +322,8 @@ class Backprop:
                 owned.get(name) is not parameter
                 or parameter.requires_grad is not learns
                 or parameter.data_ptr() != memory
+                or parameter._backward_hooks  # which are refused
+                or parameter._post_accumulate_grad_hooks
             ):
                 self._hand_over()
                 return self._make()

@@ -190,10 +190,10 @@ def _hardsigmoid_backward(g: Tensor, x: Tensor) -> Tensor:
 def _elu_backward(
     g: Tensor, alpha: float, scale: float, input_scale: float, is_result: bool, x: Tensor
 ) -> Tensor:
-    is_celu = abs(alpha * input_scale - 1) < 1e-6
-    return torch.ops.aten.elu_backward(
-        g, alpha, scale, 1 / alpha if is_celu else input_scale, is_result, x
-    )
+    if abs(alpha * input_scale - 1) < 1e-6:  # CELU
+        input_scale = 1 / alpha
+    dx: Tensor = torch.ops.aten.elu_backward(g, alpha, scale, input_scale, is_result, x)
+    return dx
 
 
 # In float64 too, ATen rounds 1 / 6 and the 1 / alpha of CELU to float32.  That would hide an error of 1e-9, or look

@@ -235,9 +235,7 @@ def test_whole_numbers_of_numpy() -> None:
 
 
 def test_unpooling_without_a_kernel_is_refused() -> None:
-    with pytest.raises(
-        TypeError, match=r"max_unpool2d: kernel_size .* Got None and 0"
-    ):
+    with pytest.raises(TypeError, match=r"max_unpool2d: kernel_size .* Got None and 0"):
         F.max_unpool2d(torch.ones(1, 1, 1), torch.zeros(1, 1, 1, dtype=torch.long), None)
 
 

@@ -282,8 +282,9 @@ def filled(arguments: Any, values: Sequence[Any]) -> Any:
     """Nested arguments, with each value in its place."""
     if isinstance(arguments, Value):
         return values[arguments.number]
-    if isinstance(arguments, tuple | list):
-        return type(arguments)([filled(argument, values) for argument in arguments])
+    if isinstance(arguments, tuple | list):  # fx has its own list, which the compiler cannot trace
+        kind = list if isinstance(arguments, list) else tuple
+        return kind(filled(argument, values) for argument in arguments)
     return arguments
 
 

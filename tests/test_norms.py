@@ -249,3 +249,17 @@ def test_an_empty_batch_has_second_derivatives() -> None:
     dx, dW = torch.autograd.grad(y, (x, W), torch.ones_like(y), create_graph=True)
     (second,) = torch.autograd.grad(dx.sum() + dW.sum(), W)
     assert torch.equal(second, torch.zeros(2))
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_an_activation_may_write_over_a_frozen_norm(affine: bool) -> None:
+    """As in a frozen network, whose input alone has a gradient; the norm then keeps no tensor of that size."""
+    x, found = torch.randn(3, 4, 5, requires_grad=True), []
+    model = (
+        nn.Sequential(nn.BatchNorm1d(4, affine=affine), nn.ReLU(inplace=True)).eval().requires_grad_(False)
+    )
+    for _ in range(2):
+        y = model(x)
+        found.append((y, *torch.autograd.grad(y.square().sum(), x)))
+        manualprop.swap(model)
+    torch.testing.assert_close(*found)

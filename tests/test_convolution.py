@@ -91,6 +91,8 @@ def test_the_three_maps_are_the_sums_of_the_derivation(name: str) -> None:
         found += [
             (form(y, x, s, p, d, G, K), dW) for form in (_correlation.by_examples, _correlation.by_rows)
         ]
+    if G == 1 and max(s) == 1 and Q == X:
+        found.append((_correlation.by_shifts(y, x, s, p, d, G, K), dW))
     for mine, exact in found:
         torch.testing.assert_close(mine, exact, rtol=1e-13, atol=1e-13)
 
@@ -135,7 +137,12 @@ FORMS: list[tuple[str, tuple[int, ...], int, dict[str, Any]]] = [
     ("by_examples", (2, 3, 4, 2, 2), 4, {"padding": 1}),
     ("by_rows", (3, 8, 11, 14), 6, {"padding": (2, 1), "stride": (2, 1), "dilation": (1, 2)}),
     ("by_rows", (2, 8, 6, 9, 10), 4, {"padding": 1}),
+    ("by_shifts", (3, 16, 44, 32), 8, {"padding": 1}),
+    ("by_shifts", (2, 16, 50, 45), 8, {"padding": (4, 1), "dilation": (4, 1)}),
+    ("by_shifts", (2, 16, 2200), 5, {"padding": 2, "dilation": 2}),
+    ("by_shifts", (2, 16, 12, 13, 14), 4, {"padding": 1}),
     ("by_columns", (2, 4, 11, 10), 6, {"padding": 1}),
+    ("by_columns", (2, 8, 11, 10), 32, {"padding": 1}),
     ("by_columns", (2, 8, 12, 30), 6, {"stride": 3}),
     ("by_channels", (2, 1, 11, 10), 3, {}),
 ]

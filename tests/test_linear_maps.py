@@ -145,6 +145,35 @@ def test_large_tensors_take_the_same_map(name: str) -> None:
     assert ours.isinf().any() and not ours.isnan().any()
 
 
+REPEATED = {
+    "channels last": ((2, 64, 8, 4), (2, 3), torch.channels_last),
+    "few channels last": ((8, 8, 16, 4), (2, 2), torch.channels_last),
+    "rows": ((2, 64, 8, 4), (3, 1), torch.contiguous_format),
+    "three axes": ((2, 32, 2, 8, 4), (2, 1, 4), torch.contiguous_format),
+    "three axes, channels last": ((2, 32, 2, 8, 4), (2, 1, 4), torch.channels_last_3d),
+    "far": ((2, 64, 8, 4), (2, 5), torch.contiguous_format),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("most", [0, _axes.CACHED], ids=["in one copy", "by parts"])
+@pytest.mark.parametrize("name", REPEATED)
+def test_every_way_to_repeat(name: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An infinity and NaN too, from a gradient of any layout."""
+    shape, times, layout = REPEATED[name]
+    monkeypatch.setattr(_axes, "CACHED", most)
+    g = upstream(torch.empty(shape))
+    g.view(-1)[:2] = torch.tensor([torch.inf, torch.nan])
+    expected = g * 0.3
+    for axis, k in zip(range(2, g.dim()), times, strict=True):
+        expected = expected.repeat_interleave(k, axis)
+    for laid in (g, g.contiguous(memory_format=layout), g.mT.contiguous().mT):
+        with torch.no_grad():
+            dx = _axes.repeated_along(times, laid, 0.3, layout)
+        torch.testing.assert_close(dx, expected, rtol=0, atol=0, equal_nan=True)
+        assert dx.is_contiguous(memory_format=layout)
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize(("n", "o", "exact"), [(6, 74, False), (2, 41, True)])
 def test_a_gradient_goes_to_the_element_that_was_copied(n: int, o: int, exact: bool) -> None:

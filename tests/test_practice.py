@@ -181,7 +181,7 @@ def written(folder: Path, name: str, edit: str = "", file: str = "") -> Path:
 
 def test_an_endless_loop_ends_and_its_line_is_shown(tmp_path: Path) -> None:
     path = written(tmp_path, "tanh", "dx = g; return dx -> while True: pass".partition("; ")[2])
-    mark = marked_file("tanh", path, limit=4)  # on a busy machine its start alone takes more than 2.5
+    mark = marked_file("tanh", path, limit=2)
     assert mark.verdict == "gave up" and "does a loop in it never end?" in mark.text
     assert "in backward\n    while True: pass" in mark.text
 
@@ -190,7 +190,8 @@ def test_an_endless_loop_ends_and_its_line_is_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize("line", ["import time; time.sleep(1000)", "import signal; signal.pause()"])
 def test_waiting_for_ever_ends_too(tmp_path: Path, line: str) -> None:
     path = written(tmp_path, "tanh", f"return dx -> {line}")
-    assert marked_file("tanh", path, limit=2).verdict == "gave up"
+    mark = marked_file("tanh", path, limit=1)
+    assert mark.verdict == "gave up" and f"in backward\n    {line}" in mark.text
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from manualprop._practice._mark import Mark
 from manualprop._practice._marking import marked_source
 
 LIMIT = 30.0  # seconds of processor time
+START = 60.0  # seconds in which Python and torch have started, on a busy machine too
 MOST_PRINTED = 2000  # characters that are shown
 MOST_WRITTEN = 2**23  # bytes, of each file
 CALL = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from manualprop._practice._child import main; main()"
@@ -38,7 +39,7 @@ def marked_file(name: str, file: Path, limit: float = LIMIT) -> Mark:
         with printed.open("wb") as stream:
             child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT)
             try:
-                status = child.wait(3 * limit)
+                status = child.wait(3 * limit + START)
             except subprocess.TimeoutExpired:
                 return _given_up(name, limit)
             finally:
@@ -69,7 +70,9 @@ def main() -> NoReturn:
     _limit_files()
     try:
         mark = marked_source(EXERCISES[name], Path(file).read_text(encoding="utf-8"), file)
+        _limit_time(0.0)
     except _TooLong as late:
+        _limit_time(0.0)  # the timers ring every second, for code that catches what they raise
         # The last line of the learner's is where it was.
         frames = [f for f in traceback.extract_tb(late.__traceback__) if f.filename == file]
         mark = _given_up(name, float(limit), "It was here:\n" + "".join(traceback.format_list(frames[-1:])))
@@ -82,15 +85,22 @@ def main() -> NoReturn:
 
 
 def _limit_time(limit: float) -> None:
-    """Raise in the learner's code after so many seconds of processor time; where that cannot be had, the parent waits."""
+    """Raise in the learner's code after so many seconds of processor time, or three times as many on the clock.
+
+    0 takes the limit away.  Where there are no such signals, and in code that lets none through, the parent's ends it.
+    """
     if not hasattr(signal, "SIGPROF"):
         return
 
     def late(number: int, frame: FrameType | None) -> NoReturn:
         raise _TooLong
 
-    signal.signal(signal.SIGPROF, late)
-    signal.setitimer(signal.ITIMER_PROF, limit, 1.0)
+    for number, timer, seconds in (
+        (signal.SIGPROF, signal.ITIMER_PROF, limit),
+        (signal.SIGALRM, signal.ITIMER_REAL, 3 * limit),
+    ):
+        signal.signal(number, late)
+        signal.setitimer(timer, seconds, 1.0)
 
 
 def _limit_files() -> None:

@@ -158,16 +158,18 @@ class Normalisation(Rule):
     - ``shapes(x, *options)``     the shapes of x, statistics and weights that broadcast together.
     - ``letters``                 the same shapes in letters, as :func:`formula` reads them.
     - ``axes``                    the axes of the mean and of the sums.
+    - ``along``                   the letter of an axis whose every position has means of its own.
     """
 
     abstract = True
     shapes: ClassVar[Callable[..., Shapes]]
     letters: ClassVar[tuple[str, str, str]]
     axes: ClassVar[Axes]
+    along: ClassVar[str] = "N"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         shapes = cls.shapes
-        backwards, forwards = formulas(*cls.letters, cls.axes)
+        backwards, forwards = formulas(*cls.letters, cls.axes, cls.along)
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
             x, W, b, *ctx.options = inputs
@@ -204,14 +206,13 @@ class Normalisation(Rule):
         super().__init_subclass__(**kwargs)
 
 
-def formulas(x: str, stats: str, W: str, axes: Axes) -> tuple[Runner, Runner]:
+def formulas(x: str, stats: str, W: str, axes: Axes, along: str = "N") -> tuple[Runner, Runner]:
     """:func:`norm_gradients` and :func:`norm_tangents` for tensors of these axes."""
     saved = f"x ({x}), m ({stats}), r ({stats}), W ({W})"
     backwards = f"g ({x}), {saved}, gm ({stats}), gr ({stats}) -> dx like x, dW ({W}), db ({W})"
     forwards = f"dx ({x}), {saved}, dW ({W}), db ({W}) -> dy like x, dm like m, dr like r"
-    return formula(backwards)(partial(norm_gradients, axes=axes)), formula(forwards)(
-        partial(norm_tangents, axes=axes)
-    )
+    gradients, tangents = (partial(f, axes=axes) for f in (norm_gradients, norm_tangents))
+    return formula(backwards, along=along)(gradients), formula(forwards, along=along)(tangents)
 
 
 def shaped(t: Any, shape: Shape) -> Any:
@@ -369,6 +370,7 @@ class BatchNorm(Normalisation):
 
     letters = ("B, C, L", "1, C, 1", "C, 1")
     axes = Axes(weighted=(), unweighted=(0, 2), batch=())
+    along = "C"
 
     @staticmethod
     def shapes(x: Tensor, *options: Any) -> Shapes:
@@ -387,7 +389,7 @@ class BatchNorm(Normalisation):
         return aten.batch_norm(x, W, b, running_mean, running_var, momentum, eps)
 
 
-channels_backwards, channels_forwards = formulas(*BatchNorm.letters, BatchNorm.axes)
+channels_backwards, channels_forwards = formulas(*BatchNorm.letters, BatchNorm.axes, BatchNorm.along)
 
 
 class BatchNormEvaluation(Rule):

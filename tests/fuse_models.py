@@ -68,6 +68,21 @@ class Bottleneck(nn.Module):
         return y
 
 
+class Excited(Bottleneck):
+    """The block of SENet: a product with gates, over which the sum with the skip connection is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool1d(1), nn.Conv1d(5, 5, 1), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.act(self.bn1(self.conv1(x)))
+        out = self.bn3(self.conv3(self.act(self.bn2(self.conv2(out)))))
+        out = out * self.gate(out)
+        out += x
+        return out
+
+
 class PreActivation(nn.Module):
     """Its shortcut starts at the first activation, which a function computes in place."""
 
@@ -207,6 +222,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "block": (lambda: Block(5, 5), ["bn1+relu+conv2"]),
     "strided block": (lambda: Block(5, 7, 2), ["bn1+relu+conv2"]),
     "bottleneck": (Bottleneck, ["bn1+act+conv2, bn2+act+conv3"]),
+    "bottleneck with gates": (Excited, ["bn1+act+conv2, bn2+act+conv3"]),
     "shortcut from an activation": (PreActivation, ["bn1+conv1, bn2+conv2"]),
     "inverted residual": (InvertedResidual, ["conv.0.1+conv.0.2+conv.1.0, conv.1.1+conv.1.2+conv.2"]),
     "dense": (Dense, ["norm1+relu+conv1, norm2+relu+conv2"]),

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from cases import CASES, real
@@ -368,7 +369,10 @@ MISUSES: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
     ("conv1d", (X1, W1), {"padding": -1}, "negative padding"),
     ("conv1d", (X1, W1), {"groups": 3}, "groups"),
     ("conv1d", (X1, W1), {"groups": 0}, "groups"),
-    ("conv1d", (X1, W1), {"stride": 1.5}, "float"),
+    ("conv1d", (X1, W1), {"stride": 1.5}, "stride must be whole numbers. Got 1.5"),
+    ("conv1d", (X1, W1), {"dilation": [1.0, 2.0]}, r"dilation must be whole numbers. Got \[1.0, 2.0\]"),
+    ("conv1d", (X1, W1), {"groups": "1"}, "groups must be a whole number. Got '1'"),
+    ("conv_transpose1d", (X1, V1), {"stride": (2.0,)}, r"stride must be whole numbers. Got \(2.0,\)"),
     ("conv1d", (X1, W1.double()), {}, "type"),
     ("conv1d", (X1[:, :3], W1), {}, "channels"),
     ("conv1d", (X1[..., :2], W1), {}, "Kernel size can't be greater"),
@@ -386,6 +390,15 @@ def test_misuse(name: str, arguments: tuple[Any, ...], kwargs: dict[str, Any], t
         getattr(torch.nn.functional, name)(*arguments, **kwargs)
     with pytest.raises(torchs.type, match=text):
         getattr(F, name)(*arguments, **kwargs)
+
+
+@pytest.mark.parametrize("number", [numpy.int64, torch.tensor])
+def test_whole_numbers_of_other_libraries(number: Any) -> None:
+    options = {"stride": number(2), "padding": number(1), "dilation": (number(1), 1), "groups": number(2)}
+    torch.testing.assert_close(
+        F.conv2d(torch.ones(2, 4, 5, 6), torch.ones(6, 2, 3, 2), **options),
+        F.conv2d(torch.ones(2, 4, 5, 6), torch.ones(6, 2, 3, 2), None, 2, 1, 1, 2),
+    )
 
 
 def test_a_kernel_without_channels_is_refused() -> None:

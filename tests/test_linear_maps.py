@@ -193,6 +193,32 @@ def test_an_empty_batch_has_an_empty_gradient_of_its_shape() -> None:
         assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
 
 
+def test_the_mean_of_nothing_is_differentiable_twice() -> None:
+    """The mean is NaN, as torch's; its gradient has no elements, and does not depend on the one that arrived."""
+    x = torch.ones(1, 2, 3, 0, requires_grad=True)
+    y = F.adaptive_avg_pool2d(x, 1)
+    g = torch.ones_like(y).requires_grad_()
+    (dx,) = torch.autograd.grad(y, x, g, create_graph=True)
+    assert torch.equal(torch.autograd.grad(dx.sum(), g)[0], torch.zeros(1, 2, 1, 1))
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_one_mean_of_an_input_without_channels(axes: int) -> None:
+    """torch averages; for more numbers it raises."""
+    x = torch.arange(4.0**axes).view([4] * axes).requires_grad_()
+    found = []
+    for home in (F, torch.nn.functional):
+        y = getattr(home, f"adaptive_avg_pool{axes}d")(x, 1)
+        found.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    torch.testing.assert_close(*found)
+
+
+def test_circular_padding_of_too_many_axes_is_refused_as_by_torch() -> None:
+    for home in (F, torch.nn.functional):
+        with pytest.raises(NotImplementedError, match="Padding size 4 is not supported for 2D input"):
+            home.pad(torch.ones(2, 2), (-1, 2, 0, 0), "circular")
+
+
 def test_complex_numbers_are_reflected() -> None:
     x = torch.randn(2, 3, dtype=torch.complex128, requires_grad=True)
     ours, torchs = (

@@ -122,7 +122,7 @@ def denominator(loss: Any, output: Tensor, target: Tensor) -> float:
     if target.is_floating_point():  # class probabilities: the mean ignores the class weights
         return output.numel() / output.shape[min(1, output.dim() - 1)]
     kept = target != loss.ignore_index
-    return float(kept.sum() if loss.weight is None else loss.weight[target[kept]].sum())
+    return float(kept.sum() if loss.weight is None else loss.weight[target[kept].long()].sum())
 
 
 def check_splittable(loss: Loss, model: nn.Module | None = None) -> None:

@@ -1,7 +1,7 @@
 """Every private name of torch that this package uses, a line each, and one warning for a version that is not tested.
 
 Beside each name: what it is for, and the versions it was seen in.  A private name may change with any version.  What differs between versions is settled here, and nowhere else.  Attributes of
-torch's objects that are private too: ``Tensor._base``, ``Tensor._is_view()``, ``UntypedStorage._cdata`` (2.11 to 2.14);
+torch's objects that are private too: ``Tensor._base``, ``._is_view()``, ``._backward_hooks`` and ``._post_accumulate_grad_hooks``, ``UntypedStorage._cdata`` (2.11 to 2.14);
 ``Optimizer._optimizer_step_pre_hooks``, ``._optimizer_step_post_hooks`` and ``._opt_called`` (2.11 to 2.14);
 ``Module._forward_hooks``, ``._forward_pre_hooks``, ``._backward_hooks`` and ``._backward_pre_hooks`` (2.11 to 2.14);
 ``_ConvNd._conv_forward``, ``._reversed_padding_repeated_twice`` and ``_ConvTransposeNd._output_padding`` (2.13).
@@ -145,14 +145,26 @@ def mark_dynamic(t: torch.Tensor, axis: int) -> None:
     torch._dynamo.maybe_mark_dynamic(t, axis)
 
 
-def arguments_of_aten(name: str) -> list[tuple[str, bool]]:
-    """The arguments of torch.name, and whether each must be given; nothing if there is no such operator.  2.11 to 2.14"""
+def _schema_of_aten(name: str) -> Any:
+    """The schema of torch.name, or None.  2.11 to 2.14"""
     packet = getattr(torch.ops.aten, name, None)
     for overload in packet.overloads() if packet is not None else ():
         schema = getattr(packet, overload)._schema
         if "out" not in overload and "Dimname" not in str(schema):
-            return [(a.name, not a.has_default_value()) for a in schema.arguments]
-    return []
+            return schema
+    return None
+
+
+def arguments_of_aten(name: str) -> list[tuple[str, bool]]:
+    """The arguments of torch.name, and whether each must be given; nothing if there is no such operator."""
+    schema = _schema_of_aten(name)
+    return [] if schema is None else [(a.name, not a.has_default_value()) for a in schema.arguments]
+
+
+def results_of_aten(name: str) -> int:
+    """How many results torch.name has; 0 if there is no such operator."""
+    schema = _schema_of_aten(name)
+    return 0 if schema is None else len(schema.returns)
 
 
 def taken_apart(function: Callable[..., Any], samples: list[torch.Tensor]) -> torch.fx.GraphModule:

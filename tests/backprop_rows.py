@@ -23,7 +23,7 @@ class Row:
     loss: Callable[[], torch.nn.Module] = nn.CrossEntropyLoss
     descent: dict[str, Any] = field(default_factory=dict)
     rows: int = 16
-    steps: int = 200  # fewer where only the structure differs, so that the suite stays quick
+    steps: int = 120  # fewer where only the structure differs, so that the suite stays quick
     within: float = 1e-10  # relative; anything else has its reason beside it
 
     def __str__(self) -> str:
@@ -233,6 +233,14 @@ ROWS = [
     Row("GLU", lambda: [nn.Linear(FEATURES, 8), nn.GLU(), nn.Linear(4, CLASSES)], steps=50),
     Row("Softmax", lambda: [nn.Linear(FEATURES, 8), nn.Softmax(-1), nn.Linear(8, CLASSES)], steps=50),
     Row("our-dropout", lambda: [nn.Linear(FEATURES, 8), nn.Dropout(0.3), *head()], steps=50),
+    Row(
+        "dropout-in-place",
+        lambda: [
+            *(nn.Linear(FEATURES, 8), nn.Dropout(0.3, inplace=True), nn.RReLU(inplace=True)),
+            *(nn.Linear(8, 8), torch.nn.Dropout(0.2, inplace=True), *head()),
+        ],
+        steps=20,
+    ),
     *(
         Row(f"loss-{loss.__name__}", loss=loss, steps=50)
         for loss in (nn.L1Loss, nn.HuberLoss, nn.SmoothL1Loss, nn.BCEWithLogitsLoss)
@@ -249,6 +257,31 @@ ROWS = [
     Row(
         "loss-MultiLabelSoftMargin-weighted",
         loss=lambda: nn.MultiLabelSoftMarginLoss(torch.linspace(0.5, 2, CLASSES, dtype=torch.float64)),
+        steps=5,
+    ),
+    Row(
+        "loss-weighted-smoothed",
+        loss=lambda: nn.CrossEntropyLoss(
+            torch.linspace(0.5, 2, CLASSES, dtype=torch.float64), label_smoothing=0.1
+        ),
+        steps=5,
+    ),
+    Row(
+        "loss-MultiMargin-weighted",
+        loss=lambda: nn.MultiMarginLoss(weight=torch.linspace(0.5, 2, CLASSES, dtype=torch.float64)),
+        steps=5,
+    ),
+    Row(
+        "loss-BCEWithLogits-weighted",
+        loss=lambda: nn.BCEWithLogitsLoss(
+            torch.linspace(0.5, 2, CLASSES, dtype=torch.float64), pos_weight=torch.ones(CLASSES).double() / 3
+        ),
+        steps=5,
+    ),
+    Row(
+        "loss-NLL-weighted",
+        lambda: [*mlp(nn.Tanh()), nn.LogSoftmax(-1)],
+        loss=lambda: nn.NLLLoss(torch.linspace(0.5, 2, CLASSES, dtype=torch.float64)),
         steps=5,
     ),
     Row("loss-NLL", lambda: [*mlp(nn.Tanh()), nn.LogSoftmax(-1)], loss=nn.NLLLoss, steps=50),

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -93,21 +92,6 @@ def test_is_the_same_from_run_to_run() -> None:
         runs.append((losses, [p.detach().clone() for p in ours.parameters()]))
     assert runs[0][0] == runs[1][0]
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
-
-
-@pytest.mark.parametrize(
-    "loss", [nn.CrossEntropyLoss, nn.MSELoss, lambda: nn.CrossEntropyLoss(ignore_index=2)]
-)
-@pytest.mark.parametrize("rows", [1, 7, 32, 300])
-def test_a_new_step_goes_on_to_the_last_bit(loss: Callable[[], torch.nn.Module], rows: int) -> None:
-    """Its first steps on inputs of a shape are made otherwise than the later ones: a run may be resumed anywhere."""
-    row = Row("", loss=loss, rows=rows)
-    (ours, _), (theirs, _) = twins(row, torch.float32), twins(row, torch.float32)
-    x, t = examples(row, torch.float32)
-    step = Backprop(ours, loss(), made_descent(row))
-    for _ in range(8):
-        assert step(x, t) == Backprop(theirs, loss(), made_descent(row))(x, t)
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
 def test_leaves_requires_grad_and_grad_alone() -> None:
@@ -209,19 +193,6 @@ def test_frozen_parameters_stay_and_cost_nothing() -> None:
     assert not step.stage.chain[0].needs_dx and not step.stage.chain[2].needs_dx  # type: ignore[attr-defined]
 
 
-def test_thawing_a_parameter_is_noticed() -> None:
-    ours, _ = twins(ROWS[0])
-    first = next(ours.parameters())
-    first.requires_grad_(False)
-    x, t = examples(ROWS[0])
-    step = Backprop(ours, nn.CrossEntropyLoss(), descent.MiniBatch(learning_rate=0.1))
-    step(x, t)
-    frozen = first.detach().clone()
-    first.requires_grad_(True)
-    step(x, t)
-    assert not torch.equal(first, frozen)
-
-
 def test_tied_weights_get_the_sum_of_their_gradients() -> None:
     def tied() -> torch.nn.Sequential:
         torch.manual_seed(3)
@@ -255,34 +226,6 @@ def test_a_layer_used_twice_keeps_both_of_its_inputs() -> None:
     assert distance(ours, theirs) <= 1e-10
 
 
-def test_a_loss_that_is_not_finite_changes_no_weight() -> None:
-    ours, _ = twins(ROWS[0])
-    x, t = examples(ROWS[0])
-    before = copy.deepcopy(ours.state_dict())
-    x[0, 0] = torch.nan
-    step = Backprop(ours, nn.CrossEntropyLoss(), descent.MiniBatch(learning_rate=0.1, momentum=0.9))
-    with pytest.raises(
-        FloatingPointError, match=r"must stay finite. Got loss=nan with learning rate 0.1; no weight"
-    ):
-        step(x, t)
-    torch.testing.assert_close(ours.state_dict(), before, rtol=0, atol=0)
-    step(*examples(ROWS[0]))  # and the next step is a good one
-
-
-def test_a_scheduler_moves_the_learning_rate() -> None:
-    ours, _ = twins(ROWS[0])
-    x, t = examples(ROWS[0])
-    plan = descent.MiniBatch(
-        learning_rate=0.1,
-        lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5),
-        lr_scheduler_interval="update",
-    )
-    step = Backprop(ours, nn.CrossEntropyLoss(), plan)
-    for k in range(4):
-        assert step.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**k)
-        step(x, t)
-
-
 def test_keeps_nothing_large_after_the_step() -> None:
     ours, _ = twins(ROWS[0], torch.float32)
     step = Backprop(ours, nn.CrossEntropyLoss(), descent.MiniBatch(learning_rate=0.1))
@@ -308,59 +251,6 @@ def test_an_output_stays_what_it_was() -> None:
             step(x, t)
             outputs.append(step.output)
         torch.testing.assert_close(outputs, expected)
-
-
-def test_shapes_dtypes_and_targets_may_change_from_step_to_step() -> None:
-    row = Row("", descent={"momentum": 0.5})
-    (ours, theirs), generator = twins(row), torch.Generator().manual_seed(0)
-    step, reference = Backprop(ours, nn.CrossEntropyLoss(), made_descent(row)), autograd_step(theirs, row)
-    for rows in (4, 4, 4, 1, 1, 1, 4, 2, 2, 2, 2):
-        x = torch.randn(rows, FEATURES, generator=generator, dtype=torch.float64)
-        t = torch.randint(CLASSES, (rows,), generator=generator)
-        if rows == 2:
-            t[0] = -100
-        assert step(x, t) == pytest.approx(reference(x, t), rel=1e-10)
-        probabilities = torch.full((rows, CLASSES), 1 / CLASSES, dtype=torch.float64)
-        assert step(x, probabilities) == pytest.approx(reference(x, probabilities), rel=1e-10)
-    assert distance(ours, theirs) <= 1e-10
-
-
-@pytest.mark.parametrize("rows", [1, 3])
-def test_a_bad_target_is_refused_in_every_step(rows: int) -> None:
-    ours, _ = twins(ROWS[0])
-    step = Backprop(ours, nn.CrossEntropyLoss(), descent.MiniBatch(learning_rate=0.1))
-    x, good = torch.ones(rows, FEATURES).double(), torch.zeros(rows, dtype=torch.long)
-    for _ in range(3):
-        step(x, good)
-        before = copy.deepcopy(ours.state_dict())
-        for bad in (CLASSES, -1):
-            with pytest.raises(IndexError, match="out of bounds"):
-                step(x, good + bad)
-        with pytest.raises(FloatingPointError, match="Got loss=nan"):
-            step(x, good - 100)
-        with pytest.raises(FloatingPointError, match="Got loss=nan"):
-            step(x * torch.nan, good)
-        torch.testing.assert_close(ours.state_dict(), before, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize(
-    "move",
-    [
-        lambda model: model.double(),
-        lambda model: setattr(model[2].weight, "data", model[2].weight.data.clone() * 2),
-    ],
-)
-def test_parameters_that_moved_are_noticed(move: Callable[[torch.nn.Module], Any]) -> None:
-    ours, theirs = twins(ROWS[0], torch.float32)
-    row = ROWS[0]
-    step, reference = Backprop(ours, nn.CrossEntropyLoss(), made_descent(row)), autograd_step(theirs, row)
-    for k in range(6):
-        if k == 3:
-            move(ours)
-            move(theirs)
-        x, t = examples(row, next(ours.parameters()).dtype)
-        assert step(x, t) == pytest.approx(reference(x, t), rel=1e-5)
-    assert distance(ours, theirs) <= 1e-5
 
 
 def test_trace_names_every_step() -> None:
@@ -392,138 +282,6 @@ def test_trace_names_every_step() -> None:
     step(x, t)
 
 
-class Unknown(torch.nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-def hooked() -> torch.nn.Module:
-    layer = nn.Tanh()
-    layer.register_forward_hook(lambda module, inputs, output: output)
-    return layer
-
-
-@pytest.mark.parametrize(
-    ("layer", "text"),
-    [
-        (
-            lambda: torch.nn.Tanh(),
-            r"layer '1.0' \(Tanh\) .* it is torch's; call manualprop.swap\(model\) first",
-        ),
-        (
-            lambda: Unknown(),
-            r"layer '1.0' \(Unknown\) .* its forward is not known here. Train this model with autograd",
-        ),
-        (lambda: torch.nn.Conv1d(1, 1, 1), r"layer '1.0' \(Conv1d\)"),
-        (hooked, r"layer '1.0' \(Tanh\) .* it has hooks"),
-    ],
-)
-def test_what_it_cannot_run_is_refused_by_name(layer: Callable[[], torch.nn.Module], text: str) -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(layer()))
-    with pytest.raises(TypeError, match=text):
-        Backprop(model, nn.MSELoss(), descent.MiniBatch(learning_rate=0.1))
-
-
-def test_a_convolution_that_pads_by_other_than_zeros_says_what_to_do() -> None:
-    """Padding by the layer that the error names, it runs."""
-    x, t = torch.randn(2, 1, 6), torch.randn(2, 1, 6)
-    layer = nn.Conv1d(1, 1, 3, padding=1, padding_mode="reflect")
-    text = r"layer '0' \(Conv1d\) .* it pads by 'reflect'.*padding=0, and put the nn.ReflectionPad of"
-    with pytest.raises(TypeError, match=text):
-        Backprop(nn.Sequential(layer), nn.MSELoss(), descent.Batch(learning_rate=0.1))(x, t)
-    model = nn.Sequential(nn.ReflectionPad1d(1), nn.Conv1d(1, 1, 3))
-    assert Backprop(model, nn.MSELoss(), descent.Batch(learning_rate=0.1))(x, t) > 0
-
-
-def test_other_misuse_is_refused() -> None:
-    model, plan = nn.Sequential(nn.Linear(2, 2)), descent.MiniBatch(learning_rate=0.1)
-    with pytest.raises(TypeError, match=r"one of manualprop.nn.* Got MSELoss. Use manualprop.nn.MSELoss"):
-        Backprop(model, torch.nn.MSELoss(), plan)
-    with pytest.raises(ValueError, match="Got reduction='none'"):
-        Backprop(model, nn.MSELoss(reduction="none"), plan)
-    with pytest.raises(ValueError, match="must have a parameter that requires a gradient"):
-        Backprop(nn.Sequential(nn.Tanh()), nn.MSELoss(), plan)
-    step = Backprop(model, nn.MSELoss(), plan)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="Got an enabled autocast"):
-        step(torch.ones(1, 2), torch.ones(1, 2))
-    with pytest.raises(RuntimeError, match="cannot be multiplied"):
-        step(torch.ones(1, 3), torch.ones(1, 2))
-
-
-class OwnForward(torch.nn.Module):
-    """A module of our layers, whose forward is its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(2, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.linear(x)
-        return x + y
-
-
-def test_advice_fits_the_mistake() -> None:
-    model, plan = nn.Sequential(nn.Linear(2, 1)), descent.MiniBatch(learning_rate=0.1)
-    with pytest.raises(
-        TypeError, match=r"descent must be one of manualprop\.descent\. Got 0\.1; give .*MiniBatch\("
-    ):
-        Backprop(model, nn.MSELoss(), 0.1)  # type: ignore[arg-type]
-    text = r"\(OwnForward\) .*: its forward is Python code of its own.* write it as nn\.Sequential of its layers, with nn\.Residual"
-    with pytest.raises(TypeError, match=text):
-        Backprop(OwnForward(), nn.MSELoss(), plan)
-
-
-@pytest.mark.parametrize("steps", [0, 3])
-@pytest.mark.parametrize("loss", [nn.MSELoss, nn.L1Loss, nn.HuberLoss])
-def test_a_target_that_would_be_broadcast_is_refused(loss: Callable[[], torch.nn.Module], steps: int) -> None:
-    """In the first step and, prepared for one shape, in a later one."""
-    model = nn.Sequential(nn.Linear(2, 1))
-    step = Backprop(model, loss(), descent.MiniBatch(learning_rate=0.1))
-    for _ in range(steps):
-        step(torch.ones(5, 2), torch.ones(5, 1))
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"of one shape\. Got \(5, 1\) and \(5,\), which would be broadcast"):
-        step(torch.ones(5, 2), torch.ones(5))
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
-
-
-NOT_FINITE: dict[str, tuple[Callable[[Tensor, Tensor], object], str]] = {
-    "inputs": (lambda x, t: x[3].fill_(torch.nan), r"The inputs hold nan in row 3, column 0 \(and 1 more\)"),
-    "ignored": (lambda x, t: t.fill_(-100), r"Every target of the update is -100 \(ignore_index\), and a mean over none"),
-    "huge": (lambda x, t: x[:2].fill_(3e38), r"Try a smaller learning rate\."),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("steps", [0, 3])
-@pytest.mark.parametrize("micro", [None, 2])
-@pytest.mark.parametrize("name", NOT_FINITE)
-def test_a_loss_that_is_not_finite_is_explained(name: str, micro: int | None, steps: int) -> None:
-    spoil, text = NOT_FINITE[name]
-    model = nn.Sequential(nn.Linear(2, 3))
-    with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([[9.0, 9.0], [-9.0, -9.0], [0.0, 0.0]]))
-    plan = descent.Batch(learning_rate=0.1, micro_batch_size=micro)
-    step = Backprop(model, nn.CrossEntropyLoss(), plan)
-    x, t = torch.ones(4, 2), torch.tensor([0, 1, 2, 0])
-    for _ in range(steps):
-        step(x, t)
-    before = copy.deepcopy(model.state_dict())
-    spoil(x, t)
-    # In pieces, the rows are those of a piece.
-    with pytest.raises(FloatingPointError, match=text.replace("row 3", "row [13]")):
-        step(x, t)
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
-
-
-def test_branches_of_different_shapes_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"Residual: what is added must have one shape. Got \(3, 2\) and \(3, 4\)"
-    ):
-        nn.Residual(nn.Linear(2, 4))(torch.ones(3, 2))
-    with pytest.raises(ValueError, match="Parallel: there must be at least one branch"):
-        nn.Parallel()(torch.ones(3, 2))
-
-
 def test_an_embedding_may_come_first() -> None:
     row = Row("embedding")
     torch.manual_seed(0)
@@ -552,48 +310,6 @@ def test_cross_entropy_on_its_short_way(classes: int, rows: int, ignored: Any, r
     expected = {name: p.grad for name, p in model.named_parameters()}
     torch.testing.assert_close(step.gradients(x, t), expected, rtol=1e-12, atol=1e-14)
     assert step(x, t) == pytest.approx(loss(model(x), t).item(), rel=0.5)
-
-
-def test_a_target_out_of_range_is_an_index_error() -> None:
-    ours, _ = twins(ROWS[0])
-    step = Backprop(ours, nn.CrossEntropyLoss(), descent.MiniBatch(learning_rate=0.1))
-    with pytest.raises(IndexError, match="out of bounds"):
-        step(torch.ones(2, FEATURES).double(), torch.tensor([0, CLASSES]))
-
-
-def test_only_ignored_targets_are_not_finite() -> None:
-    ours, _ = twins(ROWS[0])
-    step = Backprop(ours, nn.CrossEntropyLoss(), descent.MiniBatch(learning_rate=0.1))
-    for rows in (1, 3):
-        with pytest.raises(FloatingPointError, match="Got loss=nan"):
-            step(torch.ones(rows, FEATURES).double(), torch.full((rows,), -100))
-
-
-def test_a_resumed_optimizer_is_the_one_that_steps() -> None:
-    row = Row("resumed", descent={"momentum": 0.9})
-    (ours, theirs), (x, t) = twins(row), examples(row)
-    step, reference = Backprop(ours, nn.CrossEntropyLoss(), made_descent(row)), autograd_step(theirs, row)
-    for k in range(6):
-        if k == 3:
-            step.optimizer.load_state_dict(copy.deepcopy(step.optimizer.state_dict()))
-        step(x, t)
-        reference(x, t)
-    assert distance(ours, theirs) <= 1e-10
-
-
-@pytest.mark.parametrize("rows", [0, 2, 6])
-def test_an_update_of_stochastic_descent_sees_one_example(rows: int) -> None:
-    """Six rows were one update of six: not what the descent says."""
-    model = nn.Sequential(nn.Linear(3, 2))
-    step = Backprop(model, nn.CrossEntropyLoss(), descent.Stochastic(learning_rate=0.1))
-    before = copy.deepcopy(model.state_dict())
-    x, target = torch.randn(rows, 3), torch.zeros(rows, dtype=torch.long)
-    with pytest.raises(
-        ValueError, match=rf"Stochastic must see one example\. Got {rows}; make one call for each"
-    ):
-        step(x, target)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name])
 
 
 @pytest.mark.parametrize("lead", [(), (1,)])

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from cases import CASES, real
@@ -90,6 +91,8 @@ def test_the_three_maps_are_the_sums_of_the_derivation(name: str) -> None:
         found += [
             (form(y, x, s, p, d, G, K), dW) for form in (_correlation.by_examples, _correlation.by_rows)
         ]
+    if G == 1 and max(s) == 1 and Q == X:
+        found.append((_correlation.by_shifts(y, x, s, p, d, G, K), dW))
     for mine, exact in found:
         torch.testing.assert_close(mine, exact, rtol=1e-13, atol=1e-13)
 
@@ -134,7 +137,12 @@ FORMS: list[tuple[str, tuple[int, ...], int, dict[str, Any]]] = [
     ("by_examples", (2, 3, 4, 2, 2), 4, {"padding": 1}),
     ("by_rows", (3, 8, 11, 14), 6, {"padding": (2, 1), "stride": (2, 1), "dilation": (1, 2)}),
     ("by_rows", (2, 8, 6, 9, 10), 4, {"padding": 1}),
+    ("by_shifts", (3, 16, 44, 32), 8, {"padding": 1}),
+    ("by_shifts", (2, 16, 50, 45), 8, {"padding": (4, 1), "dilation": (4, 1)}),
+    ("by_shifts", (2, 16, 2200), 5, {"padding": 2, "dilation": 2}),
+    ("by_shifts", (2, 16, 12, 13, 14), 4, {"padding": 1}),
     ("by_columns", (2, 4, 11, 10), 6, {"padding": 1}),
+    ("by_columns", (2, 8, 11, 10), 32, {"padding": 1}),
     ("by_columns", (2, 8, 12, 30), 6, {"stride": 3}),
     ("by_channels", (2, 1, 11, 10), 3, {}),
 ]
@@ -361,7 +369,10 @@ MISUSES: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
     ("conv1d", (X1, W1), {"padding": -1}, "negative padding"),
     ("conv1d", (X1, W1), {"groups": 3}, "groups"),
     ("conv1d", (X1, W1), {"groups": 0}, "groups"),
-    ("conv1d", (X1, W1), {"stride": 1.5}, "float"),
+    ("conv1d", (X1, W1), {"stride": 1.5}, "stride must be whole numbers. Got 1.5"),
+    ("conv1d", (X1, W1), {"dilation": [1.0, 2.0]}, r"dilation must be whole numbers. Got \[1.0, 2.0\]"),
+    ("conv1d", (X1, W1), {"groups": "1"}, "groups must be a whole number. Got '1'"),
+    ("conv_transpose1d", (X1, V1), {"stride": (2.0,)}, r"stride must be whole numbers. Got \(2.0,\)"),
     ("conv1d", (X1, W1.double()), {}, "type"),
     ("conv1d", (X1[:, :3], W1), {}, "channels"),
     ("conv1d", (X1[..., :2], W1), {}, "Kernel size can't be greater"),
@@ -379,6 +390,15 @@ def test_misuse(name: str, arguments: tuple[Any, ...], kwargs: dict[str, Any], t
         getattr(torch.nn.functional, name)(*arguments, **kwargs)
     with pytest.raises(torchs.type, match=text):
         getattr(F, name)(*arguments, **kwargs)
+
+
+@pytest.mark.parametrize("number", [numpy.int64, torch.tensor])
+def test_whole_numbers_of_other_libraries(number: Any) -> None:
+    options = {"stride": number(2), "padding": number(1), "dilation": (number(1), 1), "groups": number(2)}
+    torch.testing.assert_close(
+        F.conv2d(torch.ones(2, 4, 5, 6), torch.ones(6, 2, 3, 2), **options),
+        F.conv2d(torch.ones(2, 4, 5, 6), torch.ones(6, 2, 3, 2), None, 2, 1, 1, 2),
+    )
 
 
 def test_a_kernel_without_channels_is_refused() -> None:

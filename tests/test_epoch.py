@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -436,6 +437,22 @@ def test_micro_kernels_run_larger_networks(
         step.epoch(*examples(row, torch.float32), order(16, size))
         assert len(interpreted) == programs
         interpreted.clear()
+
+
+def test_threads_build_their_programs_one_after_the_other(interpreted: list[_scan.Scan]) -> None:
+    """torch traces for one thread: it raised an AssertionError."""
+    row, losses = Row("", lambda: [nn.Linear(FEATURES, CLASSES)]), []
+    x, t = examples(row)
+
+    def train(step: Backprop) -> None:
+        losses.append(step.epoch(x, t, order(16, 8)).losses)
+
+    threads = [threading.Thread(target=train, args=pair(row)[:1]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(losses) == len(interpreted) == 4 and all(torch.equal(one, losses[0]) for one in losses)
 
 
 def test_an_epoch_without_updates() -> None:

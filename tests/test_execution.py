@@ -45,6 +45,7 @@ def large_is_small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Chunks and kernels from a few elements on, so that the tests are quick."""
     monkeypatch.setattr(_formula, "LARGE", 8)
     monkeypatch.setattr(_formula, "CHUNK", 5)
+    monkeypatch.setattr(_formula, "INNER_CHUNK", 5)
     monkeypatch.setattr(_formula, "FEWEST", 2)
     monkeypatch.setattr(_formula, "STEPS", 1)
     monkeypatch.setattr(_lowering, "FEW", 4)
@@ -389,6 +390,28 @@ def test_a_layer_norm_in_chunks_of_rows(g: str, wanted: tuple[bool, ...]) -> Non
         for module in (F, torch.nn.functional)
     )
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, True, False), (True,)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_batch_norm_in_chunks_of_channels(
+    layout: str, wanted: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """dx, dW and db of a few channels at a time; whole where the numbers of a channel lie far apart."""
+    split: list[int | None] = []
+    pieces = _formula._pieces
+    monkeypatch.setattr(_formula, "_pieces", lambda t, n, axis: split.append(axis) or pieces(t, n, axis))
+    x, g = points(2, 7, 3, 2), points(2, 7, 3, 2) + 1
+    if layout == "channels_last":
+        x, g = (t.to(memory_format=torch.channels_last) for t in (x, g))
+    leaves = [t.requires_grad_(w) for t, w in zip((x, points(7), points(7) + 1), wanted, strict=False)]
+    asked = [t for t in leaves if t.requires_grad]
+    found, expected = (
+        torch.autograd.grad(module.batch_norm(leaves[0], None, None, *leaves[1:], training=True), asked, g)
+        for module in (F, torch.nn.functional)
+    )
+    torch.testing.assert_close(found, expected)
+    assert (1 in split) == (layout == "contiguous")
 
 
 @pytest.mark.parametrize("backend", _kernels.BACKENDS)

@@ -233,6 +233,32 @@ def raised(found: Any) -> bool:
     return isinstance(found, tuple) and isinstance(found[0], type)
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv1d(2, 3, 2),
+        nn.ConvTranspose1d(2, 3, 2),
+        nn.BatchNorm1d(2).eval(),
+        nn.GroupNorm(2, 2),
+        nn.Linear(4, 3),
+        nn.MaxPool1d(2),
+        nn.Upsample(scale_factor=2),
+        nn.GELU(),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_the_result_of_a_layer_under_vmap_may_be_written_over(layer: nn.Module) -> None:
+    """The batch axis makes it a view, and autograd refuses to write into a view that a Function returned."""
+    found = []
+    for model in (nn.Sequential(layer, nn.ReLU(inplace=True)), nn.Sequential(layer, nn.ReLU(inplace=True))):
+        x = torch.linspace(-1, 1, 48, dtype=torch.float64).view(2, 3, 2, 4).requires_grad_()
+        y = torch.vmap(model.double(), in_dims=1, out_dims=1)(x)
+        y.square().sum().backward()
+        found.append((y, x.grad))
+        manualprop.swap(layer)
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("case", ONE_OF_EACH)
 def test_one_of_several_views_is_refused_as_torch_refuses_it(case: Case) -> None:
     if case.made()[0].dim() > 2:  # of fewer axes, the dropouts of channels refuse it themselves

@@ -145,6 +145,35 @@ def test_large_tensors_take_the_same_map(name: str) -> None:
     assert ours.isinf().any() and not ours.isnan().any()
 
 
+REPEATED = {
+    "channels last": ((2, 64, 8, 4), (2, 3), torch.channels_last),
+    "few channels last": ((8, 8, 16, 4), (2, 2), torch.channels_last),
+    "rows": ((2, 64, 8, 4), (3, 1), torch.contiguous_format),
+    "three axes": ((2, 32, 2, 8, 4), (2, 1, 4), torch.contiguous_format),
+    "three axes, channels last": ((2, 32, 2, 8, 4), (2, 1, 4), torch.channels_last_3d),
+    "far": ((2, 64, 8, 4), (2, 5), torch.contiguous_format),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("most", [0, _axes.CACHED], ids=["in one copy", "by parts"])
+@pytest.mark.parametrize("name", REPEATED)
+def test_every_way_to_repeat(name: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An infinity and NaN too, from a gradient of any layout."""
+    shape, times, layout = REPEATED[name]
+    monkeypatch.setattr(_axes, "CACHED", most)
+    g = upstream(torch.empty(shape))
+    g.view(-1)[:2] = torch.tensor([torch.inf, torch.nan])
+    expected = g * 0.3
+    for axis, k in zip(range(2, g.dim()), times, strict=True):
+        expected = expected.repeat_interleave(k, axis)
+    for laid in (g, g.contiguous(memory_format=layout), g.mT.contiguous().mT):
+        with torch.no_grad():
+            dx = _axes.repeated_along(times, laid, 0.3, layout)
+        torch.testing.assert_close(dx, expected, rtol=0, atol=0, equal_nan=True)
+        assert dx.is_contiguous(memory_format=layout)
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize(("n", "o", "exact"), [(6, 74, False), (2, 41, True)])
 def test_a_gradient_goes_to_the_element_that_was_copied(n: int, o: int, exact: bool) -> None:
@@ -162,6 +191,32 @@ def test_an_empty_batch_has_an_empty_gradient_of_its_shape() -> None:
     x = torch.ones(0, 4, 2, 2, requires_grad=True)
     for y in (F.pixel_shuffle(x, 2), F.avg_pool2d(x, 2), F.interpolate(x, size=5, mode="bilinear")):
         assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+
+
+def test_the_mean_of_nothing_is_differentiable_twice() -> None:
+    """The mean is NaN, as torch's; its gradient has no elements, and does not depend on the one that arrived."""
+    x = torch.ones(1, 2, 3, 0, requires_grad=True)
+    y = F.adaptive_avg_pool2d(x, 1)
+    g = torch.ones_like(y).requires_grad_()
+    (dx,) = torch.autograd.grad(y, x, g, create_graph=True)
+    assert torch.equal(torch.autograd.grad(dx.sum(), g)[0], torch.zeros(1, 2, 1, 1))
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_one_mean_of_an_input_without_channels(axes: int) -> None:
+    """torch averages; for more numbers it raises."""
+    x = torch.arange(4.0**axes).view([4] * axes).requires_grad_()
+    found = []
+    for home in (F, torch.nn.functional):
+        y = getattr(home, f"adaptive_avg_pool{axes}d")(x, 1)
+        found.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    torch.testing.assert_close(*found)
+
+
+def test_circular_padding_of_too_many_axes_is_refused_as_by_torch() -> None:
+    for home in (F, torch.nn.functional):
+        with pytest.raises(NotImplementedError, match="Padding size 4 is not supported for 2D input"):
+            home.pad(torch.ones(2, 2), (-1, 2, 0, 0), "circular")
 
 
 def test_complex_numbers_are_reflected() -> None:

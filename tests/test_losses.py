@@ -10,6 +10,8 @@ from torch import Tensor
 
 import manualprop
 from manualprop import functional as F
+from manualprop import nn
+from manualprop.descent import denominator
 
 pytestmark = pytest.mark.quick
 
@@ -299,6 +301,19 @@ def test_a_batch_of_ignored_targets_alone_has_gradient_0(
         loss = getattr(module, name)(x, t, weight=weight)
         assert loss.isnan()  # a mean of nothing
         assert not torch.autograd.grad(loss, x)[0].any()
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "nll_loss"])
+@pytest.mark.parametrize("weight", [None, torch.tensor([0.5, 2.0, 1.0]).double()])
+def test_classes_may_be_bytes(name: str, weight: Tensor | None) -> None:
+    x, t = torch.randn(4, 3, dtype=torch.float64), torch.tensor([0, 2, 1, 2], dtype=torch.uint8)
+    ours, theirs = (getattr(kit, name) for kit in (F, torch_F))
+    torch.testing.assert_close(
+        gradient(lambda x: ours(x, t, weight, ignore_index=1), x),
+        gradient(lambda x: theirs(x, t, weight, ignore_index=1), x),
+    )
+    loss = nn.CrossEntropyLoss(weight, ignore_index=1)
+    assert denominator(loss, x, t) == denominator(loss, x, t.long())
 
 
 @pytest.mark.parametrize("name", ["l1_loss", "mse_loss", "huber_loss", "nll_loss", "kl_div"])

@@ -240,3 +240,26 @@ def test_large_inputs_in_each_precision(name: str, compiled: bool, affine: bool,
         # dW and db are sums of 2^17 numbers and more, rounded as they grow: the error goes by the largest sum, and
         # was 5 eps of it, in compiled code that adds up in another order.
         torch.testing.assert_close(a.double(), b, rtol=2 * eps, atol=16 * eps * b.abs().max().item())
+
+
+def test_an_empty_batch_has_second_derivatives() -> None:
+    """The mean of nothing is NaN; a sum of no examples is 0."""
+    x, W = torch.ones(0, 2, 3, requires_grad=True), torch.ones(2, requires_grad=True)
+    y = F.batch_norm(x, None, None, W, training=True)
+    dx, dW = torch.autograd.grad(y, (x, W), torch.ones_like(y), create_graph=True)
+    (second,) = torch.autograd.grad(dx.sum() + dW.sum(), W)
+    assert torch.equal(second, torch.zeros(2))
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_an_activation_may_write_over_a_frozen_norm(affine: bool) -> None:
+    """As in a frozen network, whose input alone has a gradient; the norm then keeps no tensor of that size."""
+    x, found = torch.randn(3, 4, 5, requires_grad=True), []
+    model = (
+        nn.Sequential(nn.BatchNorm1d(4, affine=affine), nn.ReLU(inplace=True)).eval().requires_grad_(False)
+    )
+    for _ in range(2):
+        y = model(x)
+        found.append((y, *torch.autograd.grad(y.square().sum(), x)))
+        manualprop.swap(model)
+    torch.testing.assert_close(*found)

@@ -1,9 +1,11 @@
 """What the table can not say of the pools: ties, NaN, memory formats, windows that chose one number, misuse."""
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as torch_F
@@ -223,6 +225,23 @@ def test_misuse_is_torchs(name: str) -> None:
             getattr(home, function)(*arguments)
         raised.append((caught.type, str(caught.value).splitlines()[0]))
     assert raised[0] == raised[1]
+
+
+def test_whole_numbers_of_numpy() -> None:
+    x, number = torch.linspace(0.5, 2, 60).view(2, 5, 6), numpy.int64
+    torch.testing.assert_close(F.avg_pool2d(x, number(2), number(2)), F.avg_pool2d(x, 2, 2))
+    torch.testing.assert_close(F.lp_pool2d(x, 2, number(2), number(1)), F.lp_pool2d(x, 2, 2, 1))
+    torch.testing.assert_close(F.adaptive_avg_pool1d(x, number(3)), F.adaptive_avg_pool1d(x, 3))
+
+
+def test_unpooling_without_a_kernel_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"max_unpool2d: kernel_size .* Got None and 0"):
+        F.max_unpool2d(torch.ones(1, 1, 1), torch.zeros(1, 1, 1, dtype=torch.long), None)
+
+
+def test_the_infinite_norm_of_complex_numbers_is_refused() -> None:
+    with pytest.raises(TypeError, match="lp_pool2d: inputs must be real"):
+        F.lp_pool2d(torch.ones(1, 4, 4, dtype=torch.complex64), math.inf, 2)
 
 
 def test_swap_finds_the_pools() -> None:

@@ -106,6 +106,39 @@ def test_a_damaged_package_is_compiled_again(
     assert len(compilations) == 2 and zipfile.ZipFile(package).read("program") == b"a program"
 
 
+def test_a_package_that_cannot_be_loaded_now_is_replaced(
+    store: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be sound: it is not deleted first."""
+    graph = graph_of(lambda x: x + 1, X)
+    _programs.compiled_program(graph, [X])
+    (package,) = _programs.packages()
+    load, calls = _programs.load_program, []
+
+    def refuses_once(path: Path) -> _programs.Program:
+        calls.append(package.exists())
+        if len(calls) == 1:
+            raise RuntimeError("no space left")
+        return load(path)
+
+    monkeypatch.setattr(_programs, "load_program", refuses_once)
+    _programs.compiled_program(graph, [X])
+    assert calls == [True, True] and len(compilations) == 2 and _programs.packages() == [package]
+
+
+def test_without_a_folder_for_temporary_files(
+    store: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = graph_of(lambda x: x + 1, X)
+    _programs.compiled_program(graph, [X])
+    monkeypatch.setenv("TMPDIR", str(store / "missing"))
+    with pytest.raises(
+        RuntimeError, match=r"unpacked in the folder for temporary files.* Got TMPDIR=.*missing; name"
+    ):
+        _programs.compiled_program(graph, [X])
+    assert len(_programs.packages()) == len(compilations) == 1
+
+
 def test_a_folder_of_another_user(
     store: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,7 +260,7 @@ COMPILED = [
     [pytest.param(row, marks=[pytest.mark.slow] * (row.name != "one-row")) for row in COMPILED],
     ids=str,
 )
-def test_compiled(row: Row, store: Path) -> None:
+def test_compiled(row: Row, store: Path, capfd: pytest.CaptureFixture[str]) -> None:
     x, t = examples(row)
     steps = pair(row)
     updates = order(len(x), max(1, len(x) // 8)) * 2
@@ -238,6 +271,10 @@ def test_compiled(row: Row, store: Path) -> None:
     again, _ = pair(row)
     again.epoch(x, t, updates[:1])  # one update alone, from disk
     torch.testing.assert_close(again.epoch(x, t, updates[1:]).losses, ours.losses[1:], rtol=0, atol=0)
+    if not t.is_floating_point():  # refused without a trace of the program's C++ code
+        with pytest.raises(IndexError, match=f"Target {CLASSES} is out of bounds"):
+            again.epoch(x, t + 1, updates)
+        assert capfd.readouterr().err == ""
 
 
 def test_the_layout_of_the_examples(store: Path, compilations: list[str]) -> None:

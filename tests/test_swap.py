@@ -475,7 +475,27 @@ def test_the_report_ends_with_the_calls_in_forward() -> None:
     assert str(report).endswith(" Use manualprop.functional there, or swap(model, functions=True).")
 
 
+class InPlace(nn.Module):
+    """Functions that write over their input, or return places too, and one that has no rule here."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = F.max_pool1d_with_indices(F.relu_(x), 2)
+        return F.normalize(torch.celu_(y).sigmoid_()) * F.one_hot(torch.tensor(0), 1)
+
+
+def test_the_report_names_every_form_of_a_function_and_what_has_no_rule() -> None:
+    report = manualprop.swap(InPlace())
+    names = "max_pool1d_with_indices", "relu_", "celu_", "sigmoid_"
+    assert set(report.calls) == {f"{name} in InPlace" for name in names}
+    assert report.without_rule == ("normalize in InPlace",)
+    assert str(report).endswith("\nCalled in forward, without a rule here: normalize in InPlace.")
+    ours = manualprop.swap(report.model, functions=True)
+    assert ours.calls == ("sigmoid_ in InPlace",), "ours never writes over its input"
+    assert set(ours.functions) == set(report.calls) - set(ours.calls)
+    assert ours.without_rule == report.without_rule
+
+
 @pytest.mark.parametrize("model", [Layers, convnet, encoder, mlp])
 def test_a_model_of_layers_has_no_such_line(model: Callable[[], nn.Module]) -> None:
     report = manualprop.swap(model())
-    assert report.calls == () and "in forward" not in str(report)
+    assert report.calls == report.without_rule == () and "in forward" not in str(report)

@@ -116,6 +116,8 @@ FORMS: dict[str, Callable[[Tensor], Any]] = {
     "torch.hardshrink": lambda x: torch.hardshrink(x, 0.2),
     "torch.dropout": lambda x: torch.dropout(x, p=0.4, train=True),
     "torch.max_pool1d": lambda x: torch.max_pool1d(x, 2, stride=1),
+    "torch.adaptive_max_pool1d": lambda x: torch.adaptive_max_pool1d(x, 2)[0],
+    "F.max_pool1d_with_indices": lambda x: F.max_pool1d_with_indices(x, 2)[0],
     "places": lambda x: F.max_pool1d(x, 2, 1, return_indices=True)[0],
     "Tensor.relu_": lambda x: (x * 1).relu_(),
     "F.leaky_relu_": lambda x: F.leaky_relu_(x * 1, 0.3),

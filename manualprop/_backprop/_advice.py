@@ -48,6 +48,8 @@ def data_at_fault(x: Tensor, target: Tensor, loss: Module) -> str:
         place = not_finite(tensor)
         if place:
             return f"The {name} hold {place}: remove such rows, or put in a value"
+    if not x.numel():
+        return "The update has no example: leave it out"
     ignored = getattr(loss, "ignore_index", None)
     if ignored is None or target.is_floating_point() or not bool((target == ignored).all()):
         return ""

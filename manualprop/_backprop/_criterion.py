@@ -21,8 +21,7 @@ from manualprop.functions._execution import HALF, LARGE
 from manualprop.functions._execution._classes import REDUCTIONS, counting, divisor, log_softmax, where_counted
 from manualprop.functions.cross_entropy import gradient_of_all, gradient_of_log
 
-# The losses that weigh, or average over classes, what their rule returns.
-WEIGHING = (nn.BCELoss, nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)
+OF_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)  # their targets may be numbers of classes
 
 # (loss, gradient), from (output, target)
 Evaluated = Callable[[Tensor, Tensor], tuple[float, Tensor]]
@@ -52,7 +51,12 @@ class Criterion:
     def __call__(
         self, output: Tensor, target: Tensor, divide: bool = True
     ) -> tuple[Tensor, Tensor | float, Tensor]:
-        return self._evaluate(output, target, divide and not self.is_sum)
+        if not (self.traced and isinstance(self.loss, OF_CLASSES) and not target.is_floating_point()):
+            return self._evaluate(output, target, divide and not self.is_sum)
+        exist = (target >= 0) & (target < output.shape[min(1, output.dim() - 1)])
+        exist |= target == getattr(self.loss, "ignore_index", -1)
+        loss, divisor, g = self._evaluate(output, target.where(exist, 0), divide and not self.is_sum)
+        return loss.where(exist.all(), math.nan), divisor, g  # a graph cannot raise
 
     def repeated(self, x: Tensor, t: Tensor) -> Evaluated:
         """A function that returns loss and gradient of further outputs and targets of these shapes."""
@@ -144,18 +148,21 @@ class Criterion:
         divisor = 1.0 if self.is_sum else self._divisor(output, target, losses)
         application.context.needs_input_grad = (True, *[False] * (len(application.arguments) - 1))
         scale = (1 / divisor if self.traced or divisor else math.nan) if divide else 1.0
-        dx = application.backward(self._slope(losses, application.output) * scale)[0]
+        dx = application.backward(self._slope(losses, application) * scale)[0]
         assert dx is not None
         return losses.sum() * scale, divisor, dx.to(output.dtype)
 
-    def _slope(self, losses: Tensor, made: Tensor) -> Tensor:
+    def _slope(self, losses: Tensor, application: Application) -> Tensor:
         """The gradient of the sum of the losses with respect to what the rule made."""
+        made, weight = application.output, getattr(self.loss, "weight", None)
         slope = torch.ones_like(made)
-        if not isinstance(self.loss, WEIGHING):
-            return slope
-        if self.loss.weight is not None:
-            slope = (slope * self.loss.weight).to(made.dtype)
-        return slope if losses.shape == made.shape else slope / made.shape[-1]
+        if weight is not None and not any(
+            a is weight for a in application.arguments
+        ):  # weighed after the rule
+            slope = (slope * weight).to(made.dtype)
+        return (
+            slope if losses.shape == made.shape else slope * (losses.numel() / made.numel())
+        )  # means over classes
 
     def _apply(self, output: Tensor, target: Tensor) -> tuple[Tensor, Application]:
         """The losses of the elements, and the application of a rule that made them."""

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from manualprop._backprop._advice import NotFinite
-from manualprop._backprop._graph import Form, Graphs, effective, form_of, has_micro_kernels, undone
+from manualprop._backprop._graph import (
+    ONE_AT_A_TIME,
+    Form,
+    Graphs,
+    effective,
+    form_of,
+    has_micro_kernels,
+    rehearse,
+    undone,
+)
 from manualprop._backprop._plan import Plan
 from manualprop._backprop._programs import Program
 from manualprop._backprop._scan import RandomGraphError, Scan, scanned
@@ -302,7 +311,8 @@ class Scanned(Graphed):
         """The program for updates on inputs of this shape, loaded or compiled."""
         key = self._key(x, target, form)
         if key not in self._programs:
-            self._programs[key] = self._scan(x, target, form).program()
+            with ONE_AT_A_TIME:
+                self._programs[key] = self._scan(x, target, form).program()
         return self._programs[key]
 
     def _key(self, x: Tensor, target: Tensor, form: Form) -> Any:
@@ -322,9 +332,10 @@ class Scanned(Graphed):
         numbers = [torch.zeros((), dtype=torch.float64) for _ in effective(plan.groups)]
         lacking = [p for p, d in plan.descend.items() if d.group["momentum"] and d.buffer is None]
         self.stand_ins = {p: torch.zeros_like(p) for p in lacking}
-        criterion.traced = True
         try:
-            with undone(self.changed()):
+            with undone(self.changed()), ONE_AT_A_TIME:
+                rehearse(self._step, [x, target, *numbers])
+                criterion.traced = True
                 return scanned(self._step, [x, target, *numbers])
         except RandomGraphError as error:
             why = f"the model must draw no random numbers. It does, by {error}"

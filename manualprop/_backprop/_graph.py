@@ -7,6 +7,7 @@ no second implementation.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from manualprop._torch import inductor
 Body = Callable[..., tuple[Tensor, ...]]
 Groups = list[dict[str, Any]]  # of an optimizer
 Form = tuple[tuple[Any, ...], ...]
+
+ONE_AT_A_TIME = threading.RLock()  # torch traces and compiles for one thread
 
 OFTEN = 8  # steps of further inputs, after which a graph of their own is worth about ten seconds
 
@@ -71,7 +74,8 @@ class Graphs:
             return graph(*inputs)
 
     def _make(self, body: Body, inputs: list[Tensor], changed: list[Tensor]) -> Body:
-        with undone(changed):
+        with undone(changed), ONE_AT_A_TIME:
+            rehearse(body, inputs)
             graph = compiled_graph(body, inputs) if self.compile else body
             return captured(graph, inputs) if self.capture else graph
 
@@ -86,6 +90,12 @@ def undone(changed: Sequence[Tensor]) -> Iterator[None]:
         with torch.no_grad():
             for c, b in zip(changed, before, strict=True):
                 c.copy_(b)
+
+
+def rehearse(body: Body, inputs: Sequence[Tensor]) -> None:
+    """Run a body without tracing it: it raises for inputs that do not fit; under tracing torch logs a trace as well."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        body(*inputs)
 
 
 class Hyperparameters:

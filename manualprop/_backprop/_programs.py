@@ -35,6 +35,12 @@ FOLDER = "MANUALPROP_PROGRAMS"  # the environment variable that names another fo
 SUFFIX = ".pt2"
 PART = ".part"  # of a package that is being written, or was when its process was killed
 HOUR = 3600.0
+TEMPORARY = (
+    "TMPDIR",
+    "TMP",
+    "TEMP",
+    "TEMPDIR",
+)  # where torch looks for the folder for temporary files, in this order
 
 
 def folder() -> Path:
@@ -95,11 +101,22 @@ def compiled_program(graph: GraphModule, inputs: Sequence[Tensor], whole: Whole 
     Raises:
         RuntimeError: without a C++ compiler, or if it fails.
     """
+    _require_temporary_folder()
     path = _path(graph)
     found = _load(path)
     if found is None:
         found = _compile(*(whole(graph, inputs) if whole else (graph, inputs)), path)
     return found
+
+
+def _require_temporary_folder() -> None:
+    """Raise without the folder into which torch unpacks a program.  Python's tempfile takes another one instead."""
+    given = next(((name, os.environ[name]) for name in TEMPORARY if os.environ.get(name)), None)
+    if given is not None and not os.access(given[1], os.W_OK | os.X_OK):
+        raise RuntimeError(
+            "Backprop: a program is unpacked in the folder for temporary files, which must exist and be writable. Got "
+            f"{given[0]}={given[1]}; name another, or use compile=False."
+        )
 
 
 def _load(path: Path) -> Program | None:
@@ -110,9 +127,13 @@ def _load(path: Path) -> Program | None:
             if package.testzip() is not None:  # torch would run damaged code
                 raise zipfile.BadZipFile
         found = load_program(path)
-    except (RuntimeError, OSError, zipfile.BadZipFile):  # damaged, or just removed by another process
+    except (OSError, zipfile.BadZipFile):  # damaged, or just removed by another process
         with contextlib.suppress(OSError):  # another user's: it stays
             path.unlink()
+        return None
+    except (
+        RuntimeError
+    ):  # of another kind of file, or no place to unpack it: what is compiled now replaces it
         return None
     with contextlib.suppress(OSError):
         os.utime(path)

@@ -8,7 +8,7 @@ All formulas come from :mod:`manualprop.functions`.  ``_ways.py`` has the ways o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from manualprop._backprop._criterion import Criterion
 from manualprop._backprop._epoch import Epoch, Epochs, Pieces, Scanned
 from manualprop._backprop._graph import Graphs
 from manualprop._backprop._plan import Plan
-from manualprop._backprop._stages import build
+from manualprop._backprop._stages import build, hooks_of, read_once
 from manualprop._backprop._trace import Note, Record, headline, noted, record, recorder, rule_named_as
 from manualprop._backprop._ways import Collected, Compiled, Plain, Repeated, Way, WholeStep, repeated
 from manualprop._torch import any_autocast, optimizer_post_hooks, optimizer_pre_hooks
@@ -61,7 +61,8 @@ class Backprop:
         descent: a descent of :mod:`manualprop.descent`: the update, and for Batch the size of the
             micro-batches. The rows of a call are the examples of one update: one with Stochastic, any number
             with MiniBatch and Batch.
-        optimizer: the descent's optimizer, if it exists already; otherwise a new one is made.
+        optimizer: the descent's optimizer, if it exists already; otherwise a new one is made.  It must hold every
+            parameter that requires a gradient.
         compile: True: run the step as one graph.  torch's inductor compiles it at the first step (about ten
             seconds), and for another shape of the input when it has come eight times; on the CPU the program is
             kept on disk for later processes.  The graph of a small network makes the update too; that of a large
@@ -81,8 +82,8 @@ class Backprop:
         RuntimeError: for ``capture`` without a GPU.
         TypeError: for a layer or a loss that cannot run without a tape (the text names it and what to do),
             and if ``descent`` is not a descent.
-        ValueError: for a model without a parameter that requires a gradient, for another ``compile``, and for
-            updates that cannot be one program.
+        ValueError: for a model without a parameter that requires a gradient, for an optimizer that does not hold
+            all of them, for another ``compile``, and for updates that cannot be one program.
     """
 
     def __init__(
@@ -106,13 +107,14 @@ class Backprop:
                 f"compile={compile!r} and capture={capture}."
             )
         self.model, self.descent = model, descent
-        self.criterion = Criterion(loss)
-        self.stage = build(model)
+        self._loss = loss
         self._compile, self._capture, self._by_epoch = compile is True, capture, compile == "epoch"
-        self.optimizer = descent.make_optimizer(self._trained()) if optimizer is None else optimizer
+        trained = self._trained()
+        self.optimizer = descent.make_optimizer(trained) if optimizer is None else optimizer
+        self._require_held(trained)
         self.lr_scheduler = descent.make_lr_scheduler(self.optimizer) if optimizer is None else None
         self.output = torch.empty(0)
-        self._make_plan()
+        self._make()
 
     def _trained(self) -> list[Parameter]:
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -122,9 +124,37 @@ class Backprop:
             )
         return trained
 
-    def _make_plan(self) -> None:
-        """Find the parameters that learn and where their gradients go; make the ways of running a step."""
-        self._hooks = self._has_hooks()
+    def _require_held(self, trained: Sequence[Parameter]) -> None:
+        held = {p for group in self.optimizer.param_groups for p in group["params"]}
+        missing = [name for name, p in self.model.named_parameters() if p in set(trained) - held]
+        if missing:
+            raise ValueError(
+                "Backprop: the optimizer must hold every parameter that requires a gradient. Got one without "
+                f"{', '.join(missing)}; call requires_grad_(False) on what is not to be trained, or give it to the optimizer."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        given = (
+            "model",
+            "descent",
+            "optimizer",
+            "lr_scheduler",
+            "output",
+            "_loss",
+            "_compile",
+            "_capture",
+            "_by_epoch",
+        )
+        return {name: vars(self)[name] for name in given}  # the rest is made from these
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._make()
+
+    def _make(self) -> None:
+        """Make the stages, find the parameters that learn and where their gradients go; make the ways of a step."""
+        self.stage, self.criterion = build(self.model), Criterion(self._loss)
+        self._hooks = any(self._watchers())
         self._plan = plan = Plan(
             self.model, self.stage, self.criterion, self.descent, self.optimizer, self._hooks
         )
@@ -134,6 +164,14 @@ class Backprop:
             for name, p in module._parameters.items()
             if p is not None
         ]
+        self._no_hooks = [*hooks_of(self.model.modules()), *([] if self._hooks else self._watchers())]
+        self._read = read_once(plan.leaves)
+        read = [vars(self._loss), *[m._modules for m in self.model.modules() if m._modules]]
+        if (
+            next(self._loss.buffers(), None) is None
+        ):  # tensors are not compared, and need not be: a step reads them
+            read.append(self._loss._buffers)
+        self._read += [(present, dict(present)) for present in read]
         graphs = Graphs(self._compile, self._capture) if self._compile or self._capture else None
         self._plain, self._collected = Plain(plan), Collected(plan, graphs)
         self._compiled = Compiled(plan, graphs) if graphs is not None and self._compile else None
@@ -154,13 +192,14 @@ class Backprop:
 
         Raises:
             FloatingPointError: if the loss is not finite; no weight is changed then.
+            TypeError: for what is no tensor, and for a layer that has come and cannot run without a tape.
             ValueError: for more than one example with Stochastic.
         """
         self._check()
-        if x.shape == self._shape and x.dtype is self._dtype:
+        if isinstance(x, Tensor) and x.shape == self._shape and x.dtype is self._dtype:
             loss, self.output = self._repeated(x, target)  # type: ignore[misc]
         else:
-            loss, self.output = self._way(x)(x, target)
+            loss, self.output = self._way(x, target)(x, target)
             self._prepare(x, target)
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers check this
         if self._by_update:
@@ -190,6 +229,7 @@ class Backprop:
             RuntimeError: with ``compile="epoch"`` if the program cannot be compiled.
         """
         self._check()
+        _require_tensors(x, target)
         made = self._epochs(x, target, order)
         if len(made.losses):
             self.output = self._epochs.output
@@ -226,8 +266,9 @@ class Backprop:
     def _step(self, x: Tensor, target: Tensor) -> tuple[float, Tensor]:
         return self(x, target), self.output
 
-    def _way(self, x: Tensor) -> Way:
+    def _way(self, x: Tensor, target: Tensor) -> Way:
         """The way of running a step for these inputs."""
+        _require_tensors(x, target)
         examples = 1 if x.dim() < 2 and x.is_floating_point() else len(x)
         if examples != 1 and isinstance(self.descent, Stochastic):
             raise ValueError(
@@ -271,26 +312,45 @@ class Backprop:
                 "give the model the precision with model.to(dtype)."
             )
         # A resumed optimizer has new groups and states.
-        if self._plan.groups is not self.optimizer.param_groups or self._has_hooks() is not self._hooks:
-            self._make_plan()
+        if self._plan.groups is not self.optimizer.param_groups or (
+            self._hooks and not any(self._watchers())
+        ):
+            return self._make()
         for owned, name, parameter, learns, memory in self._seen:
             # model.double() replaces the data, load_state_dict(assign=True) the parameter
             if (
                 owned.get(name) is not parameter
                 or parameter.requires_grad is not learns
                 or parameter.data_ptr() != memory
+                or parameter._backward_hooks  # which are refused
+                or parameter._post_accumulate_grad_hooks
             ):
-                return self._make_plan()
+                self._hand_over()
+                return self._make()
+        for present, read in self._read:
+            if present != read:
+                return self._make()
+        if any(self._no_hooks):
+            self._make()  # which refuses a layer's
 
-    def _has_hooks(self) -> bool:
-        """Whether the optimizer's step has hooks: it is then called, with the gradients in ``.grad``."""
+    def _hand_over(self) -> None:
+        """Give a parameter that replaces another, as in load_state_dict(assign=True), its place in the optimizer."""
+        groups, states = self.optimizer.param_groups, self.optimizer.state
+        held = {p for group in groups for p in group["params"]}
+        for owned, name, old, *_ in self._seen:
+            new = owned.get(name)
+            if new is None or new in held or new.shape != old.shape:
+                continue
+            for group in groups:
+                group["params"][:] = [new if p is old else p for p in group["params"]]
+            if old in states:
+                states[new] = states.pop(old)
+
+    def _watchers(self) -> list[Any]:
+        """The hooks of the optimizer's step: with any, it is called, with the gradients in ``.grad``."""
         optimizer: Any = self.optimizer
-        return bool(
-            optimizer._optimizer_step_pre_hooks
-            or optimizer._optimizer_step_post_hooks
-            or optimizer_pre_hooks
-            or optimizer_post_hooks
-        )
+        own = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+        return [*own, optimizer_pre_hooks, optimizer_post_hooks]
 
     # ----- gradients without an update -----
 
@@ -328,3 +388,11 @@ class Backprop:
         yield record("loss", "loss", loss, headline(rule_named_as(loss)), made.loss)
         yield record("backward", "loss", loss, "dL/dy, the gradient that starts", made.g)
         yield from records[turn:]
+
+
+def _require_tensors(x: object, target: object) -> None:
+    for name, given in (("inputs", x), ("targets", target)):
+        if not isinstance(given, Tensor):
+            raise TypeError(
+                f"Backprop: {name} must be a tensor. Got {type(given).__name__}; convert it with torch.as_tensor."
+            )

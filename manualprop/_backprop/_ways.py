@@ -22,7 +22,7 @@ from torch.nn import Module
 
 from manualprop._backprop._criterion import Evaluated
 from manualprop._backprop._destinations import FACTORS, Factors, Guarded
-from manualprop._backprop._graph import Body, Graphs, Hyperparameters, with_tensors
+from manualprop._backprop._graph import Body, Graphs, Hyperparameters, rehearse, undone, with_tensors
 from manualprop._backprop._plan import Collection, Plan
 from manualprop._backprop._stages import Activation, Affine, Backward, Forward, chain_of
 from manualprop._splitting import check_splittable, is_sum
@@ -112,8 +112,25 @@ class Graphed:
         criterion.traced = True
         try:
             return self.graphs.run(body, key, inputs, self.changed, self.held())
+        except RuntimeError:
+            self._raise_as_steps(body, inputs)
+            raise
         finally:
             criterion.traced = False
+
+    def _raise_as_steps(self, body: Body, inputs: Sequence[Tensor]) -> None:
+        """Raise the error that the step raises outside of a graph, if it does: it says more."""
+        self.plan.criterion.traced = False
+        with undone(self.changed()):
+            rehearse(body, inputs)
+
+    def finite(self, loss: Tensor, x: Tensor, target: Tensor) -> float:
+        """The loss as a number; raises if it is not finite, or for a class that does not exist."""
+        value = loss.item()
+        if not math.isfinite(value):
+            self._raise_as_steps(self.gradients, [x, target])
+            self.plan.refuse(value, x, target)
+        return value
 
     def settings(self) -> Any:
         """What a graph has as constants: the modes of all modules, and the settings of the layers that may change."""
@@ -124,14 +141,14 @@ class Graphed:
         """The memory of the tensors that a graph holds.  With other tensors it must be made again."""
         owners = [*self.modules, self.plan.criterion.loss]
         tensors = [b for owner in owners for b in owner._buffers.values() if b is not None]
-        if self.updates_too:
+        if self.updates_too and any(group["momentum"] for group in self.plan.groups):
             tensors += [b for b in self._momentum().values() if b is not None]
         return [tensor.data_ptr() for tensor in tensors]
 
     def _momentum(self) -> dict[Any, Tensor | None]:
         """The momentum buffers of the parameters that learn; None, or what stands in, for one that does not exist."""
         return {
-            p: d.buffer if d.buffer is not None else self.stand_ins.get(p)
+            p: self.stand_ins.get(p) if (buffer := d.buffer) is None else buffer
             for p, d in self.plan.descend.items()
         }
 
@@ -197,7 +214,7 @@ class WholeStep(Graphed):
         form, numbers = self.numbers.of(self.plan.groups)
         found, output = self.graph(self._step, form, [x, target, *numbers])
         torch.autograd.graph.increment_version(self.plan.learning)  # autograd does not see the graph's writes
-        return self.plan.finite(found, x, target), output
+        return self.finite(found, x, target), output
 
     def _step(self, x: Tensor, target: Tensor, *numbers: Tensor) -> tuple[Tensor, ...]:
         """Loss and output; each weight is changed only if the loss is finite."""
@@ -214,7 +231,7 @@ class Compiled(Graphed):
     def __call__(self, x: Tensor, target: Tensor) -> tuple[float, Tensor]:
         plan = self.plan
         loss, output, *made = self.graph(self._factors, None, [x, target])
-        value = plan.finite(loss, x, target)
+        value = self.finite(loss, x, target)
         given = iter(made)
         with torch.no_grad():
             for destination, method in zip(plan.descend.values(), self.methods, strict=True):
@@ -278,7 +295,7 @@ class Collected:
             return value, float(its)
         body = graphed.gradients if divide else graphed.sums
         loss, divisor, self.output, *gradients = graphed.graph(body, None, [x, target])
-        value = self.plan.finite(loss, x, target)
+        value = graphed.finite(loss, x, target)
         for destination, gradient in zip(to.values(), gradients, strict=True):
             destination.take(gradient.clone() if graphed.graphs.capture else gradient)
         return value, divisor.item()

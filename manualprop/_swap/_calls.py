@@ -7,19 +7,27 @@ too.
 
 import dis
 import types
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from manualprop._swap._functions import NAMES
+from manualprop._swap._functions import COUNTERPARTS, NAMES
 
+# torch's differentiable functions for networks that have no rule here.
+WITHOUT_RULE = {
+    name
+    for name, function in vars(torch.nn.functional).items()
+    if name not in (*NAMES, "one_hot")
+    and function in torch.overrides.get_overridable_functions()[torch.nn.functional]
+    and function not in COUNTERPARTS
+}
 _FUNCTIONS = [
-    (name, getattr(home, name))
-    for home in (torch.nn.functional, torch)
-    for name in sorted(NAMES)
-    if hasattr(home, name)
+    (name, function)
+    for home, without in ((torch.nn.functional, WITHOUT_RULE), (torch, set()))
+    for name, function in sorted(vars(home).items())
+    if isinstance(function, Hashable) and (name in (*NAMES, *without) or function in COUNTERPARTS)
 ]
 _SELF, _COMPUTED, _OTHER = object(), object(), object()  # markers for names without a known value
 
@@ -35,7 +43,7 @@ def calls_in_forward(modules: Iterable[nn.Module]) -> dict[str, list[Any]]:
 
 
 def _called(function: Any, module: nn.Module | None, seen: set[Any]) -> Iterator[tuple[str, Any]]:
-    """Names of our functions, and torch's, that a function calls, directly or by methods and functions beside it."""
+    """Torch's functions that a function calls, with their names, directly or by methods and functions beside it."""
     function = getattr(function, "__wrapped__", function)
     code = getattr(function, "__code__", None)
     if code is None or code in seen:
@@ -50,7 +58,7 @@ def _called(function: Any, module: nn.Module | None, seen: set[Any]) -> Iterator
             yield ours[0], value
         elif isinstance(method, types.FunctionType):
             yield from _called(method, module, seen)
-        elif owner is _COMPUTED and name in NAMES and hasattr(Tensor, name):
+        elif owner is _COMPUTED and name.removesuffix("_") in NAMES and hasattr(Tensor, name):
             yield name, getattr(Tensor, name)
         elif isinstance(value, types.FunctionType) and value.__module__ == function.__module__:
             yield from _called(value, None, seen)

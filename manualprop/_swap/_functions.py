@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from manualprop import functional
-from manualprop._torch import arguments_of_aten
+from manualprop._torch import arguments_of_aten, results_of_aten
 from manualprop.functional._offer import answering, is_answering
 
 FORWARD = "forward"
@@ -39,7 +39,7 @@ def _counterparts() -> dict[Any, Callable[..., Any]]:
         options = inspect.signature(ours).parameters
         forms = {name: ours}
         if "return_indices" in options:
-            forms[f"{name}_with_indices"] = functools.partial(ours, return_indices=True)
+            forms[f"{name}_with_indices"] = _with_places(ours)
         for form, its in forms.items():
             _add(found, torch.nn.functional, form, its)
         for home in (torch, Tensor):
@@ -57,6 +57,16 @@ def _add(found: dict[Any, Callable[..., Any]], home: Any, name: str, ours: Calla
         found.setdefault(getattr(home, name), ours)
 
 
+def _with_places(ours: Callable[..., Any]) -> Callable[..., Any]:
+    """``ours`` with the places of the maxima; torch's functions hand ``return_indices=False`` on, their default."""
+
+    @functools.wraps(ours)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return ours(*args, **kwargs | {"return_indices": True})
+
+    return call
+
+
 def _has_arguments_of_aten(ours: Callable[..., Any], name: str) -> bool:
     """Not where ATen's are others: the weight before the indices, a number for a reduction."""
     arguments, known = arguments_of_aten(name), inspect.signature(ours).parameters
@@ -68,6 +78,8 @@ def _by_arguments_of_aten(
     ours: Callable[..., Any], name: str, torchs: Callable[..., Any]
 ) -> Callable[..., Any]:
     """``ours``, called with ATen's arguments; ``torchs`` for a call with others (``out``, a generator)."""
+    if results_of_aten(name) == 2:
+        ours = _with_places(ours)
     names = [OTHER_NAMES.get(argument, argument) for argument, _ in arguments_of_aten(name)]
     known = {*inspect.signature(ours).parameters, *OF_A_LIBRARY}
 

@@ -260,7 +260,7 @@ def _is_fresh(module: nn.Module, steps: Sequence[MethodStep], users: Users, valu
     if isinstance(part, nn.Module):
         known = type(part).__module__.startswith(("manualprop.nn.", "torch.nn."))
         return known and bool(part._parameters)
-    return part in KEEP_NOTHING
+    return part in (*KEEP_NOTHING, operator.mul, torch.mul)  # a product keeps its factors, not its result
 
 
 def _dead(steps: Sequence[MethodStep], sites: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:

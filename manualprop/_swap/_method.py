@@ -1,5 +1,6 @@
 """Reads a method of a module as a list of steps, which can then run in its place."""
 
+import inspect
 import operator
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -128,6 +129,8 @@ def steps_of(module: nn.Module, method: str) -> tuple[tuple[MethodStep, ...], Th
     Raises:
         Unfusable: if the steps would not do at each call what the method does.
     """
+    if not _takes_one_value(getattr(module, method)):
+        raise Unfusable(f"its {method} does not take one value")
     tracer = _Tracer()
     with _without_traces(module, method):
         try:
@@ -147,6 +150,14 @@ def steps_of(module: nn.Module, method: str) -> tuple[tuple[MethodStep, ...], Th
             steps.append(_step(module, node, values, method))
             values[node] = Value(len(steps))
     return tuple(steps), tuple(tracer.through.items())
+
+
+def _takes_one_value(method: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(method).bind(None)
+    except TypeError:
+        return False
+    return True
 
 
 def _is_pure(node: fx.Node) -> bool:
@@ -271,8 +282,9 @@ def filled(arguments: Any, values: Sequence[Any]) -> Any:
     """Nested arguments, with each value in its place."""
     if isinstance(arguments, Value):
         return values[arguments.number]
-    if isinstance(arguments, tuple | list):
-        return type(arguments)([filled(argument, values) for argument in arguments])
+    if isinstance(arguments, tuple | list):  # fx has its own list, which the compiler cannot trace
+        kind = list if isinstance(arguments, list) else tuple
+        return kind(filled(argument, values) for argument in arguments)
     return arguments
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from manualprop._swap._calls import calls_in_forward
+from manualprop._swap._calls import WITHOUT_RULE, calls_in_forward
 from manualprop._swap._changes import Change, apply, revert
 from manualprop._swap._check import prove
 from manualprop._swap._functions import COUNTERPARTS, FORWARD, Forward, own_forward, running_ours, switches
@@ -212,14 +212,15 @@ def _switched(
     return changes
 
 
-def _called(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The functions that forwards call directly: those that run torch's rules, and those that run ours."""
+def _called(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """The functions that forwards call directly: that run torch's rules, that run ours, and that have none here."""
     running = running_ours(model)
     ours = {call for call, its in calls_in_forward(running).items() if COUNTERPARTS.keys() >= set(its)}
     others = calls_in_forward(module for module in model.modules() if module not in running)
     every = calls_in_forward(model.modules())
-    torchs = [call for call in every if call in others or call not in ours]
-    return tuple(torchs), tuple(call for call in every if call in ours)
+    without = tuple(call for call in every if call.partition(" in ")[0] in WITHOUT_RULE)
+    torchs = [call for call in every if (call in others or call not in ours) and call not in without]
+    return tuple(torchs), tuple(call for call in every if call in ours), without
 
 
 def _judged(

@@ -67,6 +67,7 @@ class Report(Generic[Model]):
         check: the result of the comparison, if ``check`` was given.
         calls: functions that a ``forward`` calls directly, such as "relu in Net": they run torch's rules.
         functions: the same, of those that run our rules.
+        without_rule: the same, of functions of ``torch.nn.functional`` that have no rule here.
     """
 
     model: Model
@@ -74,6 +75,7 @@ class Report(Generic[Model]):
     check: Check | None = None
     calls: tuple[str, ...] = ()
     functions: tuple[str, ...] = ()
+    without_rule: tuple[str, ...] = ()
 
     @property
     def swapped(self) -> tuple[Row, ...]:
@@ -97,6 +99,8 @@ class Report(Generic[Model]):
                 f"Called in forward, where torch's rules still run: {', '.join(self.calls)}. "
                 f"Use manualprop.functional there{other}."
             )
+        if self.without_rule:
+            lines.append(f"Called in forward, without a rule here: {', '.join(self.without_rule)}.")
         if self.check is not None:
             lines.append(str(self.check))
         return "\n".join(lines)

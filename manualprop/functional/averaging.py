@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from manualprop import functions as rules
+from manualprop.functional._checks import whole_number
 from manualprop.functions.linear_map import mapped
 
 __all__ = [
@@ -132,15 +132,19 @@ def _average(
     divisor_override: int | None,
 ) -> Tensor:
     kernel = repeated_size(name, "kernel_size", kernel_size, axes)
-    steps = kernel if stride is None or stride in ([], ()) else repeated_size(name, "stride", stride, axes)
+    is_given = stride is not None and not (isinstance(stride, list | tuple) and len(stride) == 0)
+    steps = repeated_size(name, "stride", stride, axes) if is_given else kernel
     zeros = repeated_size(name, "padding", padding, axes)
     return mapped(rules.AvgPool, input, kernel, steps, zeros, ceil_mode, count_include_pad, divisor_override)
 
 
 def _adaptive(name: str, axes: int, input: Tensor, output_size: int | Sequence[int | None] | None) -> Tensor:
-    sizes = axes if isinstance(output_size, int) else len(output_size or ())
+    one = whole_number(output_size)
+    if one == 1 and isinstance(input, Tensor) and input.dim() == axes:  # torch takes it without channels too
+        return _adaptive(name, axes, input.unsqueeze(0), 1).squeeze(0)
+    sizes = axes if one is not None else len(output_size) if isinstance(output_size, Sequence) else 0
     if isinstance(input, Tensor) and input.dim() <= sizes:
-        kind = RuntimeError if isinstance(output_size, int) else ValueError
+        kind = ValueError if one is None else RuntimeError
         raise kind(
             f"{name}: input must have more axes than output_size has numbers: Input dimension should be at least "
             f"{sizes + 1}. Got {list(input.shape)}."
@@ -155,11 +159,14 @@ def repeated_size(
     name: str, what: str, value: int | Sequence[int | None] | None, axes: int
 ) -> tuple[Any, ...]:
     """One size for each axis, from one size for all or a sequence of sizes."""
-    if isinstance(value, int | torch.SymInt):
-        return (value,) * axes
-    if not isinstance(value, Sequence) or isinstance(value, str):
+    if (one := whole_number(value)) is not None:
+        return (one,) * axes
+    is_optional = what == "output_size"
+    if not isinstance(value, list | tuple) or not all(
+        whole_number(n) is not None or (n is None and is_optional) for n in value
+    ):
         raise TypeError(f"{name}: {what} must be {NUMBERS[axes]}. Got {value!r}.")
-    if what == "output_size" and len(value) != axes:
+    if is_optional and len(value) != axes:
         raise RuntimeError(
             f"{name}: output_size must be {axes}: 'output_size' should contain {NUMBERS[axes]}. Got {value!r}."
         )
@@ -167,4 +174,4 @@ def repeated_size(
         raise RuntimeError(
             f"{name}: {what} must either be a single int, or a tuple of {NUMBERS[axes]}. Got {value!r}."
         )
-    return tuple(value) * (axes // len(value))
+    return tuple(map(whole_number, value)) * (axes // len(value))

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from manualprop import functions as rules
-from manualprop.functional._checks import check_tensor
+from manualprop.functional._checks import check_tensor, whole_number
 from manualprop.functional.linear import _autocast_low
 
 __all__ = ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
@@ -138,7 +137,7 @@ def _convolution(
     x = input if batched else input.unsqueeze(0)
     s, p, d, Q = _options(name, axes, x.shape[2:], weight.shape[2:], stride, padding, dilation)
     x, weight, bias = _autocast_low(x, weight, bias)
-    y: Tensor = rules.Convolution.apply(x, weight, bias, s, p, d, groups, Q)
+    y: Tensor = rules.Convolution.apply(x, weight, bias, s, p, d, _groups(name, groups), Q)
     return y if batched else y.squeeze(0)
 
 
@@ -174,7 +173,7 @@ def _transposed(
     y, weight, bias = _autocast_low(y, weight, bias)
     sizes = zip(s, y.shape[2:], p, d, weight.shape[2:], behind, strict=True)
     X = tuple(s * (q - 1) - 2 * p + d * (k - 1) + 1 + more for s, q, p, d, k, more in sizes)
-    x: Tensor = rules.TransposedConvolution.apply(y, weight, bias, s, p, d, groups, X)
+    x: Tensor = rules.TransposedConvolution.apply(y, weight, bias, s, p, d, _groups(name, groups), X)
     return x if batched else x.squeeze(0)
 
 
@@ -198,14 +197,22 @@ def _is_batched(name: str, axes: int, input: Tensor, weight: Tensor) -> bool:
 
 def _numbers(name: str, what: str, axes: int, value: Numbers) -> Sizes:
     """One number for each axis."""
-    if isinstance(value, int | torch.SymInt):
-        return (value,) * axes
     if isinstance(value, str):
         raise TypeError(f"{name}: {what} must be numbers, not a str. Got {value!r}.")
-    numbers = tuple(value)
+    numbers = tuple(map(whole_number, value if isinstance(value, list | tuple) else (value,)))
+    if any(number is None for number in numbers):
+        raise TypeError(f"{name}: {what} must be whole numbers. Got {value!r}.")
     if len(numbers) not in (1, axes):
         raise RuntimeError(f"{name}: {what} must be one number, or {axes}. Got {list(numbers)}.")
     return numbers if len(numbers) == axes else numbers * axes
+
+
+def _groups(name: str, groups: int) -> int:
+    """How many groups, as a Python number."""
+    number: int | None = whole_number(groups)
+    if number is None:
+        raise TypeError(f"{name}: groups must be a whole number. Got {groups!r}.")
+    return number
 
 
 def _named_padding(

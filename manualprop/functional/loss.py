@@ -282,8 +282,15 @@ def cross_entropy(
         return _soft_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
     if weight is not None:
         refuse_gradient("cross_entropy", weight=weight)
-    loss = rules.CrossEntropy.apply(input, target, weight, ignore_index, float(label_smoothing), reduction)
+    loss = rules.CrossEntropy.apply(
+        input, _indices(target), weight, ignore_index, float(label_smoothing), reduction
+    )
     return in_dtype(loss, loss_dtype(input))
+
+
+def _indices(target: Tensor) -> Tensor:
+    """Class indices.  As an index, torch takes bytes for a mask."""
+    return target.long() if target.dtype is torch.uint8 else target
 
 
 def nll_loss(
@@ -304,7 +311,9 @@ def nll_loss(
     refuse_complex("nll_loss", input)
     if weight is not None:
         refuse_gradient("nll_loss", weight=weight)
-    return in_dtype(rules.NLL.apply(input, target, weight, ignore_index, reduction), loss_dtype(input))
+    return in_dtype(
+        rules.NLL.apply(input, _indices(target), weight, ignore_index, reduction), loss_dtype(input)
+    )
 
 
 def _soft_cross_entropy(

@@ -126,7 +126,7 @@ def _batch_norm(
     if training:
         output = rules.BatchNorm.apply(input, weight, bias, running_mean, running_var, momentum, eps)[0]
     else:
-        output = rules.BatchNormEvaluation.apply(input, weight, bias, running_mean, running_var, eps)
+        output = rules.BatchNormEvaluation.apply(input, weight, bias, running_mean, running_var, eps)[0]
     return output
 
 

@@ -34,7 +34,7 @@ def pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float 
         RuntimeError: if ``pad`` does not fit the input, or ``value`` not the mode.
     """
     widths = tuple(pad)
-    if mode == "circular":
+    if mode == "circular" and input.dim() - len(widths) / 2 in (1, 2):
         _refuse_more_than_a_circle(input, widths)
     if mode == "constant":
         return mapped(rules.ConstantPad, input, widths, value)

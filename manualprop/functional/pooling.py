@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from manualprop import functions as rules
-from manualprop.functional._checks import check_tensor
+from manualprop.functional._checks import check_tensor, refuse_complex
 from manualprop.functions._rule import Rule
 from manualprop.functions.pooling import of_each_axis
 
@@ -264,6 +264,10 @@ def _drawn(input: Tensor, axes: int) -> Tensor:
 def _unpooled(
     input: Tensor, indices: Tensor, axes: int, kernel_size: Any, stride: Any, padding: Any, size: Any
 ) -> Tensor:
+    if kernel_size is None or padding is None:
+        raise TypeError(
+            f"max_unpool{axes}d: kernel_size and padding must be numbers. Got {kernel_size} and {padding}."
+        )
     kernel, pad = of_each_axis(kernel_size, axes), of_each_axis(padding, axes)
     step = kernel if stride is None else of_each_axis(stride, axes)
     size = _unpool_size(input, kernel, step, pad, size)
@@ -300,6 +304,7 @@ def _norm_of_windows(
     if abs(p) != math.inf:  # not math.isinf, which the compiler cannot trace for a p that varies
         y = rules.LPPool.apply(input, p, axes, kernel_size, stride, ceil_mode)
         return y
+    refuse_complex(f"lp_pool{axes}d", input)
     size: Tensor = rules.Abs.apply(input)
     y, *_ = rules.MaxPool.apply(size if p > 0 else -size, axes, kernel_size, stride, 0, 1, ceil_mode)
     return y if p > 0 else -y

@@ -17,7 +17,7 @@ from torch.autograd import Function
 from manualprop._torch import DYNAMO
 from manualprop.functions._declaration import parameters, require_methods
 from manualprop.functions._execution import recorded
-from manualprop.functions._execution._transforms import applied, at_every_level
+from manualprop.functions._execution._transforms import applied, at_every_level, without_views
 
 # ----- gradients and tangents that do not exist -----
 #
@@ -78,7 +78,12 @@ def is_recorded() -> bool:
 
 
 # The wrapper that the base puts around each method of a rule.
-COMPLETED = {"setup_context": without_zeros, "backward": of_a_gradient, "jvp": at_every_level}
+COMPLETED = {
+    "forward": without_views,
+    "setup_context": without_zeros,
+    "backward": of_a_gradient,
+    "jvp": at_every_level,
+}
 
 
 class Rule(Function):

@@ -162,6 +162,7 @@ class AntialiasedInterpolation(Separable):
         M_ij = w((j - u_i) / s) / sum_l w((l - u_i) / s)           over the l of x within the support
         dL/dx_j = sum_i M_ij g_i
         For o = n the map is the identity.  Where the image shrinks, w becomes s times as wide: it removes what the coarse grid cannot show.
+        Also with align_corners u = (i + 1/2) q - 1/2, as in PyTorch; there q = (n - 1) / (o - 1).
     Second order
         dx is linear in g; its adjoint is this interpolation.
     Shape

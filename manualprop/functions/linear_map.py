@@ -105,10 +105,15 @@ def _adjoint(rule: type[LinearMap]) -> type[Adjoint]:
         return laid_out(transposed(g, like, *p), like)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.like, *ctx.p = inputs
+        g, ctx.like, *ctx.p = inputs
+        ctx.shape = g.shape
 
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        return (rule.apply(v, *without_constant(*ctx.p))[0], None, *[None] * len(ctx.p))
+        if 0 in ctx.like.shape:  # dx has no elements, whatever g is; the mean of none would be NaN
+            dg = v.new_zeros(ctx.shape)
+        else:
+            dg = rule.apply(v, *without_constant(*ctx.p))[0]
+        return dg, None, *[None] * len(ctx.p)
 
     def jvp(ctx: Any, dg: Tensor, *_: None) -> Tensor:
         tangent: Tensor = cls.apply(dg, ctx.like, *ctx.p)

@@ -85,23 +85,23 @@ class LocalResponseNorm(Rule):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         size, alpha, beta, k = ctx.p
-        z, h = full(x), full(g)
-        d = normaliser(z, size, alpha, k)
+        dtype, x, g = g.dtype, full(x), full(g)
+        d = normaliser(x, size, alpha, k)
         r = d.pow(-beta)
-        back = mapped(ChannelMean, h * z * (r / d), (size - 1) // 2, size // 2)  # S^T
-        dx = h * r - (2 * alpha * beta) * z * back
-        return dx.to(x.dtype), None, None, None, None
+        back = mapped(ChannelMean, g * x * (r / d), (size - 1) // 2, size // 2)  # S^T
+        dx = g * r - (2 * alpha * beta) * x * back
+        return dx.to(dtype), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, t: Tensor, *_: None) -> Tensor:
         (x,) = ctx.saved_tensors
         size, alpha, beta, k = ctx.p
-        z, dz = full(x), full(t)
-        d = normaliser(z, size, alpha, k)
+        dtype, x, t = t.dtype, full(x), full(t)
+        d = normaliser(x, size, alpha, k)
         r = d.pow(-beta)
-        along = mapped(ChannelMean, z * dz, size // 2, (size - 1) // 2)  # S
-        dy: Tensor = dz * r - (2 * alpha * beta) * z * (r / d) * along
-        return dy.to(x.dtype)
+        along = mapped(ChannelMean, x * t, size // 2, (size - 1) // 2)  # S
+        dy: Tensor = t * r - (2 * alpha * beta) * x * (r / d) * along
+        return dy.to(dtype)
 
 
 def normaliser(x: Tensor, size: int, alpha: float, k: float) -> Tensor:

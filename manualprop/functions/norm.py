@@ -25,6 +25,7 @@ from torch import Tensor
 
 from manualprop.functions._execution import Runner, formula
 from manualprop.functions._execution import _normalisation as aten
+from manualprop.functions._execution._transforms import save
 from manualprop.functions._rule import Rule, flat
 
 __all__ = ["BatchNorm", "BatchNormEvaluation", "GroupNorm", "LayerNorm", "RMSNorm"]
@@ -157,16 +158,18 @@ class Normalisation(Rule):
     - ``shapes(x, *options)``     the shapes of x, statistics and weights that broadcast together.
     - ``letters``                 the same shapes in letters, as :func:`formula` reads them.
     - ``axes``                    the axes of the mean and of the sums.
+    - ``along``                   the letter of an axis whose every position has means of its own.
     """
 
     abstract = True
     shapes: ClassVar[Callable[..., Shapes]]
     letters: ClassVar[tuple[str, str, str]]
     axes: ClassVar[Axes]
+    along: ClassVar[str] = "N"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         shapes = cls.shapes
-        backwards, forwards = formulas(*cls.letters, cls.axes)
+        backwards, forwards = formulas(*cls.letters, cls.axes, cls.along)
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
             x, W, b, *ctx.options = inputs
@@ -203,14 +206,13 @@ class Normalisation(Rule):
         super().__init_subclass__(**kwargs)
 
 
-def formulas(x: str, stats: str, W: str, axes: Axes) -> tuple[Runner, Runner]:
+def formulas(x: str, stats: str, W: str, axes: Axes, along: str = "N") -> tuple[Runner, Runner]:
     """:func:`norm_gradients` and :func:`norm_tangents` for tensors of these axes."""
     saved = f"x ({x}), m ({stats}), r ({stats}), W ({W})"
     backwards = f"g ({x}), {saved}, gm ({stats}), gr ({stats}) -> dx like x, dW ({W}), db ({W})"
     forwards = f"dx ({x}), {saved}, dW ({W}), db ({W}) -> dy like x, dm like m, dr like r"
-    return formula(backwards)(partial(norm_gradients, axes=axes)), formula(forwards)(
-        partial(norm_tangents, axes=axes)
-    )
+    gradients, tangents = (partial(f, axes=axes) for f in (norm_gradients, norm_tangents))
+    return formula(backwards, along=along)(gradients), formula(forwards, along=along)(tangents)
 
 
 def shaped(t: Any, shape: Shape) -> Any:
@@ -368,6 +370,7 @@ class BatchNorm(Normalisation):
 
     letters = ("B, C, L", "1, C, 1", "C, 1")
     axes = Axes(weighted=(), unweighted=(0, 2), batch=())
+    along = "C"
 
     @staticmethod
     def shapes(x: Tensor, *options: Any) -> Shapes:
@@ -386,7 +389,7 @@ class BatchNorm(Normalisation):
         return aten.batch_norm(x, W, b, running_mean, running_var, momentum, eps)
 
 
-channels_backwards, channels_forwards = formulas(*BatchNorm.letters, BatchNorm.axes)
+channels_backwards, channels_forwards = formulas(*BatchNorm.letters, BatchNorm.axes, BatchNorm.along)
 
 
 class BatchNormEvaluation(Rule):
@@ -398,11 +401,12 @@ class BatchNormEvaluation(Rule):
         dL/db   = sum g_i
         dy = W r dx + r (x - m) dW + db                            forward mode
     Second order
-        dx, dW and db are products and sums of g, x and W: autograd differentiates those as written.
+        dx, dW and db are products and sums of g, x and W: autograd differentiates those as written.  dx does not
+        depend on x: the empty output e carries this zero derivative, so x is not kept for it.
     Shape
-        x (N, C, L), all else (C,) -> y (N, C, L)
+        x (N, C, L), all else (C,) -> y (N, C, L), e (0,)
     Memory
-        x if W needs a gradient, else y, which the next layer keeps anyway; and tensors of C elements.
+        x if W needs a gradient; and tensors of C elements.
     Accuracy
         That of x - m.
     """
@@ -410,36 +414,39 @@ class BatchNormEvaluation(Rule):
     @staticmethod
     def forward(
         x: Tensor, W: Tensor | None, b: Tensor | None, m: Tensor | None, v: Tensor | None, eps: float
-    ) -> Tensor:
-        return aten.evaluated(x, W, b, m, v, eps)
+    ) -> tuple[Tensor, Tensor]:
+        return aten.evaluated(x, W, b, m, v, eps), x.new_empty(0)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, W, b, m, v, ctx.eps = inputs
-        ctx.like_b = None if b is None else (b.shape, b.dtype)
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else output, W, m, v)
-        ctx.save_for_forward(x, W, m, v)
+        ctx.shape, ctx.like_b = x.shape, None if b is None else (b.shape, b.dtype)
+        save(ctx, (x, ctx.needs_input_grad[1]), *[(t, True) for t in (W, m, v, output[1])])
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, W, m, v = ctx.saved_tensors
+    def backward(ctx: Any, g: Tensor | None, ge: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, W, m, v, e = ctx.saved_tensors
+        if g is None:  # a second derivative: dx does not depend on x
+            return e.new_zeros(ctx.shape), None, None, None, None, None
         to = of_channels(g)
-        # If W needs no gradient, y is saved instead of x.  Under vmap it may have other batch axes: use g.
+        # x is needed for dW alone, and else not kept.
         rows = (shaped(t, to.x) for t in (g, x if ctx.needs_input_grad[1] else g))
         columns = (shaped(t, to.W) for t in (W, m, v))
         dx, dW, db = evaluation_gradients(*rows, *columns, ctx.eps, needs=ctx.needs_input_grad[:3])
-        dx = None if dx is None else flat(shaped(dx, g.shape), x)
+        dx = None if dx is None else flat(shaped(dx, g.shape), e)
         dW = None if dW is None else shaped(dW, W.shape).to(W.dtype)
         db = None if db is None else shaped(db, ctx.like_b[0]).to(ctx.like_b[1])
         return dx, dW, db, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, dx: Tensor | None, dW: Tensor | None, db: Tensor | None, *_: None) -> Tensor:
-        x, W, m, v = ctx.saved_tensors
+    def jvp(
+        ctx: Any, dx: Tensor | None, dW: Tensor | None, db: Tensor | None, *_: None
+    ) -> tuple[Tensor, Tensor]:
+        x, W, m, v, e = ctx.saved_tensors
         to = of_channels(x)
         rows, columns = (shaped(t, to.x) for t in (dx, x)), (shaped(t, to.W) for t in (W, m, v, dW, db))
         dy: Tensor = evaluation_tangent(*rows, *columns, ctx.eps)
-        return dy.reshape(x.shape)
+        return dy.reshape(x.shape), torch.zeros_like(e)
 
 
 @formula("g (B, C, L), x (B, C, L), W (C, 1), m (C, 1), v (C, 1) -> dx like g, dW (C, 1), db (C, 1)")

@@ -17,6 +17,7 @@ An empty output
 """
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -381,7 +382,9 @@ def of_each_axis(option: Any, axes: int) -> tuple[Any, ...]:
     """One number for each axis; nothing for None."""
     if option is None:
         return ()
-    return (option,) * axes if isinstance(option, int | torch.SymInt) else tuple(option)
+    if isinstance(option, list | tuple):
+        return tuple(option)
+    return (option if isinstance(option, int | torch.SymInt) else operator.index(option),) * axes
 
 
 def weighted_by_norm(h: Tensor, y: Tensor, p: float) -> Tensor:

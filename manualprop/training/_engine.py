@@ -137,7 +137,7 @@ class TapeFree(Engine):
         try:
             programs = self._backprop(self.module.loss, compile="epoch")
             kept = programs.has_program(x, target)
-        except (TypeError, ValueError, RuntimeError):  # no program can be made of these updates
+        except (TypeError, ValueError, RuntimeError, IndexError):  # no program can be made; a step says why
             return False
         if not kept and not (has_compiler() and (again or saved > COMPILING)):
             return False

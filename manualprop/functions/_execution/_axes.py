@@ -7,6 +7,7 @@ is not, a finite g is multiplied by the whole matrix.  What is traced gathers th
 
 import cmath
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ MOST_RUNS = 24  # more slices than this cost more than gathering
 MOST_TERMS = 8  # for more terms than this an element is summed by its index
 MOST_PARTS = 8  # slices that the compiler adds in one loop
 FEW_ELEMENTS = 2**12  # below, each step costs its call
+MOST_TIMES = 4  # more repeats than this are one copy
+SHORT, LONG = 2**5, 2**8  # a copy of runs of fewer elements is slow; one of runs of more is fast as it is
+CACHED = 2**20  # a result of fewer elements than this stays in the caches
 STEPS = [(a, b) for a in range(5) for b in range(-1, 9) if (a, b) not in ((0, 0), (0, -1))]
 
 
@@ -57,7 +61,7 @@ def owned(y: Tensor) -> Tensor:
 
 
 def laid_out(dx: Tensor, like: Like) -> Tensor:
-    """``dx`` in the memory format of the input, unless it is a few numbers repeated."""
+    """``dx``, or dL/dy, in the memory format of the input, unless it is a few numbers repeated."""
     return dx if 0 in dx.stride() else dx.contiguous(memory_format=like.format)
 
 
@@ -153,6 +157,7 @@ def transposed_along(row: Row, along: Sequence[tuple[Any, ...]], g: Tensor, like
     axes = range(-len(along), 0)
     if len(along) > len(like.shape) - 2:  # the second axis is mapped too, so it is not that of the channels
         like = Like(like.shape, torch.contiguous_format)
+    g = laid_out(g, like)
     matrices = [
         (axis, matrix(row, int(like.shape[axis]), int(g.shape[axis]), tuple(map(fixed, options))))
         for axis, options in zip(axes, along, strict=True)
@@ -181,6 +186,9 @@ def repeated_along(times: Sequence[int], g: Tensor, scale: float, layout: torch.
         return g if scale == 1 else g * scale
     last = layout is not torch.contiguous_format
     g, times = (g.movedim(1, -1), [*times, 1]) if last else (g, times)  # in the order of memory
+    if pays_by_parts(times, g):
+        dx = repeated_by_parts(times, g, scale)
+        return dx.movedim(-1, 1) if last else dx
     if scale != 1:
         g = g * scale
     if g.numel() >= FEW_ELEMENTS and not watched((g,)):
@@ -194,6 +202,34 @@ def repeated_along(times: Sequence[int], g: Tensor, scale: float, layout: torch.
     return dx.movedim(-1, 1) if last else dx
 
 
+def pays_by_parts(times: Sequence[int], g: Tensor) -> bool:
+    """Whether ``repeated_by_parts`` is faster: the result stays in the caches, and the copies have long runs."""
+    if not FEW_ELEMENTS <= g.numel() <= CACHED // math.prod(times) or watched((g,)):
+        return False
+    sizes = g.shape[-len(times) :]
+    few = all(k == 1 or (k <= MOST_TIMES and n > 1) for k, n in zip(times, sizes, strict=True))
+    return few and (times[-1] > 1 or SHORT <= sizes[-1] <= LONG // max(times))
+
+
+def repeated_by_parts(times: Sequence[int], g: Tensor, scale: float) -> Tensor:
+    """Writes each element once; then copies what is written to the places that repeat it, the innermost axis first.
+
+    2 x 2 of 14 x 14 elements in 64 channels: 0.6 of the time of one copy in channels-last, 0.75 in contiguous format.
+    """
+    lead, sizes = g.shape[: -len(times)], g.shape[-len(times) :]
+    dx = g.new_empty([*lead, *itertools.chain.from_iterable(zip(sizes, times, strict=True))])
+    repeats: list[tuple[Tensor, ...]] = []
+    first = dx
+    for axis in range(1 - 2 * len(times), 0, 2):
+        repeats.append(first.unbind(axis))
+        first = repeats[-1][0]
+    torch.mul(g, scale, out=first)
+    for written, *others in reversed(repeats):
+        for other in others:
+            other.copy_(written)
+    return dx.view([*lead, *[n * k for n, k in zip(sizes, times, strict=True)]])
+
+
 def alternating(g: Tensor, times: Sequence[int]) -> tuple[Tensor, list[int]]:
     """g repeated along axes where a copy would have short runs, by slices; the times that are left.
 
@@ -202,7 +238,7 @@ def alternating(g: Tensor, times: Sequence[int]) -> tuple[Tensor, list[int]]:
     left = list(times)
     for axis in range(-1, -1 - len(times), -1):
         k, behind = left[axis], g.dim() + axis + 1
-        if 1 < k <= 4 and g.shape[axis] > 1 and g.shape[behind:].numel() < 32:
+        if 1 < k <= MOST_TIMES and g.shape[axis] > 1 and g.shape[behind:].numel() < SHORT:
             wide = g.new_empty((*g.shape[:behind], k, *g.shape[behind:]))
             for part in wide.unbind(behind):
                 part.copy_(g)
@@ -254,7 +290,7 @@ def sliced(M: Matrix, runs: Runs, g: Tensor, axis: int, layout: torch.memory_for
         elif run.weight == 1:
             into.copy_(part)
         else:
-            torch.mul(part.expand_as(into), run.weight, out=into)
+            torch.mul(part if run.a else part.expand_as(into), run.weight, out=into)
     return dx
 
 

@@ -5,6 +5,8 @@ the image.  Here are forms for each kind of layer, for any number of axes:
 
 - with one channel of x in each group, a convolution again, of each pair of example and channel by itself;
 - of small images, the plain definition;
+- where y is as large as x, a product of copies of y, one for each kernel position of the first axis, with copies of x,
+  one for each of the others;
 - else copies of x, one for each kernel position of the axes behind the first, and one convolution along the first;
 - else a product of y with columns: for each kernel position the entries of x that it meets.
 
@@ -15,8 +17,10 @@ Half precision is computed in float32 and rounded once.  In compiled code the fo
 the examples would make the graph long.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +32,7 @@ from manualprop.functions._execution._formula import full
 COLUMNS = 2**20  # about as many entries of the columns are made at a time
 LARGE_RESULT = 2**17  # entries of W in a group from which the order of its product is the order of W
 WIDE = 128  # rows of columns in a group from which several products by oneDNN are faster than one of the BLAS library
+Index = tuple[Any, ...]
 Form = Callable[[Tensor, Tensor, Sizes, Sizes, Sizes, int, Sizes], Tensor]
 
 
@@ -54,13 +59,21 @@ def form_for(y: Tensor, x: Tensor, s: Sizes, G: int, K: Sizes) -> Form:
     """The numbers are times over those of ``by_columns``, for kernels of 3 x 3 and float32."""
     C, O, Q = x.shape[1] // G, y.shape[1], y.shape[2:]
     terms = len(y) * Q.numel()
-    # The first two leave W in another order.  If it is large, putting it right takes longer than the sums.
+    # The first three leave W in another order.  If it is large, putting it right takes longer than the sums.
     if G == 1 and y.is_cpu and y.dtype == torch.float32 and C * O <= 64 * terms:
         if Q[-1] <= 8 and Q.numel() <= 64 and C * Q.numel() <= 2**12:
             return by_examples  # 4 x 4: 0.3-0.6, 8 x 8: 0.4-0.9
-        if len(K) > 1 and K[0] > s[0] and 8 <= C <= 64 // s[0]:
+        if max(s) == 1 and Q == x.shape[2:] and shifts_pay(C, O, Q.numel(), terms, K):
+            return by_shifts  # 16 x 16: 0.8-0.95, 32 x 32: 0.8-0.95; few channels of y: 0.4-0.7
+        if len(K) > 1 and K[0] > s[0] and 8 <= C <= 64 // s[0] ** 2 and O < 4 * C:
             return by_rows  # 16 x 16: 0.8-1, 28 x 28: 0.9-1.1; three axes: 0.5-0.9
     return by_channels if C == 1 else by_columns
+
+
+def shifts_pay(C: int, O: int, Q: int, terms: int, K: Sizes) -> bool:
+    """Whether ``by_shifts`` makes a quarter fewer copies than ``by_columns``, and neither few numbers nor too many."""
+    copies, columns = O * K[0] + C * math.prod(K[1:]), O + C * math.prod(K)
+    return 4 * copies <= 3 * columns and 2**16 < C * terms and C * O <= 16 * terms and copies * Q <= 2**23
 
 
 def by_channels(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Sizes) -> Tensor:
@@ -109,6 +122,46 @@ def by_rows(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Sizes
         W = part if W is None else W.add_(part)
     assert W is not None
     return W.permute(1, 3, 2, 0).contiguous().view(O, C, *K)
+
+
+def by_shifts(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Sizes) -> Tensor:
+    """W[o,k,c,k'] = sum_r of_y[o,k,r] of_x[c,k',r] without groups, at stride 1 and for a y as large as x.
+
+    k is the kernel position along the first axis, k' that along the others.  r is the example n and the position: i along
+    the first axis, q along the others.  Where y and x have positions, and 0 elsewhere,
+        of_y[o,k,(n,i,q)] = y[n,o,i + p - d k,q],  of_x[c,k',(n,i,q)] = x[n,c,i,q + d k' - p'].
+    So K + K' copies are made, not K K'.
+    """
+    O, C, X = y.shape[1], x.shape[1], x.shape[2:]
+    first, *others = [[d * k - p for k in range(K)] for K, p, d in zip(K, p, d, strict=True)]
+    to_y = [overlap((-a, *[0] * len(others)), X) for a in first]
+    to_x = [overlap((0, *a), X) for a in itertools.product(*others)]
+    few = size_of_parts(len(y), (O * len(to_y) + C * len(to_x)) * X.numel())
+    of_y = of_x = W = None
+    for some_y, some_x in zip(y.split(few), x.split(few), strict=True):
+        of_y, of_x = shifted(some_y, to_y, of_y), shifted(some_x, to_x, of_x)
+        # (1, O K, r), (1, C K', r) -> (1, O K, C K')
+        part = products(of_y.view(1, O * len(to_y), -1), of_x.view(1, C * len(to_x), -1))
+        W = part if W is None else W.add_(part)
+    assert W is not None
+    return W.view(O, K[0], C, *K[1:]).transpose(1, 2).contiguous()
+
+
+def overlap(a: Sizes, X: Sizes) -> tuple[Index, Index]:
+    """The positions i at which i + a is a position too, and these i + a."""
+    here = [slice(max(-step, 0), max(n - step, 0)) for step, n in zip(a, X, strict=True)]
+    there = [slice(max(step, 0), max(n + step, 0)) for step, n in zip(a, X, strict=True)]
+    return (..., *here), (..., *there)
+
+
+def shifted(t: Tensor, overlaps: Sequence[tuple[Index, Index]], copies: Tensor | None) -> Tensor:
+    """t (n, C, X) shifted in each way (C, A, n, X), with zeros around it; in ``copies``, which have the zeros, if they fit."""
+    if copies is None or copies.shape[2] != len(t):
+        copies = t.new_zeros(t.shape[1], len(overlaps), *t.shape[:1], *t.shape[2:])
+    t = t.contiguous().transpose(0, 1)
+    for copy, (here, there) in zip(copies.unbind(1), overlaps, strict=True):
+        copy[here] = t[there]
+    return copies
 
 
 def by_columns(y: Tensor, x: Tensor, s: Sizes, p: Sizes, d: Sizes, G: int, K: Sizes) -> Tensor:

@@ -31,6 +31,7 @@ ORDINARY = frozenset({Tensor, torch.nn.Parameter})
 # From this many elements a compiled kernel pays: it takes 70 us to start.  Below, programs run whole.
 LARGE = 2**18
 CHUNK = 2**17  # elements of a chunk for each thread: a chunk and its intermediate results fit a core's cache
+INNER_CHUNK = 2**19  # the same along another axis than the first, where a chunk has gaps
 FEWEST = 8  # fewer chunks than this fit the larger caches whole; a chunk takes 10 us of Python
 STEPS = 3  # shorter programs gain nothing from chunks
 SIZES = (11, 13, 17, 19, 23)  # lengths of the axes of samples: all different
@@ -41,13 +42,19 @@ FORMULAS: list["Runner"] = []  # every formula, in the order of definition
 
 
 class Legend(NamedTuple):
-    """The shapes of a formula's tensors, in letters; ``N`` is the axis that is split into chunks."""
+    """The shapes of a formula's tensors, in letters."""
 
     names: tuple[str, ...]
     shapes: tuple[tuple[str, ...], ...]
     results: tuple[
         int | tuple[str, ...], ...
     ]  # the argument whose shape and dtype a result has, or its shape
+    along: str = "N"  # the axis that is split into chunks
+
+    @property
+    def axes(self) -> list[int | None]:
+        """For each argument its axis ``along``, or None."""
+        return [shape.index(self.along) if self.along in shape else None for shape in self.shapes]
 
     @property
     def elementwise(self) -> bool:
@@ -78,18 +85,19 @@ def read_legend(legend: str) -> Legend:
     return Legend(names, shapes, tuple(results))
 
 
-def formula(legend: str, lift: bool = True) -> Callable[[Formula], "Runner"]:
+def formula(legend: str, lift: bool = True, along: str = "N") -> Callable[[Formula], "Runner"]:
     """Mark a function of tensors, then of numbers, as a formula.
 
     Args:
         legend: the shapes of the tensors and of the results, as in ``"g (N, D), W (D) -> dx like g"``.
             A result that is like a tensor gets its shape and dtype.  A result with its own shape stays in
-            full precision; if it has no axis ``N``, the results of the chunks are added up.
+            full precision; if it has no axis ``along``, the results of the chunks are added up.
         lift: whether half precision is computed in float32.
+        along: the axis that large tensors are split along, into chunks.
     """
 
     def marked(function: Formula) -> Runner:
-        run = Runner(function, read_legend(legend), lift)
+        run = Runner(function, read_legend(legend)._replace(along=along), lift)
         FORMULAS.append(run)
         return run
 
@@ -230,23 +238,27 @@ class Runner:
         return tuple(views) if isinstance(results, tuple) else views[0]
 
     def _in_chunks(self, program: Program, tensors: Sequence[Any], over: int | None) -> Any:
-        first, along = tensors[0], ["N" in shape for shape in self.legend.shapes]
-        N = first.shape[0] if along[0] else 1
-        rows = max(CHUNK * torch.get_num_threads() * N // first.numel(), 1)
+        first, axes = tensors[0], self.legend.axes
+        N = 1 if axes[0] is None else first.shape[axes[0]]
+        entries = CHUNK if axes[0] == 0 else INNER_CHUNK
+        rows = max(entries * torch.get_num_threads() * N // first.numel(), 1)
         if not first.is_cpu or N < FEWEST * rows or program.steps < STEPS:
+            return program.run(*tensors)
+        if axes[0] != 0 and not all(t is None or t.is_contiguous() for t in tensors):  # chunks of short runs
             return program.run(*tensors)
         kinds = [kind for kind, made in zip(self.legend.results, program.made, strict=True) if made]
         wholes = [
             None
-            if not isinstance(k, int) or not along[k]
+            if not isinstance(k, int) or axes[k] is None
             else tensors[k]
             if k == over
             else torch.empty(tensors[k].shape, dtype=tensors[k].dtype)
             for k in kinds
         ]
-        pieces = [_pieces(t, rows) if n else itertools.repeat(t) for t, n in zip(tensors, along, strict=True)]
+        pieces = [_pieces(t, rows, axis) for t, axis in zip(tensors, axes, strict=True)]
         pieces += [
-            _pieces(None if k == over else whole, rows) for k, whole in zip(kinds, wholes, strict=True)
+            itertools.repeat(None) if not isinstance(k, int) or k == over else _pieces(whole, rows, axes[k])
+            for k, whole in zip(kinds, wholes, strict=True)
         ]
         parts = []
         for chunk in zip(*pieces, strict=False):
@@ -256,16 +268,18 @@ class Runner:
                     chunk[over].copy_(result)
         for j, (kind, whole) in enumerate(zip(kinds, wholes, strict=True)):
             if whole is None:
-                of_rows = not isinstance(kind, int) and "N" in kind
-                part = [p[j] for p in parts]
-                wholes[j] = torch.cat(part) if of_rows else torch.stack(part).sum(0)
+                part, letters = [p[j] for p in parts], () if isinstance(kind, int) else kind
+                of_rows = self.legend.along in letters
+                # From the end: a sum may have kept axes of length 1 in front.
+                axis = letters.index(self.legend.along) - len(letters) if of_rows else 0
+                wholes[j] = torch.cat(part, axis) if of_rows else torch.stack(part).sum(0)
         results = iter(wholes)
         several = tuple(next(results) if made else None for made in program.made)
         return several if len(several) > 1 else several[0]
 
 
-def _pieces(t: Tensor | None, rows: int) -> Iterable[Tensor | None]:
-    return itertools.repeat(None) if t is None else t.split(rows)
+def _pieces(t: Tensor | None, rows: int, axis: int | None) -> Iterable[Tensor | None]:
+    return itertools.repeat(t) if t is None or axis is None else t.split(rows, axis)
 
 
 def _several(results: Any) -> tuple[Any, ...]:

@@ -13,9 +13,12 @@ from manualprop.functions._rule import Rule, is_recorded
 def write_over(rule: type[Rule], x: Tensor, *p: Any) -> Tensor:
     """Write y = f(x) into ``x`` and return it.
 
-    If backward needs y, it reads ``x``.  If it needs x, x is copied first, as in torch.
+    If backward needs y, it reads ``x``.  If it needs x, x is copied first, as in torch.  A recorded rule writes nothing:
+    who records it runs its backward, and that of the rules before, which may have kept x.
     """
-    if not plain_eager() or is_recorded():
+    if is_recorded():
+        return _first(rule.apply(x, *p))
+    if not plain_eager():
         return x.copy_(_first(rule.apply(x.clone(), *p)))  # the compiler drops the copy
     if not (torch.is_grad_enabled() and x.requires_grad):
         return x.copy_(_first(rule.apply(x, *p)))

@@ -55,6 +55,8 @@ def batch_norm(
     y, m, r, *_ = batch_norm_with_statistics(x, W, b, running_mean, running_var, True, momentum, eps, fast)
     if x.numel() == 0 or m.dtype in HALF:
         m, r = mean_and_scale(x, (0, *range(2, x.dim())), eps)
+    if x.numel() == 0:  # the mean of nothing is NaN, and would reach second derivatives
+        m, r = torch.zeros_like(m), torch.zeros_like(r)
     return y, m.reshape(-1), r.reshape(-1)
 
 

@@ -16,6 +16,7 @@ from manualprop._torch import (
     maybe_get_level,
     transforms_active,
     unpack_dual,
+    unsafe_view,
     unwrap_if_dead,
 )
 
@@ -62,6 +63,33 @@ def _usable(a: Tensor, rule: type) -> Tensor:
             "padded tensor (torch.nested.to_padded_tensor), or take torch's layers back by manualprop.unswap(model)."
         )
     return unwrap_if_dead(a)
+
+
+# ----- vmap -----
+
+
+def without_views(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Under vmap, results of ``forward`` that may be written to in place, as by ReLU(inplace=True).
+
+    vmap moves the batch axis, which makes a result a view.  Autograd refuses to write into a view that a Function
+    returned.
+    """
+
+    @functools.wraps(forward)
+    def owned(*args: Any) -> Any:
+        y = forward(*args)
+        if not transforms_active():
+            return y
+        return tuple(map(_without_view, y)) if isinstance(y, tuple) else _without_view(y)
+
+    return owned
+
+
+def _without_view(y: Any) -> Any:
+    inner = y
+    while isinstance(inner, Tensor) and is_batchedtensor(inner):
+        inner = get_unwrapped(inner)
+    return unsafe_view(y, y.shape) if inner is not y and inner._is_view() else y
 
 
 # ----- forward mode -----

@@ -176,7 +176,7 @@ ATTEMPTS = [
     wrong("layer_norm", "dW = g * z", "missing sum over a broadcast dimension"),
     wrong("layer_norm", "dx = r * u", "x enters z in three ways"),
     wrong("layer_norm", "z = r * (x - m).detach()", "first order only", ONLY_FIRST),
-    wrong("embedding", "dW = g.new_zeros(ctx.V, g.shape[1]).index_copy(0, i, g)", "only 3 of 5 indices"),
+    wrong("embedding", "dW = g.new_zeros(ctx.V, g.shape[1]).index_copy(0, i, g)", "only 3 of its 5 indices"),
     wrong("embedding", "dW = g", "shape"),
     wrong("embedding", "dW = g.new_zeros(ctx.V, g.shape[1]).index_add(0, i, g) / len(i)", "mean's divisor"),
     wrong(

@@ -101,10 +101,10 @@ def _meaning(c: float, w: Wrong) -> str:
     }
     if abs(size - 2) < 1e-5:
         pair = _reduced_pair(w)
-        return f": doubled, accumulated twice{f', or a sum for a mean over {pair}' if pair else ''}?{sign}"
+        return f": doubled, accumulated twice{f', or sum for mean over {pair}' if pair else ''}?{sign}"
     if abs(size - 0.5) < 1e-5:
         pair = _reduced_pair(w)
-        return f": half, a factor 2 missing{f', or a mean for a sum over {pair}' if pair else ''}?{sign}"
+        return f": half, a factor 2 missing{f', or mean for sum over {pair}' if pair else ''}?{sign}"
     for n in sorted(broadcast - {1}):
         if abs(size * n - 1) < 1e-5:
             return f"{_as_share(c, n)}: mean for sum over a broadcast dimension?{sign}"

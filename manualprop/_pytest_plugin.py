@@ -61,6 +61,7 @@ class _Intercepting:
 
         self.left: list[Report] = []  # with findings, and of no test
         self.told: list[str] = []  # by the processes of xdist
+        self.unverified: list[tuple[str, str]] = []  # by them, too
         if options.manualprop_update_baseline and getattr(options, "numprocesses", None):
             raise pytest.UsageError("--manualprop-update-baseline writes from one process: add -n 0")
         only, baseline = options.manualprop_only, options.manualprop_baseline
@@ -93,17 +94,41 @@ class _Intercepting:
             pytest.fail("\n\n".join(map(str, wrong)), pytrace=False)
         return result
 
+    @pytest.hookimpl(tryfirst=True)  # before the JUnit file is written
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         self.left = self.interceptor.verify()  # what fixtures called after the last test
         if self.left:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
         if hasattr(session.config, "workeroutput"):  # a process of xdist: the first one prints
-            session.config.workeroutput["manualprop"] = self.lines()
+            session.config.workeroutput["manualprop"] = self.lines(), self.interceptor.unverified
+        else:
+            self.unverified += self.interceptor.unverified
+            self._log_unverified(session.config)
         self.interceptor.finish()
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        self.told += getattr(node, "workeroutput", {}).get("manualprop", [])
+        lines, unverified = getattr(node, "workeroutput", {}).get("manualprop", ([], []))
+        self.told += lines
+        self.unverified += [(name, why) for name, why in unverified]
+
+    def _log_unverified(self, config: pytest.Config) -> None:
+        """Tell the JUnit file, and other reports, of what was not verified: a skipped test each."""
+        terminal = config.pluginmanager.getplugin("terminalreporter")  # its section says it
+        log = config.pluginmanager.subset_hook_caller(
+            "pytest_runtest_logreport", [terminal] if terminal else []
+        )
+        for name, why in dict.fromkeys(self.unverified):
+            log(
+                report=pytest.TestReport(
+                    nodeid=f"manualprop::{name}",
+                    location=("manualprop", 0, name),
+                    keywords={},
+                    outcome="skipped",
+                    longrepr=("manualprop", 0, f"Skipped: not verified: {why}"),
+                    when="call",
+                )
+            )
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("gradients verified")

@@ -155,10 +155,10 @@ def _run(options: argparse.Namespace) -> int:
             made_up = f"inputs made up: {f.guessed}\n" if f.guessed else ""
             print(f"\n{made_up}{result.table() if options.verbose else result}", file=out, flush=True)
     except KeyboardInterrupt:
-        _write(options, reports)
+        _write(options, reports, unverified)
         print(f"\ninterrupted: {len(reports)} of {len(cases)} verified", file=out)
         raise
-    _write(options, reports)
+    _write(options, reports, unverified)
     for target, why in unverified:
         print(f"\n{target}: NOT VERIFIED: {why}", file=out)
     gone = _gone(plan.settings, options.targets, found)
@@ -330,11 +330,13 @@ def _show_list(found: Sequence[Found]) -> None:
     print(f"\ngroups: {'; '.join(groups)}")
 
 
-def _write(options: argparse.Namespace, reports: Sequence[Report]) -> None:
+def _write(
+    options: argparse.Namespace, reports: Sequence[Report], unverified: Sequence[tuple[str, str]]
+) -> None:
     for path, text in (
         (options.json, lambda: json.dumps([json.loads(r.to_json()) for r in reports], indent=2) + "\n"),
-        (options.junit, lambda: junit(reports)),
-        (options.html, lambda: html(reports)),
+        (options.junit, lambda: junit(reports, unverified)),
+        (options.html, lambda: html(reports, unverified)),
     ):
         if path == Path("-"):
             print(text(), end="")

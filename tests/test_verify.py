@@ -68,6 +68,10 @@ WRONG: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], str]] = {
     "exchanged": (by_hand(torch.mul, lambda a, b, g: (g * a, g * b)), (X, real(3, 4) + 1), "exchanged: this is the gradient of"),
     "missing sum": (by_hand(torch.add, lambda x, b, g: (g, g[0])), (ROWS, VECTOR), "missing sum over dim 0 of output 0"),
     "mean for sum": (by_hand(torch.add, lambda x, b, g: (g, g.mean(0))), (ROWS, VECTOR), "1/5: mean for sum over a broadcast"),
+    "mean over two rows": (by_hand(torch.add, lambda x, b, g: (g, g.mean(0))), (real(2, 4), VECTOR), "1/2: half, .* or a mean for a sum over dim 0 of output 0, of length 2"),
+    "mean over pairs": (by_hand(lambda x: x.repeat_interleave(2, 1), lambda x, g: g.unflatten(1, (-1, 2)).mean(2)), (X,), "or a mean for a sum over pairs along dim 1 of output 0"),
+    "no axis of two": (by_hand(torch.sin, lambda x, g: g * x.cos() / 2), (real(2, 4),), "1/2: half, a factor 2 missing[?]"),
+    "nearly a factor": (by_hand(torch.sin, lambda x, g: g * x.cos() * (0.9 + 1e-5 * x)), (X,), "nearly a constant factor, 0.9, but not quite"),
     "grad_output ignored": (by_hand(torch.sin, lambda x, g: x.cos()), (X,), "grad_output is ignored"),
     "overwritten": (by_hand(torch.tanh, lambda x, g: g * (1 - x.tanh().tanh() ** 2)), (X,), "^this is the right gradient for .* = output 0$"),
     "sum term of softmax": (by_hand(softmax, lambda x, g: g * softmax(x)), (X,), "one path of a sum is wrong"),
@@ -428,6 +432,19 @@ def test_the_report_as_json_junit_and_html(report: Any) -> None:
     assert "constant factor 3/2" in page
     shown, folded, rest = page.partition("<details><summary>2 probes without a finding</summary>")
     assert folded and "constant factor 3/2" in shown and "<rect" not in rest
+
+
+def test_what_was_not_verified_stands_in_junit_and_html(report: Any) -> None:
+    missed = [("ops.missed<1>", "no inputs were found")]
+    _, suite = ElementTree.fromstring(junit([report], missed).partition("\n")[2])
+    assert (suite.get("name"), suite.get("skipped")) == ("ops.missed<1>", "1")
+    (skipped,) = suite.iter("skipped")
+    assert skipped.get("message") == "not verified: no inputs were found"
+    page = html([report], missed)
+    assert "1 of 1 with findings, 1 not verified" in page
+    section = page.partition("<h2>Not verified</h2>")[2]
+    assert "missed&lt;1&gt;<td>no inputs were found" in section
+    assert "Not verified" not in html([report])
 
 
 def softmax_gradient(x: Tensor, g: Tensor, dim: int) -> Tensor:

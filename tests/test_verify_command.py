@@ -197,7 +197,8 @@ def test_what_cannot_be_verified_hides_nothing_else(
     (tmp_path / "pyproject.toml").write_text(gone)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    assert main(["verify", "kit", "--only", "first_order", "--json", "out.json"]) == 1
+    files = ["--json", "out.json", "--junit", "out.xml", "--html", "out.html"]
+    assert main(["verify", "kit", "--only", "first_order", *files]) == 1
     out = capsys.readouterr().out
     for line in (
         "kit.a_broken: NOT VERIFIED: kit.a_broken cannot be imported: No module named 'no_such_package'",
@@ -212,6 +213,11 @@ def test_what_cannot_be_verified_hides_nothing_else(
     ):
         assert line in out
     assert [r["passed"] for r in json.loads(Path("out.json").read_text())] == [False, True]
+    reasons = [s.get("message", "") for s in ElementTree.parse("out.xml").getroot().iter("skipped")]
+    assert sum(text.startswith("not verified: ") for text in reasons) == 3
+    assert (
+        "Text must return a floating tensor" in Path("out.html").read_text().partition("<h2>Not verified")[2]
+    )
 
 
 def test_ctrl_c_keeps_what_is_done(

@@ -46,6 +46,17 @@ def test_a_constant_in_float32_is_seen_in_float64(constant: Tensor) -> None:
     assert "float64: the gradient of x is off by 1.2e-08" in found.evidence
 
 
+def test_a_row_of_zeros_is_among_the_few_points_of_quick() -> None:
+    def slow(x: Tensor) -> Tensor:
+        for _ in range(150):
+            x = x.clone()
+        return x.sin()
+
+    wrong = by_hand(slow, lambda x, g: g * x.cos() * torch.where(x.norm(dim=-1, keepdim=True) < 1e-6, -1, 1))
+    found = check(wrong, X, only="extremes", level="quick", isolate=False)["extremes"]
+    assert "by backward" in found.evidence and found.evidence.endswith("[0] = 0")
+
+
 def test_a_dtype_that_forward_refuses_is_a_limit_and_one_that_backward_refuses_a_finding() -> None:
     def float64_only(x: Tensor) -> Tensor:
         if x.dtype != torch.float64:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from torch.autograd import Function
@@ -39,7 +40,14 @@ OPS = """
         def apply(cls, *args):
             return super(torch.autograd.Function, cls).apply(*args)
 
-    sine, steep = Sine.apply, Steep.apply
+    class ByChance(Sine):
+        @staticmethod
+        def forward(ctx, x):
+            import random
+            ctx.save_for_backward(x)
+            return x.sin() + random.random()
+
+    sine, steep, by_chance = Sine.apply, Steep.apply, ByChance.apply
 """
 
 
@@ -47,7 +55,8 @@ def run(pytester: pytest.Pytester, tests: str, *options: str) -> pytest.RunResul
     pytester.makepyfile(
         ops=OPS, test_ops=f"import torch, ops\nfrom manualprop.verify import gradient_tests\n{tests}"
     )
-    return pytester.runpytest_subprocess(*PLUGIN, "-p", "no:xdist", "-W", "error", *options)
+    alone = [] if "-n" in options else ["-p", "no:xdist"]
+    return pytester.runpytest_subprocess(*PLUGIN, *alone, "-W", "error", *options)
 
 
 @pytest.mark.slow
@@ -214,6 +223,29 @@ def test_interception_fails_the_test_that_meets_a_wrong_function(pytester: pytes
         ]
     )
     result.assert_outcomes(passed=5, failed=4)
+
+
+@pytest.mark.parametrize("workers", [[], pytest.param(["-n", "2"], marks=pytest.mark.slow)])
+def test_what_the_interception_cannot_verify_stands_in_the_junit_file(
+    pytester: pytest.Pytester, workers: list[str]
+) -> None:
+    tests = """
+def test_by_chance():
+    ops.by_chance(torch.randn(3, requires_grad=True))
+
+def test_fine():
+    pass
+"""
+    options = ["--manualprop-intercept=ops", "--manualprop-only=first_order", "--junitxml=out.xml", *workers]
+    result = run(pytester, tests, *options)
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines(["ops.ByChance: not verified: *must give the same output*"])
+    cases = list(ElementTree.parse(pytester.path / "out.xml").getroot().iter("testcase"))
+    reasons = [skipped.get("message", "") for case in cases for skipped in case.iter("skipped")]
+    assert len(cases) == 3
+    assert [text.startswith("not verified: ops.ByChance must give the same output") for text in reasons] == [
+        True
+    ]
 
 
 def test_interception_of_a_package_that_no_test_uses_says_so(pytester: pytest.Pytester) -> None:

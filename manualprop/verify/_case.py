@@ -37,7 +37,8 @@ class Case:
         accept: name of a probe or group -> the reason why its finding or limit stays.  Strict: an acceptance that
             nothing needs is a finding.
         surrogate: the function whose gradient backward returns, if that is not ``fn``: ``lambda x: x`` for a
-            rounding with a straight-through gradient.  It takes the same arguments and returns the same shapes.
+            rounding with a straight-through gradient.  It takes the same arguments and returns the same shapes, and may
+            detach: ``lambda x: x + (x.round() - x).detach()``.
         domain: a predicate of the arguments: whether ``fn`` is defined there.
         unique: names of integer arguments that never hold a value twice.
         project: maps a tensor to the nearest one that is allowed: positive, symmetric, sorted, of unit rows.  One

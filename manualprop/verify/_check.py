@@ -56,7 +56,8 @@ def check(
             of other sizes.
         reference: a callable of the same arguments that is right by definition.  Autograd differentiates it.
         surrogate: the function whose gradient backward returns, if that is not ``fn``: ``lambda x: x`` for a
-            rounding with a straight-through gradient.  It takes the same arguments and returns the same shapes.
+            rounding with a straight-through gradient.  It takes the same arguments and returns the same shapes, and may
+            detach: ``lambda x: x + (x.round() - x).detach()``.
         accept: known findings and limits, each with the reason why it stays:
             ``{"double_backward": "backward calls a kernel"}``.  Names are those of the probes, or
             ``double_backward``, ``transforms``.  Strict: an acceptance that nothing needs is a finding.

@@ -107,6 +107,21 @@ def wrong_in_first_order(s: Subject) -> bool:
         return True
 
 
+def right_instead(s: Subject, found: Sequence[Tensor | None]) -> bool:
+    """Whether gradients for the plain cotangents are right, where first_order calls those of a plain backward wrong."""
+    if not wrong_in_first_order(s):
+        return False
+    v = _numeric.flat(s.cotangents)
+    for c, g in zip(first_order_of(s), found, strict=True):
+        if not c.whole or bool(c.kinks.any()):
+            return False
+        want = v @ c.numeric  # (M) (M, D) -> (D,)
+        allowed = v.abs() @ c.tolerance + 1e-6 * want.abs().max()
+        if not bool(((_flat_or_zeros(g, s.points[c.point]) - want).abs() <= allowed).all()):
+            return False
+    return True
+
+
 def _allowed_directions(s: Subject, i: int, d: Tensor) -> Tensor:
     """The directions in which a point may move, if the case has ``project``."""
     if not s.projects or not len(d):
@@ -276,6 +291,11 @@ class Derived(Subject):
         """The function itself: a surrogate replaces the base only."""
         return self(*points)
 
+    @property
+    def detaches(self) -> bool:
+        """False: it is held against differences."""
+        return False
+
     def allowed(self, points: Sequence[Tensor]) -> list[Tensor]:
         """The points of the base as the case allows them; the rest as they are."""
         count = len(self.base.points)
@@ -331,6 +351,28 @@ class Gradient(Derived):
             # torch's node raises in a .backward() alone: torch.autograd.grad would step around it.
             raise RuntimeError(
                 "trying to differentiate twice a function that was marked with @once_differentiable"
+            )
+        return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(found, x, strict=True))
+
+    @property
+    def detaches(self) -> bool:
+        """As the base: it is then held against the surrogate's second derivative."""
+        return self.base.detaches
+
+    def meant(self, *points: Tensor) -> tuple[Tensor, ...]:
+        """The gradients themselves; those of a surrogate that detaches."""
+        if not self.detaches:
+            return self(*points)
+        count = len(self.base.points)
+        with torch.enable_grad():
+            x = [p if p.requires_grad else p.detach().requires_grad_() for p in points[:count]]
+            used = (y for y, u in zip(self.base.meant(*x), self.base.recorded, strict=True) if u)
+            live = [(y, v) for y, v in zip(used, points[count:], strict=True) if y.requires_grad]
+            ys, vs = [y for y, _ in live], [v for _, v in live]
+            found = (
+                torch.autograd.grad(ys, x, vs, create_graph=True, allow_unused=True)
+                if live
+                else [None] * count
             )
         return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(found, x, strict=True))
 

@@ -93,6 +93,8 @@ def _outlive(case: Case, cause: str, found: dict[str, Outcome], ask: Ask) -> lis
     ]
     if not asked or (CURES[cause] is None and found[cause].evidence.startswith("raises")):
         return []
+    if cause == "mutation" and _saved_after_it_was_written(found):
+        return []
     # The cure must work, and must not break what was right: a backward that ignores grad_output fails for a small one.
     # Reseeding touches the generator, so random_state cannot see its own cure.
     right = [PROBES[name] for name in (cause, "first_order") if name == cause or name not in found]
@@ -103,6 +105,13 @@ def _outlive(case: Case, cause: str, found: dict[str, Outcome], ask: Ask) -> lis
     return [p.name for p in asked if p.name in again and again[p.name].verdict == "finding"]
 
 
+def _saved_after_it_was_written(found: dict[str, Outcome]) -> bool:
+    """Whether forward writes into its input and saves it then, a copy as well as the caller's."""
+    first = found.get("first_order")
+    writes = found["mutation"].evidence.startswith("forward writes")
+    return writes and first is not None and first.diagnosis.startswith("this is the right gradient for")
+
+
 def _in_reach(cause: str, outcome: Outcome) -> bool:
     """Whether the cure would take the finding away if the cause explained it."""
     name = outcome.probe
@@ -110,6 +119,8 @@ def _in_reach(cause: str, outcome: Outcome) -> bool:
         return False
     if cause == "random_state" and "raises" in outcome.evidence:
         return False  # the call that draws may be the one that raises
+    if cause == "mutation" and name == "leaks" and "create_graph" in outcome.evidence:
+        return False  # what a recorded backward writes into may keep itself alive, a copy too
     # Backward writes into the copies too, and autograd may have saved them.  Only a missing graph has another cause.
     return cause != "mutation" or name != "second_order" or outcome.diagnosis.startswith(MISSING)
 

@@ -99,21 +99,51 @@ def _meaning(c: float, w: Wrong) -> str:
         for y in w.s.outputs
         if w.point.numel() and y.numel() % w.point.numel() == 0
     }
+    if abs(size - 2) < 1e-5:
+        pair = _reduced_pair(w)
+        return f": doubled, accumulated twice{f', or a sum for a mean over {pair}' if pair else ''}?{sign}"
+    if abs(size - 0.5) < 1e-5:
+        pair = _reduced_pair(w)
+        return f": half, a factor 2 missing{f', or a mean for a sum over {pair}' if pair else ''}?{sign}"
     for n in sorted(broadcast - {1}):
         if abs(size * n - 1) < 1e-5:
             return f"{_as_share(c, n)}: mean for sum over a broadcast dimension?{sign}"
-        if abs(size - n) < 1e-5 * n and n > 2:
+        if abs(size - n) < 1e-5 * n:
             return f": sum for mean, or summed {n} times?{sign}"
-    if abs(size - 2) < 1e-5:
-        return f": doubled, accumulated twice?{sign}"
-    if abs(size - 0.5) < 1e-5:
-        return f": half, a factor 2 missing?{sign}"
     for n, what in _sizes(w):
         if abs(size * n - 1) < 1e-5:
             return f"{_as_share(c, n)}: a mean's divisor? ({what} is {n}){sign}"
         if abs(size - n) < 1e-5 * n:
             return f": a mean's divisor missing? ({what} is {n}){sign}"
     return sign
+
+
+def _reduced_pair(w: Wrong) -> str:
+    """An axis of length 2, or pairs along an axis, over which the gradient or forward sums; nothing if there is none."""
+    for name, y in zip(w.s.output_names, w.s.outputs, strict=True):
+        for d in _unmatched(y.shape, w.point.shape):
+            if y.shape[d] == 2:
+                return f"dim {d} of {name}, of length 2"
+            if y.dim() == w.point.dim() and y.shape[d] == 2 * w.point.shape[d]:
+                return f"pairs along dim {d} of {name}"
+        for d in _unmatched(w.point.shape, y.shape):
+            if w.point.shape[d] == 2:
+                return f"dim {d} of {w.name}, of length 2"
+    return ""
+
+
+def _unmatched(shape: Sequence[int], other: Sequence[int]) -> list[int]:
+    """The dimensions of ``shape`` that ``other`` lacks, matched from the last one on."""
+    if len(shape) == len(other):
+        return [d for d, (a, b) in enumerate(zip(shape, other, strict=True)) if a != b]
+    left, rest = [], list(other)
+    for d in reversed(range(len(shape))):
+        if shape[d] in rest:
+            while rest.pop() != shape[d]:
+                pass
+        else:
+            left.append(d)
+    return left
 
 
 def _as_share(c: float, n: int) -> str:
@@ -214,8 +244,12 @@ def _missing_sum(w: Wrong) -> str:
             gone = lost.all(others) if others else lost
             if bool((kept ^ gone).all()) and bool(kept.any()) and bool(gone.any()):
                 at = kept.nonzero().flatten().tolist()
-                which = f"index {at[0]}" if len(at) == 1 else f"{len(at)} of {y.shape[d]} indices"
-                return f"missing sum over dim {d} of {w.s.output_names[k]}: only {which} of it is counted"
+                which = (
+                    f"index {at[0]} of it is"
+                    if len(at) == 1
+                    else f"{len(at)} of its {y.shape[d]} indices are"
+                )
+                return f"missing sum over dim {d} of {w.s.output_names[k]}: only {which} counted"
     share = dropped.double().mean().item()
     return f"missing sum: {share:.0%} of the output's entries send nothing back"
 
@@ -409,8 +443,13 @@ def _own_factors(w: Wrong) -> str:
                     ((factors.reshape(-1) - c * value).abs() <= 1e-4 * factors.abs().max()).all()
                 ):
                     return f"an extra factor {'' if abs(c - 1) < 1e-4 else _number(c) + ' '}{text}"
+        low, high = (f"{k.item():.4g}" for k in (used.min(), used.max()))
+        if low == high:
+            return (
+                f"nearly a constant factor, {low}, but not quite: is a small term, as eps, treated otherwise?"
+            )
         return (
-            f"a factor of its own for each entry of the {what}, from {used.min().item():.4g} to {used.max().item():.4g}: "
+            f"a factor of its own for each entry of the {what}, from {low} to {high}: "
             "one path of a sum inside the formula, or a wrong formula"
         )
     return ""
@@ -498,7 +537,7 @@ def _missing_eps(w: Wrong) -> str:
         known = there.measured
         scale = float(there.numeric.where(known, 0).norm())
         off.append(float((there.hand - there.numeric).where(known, 0).norm()) / scale if scale else 0.0)
-    if min(off) <= 1e-9 or off[0] > 0.5:
+    if min(off) <= 1e-9 or off[0] > 0.1:
         return ""
     ratios = [off[0] / off[1], off[1] / off[2]]
     for power in (16.0, 4.0):

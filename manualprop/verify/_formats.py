@@ -12,8 +12,11 @@ from xml.etree import ElementTree
 from manualprop.verify._report import MARK, Outcome, Report, together
 
 
-def junit(reports: Sequence[Report]) -> str:
-    """One test suite for each report, one test case for each probe.  A limit counts as skipped."""
+def junit(reports: Sequence[Report], unverified: Sequence[tuple[str, str]] = ()) -> str:
+    """One test suite for each report, one test case for each probe.  A limit counts as skipped.
+
+    What could not be verified, as (name, why), is a suite with one case, skipped.
+    """
     root = ElementTree.Element("testsuites")
     for report in reports:
         verdicts = [o.verdict for o in report.outcomes]
@@ -36,6 +39,12 @@ def junit(reports: Sequence[Report]) -> str:
                 failure.text = _clean(f"{o.evidence}\n{o.diagnosis}\nagain: {o.reproduction}")
             elif o.verdict != "passed":
                 ElementTree.SubElement(case, "skipped", message=_clean(f"{o.verdict}: {o.evidence}"))
+    for name, why in unverified:
+        suite = ElementTree.SubElement(
+            root, "testsuite", name=name, tests="1", failures="0", skipped="1", errors="0", time="0.000"
+        )
+        case = ElementTree.SubElement(suite, "testcase", classname=name, name="not verified", time="0.000")
+        ElementTree.SubElement(case, "skipped", message=_clean(f"not verified: {why}"))
     ElementTree.indent(root)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
 
@@ -68,10 +77,14 @@ svg { max-width: 100%; height: auto; border: 1px solid var(--line); }
 WORDS = {**MARK, "skipped": "not applicable"}
 
 
-def html(reports: Sequence[Report]) -> str:
-    """A page without other files: findings first, each with a heat map of |hand - numerical|; the rest is folded."""
+def html(reports: Sequence[Report], unverified: Sequence[tuple[str, str]] = ()) -> str:
+    """A page without other files: findings first, each with a heat map of |hand - numerical|; the rest is folded.
+
+    What could not be verified, as (name, why), has a section of its own.
+    """
     wrong, right = ([r for r in reports if r.passed is passed] for passed in (False, True))
     title = f"Gradient verification: {len(wrong)} of {len(reports)} with findings"
+    title += f", {len(unverified)} not verified" if unverified else ""
     body = [f"<h1>{title}</h1>"]
     if len(reports) > 1 and wrong:
         rows = [_entry(i, report) for i, report in enumerate(wrong)]
@@ -80,6 +93,9 @@ def html(reports: Sequence[Report]) -> str:
         body.append("<h2>Findings</h2>")
     for i, report in enumerate(wrong):
         body += _section(report, f' id="r{i}" open')
+    if unverified:
+        rows = [f"<tr><td>{_name(name)}<td>{escape(why)}</tr>" for name, why in unverified]
+        body += ["<h2>Not verified</h2>", "<table><thead><tr><th>name<th>why</thead>", *rows, "</table>"]
     if right:
         body.append("<h2>Without findings</h2>")
     for report in right:

@@ -57,7 +57,7 @@ class Interceptor:
         self.met: dict[type[Function], set[Any]] = {}
         self.waiting: list[Case] = []
         self.reports: list[Report] = []
-        self.errors: list[str] = []
+        self.unverified: list[tuple[str, str]] = []  # name, why
         self._verifying = False
         self._wrapped: set[type] = set()
         self._wrap(Function)
@@ -135,7 +135,7 @@ class Interceptor:
         try:
             report = check(dataclasses.replace(case, accept=accept), level=self.level, only=self.only)
         except (ValueError, TypeError) as error:  # nothing can be shown at these inputs
-            self.errors.append(str(error))
+            self.unverified.append((case.name, str(error).removeprefix("check: ")))
             return None
         given = ", ".join(map(_described, tree_leaves((case.args, dict(case.kwargs)))))
         outcomes = [dataclasses.replace(o, notes=(f"called with {given}", *o.notes)) for o in report.outcomes]
@@ -149,7 +149,7 @@ class Interceptor:
     def summary(self) -> list[str]:
         """A line for each report, and one for each call that could not be verified."""
         lines = [report.summary() for report in self.reports] + [
-            f"not verified: {error}" for error in self.errors
+            f"{name}: not verified: {why}" for name, why in self.unverified
         ]
         nothing = f"no torch.autograd.Function of {', '.join(self.packages)} was called with an input that requires grad"
         absent = [

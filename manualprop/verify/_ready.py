@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
+from manualprop.verify import _numeric
 from manualprop.verify._budget import QUICK, work
 from manualprop.verify._case import Case
+from manualprop.verify._meant import Detaching, pushed
 from manualprop.verify._module import exchange
 from manualprop.verify._subject import BadUse, OutsideDomain, Subject, is_float
 
@@ -35,6 +39,8 @@ def ready(case: Case) -> Subject:
     _refuse_outside(subject)
     _refuse_chance(subject)
     _refuse_surrogate(subject)
+    if case.surrogate is not None and _surrogate_detaches(subject):
+        subject.case = dataclasses.replace(subject.case, surrogate=Detaching(case.surrogate))
     return subject
 
 
@@ -118,6 +124,18 @@ def _refuse_surrogate(subject: Subject) -> None:
             ValueError,
             f"check: surrogate must return what {subject.case.name} does. Got tensors of shape {others} for {shapes}.",
         )
+
+
+def _surrogate_detaches(subject: Subject) -> bool:
+    """Whether autograd and differences tell different derivatives of the surrogate."""
+    direction = subject.random_like(subject.points, 7)
+    try:
+        found = pushed(subject.meant, subject.points, direction)
+        slope = _numeric.derivative(subject.along(direction), subject.noise, subject.points[0].dtype)
+    except Exception:  # whatever the surrogate raises: the probes tell
+        return False
+    sure = slope.error <= 1e-4 * (1 + slope.value.abs())
+    return bool(((found - slope.value).abs() > 1e-2 * (1 + slope.value.abs()))[sure].any())
 
 
 def _refuse_bad_input(subject: Subject) -> None:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from manualprop._torch import run_backward
 from manualprop.verify._case import Case
+from manualprop.verify._meant import Detaching, straight
 from manualprop.verify._module import exchange
 from manualprop.verify._numeric import Evaluate, flat, noise
 from manualprop.verify._random import normals, normals_again
@@ -360,6 +361,8 @@ class Subject:
         If there is a surrogate, these are its outputs: backward is its gradient.
         """
         points = self.points if points is None else points
+        if self.detaches:
+            return straight(self.meant, points, directions)
 
         def evaluate(t: float) -> Tensor:
             moved = [p.clone() if d is None else p + t * d for p, d in zip(points, directions, strict=True)]
@@ -369,6 +372,11 @@ class Subject:
                 return flat(self.meant(*moved))
 
         return evaluate
+
+    @property
+    def detaches(self) -> bool:
+        """Whether the surrogate detaches something: then autograd differentiates it, and not differences."""
+        return isinstance(self.case.surrogate, Detaching)
 
     def meant(self, *points: Tensor) -> tuple[Tensor, ...]:
         """The outputs of the function whose gradient backward should be: the surrogate, or the function itself."""

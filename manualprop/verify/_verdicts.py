@@ -26,7 +26,7 @@ ARGUMENTS = (
     "grad_output_layout", "input_layout", "requires_grad_subsets", "partial_outputs", "same_input", "aliasing",
 )  # fmt: skip
 CONSEQUENCES: dict[str, tuple[str, ...]] = {
-    "mutation": (*_NUMBERS, *ARGUMENTS, *STATE, *_TRANSFORMS, "inplace_edit", "random_state", "module_copy"),
+    "mutation": (*_NUMBERS, *ARGUMENTS, *STATE, *_TRANSFORMS, "inplace_edit", "random_state", "module_copy", "leaks"),
     "random_state": (*_NUMBERS, *ARGUMENTS, *STATE, *_TRANSFORMS),
     "grad_modes": ("second_order", "third_order", "forward_over_reverse", "checkpointing", "ranks"),
     "retain_graph": (
@@ -37,10 +37,13 @@ CONSEQUENCES: dict[str, tuple[str, ...]] = {
         "poisoned_backward",
     ),
     "repeat": (*_NUMBERS, *ARGUMENTS, "checkpointing", "grad_modes", "vmap"),
-    "first_order": (*_NUMBERS, *_FORWARD, "reference", "poisoned_backward"),
+    "first_order": (
+        *_NUMBERS, *_FORWARD, "reference", "grad_modes", "func_grad", "grad_output_layout",
+        "poisoned_backward",
+    ),
     "output_requires_grad": ("first_order", *_FORWARD, "second_order", "partial_outputs"),
     "requires_grad_subsets": (*_FORWARD, *_TRANSFORMS),
-    "partial_outputs": ("extremes", "ties", "sizes", *_TRANSFORMS),
+    "partial_outputs": ("second_order", "extremes", "ties", "sizes", *_TRANSFORMS),
     "grad_output_layout": ("second_order", "jacrev", "vmap", "ranks"),
     "input_layout": ("second_order", "vmap", "ranks", "vmap_grad"),
     "aliasing": ("compile",),
@@ -85,13 +88,16 @@ def linked(outcomes: Sequence[Outcome]) -> list[Outcome]:
         for name in _KEPT:
             explained.setdefault(name, "grad_modes")
     for cause, consequences in CONSEQUENCES.items():
-        if cause not in by_name or by_name[cause].verdict != "finding" or cause in explained:
+        if cause not in by_name or by_name[cause].verdict != "finding":
             continue
+        if cause in explained and cause != "func_grad":
+            continue
+        root = explained.get(cause, cause)  # what other transforms find, the cause of func_grad explains, too
         for name in consequences:
             if name in by_name and cause in by_name[name].details.get("apart_from", ()):
                 continue
             if name != cause and name != (crash.probe if crash else ""):
-                explained.setdefault(name, cause)
+                explained.setdefault(name, root)
     return [
         dataclasses.replace(
             o, verdict="skipped", evidence=f"see {explained[o.probe]}: {o.evidence}", diagnosis=""

@@ -10,9 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from manualprop.verify._compare import right_instead
 from manualprop.verify._module import exchange
 from manualprop.verify._probe import probe
-from manualprop.verify._report import Outcome, finding, limit, message, passed, skipped
+from manualprop.verify._report import Outcome, apart, finding, limit, message, passed, skipped
 from manualprop.verify._subject import Subject
 from manualprop.verify.probes._runs import (
     Call,
@@ -143,7 +144,8 @@ def grad_modes(s: Subject) -> Outcome:
             continue
         text = differs(found, s.plain, names, exactness(s), s.roughness)
         if text:
-            return finding(f"{what}, {text}", in_words(found, s.plain, f"only {what}"))
+            bad = finding(f"{what}, {text}", in_words(found, s.plain, f"only {what}"))
+            return bad if right_instead(s, found) else apart(bad, "first_order")
     text = _after_a_change(s)
     if text:
         return finding(

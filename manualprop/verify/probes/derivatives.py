@@ -120,6 +120,8 @@ def second_order(s: Subject) -> Outcome:
     outcome = _outcome(gradient, comparisons)
     if outcome.verdict == "finding" and _wrong_by_itself(s, comparisons, outcome):
         outcome = apart(outcome, "first_order")
+    if outcome.verdict == "finding" and not _reads_its_output(s):
+        outcome = apart(outcome, "partial_outputs")
     if outcome.verdict == "finding" and wrong_all_the_same(s):
         # Of numbers that are there, what other calls have left behind may be the cause.
         outcome = apart(outcome, *(STATE if outcome.diagnosis.startswith(MISSING) else ("interleaving",)))
@@ -131,11 +133,12 @@ def _wrong_by_itself(s: Subject, second: Sequence[Comparison], outcome: Outcome)
 
     It is the derivative of the gradient that backward gives, right or wrong.  One that does not come through has a
     cause of its own, and so has a wrong one of a gradient that is right itself; but backward may read the saved
-    output, whose derivative is the wrong first one.
+    output, whose derivative is the wrong first one, or call the Function itself.
     """
     if not s.functions:
         return False
-    if outcome.diagnosis.startswith("zero") and not _gives_nothing(s):
+    reads = _reads_its_output(s)
+    if outcome.diagnosis.startswith("zero") and not _gives_nothing(s) and not reads:
         return True
     right = _numeric.flat(
         [
@@ -147,7 +150,7 @@ def _wrong_by_itself(s: Subject, second: Sequence[Comparison], outcome: Outcome)
         bool((c.wrong.any(1) & (c.cotangents.count_nonzero(1) == 1) & (c.cotangents @ right != 0)).any())
         for c in second
     )
-    return of_a_right_one and not _reads_its_output(s)
+    return of_a_right_one and not reads
 
 
 def _gives_nothing(s: Subject) -> bool:
@@ -156,11 +159,13 @@ def _gives_nothing(s: Subject) -> bool:
 
 
 def _reads_its_output(s: Subject) -> bool:
-    """Whether the Function stands in the graph of its own gradient."""
+    """Whether the Function stands in the graph of its own gradient: by its saved output, or because backward calls it."""
     leaves = s.at()
     outputs = s(*leaves)
     gradients = s.pull_back(outputs, leaves, s.cotangents_for(outputs), create_graph=True)
-    return bool(set(s.nodes(outputs)) & set(s.nodes([g for g in gradients if g is not None])))
+    behind = (s.nodes(outputs), s.nodes([g for g in gradients if g is not None]))
+    calls, again = ({node._forward_cls for node in nodes} for nodes in behind)
+    return bool(calls & again)
 
 
 def _backward(s: Subject) -> None:

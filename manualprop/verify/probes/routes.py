@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, func
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
+from manualprop.verify._compare import right_instead
 from manualprop.verify._probe import probe
-from manualprop.verify._report import Outcome, finding, limit, message, passed
+from manualprop.verify._report import Outcome, apart, finding, limit, message, passed
 from manualprop.verify._subject import Subject
 from manualprop.verify.probes._runs import (
     Found,
@@ -179,7 +180,8 @@ def func_grad(s: Subject) -> Outcome:
         return limit(REDRAWN)
     text = closeness(s, outputs, s.outputs, outputs_named(s)) or closeness(s, found, s.plain, names)
     if text:
-        return finding(f"under torch.func.vjp {text}", what_is_wrong(found, s.plain, "torch.func"))
+        bad = finding(f"under torch.func.vjp {text}", what_is_wrong(found, s.plain, "torch.func"))
+        return bad if right_instead(s, found) else apart(bad, "first_order")
     for i, name in list(enumerate(names))[:MOST]:
         try:
             s.reseed()
@@ -188,10 +190,11 @@ def func_grad(s: Subject) -> Outcome:
             return limit(f"torch.func.grad of {s.names[i]} alone: {first_sentence(error)}")
         text = closeness(s, [alone], [s.plain[i]], [name])
         if text:
-            return finding(
+            bad = finding(
                 f"under torch.func.grad of {s.names[i]} alone {text}",
                 what_is_wrong([alone], [s.plain[i]], "torch.func"),
             )
+            return apart(bad, "first_order")
     return passed("vjp and grad give the plain gradients")
 
 

@@ -28,6 +28,7 @@ from manualprop.verify._resize import (
     refusal,
     repeated,
     resized,
+    runs,
 )
 from manualprop.verify._subject import Subject
 from manualprop.verify.probes._apart import multiples, otherwise_than_its_rows
@@ -42,6 +43,7 @@ MOST_SECONDS = 0.5  # of processor time in one evaluation
 IN_ALL = 60_000.0  # units for all sizes together, after which larger ones are left out
 STEPS = (1e-4, 1e-5, 1e-3, 1e-6, 1e-2, 1e-7)
 RTOL = 1e-5
+RAISES = "accepted in forward, then backward raises"
 
 
 # ----- the derivative in a few directions -----
@@ -76,7 +78,7 @@ def _wrong_slope(s: Subject, axis: Axis | None, seed: int) -> str | None:
     try:
         found = s.linear_part(v) if s.nonlinear else s.pull_back(outputs, leaves, copies(v))
     except Exception as error:  # whatever the checked code raises
-        return f"accepted in forward, then backward raises {message(error)}"
+        return f"{RAISES} {message(error)}"
     weights = _numeric.flat(
         [w if y.requires_grad else torch.zeros_like(w) for w, y in zip(v, outputs, strict=True)]
     )
@@ -171,7 +173,7 @@ def _first_not_finite(g: Tensor) -> str:
 
 @probe()
 def sizes(s: Subject) -> Outcome:
-    """First order at 1, at primes, across 2^8, 2^10 and 2^16, and for 0-d inputs."""
+    """First order at 1, at primes, across 2^8, 2^10 and 2^16, where two axes are equally long, and for 0-d inputs."""
     _remember_noise(s)
     if wrong_in_first_order(s):
         return _of_its_own(s)
@@ -185,10 +187,10 @@ def sizes(s: Subject) -> Outcome:
     for k, axis in enumerate(resizable):
         ladder, units = _affordable(s, axis, FIRST if k else (*FIRST, *MORE))
         ladder, failed = _failing(s, axis, ladder, units, left, _at_size)
-        failures += failed
+        failures += failed or list(_square(s, axis, resizable))
         tested.append(f"{_called(s, axis)}: {', '.join(map(str, ladder))}")
     if not failures:
-        odd = _all_odd(s, resizable)
+        odd = _all_odd(s, [axis for axis in resizable if axis.points or axis.size])
         if odd is not None:
             tested.append(odd[0])
             if odd[1] is not None:
@@ -201,6 +203,21 @@ def sizes(s: Subject) -> Outcome:
         return passed(f"right at sizes {'; '.join(tested)}")
     found = _found(s, failures)
     return found if "raises" in failures[0].said else apart(found, "second_order")
+
+
+def _lengths_of_others(axis: Axis, resizable: Sequence[Axis]) -> dict[int, Axis]:
+    """The short lengths of the other axes: of that length, a formula may take one axis for the other."""
+    return {a.length: a for a in resizable if a is not axis and a.length <= 64 and not axis.size}
+
+
+def _square(s: Subject, axis: Axis, resizable: Sequence[Axis]) -> Iterator[Failure]:
+    """What is wrong, and does not say so, where the axis is as long as another one."""
+    least = axis.length if any(map(is_integer, s.others().values())) else 0  # an index may count along it
+    wanted = [n for n in _lengths_of_others(axis, resizable) if n not in FIRST and n > least]
+    for n in _affordable(s, axis, wanted)[0] if wanted and axis.length > 1 else []:
+        said = _at_size(s, axis, n)
+        if said is not None and RAISES not in said:
+            yield Failure(axis, n, said, None)
 
 
 def _found(s: Subject, failures: Sequence[Failure]) -> Outcome:
@@ -399,7 +416,9 @@ def _failing(
 
 
 def _at_size(s: Subject, axis: Axis, n: int) -> str | None:
-    return wrong_slope(lambda seed: resized(s, axis, n, seed), axis)
+    said = wrong_slope(lambda seed: resized(s, axis, n, seed), axis)
+    # Of an argument that is not differentiated, as a table of indices: loud, and nobody needs it.
+    return None if said and RAISES in said and not axis.points and not axis.size else said
 
 
 def _words(s: Subject, failures: Sequence[Failure]) -> str:
@@ -411,8 +430,19 @@ def _words(s: Subject, failures: Sequence[Failure]) -> str:
             if entries is not None:
                 return f"beyond size {entries} (entries)"
         return " and ".join(f"beyond size {f.beyond} along {_called(s, axis)}" for axis, f in firsts.items())
-    wrong = sorted({f.size for f in failures})
-    return f"only for size{'s' * (len(wrong) > 1)} {', '.join(map(str, wrong))} along {_called(s, failures[0].axis)}"
+    return f"only for {' and '.join(dict.fromkeys(_at_which(s, axis, failures) for axis in firsts))}"
+
+
+def _at_which(s: Subject, axis: Axis, failures: Sequence[Failure]) -> str:
+    """The sizes along one axis that are wrong, where they are no bound."""
+    wrong = sorted({f.size for f in failures if f.axis == axis})
+    other = _lengths_of_others(axis, list(axes(s))).get(wrong[0])
+    if other is not None and len(wrong) == 1 and runs(s, other, wrong[0] + 2):
+        apart_from_it = resized(s, other, wrong[0] + 2)  # of other lengths, all is right
+        if _at_size(apart_from_it, axis, wrong[0]) is None:
+            names = sorted(_called(s, a) for a in (axis, other))
+            return f"{' = '.join(names)}, as if one axis were the other"
+    return f"size{'s' * (len(wrong) > 1)} {', '.join(map(str, wrong))} along {_called(s, axis)}"
 
 
 def _power_between(s: Subject, firsts: Sequence[Failure]) -> int | None:
@@ -465,7 +495,10 @@ def _zero_dimensional(s: Subject) -> str | None:
         [p.flatten()[0].clone() for p in s.points],
         others={i: t.flatten()[0].clone() for i, t in others.items()},
     )
-    return wrong_slope(lambda seed: other.with_points(other.allowed(other.points)), None)
+    said = wrong_slope(lambda seed: other.with_points(other.allowed(other.points)), None)
+    elementwise = all(y.shape == s.points[0].shape for y in s.outputs)
+    # A loss of many rows need not take a single number, if it says so.
+    return None if said and RAISES in said and not elementwise else said
 
 
 # ----- nothing -----
@@ -484,7 +517,8 @@ def zero_size(s: Subject) -> Outcome:
             refused.append(f"{called} = 0: {message(error)}")
             continue
         said = _wrong_for_nothing(resized(s, axis, 0))
-        if said is not None and "raises" in said and not (axis.batch and s.functions):
+        needed = axis.batch and axis.points and s.functions
+        if said is not None and RAISES in said and not needed:
             # Nothing to normalise or to sum over, or torch's own refusal: loud, and nobody needs it.
             refused.append(f"{called} = 0: {said}")
             continue
@@ -506,7 +540,7 @@ def _wrong_for_nothing(s: Subject) -> str | None:
         try:
             found = s.pull_back(outputs, leaves, s.cotangents_for(outputs))
         except Exception as error:  # whatever the checked code raises
-            return f"accepted in forward, then backward raises {message(error)}"
+            return f"{RAISES} {message(error)}"
     if not all(torch.isfinite(y).all() for y in outputs):  # the mean of nothing
         return None
     empty = not any(y.numel() for y in outputs)

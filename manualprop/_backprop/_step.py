@@ -196,6 +196,9 @@ class Backprop:
             ValueError: for more than one example with Stochastic.
         """
         self._check()
+        return self._update(x, target)
+
+    def _update(self, x: Tensor, target: Tensor) -> float:
         if isinstance(x, Tensor) and x.shape == self._shape and x.dtype is self._dtype:
             loss, self.output = self._repeated(x, target)  # type: ignore[misc]
         else:
@@ -264,7 +267,8 @@ class Backprop:
         self._epochs.prepare(x, target)
 
     def _step(self, x: Tensor, target: Tensor) -> tuple[float, Tensor]:
-        return self(x, target), self.output
+        """An update of an epoch, which looks only once for what may have changed."""
+        return self._update(x, target), self.output
 
     def _way(self, x: Tensor, target: Tensor) -> Way:
         """The way of running a step for these inputs."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from manualprop import Backprop, descent, nn
 from manualprop._backprop import _graph
+from manualprop._backprop._criterion import Criterion
 
 
 def test_a_loss_that_is_not_finite_changes_no_weight() -> None:
@@ -253,6 +254,28 @@ def test_a_target_out_of_range_is_an_index_error() -> None:
     step = Backprop(ours, nn.CrossEntropyLoss(), descent.MiniBatch(learning_rate=0.1))
     with pytest.raises(IndexError, match="out of bounds"):
         step(torch.ones(2, FEATURES).double(), torch.tensor([0, CLASSES]))
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss])
+@pytest.mark.parametrize("bad", [-1, CLASSES])
+def test_in_a_graph_a_class_that_does_not_exist_makes_the_loss_nan(
+    loss: Callable[[], torch.nn.Module], bad: int
+) -> None:
+    """A graph cannot raise: the step that reads the loss does, by running once more outside of it."""
+    criterion = Criterion(loss())
+    criterion.traced = True
+    x, t = torch.randn(2, CLASSES).double(), torch.tensor([0, CLASSES - 1])
+    assert criterion(x, t)[0].isfinite()
+    t[1] = bad
+    assert criterion(x, t)[0].isnan()
+
+
+def test_an_ignored_target_exists_in_a_graph_too() -> None:
+    criterion = Criterion(nn.CrossEntropyLoss(ignore_index=-1))
+    x, t = torch.randn(2, CLASSES).double(), torch.tensor([0, -1])
+    outside = criterion(x, t)[0]
+    criterion.traced = True
+    torch.testing.assert_close(criterion(x, t)[0], outside)
 
 
 def test_only_ignored_targets_are_not_finite() -> None:

@@ -54,7 +54,8 @@ class Criterion:
         if not (self.traced and isinstance(self.loss, OF_CLASSES) and not target.is_floating_point()):
             return self._evaluate(output, target, divide and not self.is_sum)
         exist = (target >= 0) & (target < output.shape[min(1, output.dim() - 1)])
-        exist |= target == getattr(self.loss, "ignore_index", -1)
+        if hasattr(self.loss, "ignore_index"):
+            exist |= target == self.loss.ignore_index
         loss, divisor, g = self._evaluate(output, target.where(exist, 0), divide and not self.is_sum)
         return loss.where(exist.all(), math.nan), divisor, g  # a graph cannot raise
 
@@ -156,13 +157,10 @@ class Criterion:
         """The gradient of the sum of the losses with respect to what the rule made."""
         made, weight = application.output, getattr(self.loss, "weight", None)
         slope = torch.ones_like(made)
-        if weight is not None and not any(
-            a is weight for a in application.arguments
-        ):  # weighed after the rule
+        # A weight that the rule was not given weighs what it made; fewer losses than the rule made are means over classes.
+        if weight is not None and all(a is not weight for a in application.arguments):
             slope = (slope * weight).to(made.dtype)
-        return (
-            slope if losses.shape == made.shape else slope * (losses.numel() / made.numel())
-        )  # means over classes
+        return slope if losses.shape == made.shape else slope * (losses.numel() / made.numel())
 
     def _apply(self, output: Tensor, target: Tensor) -> tuple[Tensor, Application]:
         """The losses of the elements, and the application of a rule that made them."""

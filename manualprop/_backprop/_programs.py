@@ -35,12 +35,8 @@ FOLDER = "MANUALPROP_PROGRAMS"  # the environment variable that names another fo
 SUFFIX = ".pt2"
 PART = ".part"  # of a package that is being written, or was when its process was killed
 HOUR = 3600.0
-TEMPORARY = (
-    "TMPDIR",
-    "TMP",
-    "TEMP",
-    "TEMPDIR",
-)  # where torch looks for the folder for temporary files, in this order
+# Where torch looks for the folder for temporary files, in this order.
+TEMPORARY = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")
 
 
 def folder() -> Path:
@@ -131,9 +127,7 @@ def _load(path: Path) -> Program | None:
         with contextlib.suppress(OSError):  # another user's: it stays
             path.unlink()
         return None
-    except (
-        RuntimeError
-    ):  # of another kind of file, or no place to unpack it: what is compiled now replaces it
+    except RuntimeError:  # another kind of file, or no place to unpack it: what is compiled now replaces it
         return None
     with contextlib.suppress(OSError):
         os.utime(path)

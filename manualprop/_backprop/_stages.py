@@ -263,15 +263,11 @@ class Applied(Stage):
         They are if all that the layer gives its rule are settings and parameters, and if it has no buffers to change.
         """
         first, *behind = application.arguments
-        if (
-            first is not x
-            or next(self.layer.buffers(), None) is not None
-            or next(self.layer.children(), None)
-        ):
-            return None
-        if any(
-            isinstance(a, Tensor) and not isinstance(a, Parameter) for a in behind
-        ):  # such as random numbers
+        may_change = [*self.layer.buffers(), *self.layer.children()]
+        drawn = [
+            a for a in behind if isinstance(a, Tensor) and not isinstance(a, Parameter)
+        ]  # random numbers
+        if first is not x or may_change or drawn:
             return None
         return application.rule, tuple(behind)
 

@@ -134,18 +134,9 @@ class Backprop:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        given = (
-            "model",
-            "descent",
-            "optimizer",
-            "lr_scheduler",
-            "output",
-            "_loss",
-            "_compile",
-            "_capture",
-            "_by_epoch",
-        )
-        return {name: vars(self)[name] for name in given}  # the rest is made from these
+        given = ("model", "descent", "optimizer", "lr_scheduler", "output")
+        options = ("_loss", "_compile", "_capture", "_by_epoch")
+        return {name: vars(self)[name] for name in (*given, *options)}  # the rest is made from these
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -167,9 +158,8 @@ class Backprop:
         self._no_hooks = [*hooks_of(self.model.modules()), *([] if self._hooks else self._watchers())]
         self._read = read_once(plan.leaves)
         read = [vars(self._loss), *[m._modules for m in self.model.modules() if m._modules]]
-        if (
-            next(self._loss.buffers(), None) is None
-        ):  # tensors are not compared, and need not be: a step reads them
+        # Tensors are not compared, and need not be: a step reads them.
+        if next(self._loss.buffers(), None) is None:
             read.append(self._loss._buffers)
         self._read += [(present, dict(present)) for present in read]
         graphs = Graphs(self._compile, self._capture) if self._compile or self._capture else None

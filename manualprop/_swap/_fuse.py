@@ -13,6 +13,7 @@ from manualprop._swap._functions import own_forward
 from manualprop._swap._method import (
     FOREIGN,
     KEEP_NOTHING,
+    PRODUCTS,
     MethodStep,
     Through,
     Unfusable,
@@ -260,7 +261,7 @@ def _is_fresh(module: nn.Module, steps: Sequence[MethodStep], users: Users, valu
     if isinstance(part, nn.Module):
         known = type(part).__module__.startswith(("manualprop.nn.", "torch.nn."))
         return known and bool(part._parameters)
-    return part in (*KEEP_NOTHING, operator.mul, torch.mul)  # a product keeps its factors, not its result
+    return part in KEEP_NOTHING | PRODUCTS
 
 
 def _dead(steps: Sequence[MethodStep], sites: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:

@@ -32,8 +32,9 @@ POOLS = {
 }
 # What a method may call: all these do the same at each call.
 KEEP_NOTHING = {operator.add, operator.iadd, torch.add, torch.cat}  # not even their inputs, for backward
+PRODUCTS = {operator.mul, torch.mul}  # keep their factors, not their results
 CALLED = {
-    *(*FUNCTIONS, *KEEP_NOTHING, *POOLS, operator.mul, torch.mul, torch.flatten, torch.mean),
+    *(*FUNCTIONS, *KEEP_NOTHING, *PRODUCTS, *POOLS, torch.flatten, torch.mean),
     *(torch.permute, torch.transpose, torch_F.interpolate, torch_F.pad),
 }
 PURE = {*CALLED, getattr, operator.getitem} - {operator.iadd}

@@ -270,6 +270,16 @@ def test_in_a_graph_a_class_that_does_not_exist_makes_the_loss_nan(
     assert criterion(x, t)[0].isnan()
 
 
+def test_inputs_that_do_not_fit_are_refused_without_a_trace_of_the_graph(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    ours, _ = twins(ROWS[0])
+    step = Backprop(ours, nn.CrossEntropyLoss(), descent.MiniBatch(learning_rate=0.1), compile=True)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        step(torch.ones(2, FEATURES + 1).double(), torch.tensor([0, 1]))
+    assert capfd.readouterr().err == "" and not caplog.records
+
+
 def test_an_ignored_target_exists_in_a_graph_too() -> None:
     criterion = Criterion(nn.CrossEntropyLoss(ignore_index=-1))
     x, t = torch.randn(2, CLASSES).double(), torch.tensor([0, -1])
